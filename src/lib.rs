@@ -1,0 +1,1 @@
+//! A secure multi-user todo back end.

@@ -1,0 +1,2 @@
+//! Placeholder until the first whole thing stands.
+fn main() {}
