@@ -1,0 +1,6 @@
+-- Forgets a batch of keys that are a day old.
+delete from idempotency_keys
+where ctid = any(array(
+    select ctid from idempotency_keys
+    where created_at < now() - interval '24 hours'
+    limit 500 for update skip locked))

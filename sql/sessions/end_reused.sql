@@ -1,0 +1,5 @@
+-- Ends the session of a refresh token that was used before: two parties hold it.
+-- $1 session id, $2 the token's generation
+delete from sessions
+where id = $1 and generation > $2 and expires_at > clock_timestamp()
+returning user_id

@@ -1,0 +1,18 @@
+-- Uses a refresh token: the newest moves the session on, the one before it gets the same
+-- successor again within the grace time, any other gives no row.
+-- $1 session id, $2 the token's generation, $3 grace seconds, $4 idle seconds, $5 seconds in all
+update sessions s
+set generation = $2 + 1,
+    rotated_at = case when s.generation = $2 then clock_timestamp() else s.rotated_at end,
+    last_used_at = clock_timestamp(),
+    expires_at = least(s.created_at + $5::float8 * interval '1 second',
+                       clock_timestamp() + $4::float8 * interval '1 second')
+from users u
+where s.id = $1
+  and u.id = s.user_id
+  and s.expires_at > clock_timestamp()
+  and (s.generation = $2
+       or (s.generation = $2 + 1
+           and s.rotated_at > clock_timestamp() - $3::float8 * interval '1 second'))
+returning u.id, u.email, u.created_at, u.updated_at,
+          extract(epoch from s.expires_at - clock_timestamp())::float8 as expires_in

@@ -1,0 +1,13 @@
+-- Deletes a task if it still is as the caller saw it: one row, whether it is gone, and if not
+-- whether there is such a task at all.
+-- $1 user id, $2 task id, $3 the versions that If-Match allows or null
+with gone as (
+    delete from tasks
+    where user_id = $1 and id = $2
+      and ($3::timestamptz[] is null or updated_at = any($3))
+    returning id
+)
+select g.id is not null as deleted,
+       g.id is null and $3 is not null
+           and exists (select from tasks t where t.user_id = $1 and t.id = $2) as moved_on
+from (select) one left join gone g on true

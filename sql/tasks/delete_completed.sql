@@ -1,0 +1,3 @@
+-- Deletes all completed tasks of a user.
+-- $1 user id
+delete from tasks where user_id = $1 and completed

@@ -1,0 +1,13 @@
+-- A page of a user's tasks, newest first.
+-- $1 user id, $2 completed or null for all, $3 text to find or null, $4 the id that the page
+-- before ended with or null, $5 how many
+select id, user_id, title, description, completed, created_at, updated_at
+from tasks
+where user_id = $1
+  and id < coalesce($4::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+  and ($2::boolean is null or completed = $2)
+  and ($3::text is null
+       or strpos(lower(title), lower($3)) > 0
+       or strpos(lower(description), lower($3)) > 0)
+order by user_id desc, id desc
+limit $5
