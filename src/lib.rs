@@ -1,1 +1,141 @@
-//! A secure multi-user todo back end.
+//! A secure multi-user todo back end over HTTP and PostgreSQL.
+//!
+//! A request's way through the house:
+//!
+//! 1. [`server`] accepts a connection; `connection` is its socket with a clock for everything that
+//!    can take too long.
+//! 2. `router` splits the path and matches it with the method: the whole API is one `match`.
+//!    It is also where an error becomes an answer and, once, a line in the log.
+//! 3. `guard` turns the bearer token into a signed-in user, before the body is read.
+//! 4. `handler` has one function a route: parse (`request`), one call to the database, respond
+//!    (`response`). `cors` adds what browsers of other origins need.
+//! 5. `db` runs one statement out of `sql/` over a pool of at most 20 connections; `db::local`
+//!    is the private PostgreSQL of who names no other.
+//!
+//! `auth` knows tokens, passwords, ended sessions and the brakes on guessing; `model` the values
+//! that are valid because they exist; [`config`] every setting; `error` everything that can go
+//! wrong; [`metrics`] what is counted; [`logging`] how a line looks. `main` wires.
+//!
+//! Imports point one way: main → server → router → guard and handler → auth, request, response →
+//! db → model. `db` knows no HTTP, only `router` names handlers, `model` imports nothing of ours.
+
+mod auth;
+pub mod command;
+pub mod config;
+mod connection;
+mod cors;
+pub mod db;
+mod error;
+mod guard;
+mod handler;
+pub mod logging;
+pub mod metrics;
+mod model;
+mod request;
+mod response;
+mod router;
+pub mod server;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use uuid::Uuid;
+
+use auth::password::Passwords;
+use auth::revocations::Revocations;
+use auth::throttle::{Accounts, Addresses};
+use auth::token::Tokens;
+use config::{Config, Secret};
+use cors::Cors;
+use db::Database;
+use db::sweep::Sweeper;
+use db::users::NewSession;
+use logging::Complaints;
+use metrics::Metrics;
+
+/// What every handler can reach.
+pub struct App {
+    config: Config,
+    database: Database,
+    tokens: Tokens,
+    revocations: Revocations,
+    passwords: Passwords,
+    accounts: Accounts,
+    addresses: Addresses,
+    cors: Cors,
+    metrics: Arc<Metrics>,
+    complaints: Complaints,
+    sweeper: Arc<Sweeper>,
+    stopping: AtomicBool,
+}
+
+impl App {
+    /// Everything in its place; the error is one line for the operator.
+    pub fn new(
+        config: Config,
+        secret: &Secret,
+        database: Database,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, String> {
+        let lifetimes = config.lifetimes;
+        let tokens = Tokens::new(
+            secret,
+            config.jwt_secret_previous.as_ref(),
+            lifetimes.access,
+        )
+        .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
+        let passwords = Passwords::new(config.bcrypt_cost, metrics.clone())
+            .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
+        Ok(Arc::new(Self {
+            tokens,
+            passwords,
+            revocations: Revocations::new(lifetimes.access),
+            accounts: Accounts::default(),
+            addresses: Addresses::new(config.auth_rate_per_minute),
+            cors: Cors::new(&config.cors_origins),
+            complaints: Complaints::default(),
+            sweeper: Arc::default(),
+            stopping: AtomicBool::new(false),
+            database,
+            metrics,
+            config,
+        }))
+    }
+
+    /// From now on answers close their connections, and `/readyz` sends clients elsewhere.
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    fn new_session<'a>(&self, user_agent: Option<&'a str>) -> NewSession<'a> {
+        let idle = self.config.lifetimes.refresh_idle.as_secs_f64();
+        NewSession {
+            id: Uuid::now_v7(),
+            idle,
+            user_agent,
+        }
+    }
+
+    /// Sessions that this instance has just ended: their access tokens are refused here at once.
+    fn ended(&self, cause: &str, sessions: &[Uuid]) {
+        self.revocations.note(sessions);
+        self.metrics
+            .ended
+            .with_label_values(&[cause])
+            .inc_by(sessions.len() as u64);
+    }
+
+    /// Sweeps old rows in the wake of a request, now and then.
+    fn sweep_if_due(&self) {
+        if !self.database.is_up() || !self.sweeper.is_due() {
+            return;
+        }
+        let (sweeper, database) = (self.sweeper.clone(), self.database.clone());
+        let access = self.config.lifetimes.access.as_secs_f64();
+        tokio::spawn(async move { sweeper.sweep(&database, access).await });
+    }
+}

@@ -1,2 +1,45 @@
-//! Placeholder until the first whole thing stands.
-fn main() {}
+//! `todo-api`: reads the arguments and hands over to the command.
+
+use std::process::ExitCode;
+
+use lexopt::Arg::{Long, Short, Value};
+use todo_api::command::{self, Command};
+
+fn main() -> ExitCode {
+    let command = match arguments() {
+        Ok(command) => command,
+        Err(error) => {
+            eprintln!("todo-api: {error}; see todo-api --help");
+            return ExitCode::from(2);
+        }
+    };
+    match command::run(command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("todo-api: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn arguments() -> Result<Command, lexopt::Error> {
+    let mut parser = lexopt::Parser::from_env();
+    let mut words = Vec::new();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Value(word) => words.push(word.into_string()?),
+            other => return Err(other.unexpected()),
+        }
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        [] | ["serve"] => Ok(Command::Serve),
+        ["migrate"] => Ok(Command::Migrate),
+        ["check"] => Ok(Command::Check),
+        ["set-password", email] => Ok(Command::SetPassword((*email).to_owned())),
+        ["set-password"] => Err("set-password takes an e-mail address".into()),
+        _ => Err(format!("there is no command “{}”", words.join(" ")).into()),
+    }
+}

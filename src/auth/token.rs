@@ -1,0 +1,218 @@
+//! Access tokens and refresh tokens: both HS256, under keys of their own, so that neither passes
+//! for the other.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use jsonwebtoken::errors::ErrorKind;
+use jsonwebtoken::{
+    Algorithm, DecodingKey, EncodingKey, Header, Validation, crypto, decode, encode,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::config::Secret;
+use crate::error::Error;
+use crate::model::User;
+
+/// A token of ours has some 400 bytes; no honest one comes near this.
+const MAX_BYTES: usize = 4096;
+/// How far the clock of another instance may be ahead, in seconds.
+const CLOCK_LEEWAY: u64 = 30;
+
+/// What an access token says of its bearer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct AccessClaims {
+    pub(crate) user_id: Uuid,
+    pub(crate) sub: Uuid,
+    pub(crate) email: String,
+    pub(crate) sid: Uuid,
+    pub(crate) iat: u64,
+    pub(crate) exp: u64,
+}
+
+/// What a refresh token says: which session, and which of its tokens. No time, so that the same
+/// successor can be made again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct RefreshClaims {
+    pub(crate) sid: Uuid,
+    pub(crate) generation: i32,
+}
+
+/// Signs with one key, verifies with that and the one before.
+struct KeyRing {
+    typ: &'static str,
+    signing: EncodingKey,
+    verifying: Vec<DecodingKey>,
+    validation: Validation,
+}
+
+/// Makes and verifies every token.
+pub(crate) struct Tokens {
+    access: KeyRing,
+    /// The same keys, for the sign-out of somebody whose token merely expired.
+    expired_access: KeyRing,
+    refresh: KeyRing,
+    access_ttl: Duration,
+}
+
+impl Tokens {
+    pub(crate) fn new(
+        secret: &Secret,
+        previous: Option<&Secret>,
+        access_ttl: Duration,
+    ) -> Result<Self, Error> {
+        let secrets: Vec<&[u8]> = std::iter::once(secret)
+            .chain(previous)
+            .map(|secret| secret.expose().as_bytes())
+            .collect();
+        let mut strict = Validation::new(Algorithm::HS256);
+        strict.leeway = 0;
+        strict.validate_nbf = true;
+        strict.set_required_spec_claims(&["exp", "sub"]);
+        let mut expired = strict.clone();
+        expired.validate_exp = false;
+        let mut timeless = Validation::new(Algorithm::HS256);
+        timeless.validate_exp = false;
+        timeless.required_spec_claims.clear();
+        let derived = secrets
+            .iter()
+            .map(|secret| derive(secret))
+            .collect::<Result<Vec<_>, _>>()?;
+        let derived: Vec<&[u8]> = derived.iter().map(String::as_bytes).collect();
+        Ok(Self {
+            access: KeyRing::new("JWT", &secrets, strict),
+            expired_access: KeyRing::new("JWT", &secrets, expired),
+            refresh: KeyRing::new("refresh+jwt", &derived, timeless),
+            access_ttl,
+        })
+    }
+
+    /// A new access token.
+    pub(crate) fn issue_access(&self, user: &User, sid: Uuid) -> Result<String, Error> {
+        let iat = now();
+        self.access.sign(&AccessClaims {
+            user_id: user.id,
+            sub: user.id,
+            email: user.email.clone(),
+            sid,
+            iat,
+            exp: iat + self.access_ttl.as_secs(),
+        })
+    }
+
+    /// The refresh token of this generation: always the same one.
+    pub(crate) fn issue_refresh(&self, sid: Uuid, generation: i32) -> Result<String, Error> {
+        self.refresh.sign(&RefreshClaims { sid, generation })
+    }
+
+    /// What a good access token says, or the reason why it is none.
+    pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims, &'static str> {
+        check(self.access.verify(token)?)
+    }
+
+    /// The same, whether or not it has expired.
+    pub(crate) fn verify_expired_access(&self, token: &str) -> Result<AccessClaims, &'static str> {
+        check(self.expired_access.verify(token)?)
+    }
+
+    /// What a refresh token says, or the reason why it is none. Whether it is still good, the
+    /// database knows.
+    pub(crate) fn verify_refresh(&self, token: &str) -> Result<RefreshClaims, &'static str> {
+        let claims: RefreshClaims = self.refresh.verify(token)?;
+        if claims.generation < 1 || claims.generation == i32::MAX {
+            Err("malformed_token")
+        } else {
+            Ok(claims)
+        }
+    }
+}
+
+fn check(claims: AccessClaims) -> Result<AccessClaims, &'static str> {
+    if claims.sub != claims.user_id {
+        return Err("contradictory_claims");
+    }
+    if claims.iat > now() + CLOCK_LEEWAY || claims.exp < claims.iat {
+        return Err("not_yet_valid");
+    }
+    Ok(claims)
+}
+
+impl KeyRing {
+    fn new(typ: &'static str, secrets: &[&[u8]], validation: Validation) -> Self {
+        Self {
+            typ,
+            signing: EncodingKey::from_secret(secrets.first().copied().unwrap_or_default()),
+            verifying: secrets
+                .iter()
+                .map(|secret| DecodingKey::from_secret(secret))
+                .collect(),
+            validation,
+        }
+    }
+
+    fn sign<T: Serialize>(&self, claims: &T) -> Result<String, Error> {
+        let mut header = Header::new(Algorithm::HS256);
+        header.typ = Some(self.typ.to_owned());
+        encode(&header, claims, &self.signing).map_err(internal)
+    }
+
+    fn verify<T: DeserializeOwned>(&self, token: &str) -> Result<T, &'static str> {
+        if token.len() > MAX_BYTES {
+            return Err("oversized_token");
+        }
+        let mut refusal = "malformed_token";
+        for key in &self.verifying {
+            match decode::<T>(token, key, &self.validation) {
+                Ok(data) if self.is_plain(&data.header) => return Ok(data.claims),
+                Ok(_) => return Err("unexpected_header"),
+                Err(error) => {
+                    refusal = reason(error.kind());
+                    if refusal != "bad_signature" {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(refusal)
+    }
+
+    /// RFC 8725 sections 3.1 and 3.10: nothing in a header chooses a key or an algorithm. Ours
+    /// have `alg` and `typ` and no more.
+    fn is_plain(&self, header: &Header) -> bool {
+        let mut plain = Header::new(Algorithm::HS256);
+        plain.typ = Some(self.typ.to_owned());
+        *header == plain
+    }
+}
+
+fn reason(kind: &ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::ExpiredSignature => "expired_token",
+        ErrorKind::InvalidSignature => "bad_signature",
+        ErrorKind::ImmatureSignature => "not_yet_valid",
+        ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => "wrong_algorithm",
+        ErrorKind::MissingRequiredClaim(_) => "missing_claim",
+        _ => "malformed_token",
+    }
+}
+
+/// A key for refresh tokens alone: nothing signed with it can be taken for an access token.
+fn derive(secret: &[u8]) -> Result<String, Error> {
+    crypto::sign(
+        b"todo-api refresh token v1",
+        &EncodingKey::from_secret(secret),
+        Algorithm::HS256,
+    )
+    .map_err(internal)
+}
+
+fn internal(error: jsonwebtoken::errors::Error) -> Error {
+    Error::Internal(format!("cannot sign: {error}"))
+}
+
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,406 @@
+//! What the binary can be told to do.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use listenfd::ListenFd;
+use log::{error, info, warn};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use sd_notify::NotifyState;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+use crate::App;
+use crate::auth::password;
+use crate::config::{Config, Secret, Store};
+use crate::db::users;
+use crate::db::{Database, Deadline, Found, Pooler, Target, local};
+use crate::logging;
+use crate::metrics::Metrics;
+use crate::model::Email;
+use crate::server;
+
+/// A command of the binary.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve the API.
+    Serve,
+    /// Apply the migrations that are due, and end.
+    Migrate,
+    /// Show the settings and look at the database.
+    Check,
+    /// Give an account a new password and end its sessions.
+    SetPassword(String),
+    /// Print the help.
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// One line for the operator.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const HELP: &str = "\
+todo-api: a multi-user todo back end over HTTP and PostgreSQL
+
+usage: todo-api [COMMAND]
+
+  serve                serve the API (the default)
+  migrate              apply the migrations that are due
+  check                show the settings, reach the database, say what it found
+  set-password EMAIL   give an account a new password and end its sessions
+  --help, --version
+
+environment (each of the first three also as NAME_FILE or a systemd credential):
+  DATABASE_URL            postgres://…; without it, a private PostgreSQL in DATA_DIR
+  JWT_SECRET              32 bytes or more; required with DATABASE_URL
+  JWT_SECRET_PREVIOUS     the secret before, still verified
+  DATA_DIR                .todo-api
+  PGSSLROOTCERT           a private CA for DATABASE_URL
+  LISTEN_ADDR             127.0.0.1:8000
+  METRICS_ADDR            off
+  CORS_ORIGINS            none; comma separated, like https://app.example.com
+  TRUSTED_PROXIES         none; comma separated addresses or CIDR blocks
+  DB_POOL_SIZE            20; 1 to 20
+  REGISTRATION            open; or closed
+  AUTH_RATE_PER_MINUTE    300 from one address; 0 is off
+  BCRYPT_COST             12; 10 to 16
+  ACCESS_TOKEN_TTL        86400 seconds
+  REFRESH_TOKEN_IDLE_TTL  2592000 seconds
+  REFRESH_TOKEN_MAX_TTL   7776000 seconds
+  REFRESH_GRACE           10 seconds
+  RUST_LOG                info; access=debug adds a line for each request";
+
+/// Runs a command to its end.
+pub fn run(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Help => println!("{HELP}"),
+        Command::Version => println!("todo-api {}", env!("CARGO_PKG_VERSION")),
+        Command::Serve => {
+            logging::init();
+            Runtime::new()?.block_on(serve(Config::from_env()?))?;
+        }
+        Command::Migrate => {
+            logging::init();
+            Runtime::new()?.block_on(migrate(Config::from_env()?))?;
+        }
+        Command::SetPassword(email) => {
+            logging::init();
+            Runtime::new()?.block_on(set_password(Config::from_env()?, &email))?;
+        }
+        Command::Check => return Runtime::new()?.block_on(check(Config::from_env()?)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A database that is there, or will be.
+struct Opened {
+    database: Database,
+    postgres: Option<local::Postgres>,
+    secret: Secret,
+    /// Where the data is, for people.
+    place: String,
+}
+
+/// Starts the private PostgreSQL, or makes ready to reach the server that the settings name.
+async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Opened, Failure> {
+    match &config.store {
+        Store::Private(directory) => {
+            let postgres = local::Postgres::start(directory).await?;
+            let secret = private_secret(config, directory)?;
+            let place = format!(
+                "{} (private PostgreSQL {})",
+                postgres.data_dir().display(),
+                postgres.version()
+            );
+            let database = Database::new(Target::private(&postgres)?, config.db_pool_size, metrics);
+            Ok(Opened {
+                database,
+                postgres: Some(postgres),
+                secret,
+                place,
+            })
+        }
+        Store::Server(url) => {
+            let target = Target::server(url).map_err(|reason| format!("DATABASE_URL {reason}"))?;
+            let secret = config
+                .jwt_secret
+                .clone()
+                .ok_or("JWT_SECRET is required with DATABASE_URL")?;
+            let place = format!("{} (sslmode {})", url.place(), url.mode());
+            Ok(Opened {
+                database: Database::new(target, config.db_pool_size, metrics),
+                postgres: None,
+                secret,
+                place,
+            })
+        }
+    }
+}
+
+fn private_secret(config: &Config, directory: &Path) -> Result<Secret, Failure> {
+    match &config.jwt_secret {
+        Some(secret) => Ok(secret.clone()),
+        None => Ok(Secret::from(local::jwt_secret(directory)?)),
+    }
+}
+
+async fn serve(config: Config) -> Result<(), Failure> {
+    let listener = listen(config.listen_addr).await?;
+    let address = listener.local_addr()?;
+    let metrics_listener = match config.metrics_addr {
+        Some(address) => Some(bind("METRICS_ADDR", address).await?),
+        None => None,
+    };
+    let (stop, stopping) = watch::channel(false);
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+
+    let metrics = Metrics::new();
+    let opened = open(&config, metrics.clone()).await?;
+    let app = App::new(config, &opened.secret, opened.database.clone(), metrics)?;
+    let serving = tokio::spawn(server::serve(listener, app.clone(), stopping));
+    if let Some(listener) = metrics_listener {
+        info!("metrics at http://{}/metrics", listener.local_addr()?);
+        tokio::spawn(server::serve_metrics(listener, app.clone()));
+    }
+    notify(&[NotifyState::Ready]);
+    let watchdog = tokio::spawn(watchdog(address));
+
+    let bring_up = bring_up(&opened, address);
+    let refused = tokio::select! {
+        refused = bring_up => refused,
+        _ = interrupted.recv() => None,
+        _ = terminated.recv() => None,
+    };
+    notify(&[NotifyState::Stopping]);
+    watchdog.abort();
+    stop.send_replace(true);
+    if let Err(error) = serving.await {
+        error!("the server ended badly: {error}");
+    }
+    if let Some(postgres) = opened.postgres {
+        postgres.stop().await;
+    }
+    match refused {
+        Some(refusal) => Err(refusal),
+        None => {
+            info!("stopped");
+            Ok(())
+        }
+    }
+}
+
+/// Brings the database up behind the listener that is open already, and tells a newcomer where
+/// everything is. Ends only where the database will not have us.
+async fn bring_up(opened: &Opened, address: SocketAddr) -> Option<Failure> {
+    let mut arriving = std::pin::pin!(opened.database.bring_up());
+    // Most databases are there; the lines for people come last.
+    let prompt = timeout(Duration::from_secs(1), arriving.as_mut()).await;
+    if let Ok(result) = &prompt {
+        match result {
+            Ok(found) => report(found),
+            Err(refusal) => return Some(refusal.to_string().into()),
+        }
+    }
+    info!("listening on http://{address}");
+    info!("data in {}", opened.place);
+    info!("documentation at http://{address}/docs");
+    if prompt.is_err() {
+        match arriving.await {
+            Ok(found) => report(&found),
+            Err(refusal) => return Some(refusal.to_string().into()),
+        }
+    }
+    std::future::pending().await
+}
+
+fn report(found: &Found) {
+    info!(
+        "database ready: PostgreSQL {}, {} migrations applied",
+        found.version, found.migrations
+    );
+}
+
+/// The socket that systemd passed, else one of our own.
+async fn listen(address: SocketAddr) -> Result<TcpListener, Failure> {
+    match ListenFd::from_env().take_tcp_listener(0)? {
+        Some(listener) => {
+            listener.set_nonblocking(true)?;
+            Ok(TcpListener::from_std(listener)?)
+        }
+        None => bind("LISTEN_ADDR", address).await,
+    }
+}
+
+async fn bind(variable: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|error| format!("cannot listen on {address} ({variable}): {error}").into())
+}
+
+fn notify(states: &[NotifyState]) {
+    // Without systemd there is nobody to tell.
+    if let Err(error) = sd_notify::notify(states) {
+        warn!("cannot notify systemd: {error}");
+    }
+}
+
+/// Tells systemd's watchdog that we live, as long as we answer ourselves.
+async fn watchdog(address: SocketAddr) {
+    let Some(period) = sd_notify::watchdog_enabled() else {
+        return;
+    };
+    loop {
+        match timeout(period / 4, ask_health(address)).await {
+            Ok(Ok(())) => notify(&[NotifyState::Watchdog]),
+            Ok(Err(error)) => error!("the service does not answer itself: {error}"),
+            Err(_) => error!("the service does not answer itself in time"),
+        }
+        sleep(period / 4).await;
+    }
+}
+
+async fn ask_health(address: SocketAddr) -> io::Result<()> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream
+        .write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .await?;
+    let mut answer = [0; 15];
+    stream.read_exact(&mut answer).await?;
+    if &answer == b"HTTP/1.1 200 OK" {
+        Ok(())
+    } else {
+        Err(io::Error::other("an answer other than 200"))
+    }
+}
+
+async fn migrate(config: Config) -> Result<(), Failure> {
+    let opened = open(&config, Metrics::new()).await?;
+    let found = opened.database.bring_up().await;
+    if let Some(postgres) = opened.postgres {
+        postgres.stop().await;
+    }
+    println!("{} migrations applied", found?.migrations);
+    Ok(())
+}
+
+async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
+    let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
+    let opened = open(&config, Metrics::new()).await?;
+    let result = match opened.database.bring_up().await {
+        Ok(_) => replace_password(&opened.database, &email, config.bcrypt_cost).await,
+        Err(refusal) => Err(refusal.into()),
+    };
+    if let Some(postgres) = opened.postgres {
+        postgres.stop().await;
+    }
+    println!("password set; {} sessions ended", result?);
+    Ok(())
+}
+
+async fn replace_password(database: &Database, email: &Email, cost: u32) -> Result<usize, Failure> {
+    let unreachable = |error| format!("the database did not take it: {error:?}");
+    let attempt = users::for_sign_in(database, Deadline::start(), email)
+        .await
+        .map_err(unreachable)?;
+    let (id, hash) = attempt
+        .account
+        .ok_or("there is no account with this address")?;
+    let new = password::hash_checked(&ask_password()?, email.as_str(), cost)?;
+    let ended =
+        users::change_password(database, Deadline::start(), id, &hash, &new, Uuid::nil()).await;
+    let ended = ended
+        .map_err(unreachable)?
+        .ok_or("the password was changed meanwhile; nothing was done")?;
+    Ok(ended.len())
+}
+
+/// A password from the terminal, not shown, twice; or the first line of what is piped in.
+fn ask_password() -> Result<String, Failure> {
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        return read_line();
+    }
+    let shown = tcgetattr(&stdin)?;
+    let mut hidden = shown.clone();
+    hidden.local_modes.remove(LocalModes::ECHO);
+    tcsetattr(&stdin, OptionalActions::Flush, &hidden)?;
+    let answers = prompt("new password: ").and_then(|first| Ok((first, prompt("again: ")?)));
+    tcsetattr(&stdin, OptionalActions::Flush, &shown)?;
+    let (first, second) = answers?;
+    if first == second {
+        Ok(first)
+    } else {
+        Err("the two are not the same; nothing was changed".into())
+    }
+}
+
+fn prompt(text: &str) -> Result<String, Failure> {
+    eprint!("{text}");
+    io::stderr().flush()?;
+    let line = read_line();
+    eprintln!();
+    line
+}
+
+fn read_line() -> Result<String, Failure> {
+    let mut line = String::new();
+    io::stdin().lock().read_line(&mut line)?;
+    Ok(line.trim_end_matches(['\r', '\n']).to_owned())
+}
+
+/// `todo-api check`: 0 where a start would go well, 1 where not.
+async fn check(config: Config) -> Result<ExitCode, Failure> {
+    for setting in &config.found {
+        println!(
+            "{:<24} {:<28} {}",
+            setting.name, setting.value, setting.source
+        );
+    }
+    let target = match &config.store {
+        Store::Private(directory) => {
+            println!(
+                "private PostgreSQL in {}: made and started by `todo-api serve`",
+                directory.display()
+            );
+            return Ok(ExitCode::SUCCESS);
+        }
+        Store::Server(url) => {
+            Target::server(url).map_err(|reason| format!("DATABASE_URL {reason}"))?
+        }
+    };
+    println!("database {}", target.place());
+    match target.survey().await {
+        Ok(found) => {
+            describe(&found);
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(trouble) => {
+            println!("  cannot be used: {trouble}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn describe(found: &Found) {
+    println!("  PostgreSQL {}", found.version);
+    println!("  TLS {}", if found.tls { "in use" } else { "not in use" });
+    println!("  migrations due: {}", found.migrations);
+    println!("  clock difference {:.3} s", found.clock_difference);
+    println!(
+        "  pooler {}",
+        match found.pooler {
+            Pooler::None => "none seen",
+            Pooler::Transaction => "transaction mode, with prepared statements",
+        }
+    );
+}

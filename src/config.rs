@@ -1,0 +1,394 @@
+//! Every setting: its variable, its default, its bounds. A wrong one ends the start with one line
+//! that names the variable and what it takes, and never shows a secret.
+
+use std::fmt;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::db::local;
+use crate::db::url::DatabaseUrl;
+
+/// RFC 7518 section 3.2: a key for HS256 has at least as many bits as its hash.
+const MIN_SECRET_BYTES: usize = 32;
+
+/// A value that never shows itself.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The value, for the one place that uses it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// Where the data lives.
+#[derive(Clone, Debug)]
+pub enum Store {
+    /// A PostgreSQL of our own, in this directory.
+    Private(PathBuf),
+    /// A server that somebody else runs.
+    Server(Box<DatabaseUrl>),
+}
+
+/// How long tokens and sessions are good for.
+#[derive(Clone, Copy, Debug)]
+pub struct Lifetimes {
+    /// An access token, from its issue.
+    pub access: Duration,
+    /// A session, from its last refresh.
+    pub refresh_idle: Duration,
+    /// A session, in all.
+    pub refresh_max: Duration,
+    /// How long a refresh token that was just used gives its successor again.
+    pub refresh_grace: Duration,
+}
+
+/// The settings, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `DATABASE_URL` or `DATA_DIR`.
+    pub store: Store,
+    /// `JWT_SECRET`; `None` with a private PostgreSQL that keeps one of its own.
+    pub jwt_secret: Option<Secret>,
+    /// `JWT_SECRET_PREVIOUS`: still verified, never signed with.
+    pub jwt_secret_previous: Option<Secret>,
+    /// `LISTEN_ADDR`.
+    pub listen_addr: SocketAddr,
+    /// `METRICS_ADDR`.
+    pub metrics_addr: Option<SocketAddr>,
+    /// `CORS_ORIGINS`.
+    pub cors_origins: Vec<String>,
+    /// `TRUSTED_PROXIES`.
+    pub trusted_proxies: Vec<IpNet>,
+    /// `DB_POOL_SIZE`.
+    pub db_pool_size: u32,
+    /// `REGISTRATION`.
+    pub registration_open: bool,
+    /// `AUTH_RATE_PER_MINUTE`; 0 is off.
+    pub auth_rate_per_minute: u32,
+    /// `BCRYPT_COST`.
+    pub bcrypt_cost: u32,
+    /// `ACCESS_TOKEN_TTL` and its fellows.
+    pub lifetimes: Lifetimes,
+    /// Each setting as it was found, for `todo-api check`.
+    pub found: Vec<Setting>,
+}
+
+/// One setting as it was found.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// The variable.
+    pub name: &'static str,
+    /// Its value; `…` for a secret.
+    pub value: String,
+    /// Where it came from.
+    pub source: Source,
+}
+
+/// Where a setting came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Nobody set it.
+    Default,
+    /// The environment.
+    Environment,
+    /// The file that the variable with `_FILE` names.
+    File(PathBuf),
+    /// A credential that systemd passed.
+    Credential,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::Environment => f.write_str("environment"),
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Credential => f.write_str("systemd credential"),
+        }
+    }
+}
+
+/// What is wrong with the settings: one line for the operator.
+#[derive(Debug)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads the environment of the process.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let mut reader = Reader::default();
+        let url = reader.secret("DATABASE_URL", "DATABASE_URL_FILE", "database_url")?;
+        let data_dir = reader.value("DATA_DIR", || {
+            local::default_data_dir().display().to_string()
+        })?;
+        let root_certificates = reader.optional("PGSSLROOTCERT")?.map(PathBuf::from);
+        let store = match &url {
+            None => Store::Private(PathBuf::from(data_dir)),
+            Some(url) => DatabaseUrl::parse(url.expose(), root_certificates)
+                .map(|url| Store::Server(Box::new(url)))
+                .map_err(|reason| ConfigError(format!("DATABASE_URL {reason}")))?,
+        };
+        let jwt_secret = reader.jwt_secret("JWT_SECRET", "JWT_SECRET_FILE", "jwt_secret")?;
+        if jwt_secret.is_none() && url.is_some() {
+            return Err(ConfigError(format!(
+                "JWT_SECRET is required with DATABASE_URL: {MIN_SECRET_BYTES} bytes or more, for example from `openssl rand -hex 32`"
+            )));
+        }
+        let jwt_secret_previous = reader.jwt_secret(
+            "JWT_SECRET_PREVIOUS",
+            "JWT_SECRET_PREVIOUS_FILE",
+            "jwt_secret_previous",
+        )?;
+        let address = "an address and a port like 127.0.0.1:8000";
+        let listen_addr = reader.parsed("LISTEN_ADDR", "127.0.0.1:8000", address)?;
+        let metrics_addr = reader.optional_parsed("METRICS_ADDR", address)?;
+        let cors_origins = reader.list(
+            "CORS_ORIGINS",
+            "origins like https://app.example.com",
+            origin,
+        )?;
+        let trusted_proxies = reader.list(
+            "TRUSTED_PROXIES",
+            "addresses or CIDR blocks like 10.0.0.0/8",
+            network,
+        )?;
+        let db_pool_size = reader.bounded("DB_POOL_SIZE", 20, 1..=20)? as u32;
+        let registration_open = match reader.value("REGISTRATION", || "open".into())?.as_str() {
+            "open" => true,
+            "closed" => false,
+            _ => return Err(ConfigError("REGISTRATION must be open or closed".into())),
+        };
+        let auth_rate_per_minute =
+            reader.bounded("AUTH_RATE_PER_MINUTE", 300, 0..=1_000_000)? as u32;
+        let bcrypt_cost = reader.bounded("BCRYPT_COST", 12, 10..=16)? as u32;
+        const YEAR: u64 = 365 * 86_400;
+        let lifetimes = Lifetimes {
+            access: reader.seconds("ACCESS_TOKEN_TTL", 86_400, 1..=30 * 86_400)?,
+            refresh_idle: reader.seconds("REFRESH_TOKEN_IDLE_TTL", 30 * 86_400, 1..=YEAR)?,
+            refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * 86_400, 1..=YEAR)?,
+            refresh_grace: reader.seconds("REFRESH_GRACE", 10, 0..=300)?,
+        };
+        // Read by the logger itself; here only so that `todo-api check` shows it.
+        reader.value("RUST_LOG", || "info".into())?;
+        Ok(Self {
+            store,
+            jwt_secret,
+            jwt_secret_previous,
+            listen_addr,
+            metrics_addr,
+            cors_origins,
+            trusted_proxies,
+            db_pool_size,
+            registration_open,
+            auth_rate_per_minute,
+            bcrypt_cost,
+            lifetimes: Lifetimes {
+                refresh_idle: lifetimes.refresh_idle.min(lifetimes.refresh_max),
+                ..lifetimes
+            },
+            found: reader.found,
+        })
+    }
+}
+
+/// Reads variables and keeps a list of what it found.
+#[derive(Default)]
+struct Reader {
+    found: Vec<Setting>,
+}
+
+impl Reader {
+    /// A variable as it stands; an empty one counts as not set.
+    fn variable(name: &str) -> Result<Option<String>, ConfigError> {
+        match std::env::var(name) {
+            Ok(value) => Ok(Some(value.trim().to_owned()).filter(|value| !value.is_empty())),
+            Err(std::env::VarError::NotPresent) => Ok(None),
+            Err(std::env::VarError::NotUnicode(_)) => {
+                Err(ConfigError(format!("{name} must be UTF-8")))
+            }
+        }
+    }
+
+    fn note(&mut self, name: &'static str, value: String, source: Source) {
+        self.found.push(Setting {
+            name,
+            value,
+            source,
+        });
+    }
+
+    fn optional(&mut self, name: &'static str) -> Result<Option<String>, ConfigError> {
+        let value = Self::variable(name)?;
+        match &value {
+            Some(text) => self.note(name, text.clone(), Source::Environment),
+            None => self.note(name, "none".into(), Source::Default),
+        }
+        Ok(value)
+    }
+
+    fn value(
+        &mut self,
+        name: &'static str,
+        default: impl FnOnce() -> String,
+    ) -> Result<String, ConfigError> {
+        let (value, source) = match Self::variable(name)? {
+            Some(value) => (value, Source::Environment),
+            None => (default(), Source::Default),
+        };
+        self.note(name, value.clone(), source);
+        Ok(value)
+    }
+
+    fn parsed<T: FromStr>(
+        &mut self,
+        name: &'static str,
+        default: &str,
+        takes: &str,
+    ) -> Result<T, ConfigError> {
+        let value = self.value(name, || default.to_owned())?;
+        value
+            .parse()
+            .map_err(|_| ConfigError(format!("{name} must be {takes}")))
+    }
+
+    fn optional_parsed<T: FromStr>(
+        &mut self,
+        name: &'static str,
+        takes: &str,
+    ) -> Result<Option<T>, ConfigError> {
+        let value = self.optional(name)?;
+        let parsed = value.map(|text| text.parse());
+        parsed
+            .transpose()
+            .map_err(|_| ConfigError(format!("{name} must be {takes}")))
+    }
+
+    fn list<T>(
+        &mut self,
+        name: &'static str,
+        takes: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<Vec<T>, ConfigError> {
+        let value = self.optional(name)?.unwrap_or_default();
+        let entries = value
+            .split(',')
+            .map(str::trim)
+            .filter(|entry| !entry.is_empty());
+        let parsed: Option<Vec<T>> = entries.map(parse).collect();
+        parsed
+            .ok_or_else(|| ConfigError(format!("{name} must be a comma separated list of {takes}")))
+    }
+
+    fn bounded(
+        &mut self,
+        name: &'static str,
+        default: u64,
+        bounds: RangeInclusive<u64>,
+    ) -> Result<u64, ConfigError> {
+        let takes = format!("a whole number from {} to {}", bounds.start(), bounds.end());
+        let number = self.parsed(name, &default.to_string(), &takes)?;
+        if !bounds.contains(&number) {
+            return Err(ConfigError(format!("{name} must be {takes}")));
+        }
+        Ok(number)
+    }
+
+    fn seconds(
+        &mut self,
+        name: &'static str,
+        default: u64,
+        bounds: RangeInclusive<u64>,
+    ) -> Result<Duration, ConfigError> {
+        self.bounded(name, default, bounds).map(Duration::from_secs)
+    }
+
+    /// A secret out of a variable, the file that another variable names, or a systemd credential.
+    fn secret(
+        &mut self,
+        name: &'static str,
+        file_name: &'static str,
+        credential: &str,
+    ) -> Result<Option<Secret>, ConfigError> {
+        let file = Self::variable(file_name)?.map(PathBuf::from);
+        let credential = std::env::var_os("CREDENTIALS_DIRECTORY")
+            .map(|directory| PathBuf::from(directory).join(credential))
+            .filter(|path| path.exists());
+        let (text, source) = match (Self::variable(name)?, file, credential) {
+            (Some(_), Some(_), _) => {
+                return Err(ConfigError(format!("set {name} or {file_name}, not both")));
+            }
+            (Some(text), None, _) => (text, Source::Environment),
+            (None, Some(path), _) => (read(file_name, &path)?, Source::File(path)),
+            (None, None, Some(path)) => (read(name, &path)?, Source::Credential),
+            (None, None, None) => {
+                self.note(name, "none".into(), Source::Default);
+                return Ok(None);
+            }
+        };
+        self.note(name, "…".into(), source);
+        Ok(Some(Secret(text)))
+    }
+
+    fn jwt_secret(
+        &mut self,
+        name: &'static str,
+        file_name: &'static str,
+        credential: &str,
+    ) -> Result<Option<Secret>, ConfigError> {
+        let secret = self.secret(name, file_name, credential)?;
+        match &secret {
+            Some(Secret(text)) if text.len() < MIN_SECRET_BYTES => Err(ConfigError(format!(
+                "{name} must have {MIN_SECRET_BYTES} bytes or more"
+            ))),
+            _ => Ok(secret),
+        }
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+fn read(name: &str, path: &PathBuf) -> Result<String, ConfigError> {
+    let text = fs::read_to_string(path)
+        .map_err(|error| ConfigError(format!("{name}: cannot read {}: {error}", path.display())))?;
+    Ok(text.trim().to_owned())
+}
+
+/// An origin as browsers send it (RFC 6454 section 6.2): scheme, host, and a port that is not the
+/// scheme's own.
+fn origin(text: &str) -> Option<String> {
+    let uri: hyper::Uri = text.parse().ok()?;
+    let serialized = format!("{}://{}", uri.scheme_str()?, uri.authority()?);
+    let plain = matches!(uri.scheme_str(), Some("http" | "https")) && !serialized.contains('@');
+    (plain && serialized == text).then_some(serialized)
+}
+
+fn network(text: &str) -> Option<IpNet> {
+    text.parse()
+        .ok()
+        .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}

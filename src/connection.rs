@@ -1,0 +1,412 @@
+//! A client's socket as hyper sees it, with the bounds that hyper leaves to us: a clock for an
+//! idle connection, for a head that comes in drops, and for an answer that nobody reads; a strict
+//! look at the head's line ends; and a last read before closing, so that an early answer is not
+//! lost to a reset.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::body::{Body as _, Incoming};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// A head, from its first byte (for the first one: from the connection) to its end.
+const HEAD_BOUND: Duration = Duration::from_secs(10);
+/// Between two requests.
+const IDLE_BOUND: Duration = Duration::from_secs(75);
+/// An answer, from the first time that the socket takes no more of it.
+const WRITE_BOUND: Duration = Duration::from_secs(30);
+/// What a client may still send, and for how long, to a connection that we have closed for writing.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 8 * 1024 * 1024;
+
+/// What the service and the socket of a connection tell each other.
+#[derive(Default)]
+pub(crate) struct Line {
+    /// A request is being answered.
+    busy: AtomicBool,
+    /// Its answer is made; what remains is writing it.
+    answered: AtomicBool,
+    /// The length of its body: what follows is the next head. `u64::MAX` where only hyper knows.
+    body: AtomicU64,
+    /// The head broke a rule that hyper does not check.
+    malformed: AtomicBool,
+}
+
+impl Line {
+    /// A request has arrived. Gives what is wrong with the form of its head.
+    pub(crate) fn begin(&self, body: &Incoming) -> Option<&'static str> {
+        self.busy.store(true, Ordering::Relaxed);
+        self.answered.store(false, Ordering::Relaxed);
+        self.body.store(
+            body.size_hint().exact().unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
+        let malformed = self.malformed.swap(false, Ordering::Relaxed);
+        malformed.then_some(
+            "a line of the head ends in a bare CR or LF, or Content-Length is there twice",
+        )
+    }
+
+    /// Its answer is made.
+    pub(crate) fn end(&self) {
+        self.answered.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Where in the stream of requests the next byte to hand on is.
+enum Place {
+    /// In a head, or before one.
+    Head(Head),
+    /// The head is complete; hyper is about to say what follows.
+    AfterHead,
+    /// In a body with so many bytes to come.
+    Body(u64),
+    /// In a chunked body: hyper knows its end, we learn of it with the answer.
+    Chunked,
+}
+
+/// A head, byte by byte: nothing may look like an end of line to one reader and not to another
+/// (RFC 9112 section 2.2; request smuggling lives on such differences).
+#[derive(Default)]
+struct Head {
+    started: bool,
+    /// Bytes of the line so far.
+    line: usize,
+    /// How much of `content-length:` the line has matched so far.
+    matched: usize,
+    lengths: usize,
+    after_cr: bool,
+    malformed: bool,
+}
+
+const CONTENT_LENGTH: &[u8] = b"content-length:";
+
+impl Head {
+    /// Takes a byte; says whether it was the last of the head.
+    fn take(&mut self, byte: u8) -> bool {
+        if self.after_cr && byte != b'\n' {
+            self.malformed = true;
+        }
+        match byte {
+            b'\n' => {
+                self.malformed |= !self.after_cr;
+                self.after_cr = false;
+                let empty = self.line == 0;
+                self.line = 0;
+                self.matched = 0;
+                // Empty lines before a head are skipped (RFC 9112 section 2.2).
+                return empty && self.started;
+            }
+            b'\r' => self.after_cr = true,
+            _ => {
+                self.after_cr = false;
+                self.started = true;
+                if self.matched == self.line
+                    && CONTENT_LENGTH.get(self.line) == Some(&byte.to_ascii_lowercase())
+                {
+                    self.matched += 1;
+                    if self.matched == CONTENT_LENGTH.len() {
+                        self.lengths += 1;
+                        self.malformed |= self.lengths > 1;
+                    }
+                }
+                self.line += 1;
+            }
+        }
+        false
+    }
+}
+
+/// A deadline that moves often and is seldom reached: the timer is set anew only when it rings too
+/// early or would ring too late.
+#[derive(Default)]
+struct Clock {
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Clock {
+    fn has_passed(&mut self, deadline: Instant, context: &mut Context<'_>) -> bool {
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+        if timer.deadline() > deadline {
+            timer.as_mut().reset(deadline);
+        }
+        while timer.as_mut().poll(context).is_ready() {
+            if timer.deadline() >= deadline {
+                return true;
+            }
+            timer.as_mut().reset(deadline);
+        }
+        false
+    }
+}
+
+/// Follows the stream of requests and says how much of it hyper may see: a head alone, so that
+/// what comes behind it is looked at with hyper's word on what it is.
+struct Tracker {
+    line: Arc<Line>,
+    place: Place,
+}
+
+impl Tracker {
+    /// How many of these bytes, at least one, may be handed on now.
+    fn follow(&mut self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        while at < bytes.len() {
+            match &mut self.place {
+                Place::AfterHead => {
+                    self.place = match self.line.body.load(Ordering::Relaxed) {
+                        u64::MAX => Place::Chunked,
+                        0 => Place::Head(Head::default()),
+                        length => Place::Body(length),
+                    };
+                }
+                Place::Chunked => return bytes.len(),
+                Place::Body(left) => {
+                    let here = (*left).min((bytes.len() - at) as u64);
+                    *left -= here;
+                    at += here as usize;
+                    if *left == 0 {
+                        self.place = Place::Head(Head::default());
+                    }
+                }
+                Place::Head(head) => {
+                    let end = bytes[at..].iter().position(|byte| head.take(*byte));
+                    let Some(end) = end else {
+                        return bytes.len();
+                    };
+                    if head.malformed {
+                        self.line.malformed.store(true, Ordering::Relaxed);
+                    }
+                    self.place = Place::AfterHead;
+                    return at + end + 1;
+                }
+            }
+        }
+        at
+    }
+
+    fn is_in_head(&self) -> bool {
+        matches!(&self.place, Place::Head(head) if head.started)
+    }
+}
+
+/// The socket.
+pub(crate) struct Guarded {
+    stream: TcpStream,
+    tracker: Tracker,
+    /// Bytes behind the end of a head.
+    held_back: Vec<u8>,
+    read_clock: Clock,
+    /// When there has to be a whole head, or the first byte of one.
+    read_deadline: Instant,
+    write_clock: Clock,
+    write_deadline: Option<Instant>,
+    lingering: Option<(Instant, usize)>,
+}
+
+impl Guarded {
+    pub(crate) fn new(stream: TcpStream, line: Arc<Line>) -> Self {
+        Self {
+            stream,
+            tracker: Tracker {
+                line,
+                place: Place::Head(Head::default()),
+            },
+            held_back: Vec::new(),
+            read_clock: Clock::default(),
+            read_deadline: Instant::now() + HEAD_BOUND,
+            write_clock: Clock::default(),
+            write_deadline: None,
+            lingering: None,
+        }
+    }
+
+    /// Hands on what was held back, as far as hyper may see it.
+    fn hand_on(&mut self, buffer: &mut ReadBuf<'_>) {
+        let room = self.held_back.len().min(buffer.remaining());
+        let seen = self.tracker.follow(&self.held_back[..room]);
+        buffer.put_slice(&self.held_back[..seen]);
+        self.held_back.drain(..seen);
+    }
+
+    /// An answer is written: what comes next is another request.
+    fn rest(&mut self) {
+        self.write_deadline = None;
+        let line = &self.tracker.line;
+        if !line.answered.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        line.busy.store(false, Ordering::Relaxed);
+        if matches!(self.tracker.place, Place::Chunked) {
+            self.tracker.place = Place::Head(Head::default());
+        }
+        let bound = if self.tracker.is_in_head() {
+            HEAD_BOUND
+        } else {
+            IDLE_BOUND
+        };
+        self.read_deadline = Instant::now() + bound;
+    }
+
+    /// Nothing to read: fine while a request is being answered, else bounded.
+    fn wait_to_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let busy = self.tracker.line.busy.load(Ordering::Relaxed);
+        if !busy && self.read_clock.has_passed(self.read_deadline, context) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Poll::Pending
+    }
+
+    /// The client takes nothing more for now.
+    fn wait_to_write<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+        let deadline = *self
+            .write_deadline
+            .get_or_insert_with(|| Instant::now() + WRITE_BOUND);
+        if self.write_clock.has_passed(deadline, context) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Poll::Pending
+    }
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if !this.held_back.is_empty() {
+            this.hand_on(buffer);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buffer.filled().len();
+        if Pin::new(&mut this.stream)
+            .poll_read(context, buffer)?
+            .is_pending()
+        {
+            return this.wait_to_read(context);
+        }
+        let was_in_head = this.tracker.is_in_head();
+        let bytes = &buffer.filled()[before..];
+        let seen = this.tracker.follow(bytes);
+        this.held_back.extend_from_slice(&bytes[seen..]);
+        buffer.set_filled(before + seen);
+        if this.tracker.is_in_head() && !was_in_head {
+            this.read_deadline = this.read_deadline.min(Instant::now() + HEAD_BOUND);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match Pin::new(&mut self.stream).poll_write(context, bytes) {
+            Poll::Pending => self.wait_to_write(context),
+            ready => ready,
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match Pin::new(&mut self.stream).poll_write_vectored(context, slices) {
+            Poll::Pending => self.wait_to_write(context),
+            ready => ready,
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    /// hyper flushes when it has nothing left to write.
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+        self.rest();
+        Poll::Ready(Ok(()))
+    }
+
+    /// Closes our side, then reads for a moment what the client still sends: closing a socket with
+    /// unread bytes resets it, and a reset can overtake our answer.
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.lingering.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(context))?;
+        }
+        let (deadline, left) = this
+            .lingering
+            .get_or_insert_with(|| (Instant::now() + LINGER, LINGER_BYTES));
+        loop {
+            let mut scratch = [0; 4096];
+            let mut buffer = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut this.stream).poll_read(context, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() && *left > 0 => {
+                    *left = left.saturating_sub(buffer.filled().len());
+                }
+                Poll::Pending if !this.read_clock.has_passed(*deadline, context) => {
+                    return Poll::Pending;
+                }
+                _ => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(text: &str) -> (Option<usize>, bool) {
+        let mut head = Head::default();
+        let end = text.bytes().position(|byte| head.take(byte));
+        (end.map(|end| end + 1), head.malformed)
+    }
+
+    #[test]
+    fn a_head_ends_at_its_empty_line() {
+        assert_eq!(
+            head("GET / HTTP/1.1\r\nHost: a\r\n\r\nrest"),
+            (Some(27), false)
+        );
+        assert_eq!(head("\r\nGET / HTTP/1.1\r\n\r\n"), (Some(20), false));
+        assert_eq!(head("GET / HTTP/1.1\r\nHost: a\r\n"), (None, false));
+    }
+
+    #[test]
+    fn a_bare_cr_or_lf_or_a_second_length_is_seen() {
+        assert_eq!(head("GET / HTTP/1.1\nHost: a\r\n\r\n"), (Some(26), true));
+        assert_eq!(head("GET / HTTP/1.1\r\nHost: a\n\n"), (Some(25), true));
+        assert!(head("GET / HTTP/1.1\r\nA: b\rc\r\n\r\n").1);
+        assert!(head("P / HTTP/1.1\r\nContent-Length: 1\r\ncontent-length: 1\r\n\r\n").1);
+        assert!(!head("P / HTTP/1.1\r\nContent-Length: 1\r\nX-Content-Length: 1\r\n\r\n").1);
+    }
+
+    #[test]
+    fn what_follows_a_head_is_told_by_its_length() {
+        let line = Arc::new(Line::default());
+        let mut tracker = Tracker {
+            line: line.clone(),
+            place: Place::Head(Head::default()),
+        };
+        let stream = b"P / HTTP/1.1\r\n\r\na\nb\nGET / HTTP/1.1\r\n\r\n";
+        assert_eq!(tracker.follow(stream), 16);
+        line.body.store(4, Ordering::Relaxed);
+        assert_eq!(tracker.follow(&stream[16..]), 22);
+        assert!(!line.malformed.load(Ordering::Relaxed));
+    }
+}

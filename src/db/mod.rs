@@ -1,0 +1,658 @@
+//! The database: one pool, its bounds, and what happens when it does not answer.
+//!
+//! *Reads borrow, writes hold.* A cheap read takes a connection out of the pool, keeps a handle
+//! to it and gives it back at once, so that reads share a connection and travel in one packet.
+//! A write, or a read that can be slow, keeps its connection to itself until it is answered:
+//! whatever shared it would wait for its fsync.
+
+pub mod local;
+mod migrations;
+mod pool;
+mod reach;
+pub(crate) mod sessions;
+mod statements;
+pub(crate) mod sweep;
+pub(crate) mod tasks;
+pub mod url;
+pub(crate) mod users;
+
+use std::error::Error as _;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use log::{info, warn};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
+
+use crate::error::Error;
+use crate::metrics::Metrics;
+use pool::{Link, Pool, Pooled};
+pub use reach::{Found, Pooler, Refusal, Target};
+use statements::Sql;
+
+type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+/// All that one request may want of the database.
+const REQUEST_BOUND: Duration = Duration::from_secs(5);
+/// The part of it that getting a connection may take, connecting and preparing included.
+const CONNECTION_BOUND: Duration = Duration::from_secs(2);
+/// A query that takes this long makes us ask whether the database is there at all.
+const SUSPICIOUS: Duration = Duration::from_secs(1);
+/// A queue for connections that has stood this long is no burst any more …
+const STANDING: Duration = Duration::from_millis(500);
+/// … and whoever joins it then waits no longer than this before being shed ("controlled delay":
+/// a standing queue makes everybody late and nothing faster).
+const STANDING_WAIT: Duration = Duration::from_millis(50);
+/// How many reads share a connection before it stays checked out until one is answered: few busy
+/// backends beat many half-idle ones, and a slow query's neighbours stay few.
+const READS_PER_CONNECTION: usize = 16;
+/// Searches at a time, so that nobody's searches take the pool.
+const SEARCHES: usize = 5;
+
+/// The moment by which a request has its answer from the database, or none.
+#[derive(Clone, Copy)]
+pub struct Deadline(Instant);
+
+impl Deadline {
+    /// The bound of a request, from now on.
+    pub(crate) fn start() -> Self {
+        Self(Instant::now() + REQUEST_BOUND)
+    }
+
+    /// The bound of waiting for a turn at an account whose passwords are being checked.
+    pub(crate) fn for_passwords() -> Self {
+        Self(Instant::now() + 2 * REQUEST_BOUND)
+    }
+
+    /// The moment itself.
+    pub(crate) fn at(self) -> Instant {
+        self.0
+    }
+}
+
+/// Why there is no answer from the database.
+#[derive(Debug)]
+pub(crate) enum DbError {
+    /// It does not answer, or not in time.
+    Unavailable(String),
+    /// All connections are busy and have been for too long.
+    Overloaded,
+    /// It refused the statement.
+    Refused(tokio_postgres::Error),
+}
+
+impl DbError {
+    /// Whether the statement broke this constraint-like rule.
+    fn is(&self, state: &SqlState) -> bool {
+        matches!(self, Self::Refused(error) if error.code() == Some(state))
+    }
+}
+
+impl From<DbError> for Error {
+    fn from(error: DbError) -> Self {
+        match error {
+            DbError::Unavailable(reason) => Self::DatabaseUnavailable(reason),
+            DbError::Overloaded => Self::Overloaded,
+            DbError::Refused(error) => Self::Internal(describe(&error)),
+        }
+    }
+}
+
+/// An error of tokio-postgres with its cause: it prints only "db error" by itself.
+pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
+    match (error.as_db_error(), error.source()) {
+        // Not the detail or the hint: they may quote a row.
+        (Some(db), _) => format!("{} (SQLSTATE {})", db.message(), db.code().code()),
+        (None, Some(source)) => format!("{error}: {source}"),
+        (None, None) => error.to_string(),
+    }
+}
+
+/// Whether the server or the way to it failed, rather than the statement: the same may do better
+/// on another connection or a little later.
+fn is_lost(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        // Operator intervention, connection exceptions, no resources (a full disk is one), a
+        // standby, a forgotten prepared statement, a transaction that has to be repeated.
+        Some(code) => ["57P", "08", "53", "25006", "26000", "40"]
+            .iter()
+            .any(|class| code.code().starts_with(class)),
+        None => {
+            error.is_closed()
+                || error
+                    .source()
+                    .is_some_and(|source| source.is::<std::io::Error>())
+        }
+    }
+}
+
+/// Whether a connection that met this error is still good.
+fn leaves_connection(error: &tokio_postgres::Error) -> bool {
+    let Some(code) = error.code() else {
+        return false;
+    };
+    ["53", "40", "25006"]
+        .iter()
+        .any(|class| code.code().starts_with(class))
+}
+
+/// Whether the database answers, as far as we know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Not reached yet, or its schema is not ours yet.
+    Starting,
+    /// It answers.
+    Up,
+    /// It does not; one task of ours asks until it does.
+    Away,
+}
+
+/// The database, for everybody.
+#[derive(Clone)]
+pub struct Database(Arc<Inner>);
+
+struct Inner {
+    target: Target,
+    pool: Pool,
+    /// As many as connections, first come first served: the pool itself lets newcomers overtake.
+    places: Arc<Semaphore>,
+    searches: Arc<Semaphore>,
+    state: watch::Sender<State>,
+    probing: AtomicBool,
+    epoch: Instant,
+    /// Milliseconds since `epoch`: when the database last answered.
+    answered: AtomicU64,
+    /// Milliseconds since `epoch`: when somebody last got a connection without waiting.
+    unhindered: AtomicU64,
+    metrics: Arc<Metrics>,
+}
+
+impl Database {
+    /// A database that nobody has asked yet; `bring_up` makes it ready.
+    pub fn new(target: Target, pool_size: u32, metrics: Arc<Metrics>) -> Self {
+        Self(Arc::new_cyclic(|inner: &std::sync::Weak<Inner>| {
+            let inner = inner.clone();
+            let failed = move |reason| {
+                if let Some(inner) = inner.upgrade() {
+                    Database(inner).suspect(reason);
+                }
+            };
+            Inner {
+                pool: pool::build(target.clone(), pool_size, CONNECTION_BOUND, failed),
+                target,
+                places: Arc::new(Semaphore::new(pool_size as usize)),
+                searches: Arc::new(Semaphore::new(SEARCHES.min(pool_size as usize))),
+                state: watch::Sender::new(State::Starting),
+                probing: AtomicBool::new(false),
+                epoch: Instant::now(),
+                answered: AtomicU64::new(0),
+                unhindered: AtomicU64::new(0),
+                metrics,
+            }
+        }))
+    }
+
+    /// Waits until the database answers and has our schema, with a line now and then. An error is
+    /// one that waiting does not mend.
+    pub async fn bring_up(&self) -> Result<Found, Refusal> {
+        let mut told = None;
+        loop {
+            let reason = match self.0.target.arrive().await {
+                Ok(found) => {
+                    self.0.state.send_replace(State::Up);
+                    self.answered();
+                    return Ok(found);
+                }
+                Err(reach::Trouble::Refused(refusal)) => return Err(refusal),
+                Err(reach::Trouble::Away(reason)) => reason,
+            };
+            if told.is_none_or(|at: Instant| at.elapsed() > Duration::from_secs(10)) {
+                warn!(
+                    "waiting for the database at {}: {reason}",
+                    self.0.target.place()
+                );
+                told = Some(Instant::now());
+            }
+            sleep(Duration::from_millis(250)).await;
+        }
+    }
+
+    /// Whether the database answers: by what was last seen of it, else by asking it, at most
+    /// every five seconds.
+    pub(crate) async fn is_ready(&self) -> bool {
+        if *self.0.state.borrow() != State::Up {
+            return false;
+        }
+        let since = self
+            .millis()
+            .saturating_sub(self.0.answered.load(Ordering::Relaxed));
+        if since < 5000 {
+            return true;
+        }
+        let deadline = Deadline(Instant::now() + CONNECTION_BOUND);
+        self.borrow(deadline, |link| async move {
+            link.client().check_connection().await
+        })
+        .await
+        .is_ok()
+    }
+
+    /// Asks a cheap question over a shared connection, again over a fresh one if that is lost.
+    pub(crate) async fn read(
+        &self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.again_if_lost(deadline, || {
+            self.borrow(deadline, |link| async move {
+                link.client().query(link.statement(sql), params).await
+            })
+        })
+        .await
+    }
+
+    /// Asks a question that can take long over a connection of its own.
+    pub(crate) async fn read_alone(
+        &self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.again_if_lost(deadline, || async {
+            self.hold(deadline)
+                .await?
+                .query(deadline, sql, params)
+                .await
+        })
+        .await
+    }
+
+    /// A question that reads all of somebody's rows: one of few at a time.
+    pub(crate) async fn search(
+        &self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        let place = timeout_at(deadline.at(), self.0.searches.clone().acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            return Err(DbError::Overloaded);
+        };
+        let place = Arc::new(place);
+        self.again_if_lost(deadline, || async {
+            let mut held = self.hold(deadline).await?;
+            held.search = Some(place.clone());
+            held.query(deadline, sql, params).await
+        })
+        .await
+    }
+
+    /// Runs one statement that changes something; never twice.
+    pub(crate) async fn write(
+        &self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.hold(deadline)
+            .await?
+            .query(deadline, sql, params)
+            .await
+    }
+
+    /// The same where only the number of rows matters.
+    pub(crate) async fn execute(
+        &self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<u64, DbError> {
+        let mut held = self.hold(deadline).await?;
+        held.run(deadline, |link| async move {
+            link.client().execute(link.statement(sql), params).await
+        })
+        .await
+    }
+
+    async fn again_if_lost<T, F: Future<Output = Result<T, DbError>>>(
+        &self,
+        deadline: Deadline,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, DbError> {
+        loop {
+            match attempt().await {
+                Err(DbError::Unavailable(_))
+                    if *self.0.state.borrow() == State::Up && Instant::now() < deadline.at() =>
+                {
+                    sleep(Duration::from_millis(5)).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// A connection to share: given back before the query is even sent.
+    async fn borrow<'a, T, F>(
+        &'a self,
+        deadline: Deadline,
+        query: impl FnOnce(Arc<Link>) -> F,
+    ) -> Result<T, DbError>
+    where
+        F: Future<Output = Result<T, tokio_postgres::Error>>,
+    {
+        let (place, pooled) = self.checkout(deadline).await?;
+        let link = pooled.link();
+        let reading = link.read();
+        let kept = (reading.company() >= READS_PER_CONNECTION).then_some((place, pooled));
+        let result = self.answer(deadline, &link, query(link.clone())).await;
+        drop(reading);
+        drop(kept);
+        result
+    }
+
+    /// A connection to keep until it is answered.
+    async fn hold(&self, deadline: Deadline) -> Result<Held, DbError> {
+        let (place, pooled) = self.checkout(deadline).await?;
+        Ok(Held {
+            database: self.clone(),
+            connection: Some((place, pooled)),
+            search: None,
+            unfinished: false,
+        })
+    }
+
+    async fn checkout(
+        &self,
+        deadline: Deadline,
+    ) -> Result<(OwnedSemaphorePermit, Pooled), DbError> {
+        if *self.0.state.borrow() != State::Up {
+            return Err(DbError::Unavailable("the database is away".into()));
+        }
+        let started = Instant::now();
+        let place = self.place(started).await?;
+        let bound = deadline.at().min(started + CONNECTION_BOUND);
+        let mut state = self.0.state.subscribe();
+        let pooled = tokio::select! {
+            biased;
+            pooled = self.0.pool.get_owned() => pooled,
+            _ = state.wait_for(|state| *state == State::Away) => {
+                return Err(DbError::Unavailable("the database went away".into()));
+            }
+            () = sleep_until(bound) => Err(bb8::RunError::TimedOut),
+        };
+        self.0
+            .metrics
+            .db_wait
+            .observe(started.elapsed().as_secs_f64());
+        match pooled {
+            Ok(pooled) => Ok((place, pooled)),
+            Err(error) => {
+                let reason = format!("no connection: {error}");
+                self.suspect(reason.clone());
+                Err(DbError::Unavailable(reason))
+            }
+        }
+    }
+
+    /// A turn at the pool, in the order of arrival.
+    async fn place(&self, now: Instant) -> Result<OwnedSemaphorePermit, DbError> {
+        if let Ok(place) = self.0.places.clone().try_acquire_owned() {
+            self.0
+                .unhindered
+                .store(self.millis_at(now), Ordering::Relaxed);
+            return Ok(place);
+        }
+        let _waiting = self.0.metrics.db_waiting();
+        let since = self
+            .millis_at(now)
+            .saturating_sub(self.0.unhindered.load(Ordering::Relaxed));
+        let stands = Duration::from_millis(since) > STANDING;
+        let patience = if stands { STANDING_WAIT } else { STANDING };
+        let mut state = self.0.state.subscribe();
+        tokio::select! {
+            biased;
+            place = self.0.places.clone().acquire_owned() => {
+                place.map_err(|_| DbError::Unavailable("the service is stopping".into()))
+            }
+            _ = state.wait_for(|state| *state == State::Away) => {
+                Err(DbError::Unavailable("the database went away".into()))
+            }
+            () = sleep(patience) => Err(DbError::Overloaded),
+        }
+    }
+
+    /// Waits for an answer until the deadline, and no longer than the database is there.
+    async fn answer<T>(
+        &self,
+        deadline: Deadline,
+        link: &Arc<Link>,
+        query: impl Future<Output = Result<T, tokio_postgres::Error>>,
+    ) -> Result<T, DbError> {
+        let started = Instant::now();
+        let mut query = pin!(query);
+        let prompt = tokio::select! {
+            biased;
+            result = &mut query => Some(result),
+            () = sleep(SUSPICIOUS) => None,
+        };
+        let result = match prompt {
+            Some(result) => result,
+            None => {
+                self.suspect("a query takes long".into());
+                let mut state = self.0.state.subscribe();
+                tokio::select! {
+                    biased;
+                    result = &mut query => result,
+                    _ = state.wait_for(|state| *state == State::Away) => {
+                        link.retire();
+                        return Err(DbError::Unavailable("the database went away".into()));
+                    }
+                    () = sleep_until(deadline.at()) => {
+                        link.retire();
+                        return Err(DbError::Unavailable("a query ran out of time".into()));
+                    }
+                }
+            }
+        };
+        self.0
+            .metrics
+            .db_query
+            .observe(started.elapsed().as_secs_f64());
+        match result {
+            Ok(value) => {
+                self.answered();
+                Ok(value)
+            }
+            Err(error) if is_lost(&error) => {
+                if error.code() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME) {
+                    warn!(
+                        "the database forgot a prepared statement: is there a transaction pooler in between that does not know them (PgBouncer before 1.21)?"
+                    );
+                }
+                if !leaves_connection(&error) {
+                    link.retire();
+                }
+                Err(DbError::Unavailable(describe(&error)))
+            }
+            Err(error) => Err(DbError::Refused(error)),
+        }
+    }
+
+    fn answered(&self) {
+        self.0.answered.store(self.millis(), Ordering::Relaxed);
+    }
+
+    fn millis(&self) -> u64 {
+        self.millis_at(Instant::now())
+    }
+
+    fn millis_at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.0.epoch).as_millis() as u64
+    }
+
+    /// Asks whether the database is there, unless somebody does already; if it is not, says so
+    /// to everybody and goes on asking until it is.
+    fn suspect(&self, reason: String) {
+        if *self.0.state.borrow() != State::Up || self.0.probing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let database = self.clone();
+        tokio::spawn(async move {
+            if let Err(cause) = database.probe_thrice().await {
+                database
+                    .wait_until_found(&format!("{cause} ({reason})"))
+                    .await;
+            }
+            database.0.probing.store(false, Ordering::Release);
+        });
+    }
+
+    /// One connection that fails may be chance; three in a row, or one that hangs, is not.
+    async fn probe_thrice(&self) -> Result<(), String> {
+        let mut cause = String::new();
+        for _ in 0..3 {
+            match timeout(CONNECTION_BOUND, self.probe()).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => cause = error,
+                Err(_) => return Err("no answer within 2 s".into()),
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        Err(cause)
+    }
+
+    /// A connection beside the pool's, but counted with them, and one round trip.
+    async fn probe(&self) -> Result<(), String> {
+        let _socket = self.0.pool.socket().await;
+        self.0.target.ping().await.map_err(|error| describe(&error))
+    }
+
+    async fn wait_until_found(&self, reason: &str) {
+        let lost = Instant::now();
+        warn!("database lost: {reason}");
+        self.0.state.send_replace(State::Away);
+        self.0.pool.retire_all();
+        while !matches!(timeout(REQUEST_BOUND, self.probe()).await, Ok(Ok(()))) {
+            sleep(Duration::from_millis(250)).await;
+        }
+        self.answered();
+        self.0.state.send_replace(State::Up);
+        info!(
+            "database found again after {:.1} s",
+            lost.elapsed().as_secs_f64()
+        );
+    }
+
+    /// Whether the database answered when it was last asked.
+    pub(crate) fn is_up(&self) -> bool {
+        *self.0.state.borrow() == State::Up
+    }
+
+    /// Connections of the pool: all of them, and those that nobody holds.
+    pub(crate) fn connections(&self) -> (u32, u32) {
+        let state = self.0.pool.state();
+        (state.connections, state.idle_connections)
+    }
+}
+
+/// A connection that nobody else uses meanwhile.
+pub(crate) struct Held {
+    database: Database,
+    /// Gone only in `drop`.
+    connection: Option<(OwnedSemaphorePermit, Pooled)>,
+    search: Option<Arc<OwnedSemaphorePermit>>,
+    /// Whether a query or a transaction is under way.
+    unfinished: bool,
+}
+
+impl Held {
+    async fn query(
+        &mut self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.run(deadline, |link| async move {
+            link.client().query(link.statement(sql), params).await
+        })
+        .await
+    }
+
+    async fn run<T, F>(
+        &mut self,
+        deadline: Deadline,
+        query: impl FnOnce(Arc<Link>) -> F,
+    ) -> Result<T, DbError>
+    where
+        F: Future<Output = Result<T, tokio_postgres::Error>>,
+    {
+        let Some((_, pooled)) = &self.connection else {
+            return Err(DbError::Unavailable("the connection is gone".into()));
+        };
+        let link = pooled.link();
+        let was_unfinished = std::mem::replace(&mut self.unfinished, true);
+        let result = self
+            .database
+            .answer(deadline, &link, query(link.clone()))
+            .await;
+        if link.is_retired() {
+            // It ran out of time on a connection that is ours alone: nobody else can be hit.
+            self.database.0.target.cancel(link.client());
+        }
+        self.unfinished = was_unfinished;
+        result
+    }
+
+    /// Opens a transaction; until `commit` or `rollback` the connection is not given back.
+    async fn begin(&mut self, deadline: Deadline) -> Result<(), DbError> {
+        self.batch(deadline, "begin").await?;
+        self.unfinished = true;
+        Ok(())
+    }
+
+    async fn commit(mut self, deadline: Deadline) -> Result<(), DbError> {
+        self.batch(deadline, "commit").await?;
+        self.unfinished = false;
+        Ok(())
+    }
+
+    async fn batch(&mut self, deadline: Deadline, text: &'static str) -> Result<(), DbError> {
+        self.run(deadline, |link| async move {
+            link.client().batch_execute(text).await
+        })
+        .await
+    }
+}
+
+impl Drop for Held {
+    /// A client that went away left its query running: the connection goes back to the pool only
+    /// when the answer is in, and without a transaction.
+    fn drop(&mut self) {
+        let Some((place, pooled)) = self.connection.take().filter(|_| self.unfinished) else {
+            return;
+        };
+        let search = self.search.take();
+        tokio::spawn(async move {
+            let link = pooled.link();
+            if !matches!(
+                timeout(REQUEST_BOUND, end_of_work(link.client())).await,
+                Ok(Ok(()))
+            ) {
+                link.retire();
+            }
+            drop((pooled, place, search));
+        });
+    }
+}
+
+/// Answered after all that was asked before it; harmless outside of a transaction.
+async fn end_of_work(client: &Client) -> Result<(), tokio_postgres::Error> {
+    client.batch_execute("rollback").await
+}

@@ -1,0 +1,292 @@
+//! The connections: made with every statement prepared, checked without a round trip, thrown
+//! away when something on them ran out of time.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use bb8::ManageConnection;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tokio_postgres::{Client, Statement};
+
+use super::statements::{Prepared, Sql};
+use super::{Target, describe};
+
+/// Neon suspends after 300 s; a connection that it is about to close is no use to anybody.
+const IDLE: Duration = Duration::from_secs(240);
+const LIFE: Duration = Duration::from_secs(30 * 60);
+
+/// A connection as the pool hands it out.
+pub(super) type Pooled = bb8::PooledConnection<'static, Connections>;
+
+/// One connection and the statements that it knows.
+pub(super) struct Link {
+    client: Client,
+    statements: Prepared,
+    /// The task that owns the socket. Dropping a client does not close a socket on which answers
+    /// are outstanding; aborting this does.
+    driver: AbortHandle,
+    reads: AtomicUsize,
+    retired: AtomicBool,
+}
+
+impl Link {
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    pub(super) fn statement(&self, sql: Sql) -> &Statement {
+        &self.statements[sql]
+    }
+
+    /// Nobody gets this connection again; it closes when the last who uses it is done.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// Counts a read that shares this connection, until it is dropped.
+    pub(super) fn read(self: &Arc<Self>) -> Reading {
+        let company = self.reads.fetch_add(1, Ordering::Relaxed) + 1;
+        Reading {
+            link: self.clone(),
+            company,
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.is_retired() {
+            self.driver.abort();
+        }
+    }
+}
+
+/// A read under way.
+pub(super) struct Reading {
+    link: Arc<Link>,
+    company: usize,
+}
+
+impl Reading {
+    /// How many reads shared the connection when this one began, itself included.
+    pub(super) fn company(&self) -> usize {
+        self.company
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.link.reads.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What the pool keeps: a handle that readers can copy.
+pub(super) struct Handle(Arc<Link>);
+
+impl Handle {
+    pub(super) fn link(&self) -> Arc<Link> {
+        self.0.clone()
+    }
+}
+
+/// Makes and checks connections for bb8. bb8-postgres's own manager asks the server at every
+/// checkout, which costs as much as a read, and keeps no hold on the socket.
+pub(super) struct Connections {
+    target: Target,
+    bound: Duration,
+    sockets: Arc<Semaphore>,
+    links: Arc<Mutex<Vec<Weak<Link>>>>,
+}
+
+impl ManageConnection for Connections {
+    type Connection = Handle;
+    type Error = NoConnection;
+
+    async fn connect(&self) -> Result<Handle, NoConnection> {
+        timeout(self.bound, self.open())
+            .await
+            .unwrap_or_else(|_| Err(NoConnection::Failed("connecting ran out of time".into())))
+    }
+
+    async fn is_valid(&self, handle: &mut Handle) -> Result<(), NoConnection> {
+        if self.has_broken(handle) {
+            Err(NoConnection::Stale)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn has_broken(&self, handle: &mut Handle) -> bool {
+        handle.0.is_retired() || handle.0.client.is_closed()
+    }
+}
+
+impl Connections {
+    async fn open(&self) -> Result<Handle, NoConnection> {
+        // The socket before may still be closing: never more of them than the pool has places.
+        let socket = acquire(&self.sockets).await;
+        let (client, connection) = self.target.connect().await.map_err(NoConnection::from)?;
+        let driver = tokio::spawn(async move {
+            let _socket = socket;
+            // What ends a connection reaches whoever waits for an answer on it.
+            connection.await.ok();
+        });
+        let half_way = AbortOnDrop(Some(driver.abort_handle()));
+        let statements = Prepared::on(&client).await.map_err(NoConnection::from)?;
+        let link = Arc::new(Link {
+            client,
+            statements,
+            driver: driver.abort_handle(),
+            reads: AtomicUsize::new(0),
+            retired: AtomicBool::new(false),
+        });
+        half_way.disarm();
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Arc::downgrade(&link));
+        Ok(Handle(link))
+    }
+}
+
+/// A connection that was given up half-way must not keep its socket.
+struct AbortOnDrop(Option<AbortHandle>);
+
+impl AbortOnDrop {
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        if let Some(driver) = &self.0 {
+            driver.abort();
+        }
+    }
+}
+
+async fn acquire(sockets: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    sockets.clone().acquire_owned().await.ok()
+}
+
+/// bb8's pool, with a way to be rid of every connection at once.
+pub(super) struct Pool {
+    pool: bb8::Pool<Connections>,
+    sockets: Arc<Semaphore>,
+    links: Arc<Mutex<Vec<Weak<Link>>>>,
+}
+
+impl Pool {
+    /// Nobody gets any of today's connections again.
+    pub(super) fn retire_all(&self) {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        for link in links.iter().filter_map(Weak::upgrade) {
+            link.retire();
+            link.driver.abort();
+        }
+    }
+
+    /// A socket's worth of the pool's bound.
+    pub(super) async fn socket(&self) -> Option<OwnedSemaphorePermit> {
+        acquire(&self.sockets).await
+    }
+}
+
+impl Deref for Pool {
+    type Target = bb8::Pool<Connections>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.pool
+    }
+}
+
+/// A pool that connects when it is first asked; `failed` hears why a connection could not be made.
+pub(super) fn build(
+    target: Target,
+    size: u32,
+    bound: Duration,
+    failed: impl Fn(String) + Send + Sync + Clone + 'static,
+) -> Pool {
+    let sockets = Arc::new(Semaphore::new(size as usize));
+    let links = Arc::default();
+    let connections = Connections {
+        target,
+        bound,
+        sockets: sockets.clone(),
+        links: Arc::clone(&links),
+    };
+    let pool = bb8::Pool::builder()
+        .max_size(size)
+        .connection_timeout(bound)
+        .idle_timeout(IDLE)
+        .max_lifetime(LIFE)
+        .error_sink(Box::new(Sink(failed)))
+        .build_unchecked(connections);
+    Pool {
+        pool,
+        sockets,
+        links,
+    }
+}
+
+/// Why a connection is none.
+#[derive(Debug)]
+pub(super) enum NoConnection {
+    /// It could not be made.
+    Failed(String),
+    /// It was closed or retired while it lay in the pool: no news.
+    Stale,
+}
+
+impl From<tokio_postgres::Error> for NoConnection {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Failed(describe(&error))
+    }
+}
+
+impl fmt::Display for NoConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(reason) => f.write_str(reason),
+            Self::Stale => f.write_str("the connection was closed"),
+        }
+    }
+}
+
+impl std::error::Error for NoConnection {}
+
+#[derive(Clone)]
+struct Sink<F>(F);
+
+impl<F: Fn(String) + Send + Sync + Clone + 'static> bb8::ErrorSink<NoConnection> for Sink<F> {
+    fn sink(&self, error: NoConnection) {
+        if let NoConnection::Failed(reason) = error {
+            (self.0)(reason);
+        }
+    }
+
+    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<NoConnection>> {
+        Box::new(self.clone())
+    }
+}
+
+impl<F> fmt::Debug for Sink<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sink")
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Handle")
+    }
+}

@@ -1,0 +1,269 @@
+//! First contact with a database: is it one that we can work with, and what is it like?
+
+use std::error::Error as _;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use bb8::ManageConnection as _;
+use bb8_postgres::PostgresConnectionManager;
+use jiff::Timestamp;
+use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Connection, Socket};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::url::{DatabaseUrl, no_tls};
+use super::{describe, is_lost, local, migrations};
+
+type Stream = <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream;
+
+/// PostgreSQL 13, as `server_version_num` has it: the oldest that its makers kept up when this was
+/// written.
+const OLDEST: i32 = 130_000;
+/// Connecting, and what one asks at the door.
+const CONTACT_BOUND: Duration = Duration::from_secs(5);
+/// Another instance may be migrating before us.
+const MIGRATION_BOUND: Duration = Duration::from_secs(60);
+
+/// Where the database is and how to speak to it.
+#[derive(Clone)]
+pub struct Target {
+    config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
+    place: String,
+    /// Whether somebody's pooler may stand in between.
+    direct: bool,
+}
+
+/// What a database is like.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its version, as it prints it.
+    pub version: String,
+    /// Whether the connection to it, or to the pooler before it, is encrypted.
+    pub tls: bool,
+    /// How many migrations were applied, or are due.
+    pub migrations: usize,
+    /// Seconds by which its clock is ahead of ours.
+    pub clock_difference: f64,
+    /// Whether a transaction pooler stands in between.
+    pub pooler: Pooler,
+}
+
+/// What stands between us and the database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooler {
+    /// Nothing that changes backends between transactions.
+    None,
+    /// A transaction pooler that knows prepared statements.
+    Transaction,
+}
+
+/// Why we cannot work with this database, however long we wait: one line for the operator.
+#[derive(Debug)]
+pub struct Refusal(String);
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// What stood in the way of a first contact.
+#[derive(Debug)]
+pub(crate) enum Trouble {
+    /// It may pass.
+    Away(String),
+    /// It will not.
+    Refused(Refusal),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Away(reason) => f.write_str(reason),
+            Self::Refused(refusal) => refusal.fmt(f),
+        }
+    }
+}
+
+impl Trouble {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let text = describe(&error);
+        if is_final(&error) {
+            Self::Refused(Refusal(format!("the database refuses us: {text}")))
+        } else {
+            Self::Away(text)
+        }
+    }
+
+    fn refused(reason: impl Into<String>) -> Self {
+        Self::Refused(Refusal(reason.into()))
+    }
+}
+
+/// Whether waiting mends this: a wrong password, a missing database, a certificate that is not
+/// trusted, a schema that cannot be made are there to stay.
+fn is_final(error: &tokio_postgres::Error) -> bool {
+    if error.code().is_some() {
+        return !is_lost(error);
+    }
+    let text = error.to_string();
+    // tokio-postgres tells these kinds apart by their text alone.
+    let handshake = text.starts_with("error performing TLS handshake");
+    let cut_off = error
+        .source()
+        .and_then(|source| source.downcast_ref::<io::Error>())
+        .is_some_and(|error| error.kind() != io::ErrorKind::InvalidData);
+    (handshake && !cut_off) || text.starts_with("authentication error")
+}
+
+impl Target {
+    /// A server that `DATABASE_URL` names.
+    pub fn server(url: &DatabaseUrl) -> Result<Self, String> {
+        Ok(Self {
+            config: url.config().clone(),
+            tls: url.tls()?,
+            place: url.place(),
+            direct: false,
+        })
+    }
+
+    /// The service's own server.
+    pub fn private(postgres: &local::Postgres) -> Result<Self, String> {
+        let mut config = postgres.config();
+        config.application_name("todo-api");
+        let place = postgres.data_dir().display().to_string();
+        Ok(Self {
+            config,
+            tls: no_tls()?,
+            place,
+            direct: true,
+        })
+    }
+
+    /// Where it is, without a password.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    pub(super) async fn connect(
+        &self,
+    ) -> Result<(Client, Connection<Socket, Stream>), tokio_postgres::Error> {
+        self.config.connect(self.tls.clone()).await
+    }
+
+    /// A connection of its own and one round trip on it.
+    pub(super) async fn ping(&self) -> Result<(), tokio_postgres::Error> {
+        let manager = self.single();
+        let mut client = manager.connect().await?;
+        manager.is_valid(&mut client).await
+    }
+
+    /// Asks the server to stop what it does on this connection; nobody waits for it.
+    pub(super) fn cancel(&self, client: &Client) {
+        let (token, tls) = (client.cancel_token(), self.tls.clone());
+        tokio::spawn(timeout(Duration::from_secs(1), async move {
+            token.cancel_query(tls).await
+        }));
+    }
+
+    /// Connections outside of the pool, one at a time, closed when dropped.
+    fn single(&self) -> PostgresConnectionManager<MakeRustlsConnect> {
+        PostgresConnectionManager::new(self.config.clone(), self.tls.clone())
+    }
+
+    /// A connection outside of the pool, for the commands that run without serving.
+    pub(crate) async fn visit(&self) -> Result<Client, Trouble> {
+        within(CONTACT_BOUND, self.single().connect()).await
+    }
+
+    /// Looks at the database and applies the migrations that are due.
+    pub(crate) async fn arrive(&self) -> Result<Found, Trouble> {
+        let client = self.visit().await?;
+        let mut found = self.look(&client).await?;
+        found.migrations = within(MIGRATION_BOUND, migrations::apply(&client)).await?;
+        Ok(found)
+    }
+
+    /// Looks at the database and changes nothing.
+    pub(crate) async fn survey(&self) -> Result<Found, Trouble> {
+        let client = self.visit().await?;
+        self.look(&client).await
+    }
+
+    async fn look(&self, client: &Client) -> Result<Found, Trouble> {
+        const QUESTION: &str = "select current_setting('server_version_num')::integer,
+                current_setting('server_version'),
+                coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false),
+                extract(epoch from clock_timestamp())::float8";
+        let asked = Timestamp::now();
+        let row = within(CONTACT_BOUND, client.query_typed_one(QUESTION, &[])).await?;
+        let (number, version): (i32, String) = (row.get(0), row.get(1));
+        if number < OLDEST {
+            return Err(Trouble::refused(format!(
+                "the database is PostgreSQL {version}; 13 or later is needed"
+            )));
+        }
+        Ok(Found {
+            version,
+            tls: row.get(2),
+            clock_difference: row.get::<_, f64>(3) - asked.as_microsecond() as f64 / 1e6,
+            migrations: within(CONTACT_BOUND, migrations::due(client)).await?,
+            pooler: if self.direct {
+                Pooler::None
+            } else {
+                self.pooler(client).await?
+            },
+        })
+    }
+
+    /// A connection keeps its backend, unless a transaction pooler stands in between: that hands
+    /// the backend which one connection has just used to the next. If so, a statement prepared on
+    /// one backend has to work on another.
+    async fn pooler(&self, first: &Client) -> Result<Pooler, Trouble> {
+        let second = self.visit().await?;
+        let question = "select pg_backend_pid()";
+        let compared = async {
+            let prepared = first.prepare(question).await?;
+            let before: i32 = first.query_one(&prepared, &[]).await?.get(0);
+            second.batch_execute("begin").await?;
+            let taken: i32 = second.query_typed_one(question, &[]).await?.get(0);
+            if taken != before {
+                return Ok(Pooler::None);
+            }
+            first.query_one(&prepared, &[]).await?;
+            Ok(Pooler::Transaction)
+        };
+        match timeout(CONTACT_BOUND, compared).await {
+            Ok(Err(error)) if forgot_statement(&error) => Err(Trouble::refused(
+                "DATABASE_URL leads through a transaction pooler that does not know prepared statements \
+                 (PgBouncer before 1.21): use the direct address, session mode, or a newer pooler",
+            )),
+            Ok(result) => result.map_err(Trouble::from),
+            Err(_) => Err(Trouble::Away("no answer within 5 s".into())),
+        }
+    }
+}
+
+fn forgot_statement(error: &tokio_postgres::Error) -> bool {
+    let code = error.code();
+    code == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
+        || code == Some(&SqlState::DUPLICATE_PSTATEMENT)
+}
+
+async fn within<T>(
+    bound: Duration,
+    future: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, Trouble> {
+    match timeout(bound, future).await {
+        Ok(result) => result.map_err(Trouble::from),
+        Err(_) => Err(Trouble::Away(format!(
+            "no answer within {} s",
+            bound.as_secs()
+        ))),
+    }
+}

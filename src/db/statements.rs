@@ -1,0 +1,69 @@
+//! The table of the files under `sql/`: a statement's path is its name here.
+
+use std::ops::Index;
+
+use futures_util::future::try_join_all;
+use tokio_postgres::{Client, Statement};
+
+macro_rules! statements {
+    ($($name:ident = $path:literal,)*) => {
+        /// A statement; its text is the file of that name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Sql { $(#[doc = $path] $name,)* }
+
+        impl Sql {
+            const TEXTS: &[&str] = &[$(include_str!(concat!("../../sql/", $path))),*];
+        }
+    };
+}
+
+statements! {
+    IdempotencyKeysSweep = "idempotency_keys/sweep.sql",
+    RevocationsSince = "revocations/since.sql",
+    RevocationsSweep = "revocations/sweep.sql",
+    SessionsEnd = "sessions/end.sql",
+    SessionsEndByRefreshToken = "sessions/end_by_refresh_token.sql",
+    SessionsEndOthers = "sessions/end_others.sql",
+    SessionsEndReused = "sessions/end_reused.sql",
+    SessionsList = "sessions/list.sql",
+    SessionsRefresh = "sessions/refresh.sql",
+    SessionsSignIn = "sessions/sign_in.sql",
+    SessionsSweep = "sessions/sweep.sql",
+    SignInFailuresCount = "sign_in_failures/count.sql",
+    SignInFailuresSweep = "sign_in_failures/sweep.sql",
+    TasksCount = "tasks/count.sql",
+    TasksCreate = "tasks/create.sql",
+    TasksCreateOnce = "tasks/create_once.sql",
+    TasksDelete = "tasks/delete.sql",
+    TasksDeleteCompleted = "tasks/delete_completed.sql",
+    TasksGet = "tasks/get.sql",
+    TasksListNewest = "tasks/list_newest.sql",
+    TasksListOldest = "tasks/list_oldest.sql",
+    TasksUpdate = "tasks/update.sql",
+    UsersDelete = "users/delete.sql",
+    UsersForPasswordCheck = "users/for_password_check.sql",
+    UsersForSignIn = "users/for_sign_in.sql",
+    UsersGet = "users/get.sql",
+    UsersRegister = "users/register.sql",
+    UsersSetPassword = "users/set_password.sql",
+}
+
+/// All statements as one connection knows them.
+pub(crate) struct Prepared(Vec<Statement>);
+
+impl Prepared {
+    /// Prepares them in one flight: a connection costs one round trip more, not thirty.
+    pub(crate) async fn on(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        try_join_all(Sql::TEXTS.iter().map(|text| client.prepare(text)))
+            .await
+            .map(Self)
+    }
+}
+
+impl Index<Sql> for Prepared {
+    type Output = Statement;
+
+    fn index(&self, sql: Sql) -> &Statement {
+        &self.0[sql as usize]
+    }
+}

@@ -1,0 +1,251 @@
+//! Statements on tasks. Each is told the owner first and touches no row of anybody else.
+
+use jiff::Timestamp;
+use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
+use uuid::Uuid;
+
+use super::statements::Sql;
+use super::{Database, DbError, Deadline};
+use crate::model::{Completion, Description, NewTask, Task, TaskChange, Time, Title};
+
+/// A page that many can read over one connection; a longer one has a connection of its own.
+const SHORT_PAGE: i64 = 100;
+
+/// Which tasks a list has, and in which order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Filter {
+    pub(crate) completed: Option<bool>,
+    /// A substring of title or description, case aside.
+    pub(crate) text: Option<String>,
+    pub(crate) oldest_first: bool,
+}
+
+/// What came of a statement that If-Match guards.
+pub(crate) enum Guarded<T> {
+    Done(T),
+    /// The task is in another version.
+    MovedOn,
+    /// There is no such task.
+    Missing,
+}
+
+/// Whether a new task was made.
+pub(crate) enum Created {
+    /// This is it, or the one that the same request made before.
+    Task(Task),
+    /// The key was used for a task with other values.
+    KeyReused,
+    /// The account was deleted meanwhile.
+    NoSuchUser,
+}
+
+/// Makes a task, under an Idempotency-Key at most once.
+pub(crate) async fn create(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+    new: NewTask,
+    key: Option<&str>,
+) -> Result<Created, DbError> {
+    let (id, created_at) = NewTask::identify();
+    let title = new.title.as_str();
+    let description = new.description.as_ref().map(Description::as_str);
+    let made = match key {
+        None => db
+            .execute(
+                deadline,
+                Sql::TasksCreate,
+                &[
+                    &user_id,
+                    &id,
+                    &title,
+                    &description,
+                    &new.completed,
+                    &created_at.0,
+                ],
+            )
+            .await
+            .map(|_| {
+                Some(Task {
+                    id,
+                    user_id,
+                    title: title.to_owned(),
+                    description: description.map(str::to_owned),
+                    completed: new.completed,
+                    created_at,
+                    updated_at: created_at,
+                })
+            }),
+        Some(key) => db
+            .write(
+                deadline,
+                Sql::TasksCreateOnce,
+                &[
+                    &user_id,
+                    &id,
+                    &title,
+                    &description,
+                    &new.completed,
+                    &created_at.0,
+                    &key,
+                ],
+            )
+            .await
+            .map(|rows| rows.first().map(task)),
+    };
+    match made {
+        Ok(Some(task))
+            if task.title == title
+                && task.description.as_deref() == description
+                && task.completed == new.completed =>
+        {
+            Ok(Created::Task(task))
+        }
+        Ok(_) => Ok(Created::KeyReused),
+        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Ok(Created::NoSuchUser),
+        Err(error) => Err(error),
+    }
+}
+
+/// One task of a user.
+pub(crate) async fn get(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+    id: Uuid,
+) -> Result<Option<Task>, DbError> {
+    let rows = db.read(deadline, Sql::TasksGet, &[&user_id, &id]).await?;
+    Ok(rows.first().map(task))
+}
+
+/// A page of a user's tasks: up to `limit` of them after the task `after`.
+pub(crate) async fn list(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+    filter: &Filter,
+    after: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<Task>, DbError> {
+    let sql = if filter.oldest_first {
+        Sql::TasksListOldest
+    } else {
+        Sql::TasksListNewest
+    };
+    let params: super::Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
+    let rows = if filter.text.is_some() {
+        db.search(deadline, sql, params).await?
+    } else if filter.completed.is_some() || limit > SHORT_PAGE {
+        db.read_alone(deadline, sql, params).await?
+    } else {
+        db.read(deadline, sql, params).await?
+    };
+    Ok(rows.iter().map(task).collect())
+}
+
+/// How many tasks a list has over all its pages.
+pub(crate) async fn count(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+    filter: &Filter,
+) -> Result<i64, DbError> {
+    let rows = db
+        .search(
+            deadline,
+            Sql::TasksCount,
+            &[&user_id, &filter.completed, &filter.text],
+        )
+        .await?;
+    Ok(rows.first().map_or(0, |row| row.get(0)))
+}
+
+/// Changes a task; with `versions` only if it is in one of them.
+pub(crate) async fn update(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+    id: Uuid,
+    change: &TaskChange,
+    versions: Option<&[Timestamp]>,
+) -> Result<Guarded<Task>, DbError> {
+    let title = change.title.as_ref().map(Title::as_str);
+    let description = change
+        .description
+        .as_ref()
+        .and_then(|text| text.as_ref().map(Description::as_str));
+    let completed = match change.completed {
+        Some(Completion::Set(completed)) => Some(completed),
+        _ => None,
+    };
+    let rows = db
+        .write(
+            deadline,
+            Sql::TasksUpdate,
+            &[
+                &user_id,
+                &id,
+                &title,
+                &change.description.is_some(),
+                &description,
+                &(change.completed == Some(Completion::Flip)),
+                &completed,
+                &versions,
+            ],
+        )
+        .await?;
+    Ok(guarded(rows.first(), 7, |row| {
+        row.get::<_, Option<Uuid>>(0).map(|_| task(row))
+    }))
+}
+
+/// Deletes a task; with `versions` only if it is in one of them.
+pub(crate) async fn delete(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+    id: Uuid,
+    versions: Option<&[Timestamp]>,
+) -> Result<Guarded<()>, DbError> {
+    let rows = db
+        .write(deadline, Sql::TasksDelete, &[&user_id, &id, &versions])
+        .await?;
+    Ok(guarded(rows.first(), 1, |row| {
+        row.get::<_, bool>(0).then_some(())
+    }))
+}
+
+/// Deletes all completed tasks of a user and says how many they were.
+pub(crate) async fn delete_completed(
+    db: &Database,
+    deadline: Deadline,
+    user_id: Uuid,
+) -> Result<u64, DbError> {
+    db.execute(deadline, Sql::TasksDeleteCompleted, &[&user_id])
+        .await
+}
+
+/// Reads the one row of a guarded statement; `moved_on` is the column that says why not.
+fn guarded<T>(row: Option<&Row>, moved_on: usize, done: impl Fn(&Row) -> Option<T>) -> Guarded<T> {
+    match row {
+        Some(row) => match done(row) {
+            Some(done) => Guarded::Done(done),
+            None if row.get(moved_on) => Guarded::MovedOn,
+            None => Guarded::Missing,
+        },
+        None => Guarded::Missing,
+    }
+}
+
+fn task(row: &Row) -> Task {
+    Task {
+        id: row.get(0),
+        user_id: row.get(1),
+        title: row.get(2),
+        description: row.get(3),
+        completed: row.get(4),
+        created_at: Time(row.get(5)),
+        updated_at: Time(row.get(6)),
+    }
+}

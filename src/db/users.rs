@@ -1,0 +1,168 @@
+//! Statements on accounts.
+
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+use super::statements::Sql;
+use super::{Database, DbError, Deadline};
+use crate::model::{Email, Time, User};
+
+/// What a sign-in needs to know before the password is checked.
+pub(crate) struct SignInAttempt {
+    /// The account and its hash, where there is one.
+    pub(crate) account: Option<(Uuid, String)>,
+    /// Seconds for which attempts are refused; 0 or less is none.
+    pub(crate) wait: f64,
+}
+
+/// What checking the password of somebody signed in needs.
+pub(crate) struct PasswordCheck {
+    pub(crate) email: String,
+    pub(crate) hash: String,
+    pub(crate) wait: f64,
+}
+
+/// A session to be made.
+pub(crate) struct NewSession<'a> {
+    pub(crate) id: Uuid,
+    /// Seconds until it idles out.
+    pub(crate) idle: f64,
+    pub(crate) user_agent: Option<&'a str>,
+}
+
+/// Makes an account with its first session; `None` if the address is taken.
+pub(crate) async fn register(
+    db: &Database,
+    deadline: Deadline,
+    email: &Email,
+    hash: &str,
+    session: &NewSession<'_>,
+) -> Result<Option<User>, DbError> {
+    let id = Uuid::now_v7();
+    let rows = db
+        .write(
+            deadline,
+            Sql::UsersRegister,
+            &[
+                &id,
+                &email.as_str(),
+                &hash,
+                &session.id,
+                &session.idle,
+                &session.user_agent,
+            ],
+        )
+        .await?;
+    Ok(rows.first().map(user))
+}
+
+/// The account of a signed-in user; `None` if it is gone.
+pub(crate) async fn get(
+    db: &Database,
+    deadline: Deadline,
+    id: Uuid,
+) -> Result<Option<User>, DbError> {
+    let rows = db.read(deadline, Sql::UsersGet, &[&id]).await?;
+    Ok(rows.first().map(user))
+}
+
+/// What a sign-in with this address needs.
+pub(crate) async fn for_sign_in(
+    db: &Database,
+    deadline: Deadline,
+    email: &Email,
+) -> Result<SignInAttempt, DbError> {
+    let rows = db
+        .read(deadline, Sql::UsersForSignIn, &[&email.as_str()])
+        .await?;
+    let Some(row) = rows.first() else {
+        return Ok(SignInAttempt {
+            account: None,
+            wait: 0.0,
+        });
+    };
+    let id: Option<Uuid> = row.get(0);
+    Ok(SignInAttempt {
+        account: id.map(|id| (id, row.get(1))),
+        wait: row.get(2),
+    })
+}
+
+/// What checking this user's password needs; `None` if the account is gone.
+pub(crate) async fn for_password_check(
+    db: &Database,
+    deadline: Deadline,
+    id: Uuid,
+) -> Result<Option<PasswordCheck>, DbError> {
+    let rows = db
+        .read(deadline, Sql::UsersForPasswordCheck, &[&id])
+        .await?;
+    Ok(rows.first().map(|row| PasswordCheck {
+        email: row.get(0),
+        hash: row.get(1),
+        wait: row.get(2),
+    }))
+}
+
+/// Counts a wrong password on an address, whether or not an account has it.
+pub(crate) async fn count_failure(
+    db: &Database,
+    deadline: Deadline,
+    email: &str,
+) -> Result<(), DbError> {
+    db.execute(deadline, Sql::SignInFailuresCount, &[&email])
+        .await
+        .map(drop)
+}
+
+/// Replaces the hash that was verified and ends every session but `stays`, as one. Gives the
+/// sessions that ended; `None` if the password was changed meanwhile.
+///
+/// Two statements, because the second has to see the sessions of a sign-in that the first waited
+/// for.
+pub(crate) async fn change_password(
+    db: &Database,
+    deadline: Deadline,
+    id: Uuid,
+    verified: &str,
+    hash: &str,
+    stays: Uuid,
+) -> Result<Option<Vec<Uuid>>, DbError> {
+    let mut held = db.hold(deadline).await?;
+    held.begin(deadline).await?;
+    let changed = held
+        .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
+        .await?;
+    if changed.is_empty() {
+        return Ok(None);
+    }
+    let ended = held
+        .query(deadline, Sql::SessionsEndOthers, &[&id, &stays])
+        .await?;
+    held.commit(deadline).await?;
+    Ok(Some(ended.iter().map(|row| row.get(0)).collect()))
+}
+
+/// Deletes an account with everything of it. Gives the sessions that ended; `None` if the
+/// password was changed meanwhile.
+pub(crate) async fn delete(
+    db: &Database,
+    deadline: Deadline,
+    id: Uuid,
+    verified: &str,
+) -> Result<Option<Vec<Uuid>>, DbError> {
+    let rows = db
+        .write(deadline, Sql::UsersDelete, &[&id, &verified])
+        .await?;
+    Ok(rows.first().map(|row| row.get(0)))
+}
+
+/// A user out of the first four columns: id, e-mail, and the two times.
+pub(super) fn user(row: &Row) -> User {
+    User {
+        id: row.get(0),
+        email: row.get(1),
+        created_at: Time(row.get(2)),
+        updated_at: Time(row.get(3)),
+    }
+}

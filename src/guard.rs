@@ -1,0 +1,52 @@
+//! The JWT middleware: a bearer token becomes a signed-in user, or the request ends here, before
+//! anything of its body is read.
+
+use uuid::Uuid;
+
+use crate::auth::token::AccessClaims;
+use crate::error::{Error, Refused};
+use crate::request::Call;
+
+/// Somebody with a good access token.
+pub(crate) struct SignedIn {
+    pub(crate) id: Uuid,
+    pub(crate) session: Uuid,
+}
+
+impl From<AccessClaims> for SignedIn {
+    fn from(claims: AccessClaims) -> Self {
+        Self {
+            id: claims.user_id,
+            session: claims.sid,
+        }
+    }
+}
+
+/// Who asks (FR-001, FR-002, FR-004). The answer to a refusal, and its line in the log, are made
+/// where all errors are.
+pub(crate) async fn signed_in(call: &Call<'_>) -> Result<SignedIn, Error> {
+    let refused = |reason| Error::Unauthenticated(Refused::AccessToken(reason));
+    let token = call.bearer_token().map_err(refused)?;
+    let token = token.ok_or(Error::Unauthenticated(Refused::MissingToken))?;
+    let claims = call.app.tokens.verify_access(token).map_err(refused)?;
+    if call
+        .app
+        .revocations
+        .has_ended(&call.app.database, call.deadline, claims.sid)
+        .await?
+    {
+        return Err(refused("ended_session"));
+    }
+    Ok(claims.into())
+}
+
+/// The same where the path names a user: it has to be the token's (FR-003).
+pub(crate) async fn owner(call: &Call<'_>, user_id: &str) -> Result<SignedIn, Error> {
+    let signed_in = signed_in(call).await?;
+    let mut buffer = Uuid::encode_buffer();
+    if signed_in.id.hyphenated().encode_lower(&mut buffer) == user_id {
+        Ok(signed_in)
+    } else {
+        Err(Error::Forbidden)
+    }
+}

@@ -1,0 +1,339 @@
+//! `/api/v1/auth`: accounts and the tokens that stand for them.
+
+use hyper::StatusCode;
+use log::info;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::auth::password::check_length;
+use crate::db::users::{self, NewSession};
+use crate::db::{Deadline, sessions};
+use crate::error::{Error, Refused};
+use crate::guard::SignedIn;
+use crate::model::{Email, User};
+use crate::request::{Body, Call, Members};
+use crate::response::{self, Response};
+
+/// How often an attempt is checked anew because the hash changed while it was checked: once for
+/// another sign-in that renewed it, and once to spare.
+const CHECKS: usize = 3;
+
+/// The token response of RFC 6749 section 5.1 with the user beside it.
+#[derive(Serialize)]
+struct Tokens<'a> {
+    access_token: String,
+    token_type: &'static str,
+    expires_in: u64,
+    refresh_token: String,
+    refresh_expires_in: u64,
+    user: &'a User,
+}
+
+/// `POST /api/v1/auth/register`
+pub(crate) async fn register(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
+    call.app.addresses.check(call.client)?;
+    if !call.app.config.registration_open {
+        return Err(Error::RegistrationClosed);
+    }
+    let mut members = body.object().await?;
+    let email = members.text("/email");
+    let email = members.parse("/email", email, Email::parse);
+    let password = new_password(&mut members, "/password");
+    let (email, password) = members.end_with(email.zip(password))?;
+    let hash = call
+        .app
+        .passwords
+        .hash(password, &email, "/password")
+        .await?;
+    let user_agent = call.user_agent();
+    let session = call.app.new_session(user_agent.as_deref());
+    let user = users::register(
+        &call.app.database,
+        Deadline::start(),
+        &email,
+        &hash,
+        &session,
+    )
+    .await?;
+    let user = user.ok_or(Error::EmailTaken)?;
+    let response = tokens(
+        call,
+        StatusCode::CREATED,
+        &user,
+        session.id,
+        1,
+        session.idle,
+    )?;
+    Ok(response::located(response, "/api/v1/auth/me".into()))
+}
+
+/// `POST /api/v1/auth/login`
+pub(crate) async fn login(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
+    call.app.addresses.check(call.client)?;
+    let mut members = body.object().await?;
+    let credentials = members.text("/email").zip(members.text("/password"));
+    let (email, password) = members.end_with(credentials)?;
+    let Ok(email) = Email::parse(&email) else {
+        // No account can have it, but the answer takes as long.
+        call.app.passwords.verify(password, None).await?;
+        return Err(Error::Unauthenticated(Refused::Credentials(
+            "no_email_address",
+        )));
+    };
+    call.email.get_or_init(|| email.clone());
+    let user_agent = call.user_agent();
+    let session = call.app.new_session(user_agent.as_deref());
+    let user = sign_in(call, &email, password, &session).await?;
+    call.app
+        .metrics
+        .sign_ins
+        .with_label_values(&["success"])
+        .inc();
+    tokens(call, StatusCode::OK, &user, session.id, 1, session.idle)
+}
+
+async fn sign_in(
+    call: &Call<'_>,
+    email: &Email,
+    password: String,
+    session: &NewSession<'_>,
+) -> Result<User, Error> {
+    let database = &call.app.database;
+    let _turn = call
+        .app
+        .accounts
+        .enter(email.as_str(), Deadline::for_passwords())
+        .await?;
+    for _ in 0..CHECKS {
+        let attempt = users::for_sign_in(database, Deadline::start(), email).await?;
+        refuse_while_blocked(attempt.wait)?;
+        let hash = attempt.account.as_ref().map(|(_, hash)| hash.as_str());
+        let verdict = call.app.passwords.verify(password.clone(), hash).await?;
+        let reason = if hash.is_some() {
+            "wrong_password"
+        } else {
+            "unknown_account"
+        };
+        let Some((id, hash)) = attempt.account.filter(|_| verdict.right) else {
+            users::count_failure(database, Deadline::start(), email.as_str()).await?;
+            return Err(Error::Unauthenticated(Refused::Credentials(reason)));
+        };
+        let keep = verdict.renewed.as_deref().unwrap_or(&hash);
+        if let Some(user) =
+            sessions::sign_in(database, Deadline::start(), id, &hash, keep, session).await?
+        {
+            return Ok(user);
+        }
+    }
+    Err(Error::Unauthenticated(Refused::Credentials(
+        "password_changed_meanwhile",
+    )))
+}
+
+/// `POST /api/v1/auth/refresh`
+pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
+    call.app.addresses.check(call.client)?;
+    let mut members = body.object().await?;
+    let token = members.text("/refresh_token");
+    let token = members.end_with(token)?;
+    let refused = |reason| Error::Unauthenticated(Refused::RefreshToken(reason));
+    let claims = call.app.tokens.verify_refresh(&token).map_err(refused)?;
+    let (database, lifetimes) = (&call.app.database, call.app.config.lifetimes);
+    let used = sessions::refresh(
+        database,
+        call.deadline,
+        claims.sid,
+        claims.generation,
+        lifetimes,
+    )
+    .await?;
+    let Some((user, expires_in)) = used else {
+        // Either its session is over, or it was used before: then somebody else has it, too.
+        if sessions::end_reused(database, call.deadline, claims.sid, claims.generation)
+            .await?
+            .is_none()
+        {
+            return Err(refused("ended_session"));
+        }
+        call.app.ended("reuse", &[claims.sid]);
+        return Err(refused("reused_refresh_token"));
+    };
+    tokens(
+        call,
+        StatusCode::OK,
+        &user,
+        claims.sid,
+        claims.generation + 1,
+        expires_in,
+    )
+}
+
+/// `POST /api/v1/auth/logout`
+pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
+    let refused = |reason| Error::Unauthenticated(Refused::AccessToken(reason));
+    let database = &call.app.database;
+    if let Some(token) = call.bearer_token().map_err(refused)? {
+        let claims = call
+            .app
+            .tokens
+            .verify_expired_access(token)
+            .map_err(refused)?;
+        sessions::end(database, call.deadline, claims.user_id, claims.sid).await?;
+        call.app.ended("logout", &[claims.sid]);
+        return Ok(response::no_content());
+    }
+    let mut members = body.object_if_any().await?.unwrap_or_else(Members::none);
+    if !members.has("/refresh_token") {
+        return Err(Error::Unauthenticated(Refused::MissingToken));
+    }
+    let token = members.text("/refresh_token");
+    let token = members.end_with(token)?;
+    // RFC 7009 section 2.2: a token that is none is as good as revoked.
+    if let Ok(claims) = call.app.tokens.verify_refresh(&token) {
+        sessions::end_by_refresh_token(database, call.deadline, claims.sid).await?;
+        call.app.ended("logout", &[claims.sid]);
+    }
+    Ok(response::no_content())
+}
+
+/// `GET /api/v1/auth/me`
+pub(crate) async fn me(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
+    let user = users::get(&call.app.database, call.deadline, user.id).await?;
+    response::json(StatusCode::OK, &user.ok_or_else(no_such_user)?)
+}
+
+/// `DELETE /api/v1/auth/me`
+pub(crate) async fn delete_me(
+    call: &Call<'_>,
+    user: SignedIn,
+    body: Body<'_>,
+) -> Result<Response, Error> {
+    let mut members = body.object().await?;
+    let password = members.text("/password");
+    let password = members.end_with(password)?;
+    for _ in 0..CHECKS {
+        let (_, hash) = confirm(call, &user, password.clone()).await?;
+        let ended = users::delete(&call.app.database, Deadline::start(), user.id, &hash).await?;
+        if let Some(ended) = ended {
+            call.app.ended("account_deleted", &ended);
+            info!("account deleted user_id={}", user.id);
+            return Ok(response::no_content());
+        }
+    }
+    Err(Error::WrongPassword)
+}
+
+/// `PUT /api/v1/auth/password`
+pub(crate) async fn change_password(
+    call: &Call<'_>,
+    user: SignedIn,
+    body: Body<'_>,
+) -> Result<Response, Error> {
+    let mut members = body.object().await?;
+    let current = members.text("/current_password");
+    let new = new_password(&mut members, "/new_password");
+    let (current, new) = members.end_with(current.zip(new))?;
+    for _ in 0..CHECKS {
+        let (email, verified) = confirm(call, &user, current.clone()).await?;
+        let hash = call
+            .app
+            .passwords
+            .hash(new.clone(), &email, "/new_password")
+            .await?;
+        let ended = users::change_password(
+            &call.app.database,
+            Deadline::start(),
+            user.id,
+            &verified,
+            &hash,
+            user.session,
+        );
+        if let Some(ended) = ended.await? {
+            call.app.ended("password_changed", &ended);
+            return Ok(response::no_content());
+        }
+    }
+    Err(Error::WrongPassword)
+}
+
+/// Checks the password of somebody signed in; gives their address and the hash it was checked
+/// against. A wrong one counts as it does at a sign-in.
+async fn confirm(
+    call: &Call<'_>,
+    user: &SignedIn,
+    password: String,
+) -> Result<(Email, String), Error> {
+    let database = &call.app.database;
+    let check = users::for_password_check(database, Deadline::start(), user.id)
+        .await?
+        .ok_or_else(no_such_user)?;
+    let email = Email::parse(&check.email)
+        .map_err(|_| Error::Internal("a stored address is none".into()))?;
+    let _turn = call
+        .app
+        .accounts
+        .enter(&check.email, Deadline::for_passwords())
+        .await?;
+    // Only now: while this waited for its turn the others may have failed.
+    let check = users::for_password_check(database, Deadline::start(), user.id)
+        .await?
+        .ok_or_else(no_such_user)?;
+    refuse_while_blocked(check.wait)?;
+    if !call
+        .app
+        .passwords
+        .verify(password, Some(&check.hash))
+        .await?
+        .right
+    {
+        users::count_failure(database, Deadline::start(), &check.email).await?;
+        return Err(Error::WrongPassword);
+    }
+    Ok((email, check.hash))
+}
+
+fn no_such_user() -> Error {
+    Error::Unauthenticated(Refused::AccessToken("no_such_user"))
+}
+
+fn refuse_while_blocked(wait: f64) -> Result<(), Error> {
+    if wait > 0.0 {
+        return Err(Error::TooManyAttempts {
+            retry_after: wait.ceil() as u64,
+            reason: "throttled",
+        });
+    }
+    Ok(())
+}
+
+/// A password that is to be kept, within the bounds; how guessable it is shows when it is hashed.
+fn new_password(members: &mut Members, pointer: &'static str) -> Option<String> {
+    let password = members.text(pointer)?;
+    match check_length(&password, pointer) {
+        Ok(()) => Some(password),
+        Err(fault) => {
+            members.add(fault);
+            None
+        }
+    }
+}
+
+fn tokens(
+    call: &Call<'_>,
+    status: StatusCode,
+    user: &User,
+    session: Uuid,
+    generation: i32,
+    refresh_expires_in: f64,
+) -> Result<Response, Error> {
+    let tokens = &call.app.tokens;
+    let body = Tokens {
+        access_token: tokens.issue_access(user, session)?,
+        token_type: "bearer",
+        expires_in: call.app.config.lifetimes.access.as_secs(),
+        refresh_token: tokens.issue_refresh(session, generation)?,
+        refresh_expires_in: refresh_expires_in.round() as u64,
+        user,
+    };
+    response::json(status, &body)
+}

@@ -1,0 +1,119 @@
+//! The log: to stderr, one line a record, `key=value`. Under systemd's journal a line begins with
+//! its priority (`sd-daemon(3)`) and leaves the time to the journal.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use jiff::fmt::temporal::DateTimePrinter;
+use log::{Level, warn};
+
+/// The target of the access line.
+pub const ACCESS: &str = "access";
+/// What one field may take of a line.
+const MAX_FIELD: usize = 256;
+
+/// Starts the logger; `RUST_LOG` has env_logger's syntax.
+pub fn init() {
+    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format(move |out, record| {
+            let message = one_line(&record.args().to_string()).into_owned();
+            if journal {
+                let priority = match record.level() {
+                    Level::Error => 3,
+                    Level::Warn => 4,
+                    Level::Info => 6,
+                    Level::Debug | Level::Trace => 7,
+                };
+                return writeln!(out, "<{priority}>{message}");
+            }
+            const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(3));
+            let now = PRINTER.timestamp_to_string(&Timestamp::now());
+            writeln!(out, "{now} {:<5} {message}", record.level())
+        })
+        .init();
+}
+
+/// A value for a log line: as it is where it is plain, else quoted and escaped, so that nobody can
+/// forge a field or a line; cut where it is long.
+pub(crate) fn field(value: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._~:/@%+,!$&'()*;-".contains(c);
+    if !value.is_empty() && value.len() <= MAX_FIELD && value.chars().all(plain) {
+        return Cow::Borrowed(value);
+    }
+    let mut quoted = String::from("\"");
+    for c in value.chars().take(MAX_FIELD) {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            ' '..='~' => quoted.push(c),
+            // Whatever is not printable ASCII, so no line separator of anybody's.
+            other => {
+                // Writing to a string does not fail.
+                write!(quoted, "\\u{{{:x}}}", u32::from(other)).ok();
+            }
+        }
+    }
+    if value.chars().nth(MAX_FIELD).is_some() {
+        quoted.push('…');
+    }
+    quoted.push('"');
+    Cow::Owned(quoted)
+}
+
+/// The last gate: a record is one line even where its text came from elsewhere.
+fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(|c: char| c.is_control()) {
+        return Cow::Borrowed(text);
+    }
+    let escaped = text.chars().map(|c| if c.is_control() { ' ' } else { c });
+    Cow::Owned(escaped.collect())
+}
+
+/// Lines about refused requests: one a second, which says how many it stands for. A database that
+/// is away must not fill the disk with news of it.
+#[derive(Default)]
+pub(crate) struct Complaints {
+    last: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Complaints {
+    /// Logs what `line` makes of how many went unsaid, unless a line was just written.
+    pub(crate) fn warn(&self, line: impl FnOnce(&str) -> String) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last
+            .0
+            .is_some_and(|at| at.elapsed() < Duration::from_secs(1))
+        {
+            last.1 += 1;
+            return;
+        }
+        let unsaid = std::mem::take(&mut last.1);
+        last.0 = Some(Instant::now());
+        drop(last);
+        let more = if unsaid > 0 {
+            format!(" unsaid={unsaid}")
+        } else {
+            String::new()
+        };
+        warn!("{}", line(&more));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::field;
+
+    #[test]
+    fn no_value_can_forge_a_field_or_a_line() {
+        assert_eq!(field("/api/v1/auth/me"), "/api/v1/auth/me");
+        assert_eq!(field("a client=1.2.3.4"), "\"a client=1.2.3.4\"");
+        assert_eq!(field("a\" reason=\"b"), "\"a\\\" reason=\\\"b\"");
+        assert_eq!(field("a\r\nb\u{2028}c"), "\"a\\u{d}\\u{a}b\\u{2028}c\"");
+        assert_eq!(field(""), "\"\"");
+        assert!(field(&"x".repeat(10_000)).len() < 300);
+    }
+}

@@ -1,0 +1,219 @@
+//! Counters and histograms, and the small listener of their own that shows them.
+//!
+//! A label has only values that this code names: nothing that a client sends becomes one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::Method;
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
+};
+
+use crate::error::{Error, Refused};
+
+/// What the service counts.
+pub struct Metrics {
+    registry: Registry,
+    /// Requests answered, by route pattern, method and status.
+    pub(crate) requests: IntCounterVec,
+    /// Seconds from a request's head to its answer, by route pattern.
+    pub(crate) duration: HistogramVec,
+    /// Seconds waited for a connection to the database.
+    pub(crate) db_wait: Histogram,
+    /// Seconds until a statement was answered.
+    pub(crate) db_query: Histogram,
+    db_waiting: IntGauge,
+    db_connections: IntGaugeVec,
+    /// Hashes that wait for a thread or have one.
+    pub(crate) hash_queue: IntGauge,
+    /// Seconds that a hash took, waiting included.
+    pub(crate) hash_time: Histogram,
+    /// Sign-ins by what came of them.
+    pub(crate) sign_ins: IntCounterVec,
+    /// Access and refresh tokens refused, by reason.
+    pub(crate) refused: IntCounterVec,
+    /// Sessions ended, by cause.
+    pub(crate) ended: IntCounterVec,
+    /// Sockets of clients.
+    pub(crate) connections: IntGauge,
+}
+
+/// From half a millisecond to the ten seconds of a drain, with the target of 1 s among them.
+const SECONDS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
+
+impl Metrics {
+    /// A registry with everything at zero.
+    ///
+    /// # Panics
+    /// If two metrics have one name: a bug that every start would show.
+    #[allow(clippy::expect_used)]
+    pub fn new() -> Arc<Self> {
+        let registry = Registry::new();
+        let build = Gauge::with_opts(
+            Opts::new("todo_api_build_info", "1, with the version of the service")
+                .const_label("version", env!("CARGO_PKG_VERSION")),
+        );
+        let metrics = Self {
+            requests: counters(
+                "http_requests_total",
+                "Requests answered",
+                &["route", "method", "status"],
+            ),
+            duration: HistogramVec::new(
+                histogram_opts(
+                    "http_request_duration_seconds",
+                    "Seconds from a request's head to its answer",
+                ),
+                &["route"],
+            )
+            .expect("a well-formed name"),
+            db_wait: histogram(
+                "db_wait_seconds",
+                "Seconds waited for a database connection",
+            ),
+            db_query: histogram("db_query_seconds", "Seconds until a statement was answered"),
+            db_waiting: gauge("db_waiting", "Requests that wait for a database connection"),
+            db_connections: IntGaugeVec::new(
+                Opts::new("todo_api_db_connections", "Connections to the database"),
+                &["state"],
+            )
+            .expect("a well-formed name"),
+            hash_queue: gauge(
+                "hash_queue_length",
+                "Password hashes waiting or being computed",
+            ),
+            hash_time: histogram(
+                "hash_seconds",
+                "Seconds that a password hash took, waiting included",
+            ),
+            sign_ins: counters("sign_ins_total", "Sign-ins by outcome", &["outcome"]),
+            refused: counters(
+                "tokens_refused_total",
+                "Tokens refused by reason",
+                &["reason"],
+            ),
+            ended: counters(
+                "sessions_ended_total",
+                "Sessions ended by cause",
+                &["cause"],
+            ),
+            connections: gauge("http_connections", "Open connections of clients"),
+            registry,
+        };
+        let build = build.expect("a well-formed name");
+        build.set(1.0);
+        let all: [Box<dyn prometheus::core::Collector>; 13] = [
+            Box::new(build),
+            Box::new(metrics.requests.clone()),
+            Box::new(metrics.duration.clone()),
+            Box::new(metrics.db_wait.clone()),
+            Box::new(metrics.db_query.clone()),
+            Box::new(metrics.db_waiting.clone()),
+            Box::new(metrics.db_connections.clone()),
+            Box::new(metrics.hash_queue.clone()),
+            Box::new(metrics.hash_time.clone()),
+            Box::new(metrics.sign_ins.clone()),
+            Box::new(metrics.refused.clone()),
+            Box::new(metrics.ended.clone()),
+            Box::new(metrics.connections.clone()),
+        ];
+        for collector in all {
+            metrics
+                .registry
+                .register(collector)
+                .expect("every metric has a name of its own");
+        }
+        #[cfg(target_os = "linux")]
+        metrics
+            .registry
+            .register(Box::new(
+                prometheus::process_collector::ProcessCollector::for_self(),
+            ))
+            .expect("the process is registered once");
+        Arc::new(metrics)
+    }
+
+    /// Counts an answered request. A method of a client's own making has no label of its own.
+    pub(crate) fn answered(&self, route: &str, method: &Method, status: &str, took: Duration) {
+        let known = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+        let method = known
+            .into_iter()
+            .find(|known| *known == method.as_str())
+            .unwrap_or("other");
+        self.requests
+            .with_label_values(&[route, method, status])
+            .inc();
+        self.duration
+            .with_label_values(&[route])
+            .observe(took.as_secs_f64());
+    }
+
+    /// Counts a token that was refused, or a sign-in that failed.
+    pub(crate) fn refused(&self, error: &Error) {
+        let Some(reason) = error.authentication_failure() else {
+            return;
+        };
+        match error {
+            Error::Unauthenticated(Refused::Credentials(_))
+            | Error::WrongPassword
+            | Error::TooManyAttempts { .. } => {
+                self.sign_ins.with_label_values(&[reason]).inc();
+            }
+            _ => self.refused.with_label_values(&[reason]).inc(),
+        }
+    }
+
+    /// Counts somebody who waits for a connection, until it is dropped.
+    pub(crate) fn db_waiting(&self) -> Waiting {
+        self.db_waiting.inc();
+        Waiting(self.db_waiting.clone())
+    }
+
+    /// Everything as Prometheus text, with the state of the pool as it is now.
+    pub(crate) fn text(&self, (connections, idle): (u32, u32)) -> Vec<u8> {
+        self.db_connections
+            .with_label_values(&["idle"])
+            .set(idle.into());
+        self.db_connections
+            .with_label_values(&["in_use"])
+            .set(connections.saturating_sub(idle).into());
+        let mut text = Vec::new();
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+            log::error!("cannot write the metrics: {error}");
+        }
+        text
+    }
+}
+
+/// Somebody who waits.
+pub(crate) struct Waiting(IntGauge);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+fn histogram_opts(name: &str, help: &str) -> HistogramOpts {
+    HistogramOpts::new(format!("todo_api_{name}"), help).buckets(SECONDS.to_vec())
+}
+
+#[allow(clippy::expect_used)]
+fn histogram(name: &str, help: &str) -> Histogram {
+    Histogram::with_opts(histogram_opts(name, help)).expect("a well-formed name")
+}
+
+#[allow(clippy::expect_used)]
+fn counters(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    IntCounterVec::new(Opts::new(format!("todo_api_{name}"), help), labels)
+        .expect("a well-formed name")
+}
+
+#[allow(clippy::expect_used)]
+fn gauge(name: &str, help: &str) -> IntGauge {
+    IntGauge::new(format!("todo_api_{name}"), help).expect("a well-formed name")
+}

@@ -1,0 +1,530 @@
+//! What a handler may ask of a request, each answer bounded and checked.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::{Body as _, Incoming};
+use hyper::header::{
+    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName,
+    HeaderValue, IF_MATCH, IF_NONE_MATCH, USER_AGENT,
+};
+use hyper::http::request::Parts;
+use hyper::http::uri::Authority;
+use hyper::{Method, Version};
+use ipnet::IpNet;
+use jiff::Timestamp;
+use percent_encoding::percent_decode_str;
+use serde_json::{Map, Value};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::App;
+use crate::db::Deadline;
+use crate::error::{Error, Fault};
+use crate::model::{Email, Refusal, Task};
+
+/// The longest task fits many times over.
+const MAX_BODY_BYTES: usize = 16 * 1024;
+/// From the head of a request to the end of its body.
+const BODY_BOUND: Duration = Duration::from_secs(20);
+
+/// `X-Request-Id`.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// One request on its way: what the router, the guard and the handlers work on.
+pub(crate) struct Call<'a> {
+    pub(crate) app: &'a App,
+    pub(crate) head: &'a Parts,
+    pub(crate) client: IpAddr,
+    pub(crate) id: HeaderValue,
+    /// The bound of all that it may want of the database.
+    pub(crate) deadline: Deadline,
+    /// The address that somebody tries to sign in with, for the log.
+    pub(crate) email: OnceLock<Email>,
+    route: OnceLock<&'static str>,
+}
+
+impl<'a> Call<'a> {
+    /// A request that has just arrived.
+    pub(crate) fn new(app: &'a App, head: &'a Parts, peer: IpAddr) -> Self {
+        Self {
+            app,
+            head,
+            client: client_address(&head.headers, peer, &app.config.trusted_proxies),
+            id: request_id(&head.headers),
+            deadline: Deadline::start(),
+            email: OnceLock::new(),
+            route: OnceLock::new(),
+        }
+    }
+
+    /// Notes the pattern of the route that it takes; the method comes back for the match.
+    pub(crate) fn at(&self, route: &'static str, method: Method) -> Method {
+        self.route.get_or_init(|| route);
+        method
+    }
+
+    /// The pattern of its route, where it has one.
+    pub(crate) fn route(&self) -> Option<&'static str> {
+        self.route.get().copied()
+    }
+
+    /// The bearer token. More than one Authorization header is none that could be trusted.
+    pub(crate) fn bearer_token(&self) -> Result<Option<&str>, &'static str> {
+        let mut values = self.head.headers.get_all(AUTHORIZATION).iter();
+        let Some(value) = values.next() else {
+            return Ok(None);
+        };
+        if values.next().is_some() {
+            return Err("several_authorizations");
+        }
+        let text = value.to_str().map_err(|_| "malformed_token")?;
+        match text.split_once(' ') {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+                Ok(Some(token.trim_matches(' ')))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The first 200 characters of what signs in, for the list of sessions.
+    pub(crate) fn user_agent(&self) -> Option<String> {
+        let value = self.head.headers.get(USER_AGENT)?;
+        let text = String::from_utf8_lossy(value.as_bytes());
+        Some(text.chars().filter(|c| !c.is_control()).take(200).collect())
+    }
+
+    /// `Idempotency-Key`: 1 to 255 characters of visible ASCII.
+    pub(crate) fn idempotency_key(&self) -> Result<Option<&str>, Error> {
+        let mut values = self.head.headers.get_all(IDEMPOTENCY_KEY).iter();
+        let Some(value) = values.next() else {
+            return Ok(None);
+        };
+        let key = value
+            .to_str()
+            .ok()
+            .filter(|key| (1..=255).contains(&key.len()));
+        match key.filter(|key| key.bytes().all(|byte| byte.is_ascii_graphic())) {
+            Some(key) if values.next().is_none() => Ok(Some(key)),
+            _ => Err(Error::MalformedRequest(
+                "Idempotency-Key must be one value of 1 to 255 visible ASCII characters",
+            )),
+        }
+    }
+
+    /// The versions that `If-Match` allows: `None` is any, an empty list none at all.
+    pub(crate) fn if_match(&self) -> Option<Vec<Timestamp>> {
+        match EntityTags::of(&self.head.headers, &IF_MATCH)? {
+            EntityTags::Any => None,
+            // RFC 9110 section 13.1.1: compared strongly, so a weak tag matches nothing.
+            EntityTags::These(tags) => Some(
+                tags.iter()
+                    .filter(|tag| !tag.weak)
+                    .filter_map(Tag::version)
+                    .collect(),
+            ),
+        }
+    }
+
+    /// Whether `If-None-Match` names the version of this task.
+    pub(crate) fn has_seen(&self, task: &Task) -> bool {
+        match EntityTags::of(&self.head.headers, &IF_NONE_MATCH) {
+            None => false,
+            Some(EntityTags::Any) => true,
+            // RFC 9110 section 13.1.2: compared weakly.
+            Some(EntityTags::These(tags)) => tags
+                .iter()
+                .filter_map(Tag::version)
+                .any(|version| version == task.updated_at.0),
+        }
+    }
+
+    /// The query, taken apart.
+    pub(crate) fn query(&self) -> Query<'_> {
+        Query::parse(self.head.uri.query().unwrap_or_default())
+    }
+}
+
+/// A task's version as a strong entity tag: its `updated_at`, which never stands still.
+pub(crate) fn entity_tag(version: Timestamp) -> String {
+    format!("\"{:x}\"", version.as_microsecond())
+}
+
+enum EntityTags<'a> {
+    Any,
+    These(Vec<Tag<'a>>),
+}
+
+struct Tag<'a> {
+    weak: bool,
+    opaque: &'a str,
+}
+
+impl Tag<'_> {
+    fn version(&self) -> Option<Timestamp> {
+        let version =
+            Timestamp::from_microsecond(i64::from_str_radix(self.opaque, 16).ok()?).ok()?;
+        // Only the very text that we gave out: not `+5f…`, not `05F…`.
+        (entity_tag(version).trim_matches('"') == self.opaque).then_some(version)
+    }
+}
+
+impl<'a> EntityTags<'a> {
+    /// `None` without the header. What is no list of tags ends where it stops being one.
+    fn of(headers: &'a HeaderMap, name: &HeaderName) -> Option<Self> {
+        let mut values = headers.get_all(name).iter().peekable();
+        values.peek()?;
+        let mut tags = Vec::new();
+        for value in values {
+            let Ok(text) = value.to_str() else {
+                continue;
+            };
+            if text.trim() == "*" {
+                return Some(Self::Any);
+            }
+            let mut rest = text.trim_start_matches([' ', '\t', ',']);
+            while let Some((tag, more)) = Self::first(rest) {
+                tags.push(tag);
+                rest = more.trim_start_matches([' ', '\t', ',']);
+            }
+        }
+        Some(Self::These(tags))
+    }
+
+    fn first(text: &'a str) -> Option<(Tag<'a>, &'a str)> {
+        let (weak, quoted) = match text.strip_prefix("W/") {
+            Some(rest) => (true, rest),
+            None => (false, text),
+        };
+        let (opaque, rest) = quoted.strip_prefix('"')?.split_once('"')?;
+        Some((Tag { weak, opaque }, rest))
+    }
+}
+
+/// A query string, percent-decoded.
+pub(crate) struct Query<'a> {
+    pairs: Vec<(Cow<'a, str>, Option<Cow<'a, str>>)>,
+}
+
+impl<'a> Query<'a> {
+    fn parse(query: &'a str) -> Self {
+        let pairs = query.split('&').filter(|pair| !pair.is_empty());
+        let decoded = pairs.map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (decode(name).unwrap_or(Cow::Borrowed(name)), decode(value))
+        });
+        Self {
+            pairs: decoded.collect(),
+        }
+    }
+
+    /// A parameter's value, parsed; one that is there twice or that `parse` refuses is a fault.
+    pub(crate) fn parameter<T>(
+        &self,
+        name: &'static str,
+        refusal: &'static str,
+        faults: &mut Vec<Fault>,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Option<T> {
+        let mut values = self
+            .pairs
+            .iter()
+            .filter(|(key, _)| key == name)
+            .map(|(_, value)| value);
+        let value = values.next()?;
+        if values.next().is_some() {
+            faults.push(Fault::parameter(
+                name,
+                "duplicate",
+                "the parameter must be given once",
+            ));
+            return None;
+        }
+        let parsed = value
+            .as_deref()
+            .filter(|text| !text.contains('\0'))
+            .and_then(parse);
+        if parsed.is_none() {
+            faults.push(Fault::parameter(name, "invalid_value", refusal));
+        }
+        parsed
+    }
+}
+
+/// Percent-decoding with `+` for a space; `None` where the result is not UTF-8.
+fn decode(text: &str) -> Option<Cow<'_, str>> {
+    if !text.contains(['%', '+']) {
+        return Some(Cow::Borrowed(text));
+    }
+    let spaced = text.replace('+', " ");
+    percent_decode_str(&spaced)
+        .decode_utf8()
+        .ok()
+        .map(|decoded| Cow::Owned(decoded.into_owned()))
+}
+
+/// The body of a request, not read yet.
+pub(crate) struct Body<'a> {
+    pub(crate) head: &'a Parts,
+    pub(crate) incoming: Incoming,
+}
+
+impl Body<'_> {
+    /// The members of the JSON object that the body has to be.
+    pub(crate) async fn object(self) -> Result<Members, Error> {
+        match self.object_if_any().await? {
+            Some(members) => Ok(members),
+            None => Err(Error::MalformedJson("the request needs a JSON body".into())),
+        }
+    }
+
+    /// The same where there may be no body at all.
+    pub(crate) async fn object_if_any(self) -> Result<Option<Members>, Error> {
+        if self.incoming.is_end_stream() {
+            return Ok(None);
+        }
+        self.check_type()?;
+        if announced_length(self.head).is_some_and(|length| length > MAX_BODY_BYTES as u64) {
+            return Err(Error::BodyTooLarge);
+        }
+        let bytes = match timeout(
+            BODY_BOUND,
+            Limited::new(self.incoming, MAX_BODY_BYTES).collect(),
+        )
+        .await
+        {
+            Ok(Ok(collected)) => collected.to_bytes(),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(Error::BodyTooLarge),
+            Ok(Err(_)) => {
+                return Err(Error::MalformedRequest(
+                    "the body is badly framed or was cut off",
+                ));
+            }
+            Err(_) => return Err(Error::RequestTimeout),
+        };
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        match serde_json::from_slice(&bytes) {
+            Ok(Value::Object(members)) => Ok(Some(Members {
+                members,
+                faults: Vec::new(),
+            })),
+            Ok(_) => Err(Error::Validation(vec![Fault::at(
+                "",
+                "wrong_type",
+                "the body must be a JSON object",
+            )])),
+            Err(error) => Err(Error::MalformedJson(format!(
+                "the body is not JSON in UTF-8: {error}"
+            ))),
+        }
+    }
+
+    fn check_type(&self) -> Result<(), Error> {
+        let headers = &self.head.headers;
+        let coded = headers
+            .get(CONTENT_ENCODING)
+            .is_some_and(|coding| coding != "identity");
+        let json = headers.get_all(CONTENT_TYPE).iter().all(|value| {
+            let value = value.to_str().unwrap_or_default();
+            let essence = value.split(';').next().unwrap_or_default().trim();
+            essence.eq_ignore_ascii_case("application/json")
+                || (self.head.method == Method::PATCH
+                    && essence.eq_ignore_ascii_case("application/merge-patch+json"))
+        });
+        if coded || !json {
+            Err(Error::UnsupportedMediaType)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn announced_length(head: &Parts) -> Option<u64> {
+    head.headers
+        .get(CONTENT_LENGTH)?
+        .to_str()
+        .ok()?
+        .parse()
+        .ok()
+}
+
+/// The members of a JSON object, and every fault found in them so far.
+pub(crate) struct Members {
+    members: Map<String, Value>,
+    faults: Vec<Fault>,
+}
+
+impl Members {
+    /// No members at all.
+    pub(crate) fn none() -> Self {
+        Self {
+            members: Map::new(),
+            faults: Vec::new(),
+        }
+    }
+
+    /// A text that has to be there.
+    pub(crate) fn text(&mut self, pointer: &'static str) -> Option<String> {
+        match self.take(pointer) {
+            Some(Value::String(text)) => Some(text),
+            Some(_) => self.fault(pointer, "wrong_type", "must be a string"),
+            None => self.fault(pointer, "required", "is required"),
+        }
+    }
+
+    /// A text that may be missing or null: `Some(None)` is null.
+    pub(crate) fn optional_text(&mut self, pointer: &'static str) -> Option<Option<String>> {
+        match self.take(pointer)? {
+            Value::String(text) => Some(Some(text)),
+            Value::Null => Some(None),
+            _ => self.fault(pointer, "wrong_type", "must be a string or null"),
+        }
+    }
+
+    /// A boolean that may be missing.
+    pub(crate) fn optional_bool(&mut self, pointer: &'static str) -> Option<bool> {
+        match self.take(pointer)? {
+            Value::Bool(value) => Some(value),
+            _ => self.fault(pointer, "wrong_type", "must be true or false"),
+        }
+    }
+
+    /// Whether there is such a member.
+    pub(crate) fn has(&self, pointer: &'static str) -> bool {
+        self.members.contains_key(name(pointer))
+    }
+
+    /// A value of the model, or the reason why it is none among the faults.
+    pub(crate) fn parse<T>(
+        &mut self,
+        pointer: &'static str,
+        text: Option<String>,
+        parse: impl Fn(&str) -> Result<T, Refusal>,
+    ) -> Option<T> {
+        match parse(&text?) {
+            Ok(value) => Some(value),
+            Err(refusal) => {
+                self.faults.push(Fault::refused(pointer, refusal));
+                None
+            }
+        }
+    }
+
+    /// Adds a fault that somebody else found.
+    pub(crate) fn add(&mut self, fault: Fault) {
+        self.faults.push(fault);
+    }
+
+    /// All faults at once, if there are any.
+    pub(crate) fn end(self) -> Result<(), Error> {
+        if self.faults.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Validation(self.faults))
+        }
+    }
+
+    /// The values, if all of them are there; else all faults at once.
+    pub(crate) fn end_with<T>(self, values: Option<T>) -> Result<T, Error> {
+        match values {
+            Some(values) if self.faults.is_empty() => Ok(values),
+            _ => Err(Error::Validation(self.faults)),
+        }
+    }
+
+    fn take(&mut self, pointer: &'static str) -> Option<Value> {
+        self.members.remove(name(pointer))
+    }
+
+    fn fault<T>(&mut self, pointer: &'static str, code: &'static str, rule: &str) -> Option<T> {
+        self.faults.push(Fault::at(
+            pointer,
+            code,
+            format!("{} {rule}", name(pointer)),
+        ));
+        None
+    }
+}
+
+fn name(pointer: &'static str) -> &'static str {
+    pointer.trim_start_matches('/')
+}
+
+/// The client's own request id if it is sane, else a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let sane = |value: &&HeaderValue| {
+        let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+        (1..=128).contains(&value.len()) && value.as_bytes().iter().all(allowed)
+    };
+    match headers.get(&REQUEST_ID).filter(sane) {
+        Some(id) => id.clone(),
+        None => {
+            let mut buffer = Uuid::encode_buffer();
+            let id = Uuid::now_v7().hyphenated().encode_lower(&mut buffer);
+            HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("unknown"))
+        }
+    }
+}
+
+/// Who asks: the peer, or, where that is a proxy of ours, the last hop before it that is none.
+fn client_address(headers: &HeaderMap, peer: IpAddr, trusted: &[IpNet]) -> IpAddr {
+    let is_trusted = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
+    let mut client = peer.to_canonical();
+    if !is_trusted(&client) {
+        return client;
+    }
+    for value in headers.get_all(FORWARDED_FOR).iter().rev() {
+        for hop in value.to_str().unwrap_or_default().rsplit(',') {
+            // What is no address was not written by a proxy of ours: it ends the chain.
+            let Some(address) = hop_address(hop.trim()) else {
+                return client;
+            };
+            client = address;
+            if !is_trusted(&client) {
+                return client;
+            }
+        }
+    }
+    client
+}
+
+/// An address as proxies write it: bare, or with a port, or in brackets.
+fn hop_address(hop: &str) -> Option<IpAddr> {
+    let bare = hop.parse().ok();
+    let with_port = || {
+        hop.parse()
+            .ok()
+            .map(|address: std::net::SocketAddr| address.ip())
+    };
+    let bracketed = || hop.strip_prefix('[')?.strip_suffix(']')?.parse().ok();
+    bare.or_else(with_port)
+        .or_else(bracketed)
+        .map(|address: IpAddr| address.to_canonical())
+}
+
+/// RFC 9112 section 3.2: exactly one Host, well-formed, in HTTP/1.1; hyper leaves that to us.
+pub(crate) fn check_host(head: &Parts) -> Result<(), Error> {
+    let mut hosts = head.headers.get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(host), None) if host.is_empty() || is_authority(host) => Ok(()),
+        (None, None) if head.version == Version::HTTP_10 => Ok(()),
+        (None, None) => Err(Error::MalformedRequest("the header Host is missing")),
+        (Some(_), None) => Err(Error::MalformedRequest("the header Host is malformed")),
+        _ => Err(Error::MalformedRequest(
+            "the header Host is there more than once",
+        )),
+    }
+}
+
+fn is_authority(host: &HeaderValue) -> bool {
+    let authority = Authority::try_from(host.as_bytes());
+    authority
+        .is_ok_and(|authority| !authority.as_str().contains('@') && !authority.host().is_empty())
+}

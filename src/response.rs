@@ -1,0 +1,157 @@
+//! What a handler can answer with. Every answer is in memory and of a known length.
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::StatusCode;
+use hyper::header::{
+    ALLOW, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LINK, LOCATION, RETRY_AFTER,
+    WWW_AUTHENTICATE,
+};
+use serde::Serialize;
+
+use crate::error::{Error, Fault};
+use crate::model::Task;
+use crate::request::entity_tag;
+
+/// An answer.
+pub(crate) type Response = hyper::Response<Full<Bytes>>;
+
+const TOTAL_COUNT: HeaderName = HeaderName::from_static("x-total-count");
+
+/// A value as JSON.
+pub(crate) fn json<T: Serialize>(status: StatusCode, value: &T) -> Result<Response, Error> {
+    let body = serde_json::to_vec(value)
+        .map_err(|error| Error::Internal(format!("cannot write JSON: {error}")))?;
+    Ok(bytes(status, "application/json", body))
+}
+
+/// Anything, with its type.
+pub(crate) fn bytes(
+    status: StatusCode,
+    content_type: &'static str,
+    body: impl Into<Bytes>,
+) -> Response {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// No body.
+pub(crate) fn empty(status: StatusCode) -> Response {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = status;
+    response
+}
+
+/// 204: done, and nothing to say.
+pub(crate) fn no_content() -> Response {
+    empty(StatusCode::NO_CONTENT)
+}
+
+/// 204 with the methods that a route takes.
+pub(crate) fn options(allow: &'static str) -> Response {
+    let mut response = no_content();
+    response
+        .headers_mut()
+        .insert(ALLOW, HeaderValue::from_static(allow));
+    response
+}
+
+/// One task, with its version.
+pub(crate) fn task(status: StatusCode, task: &Task) -> Result<Response, Error> {
+    Ok(with(
+        json(status, task)?,
+        ETAG,
+        entity_tag(task.updated_at.0),
+    ))
+}
+
+/// 304: the client has this version of the task already.
+pub(crate) fn not_modified(task: &Task) -> Response {
+    with(
+        empty(StatusCode::NOT_MODIFIED),
+        ETAG,
+        entity_tag(task.updated_at.0),
+    )
+}
+
+/// Says where the new thing is.
+pub(crate) fn located(response: Response, path: String) -> Response {
+    with(response, LOCATION, path)
+}
+
+/// Says where the list goes on.
+pub(crate) fn linked(response: Response, next: &str) -> Response {
+    with(response, LINK, format!("<{next}>; rel=\"next\""))
+}
+
+/// Says how many there are in all.
+pub(crate) fn counted(response: Response, total: i64) -> Response {
+    with(response, TOTAL_COUNT, total.to_string())
+}
+
+/// A page that is somewhere else.
+pub(crate) fn redirect(path: &'static str) -> Response {
+    with(
+        empty(StatusCode::TEMPORARY_REDIRECT),
+        LOCATION,
+        path.to_owned(),
+    )
+}
+
+fn with(mut response: Response, name: HeaderName, value: String) -> Response {
+    match HeaderValue::try_from(value) {
+        Ok(value) => {
+            response.headers_mut().insert(name, value);
+        }
+        Err(_) => log::error!("bug: a value for {name} that is no header value"),
+    }
+    response
+}
+
+/// An error as problem details (RFC 9457).
+pub(crate) fn problem(error: &Error, request_id: &HeaderValue) -> Response {
+    #[derive(Serialize)]
+    struct Details<'a> {
+        r#type: String,
+        title: &'a str,
+        status: u16,
+        code: &'a str,
+        detail: &'a str,
+        instance: String,
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        errors: &'a [Fault],
+    }
+    let kind = error.problem();
+    let details = Details {
+        r#type: format!("/problems/{}", kind.code),
+        title: kind.title,
+        status: kind.status,
+        code: kind.code,
+        detail: &error.detail(),
+        instance: format!("urn:request:{}", request_id.to_str().unwrap_or_default()),
+        errors: error.faults(),
+    };
+    let body = serde_json::to_vec(&details).unwrap_or_default();
+    let status = StatusCode::from_u16(kind.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut response = bytes(status, "application/problem+json", body);
+    let headers = response.headers_mut();
+    if status == StatusCode::UNAUTHORIZED {
+        // RFC 6750 section 3: the error is named only where a token was presented.
+        let challenge = match kind.code {
+            "invalid_token" => "Bearer realm=\"todo\", error=\"invalid_token\"",
+            _ => "Bearer realm=\"todo\"",
+        };
+        headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+    }
+    if let Some(seconds) = error.retry_after() {
+        headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    if let Error::MethodNotAllowed(allow) = error {
+        headers.insert(ALLOW, HeaderValue::from_static(allow));
+    }
+    response
+}

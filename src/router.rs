@@ -1,0 +1,315 @@
+//! THE match: method and path, then the guard, then the handler; and the one place where an error
+//! becomes an answer and a line in the log.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use hyper::body::Incoming;
+use hyper::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue};
+use hyper::http::request::Parts;
+use hyper::{Method, Request};
+use log::{debug, error, warn};
+use percent_encoding::percent_decode_str;
+
+use crate::App;
+use crate::error::Error;
+use crate::guard::{owner, signed_in};
+use crate::handler::{auth, pages, sessions, tasks};
+use crate::logging::{ACCESS, field};
+use crate::request::{Body, Call, REQUEST_ID, check_host};
+use crate::response::{self, Response};
+
+const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
+/// A request that takes longer is worth a line: the target is 95 % within it.
+const SLOW: Duration = Duration::from_secs(1);
+/// What stands in the metrics and the log for a path that no route has.
+const NO_ROUTE: &str = "none";
+
+/// The whole API. Each path ends in an arm for the methods that it does not take.
+async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
+    const GET: Method = Method::GET;
+    const POST: Method = Method::POST;
+    const PUT: Method = Method::PUT;
+    const PATCH: Method = Method::PATCH;
+    const DELETE: Method = Method::DELETE;
+
+    check_host(call.head)?;
+    let path = call.head.uri.path();
+    let decoded: Vec<Cow<str>> = segments(path).collect();
+    let segments: Vec<&str> = decoded.iter().map(AsRef::as_ref).collect();
+    // hyper leaves out the body of an answer to HEAD.
+    let method = if call.head.method == Method::HEAD {
+        GET
+    } else {
+        call.head.method.clone()
+    };
+
+    match segments.as_slice() {
+        [] => match call.at("/", method) {
+            GET => Ok(response::redirect("/docs")),
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["healthz"] => match call.at("/healthz", method) {
+            GET => pages::healthz(),
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["readyz"] => match call.at("/readyz", method) {
+            GET => pages::readyz(call).await,
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["openapi.json"] => match call.at("/openapi.json", method) {
+            GET => Ok(pages::openapi()),
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["docs"] => match call.at("/docs", method) {
+            GET => Ok(pages::docs()),
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["docs", file] => match call.at("/docs/{file}", method) {
+            GET => pages::docs_file(file),
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["problems", code] => match call.at("/problems/{code}", method) {
+            GET => pages::problem(code),
+            _ => other(call, "GET, HEAD, OPTIONS"),
+        },
+        ["api", "v1", "auth", "register"] => match call.at("/api/v1/auth/register", method) {
+            POST => auth::register(call, body).await,
+            _ => other(call, "POST, OPTIONS"),
+        },
+        ["api", "v1", "auth", "login"] => match call.at("/api/v1/auth/login", method) {
+            POST => auth::login(call, body).await,
+            _ => other(call, "POST, OPTIONS"),
+        },
+        ["api", "v1", "auth", "refresh"] => match call.at("/api/v1/auth/refresh", method) {
+            POST => auth::refresh(call, body).await,
+            _ => other(call, "POST, OPTIONS"),
+        },
+        ["api", "v1", "auth", "logout"] => match call.at("/api/v1/auth/logout", method) {
+            POST => auth::logout(call, body).await,
+            _ => other(call, "POST, OPTIONS"),
+        },
+        ["api", "v1", "auth", "me"] => match call.at("/api/v1/auth/me", method) {
+            GET => auth::me(call, signed_in(call).await?).await,
+            DELETE => auth::delete_me(call, signed_in(call).await?, body).await,
+            _ => other(call, "GET, HEAD, DELETE, OPTIONS"),
+        },
+        ["api", "v1", "auth", "password"] => match call.at("/api/v1/auth/password", method) {
+            PUT => auth::change_password(call, signed_in(call).await?, body).await,
+            _ => other(call, "PUT, OPTIONS"),
+        },
+        ["api", "v1", "auth", "sessions"] => match call.at("/api/v1/auth/sessions", method) {
+            GET => sessions::list(call, signed_in(call).await?).await,
+            DELETE => sessions::end_others(call, signed_in(call).await?).await,
+            _ => other(call, "GET, HEAD, DELETE, OPTIONS"),
+        },
+        ["api", "v1", "auth", "sessions", id] => {
+            match call.at("/api/v1/auth/sessions/{id}", method) {
+                DELETE => sessions::end(call, signed_in(call).await?, id).await,
+                _ => other(call, "DELETE, OPTIONS"),
+            }
+        }
+        ["api", "v1", user_id, "tasks"] => match call.at("/api/v1/{user_id}/tasks", method) {
+            GET => tasks::list(call, owner(call, user_id).await?).await,
+            POST => tasks::create(call, owner(call, user_id).await?, body).await,
+            DELETE => tasks::delete_completed(call, owner(call, user_id).await?).await,
+            _ => other(call, "GET, HEAD, POST, DELETE, OPTIONS"),
+        },
+        ["api", "v1", user_id, "tasks", id] => {
+            match call.at("/api/v1/{user_id}/tasks/{id}", method) {
+                GET => tasks::get(call, owner(call, user_id).await?, id).await,
+                PUT | PATCH => tasks::update(call, owner(call, user_id).await?, id, body).await,
+                DELETE => tasks::delete(call, owner(call, user_id).await?, id).await,
+                _ => other(call, "GET, HEAD, PUT, PATCH, DELETE, OPTIONS"),
+            }
+        }
+        ["api", "v1", user_id, "tasks", id, "complete"] => {
+            match call.at("/api/v1/{user_id}/tasks/{id}/complete", method) {
+                PATCH => tasks::complete(call, owner(call, user_id).await?, id, body).await,
+                _ => other(call, "PATCH, OPTIONS"),
+            }
+        }
+        // RFC 9110 section 9.3.7: OPTIONS * asks about the service as a whole.
+        ["*"] => other(call, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+        _ => Err(Error::NotFound),
+    }
+}
+
+/// A method that no handler of the path takes.
+fn other(call: &Call<'_>, allow: &'static str) -> Result<Response, Error> {
+    if call.head.method == Method::OPTIONS {
+        Ok(response::options(allow))
+    } else {
+        Err(Error::MethodNotAllowed(allow))
+    }
+}
+
+/// The segments of a path, percent-decoded one by one, so that `%2F` ends none; a slash at the end
+/// adds none. What does not decode to UTF-8 stays as it is and matches no route.
+fn segments(path: &str) -> impl Iterator<Item = Cow<'_, str>> {
+    let path = path.strip_prefix('/').unwrap_or(path);
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let count = if path.is_empty() { 0 } else { usize::MAX };
+    path.split('/').take(count).map(|segment| {
+        if segment.contains('%') {
+            percent_decode_str(segment)
+                .decode_utf8()
+                .unwrap_or(Cow::Borrowed(segment))
+        } else {
+            Cow::Borrowed(segment)
+        }
+    })
+}
+
+/// Answers one request, whatever becomes of it.
+pub(crate) async fn respond(
+    app: &App,
+    request: Request<Incoming>,
+    peer: IpAddr,
+    fault: Option<&'static str>,
+) -> Response {
+    let started = Instant::now();
+    let (head, incoming) = request.into_parts();
+    let call = Call::new(app, &head, peer);
+    let body = Body {
+        head: &head,
+        incoming,
+    };
+    let result = match fault {
+        Some(fault) => Err(Error::MalformedRequest(fault)),
+        // A panic is a bug, and the end of this request alone.
+        None => AssertUnwindSafe(dispatch(&call, body))
+            .catch_unwind()
+            .await
+            .unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))),
+    };
+    let mut response = match result {
+        Ok(response) => response,
+        Err(error) => {
+            log_error(&call, &error);
+            let mut response = response::problem(&error, &call.id);
+            if ends_connection(&error) {
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            response
+        }
+    };
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, call.id.clone());
+    headers.insert(CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if head.uri.path().starts_with("/api/") {
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    if app.is_stopping() {
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    app.cors.apply(&head, headers);
+    account_for(&call, &response, started.elapsed());
+    app.sweep_if_due();
+    response
+}
+
+/// After these nobody knows where the next request would begin.
+fn ends_connection(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::BodyTooLarge | Error::RequestTimeout | Error::MalformedRequest(_)
+    )
+}
+
+/// The one place where an error is logged: a failed authentication and a shed request at WARN, a
+/// bug at ERROR, what a client did wrong not at all.
+fn log_error(call: &Call<'_>, error: &Error) {
+    let head = call.head;
+    let (method, path, client) = (
+        field(head.method.as_str()),
+        field(head.uri.path()),
+        call.client,
+    );
+    let request_id = call.id.to_str().unwrap_or_default();
+    let place = format_args!("method={method} path={path} client={client} request_id={request_id}");
+    if let Some(reason) = error.authentication_failure() {
+        call.app.metrics.refused(error);
+        match call.email.get() {
+            Some(email) => warn!(
+                "authentication failed reason={reason} {place} email={}",
+                field(email.as_str())
+            ),
+            None => warn!("authentication failed reason={reason} {place}"),
+        }
+        return;
+    }
+    match error {
+        Error::Internal(cause) => error!("internal error cause={} {place}", field(cause)),
+        Error::DatabaseUnavailable(cause) => {
+            call.app.complaints.warn(|more| {
+                format!(
+                    "request refused reason=database_unavailable cause={} {place}{more}",
+                    field(cause)
+                )
+            });
+        }
+        Error::Overloaded | Error::Stopping => {
+            let reason = error.problem().code;
+            call.app
+                .complaints
+                .warn(|more| format!("request refused reason={reason} {place}{more}"));
+        }
+        _ => {}
+    }
+}
+
+fn account_for(call: &Call<'_>, response: &Response, took: Duration) {
+    let head: &Parts = call.head;
+    let status = response.status();
+    let route = call.route().unwrap_or(NO_ROUTE);
+    call.app
+        .metrics
+        .answered(route, &head.method, status.as_str(), took);
+    if took > SLOW {
+        warn!(
+            "slow request route={route} method={} status={} seconds={:.3} request_id={}",
+            field(head.method.as_str()),
+            status.as_u16(),
+            took.as_secs_f64(),
+            call.id.to_str().unwrap_or_default(),
+        );
+    }
+    debug!(
+        target: ACCESS,
+        "method={} path={} status={} seconds={:.6} client={} request_id={}",
+        field(head.method.as_str()),
+        field(head.uri.path()),
+        status.as_u16(),
+        took.as_secs_f64(),
+        call.client,
+        call.id.to_str().unwrap_or_default(),
+    );
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("panic: {}", text.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::segments;
+
+    #[test]
+    fn a_path_is_split_once_and_decoded_by_segment() {
+        let split = |path: &str| segments(path).map(|s| s.into_owned()).collect::<Vec<_>>();
+        assert!(split("/").is_empty());
+        assert_eq!(split("/healthz/"), ["healthz"]);
+        assert_eq!(split("/api/v1/%61uth/me"), ["api", "v1", "auth", "me"]);
+        assert_eq!(split("/a%2Fb/c"), ["a/b", "c"]);
+        assert_eq!(split("/%ff"), ["%ff"]);
+        assert_eq!(split("//a//"), ["", "a", ""]);
+    }
+}
