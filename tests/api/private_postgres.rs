@@ -1,0 +1,1 @@
+//! The private PostgreSQL: zero set-up, and nothing lost.

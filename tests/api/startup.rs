@@ -1,0 +1,1 @@
+//! Coming up and going down.
