@@ -837,14 +837,22 @@ fn make_secret(data_dir: &Path, path: &Path) -> io::Result<()> {
 /// Makes `DATA_DIR` where it is missing, and gives its absolute path and who will run PostgreSQL there.
 fn make_data_dir(data_dir: &Path) -> Result<(PathBuf, Option<Account>), Error> {
     let account = Account::for_cluster(&data_dir.join("cluster"))?;
-    if let Some(account) = &account {
-        let absolute = std::path::absolute(data_dir).map_err(failed("find DATA_DIR", data_dir))?;
-        account.check_reach(&absolute)?;
-    }
     if !data_dir.exists() {
+        if let Some(account) = &account {
+            // Before anything is made where it could not be used.
+            let absolute =
+                std::path::absolute(data_dir).map_err(failed("find DATA_DIR", data_dir))?;
+            account.check_reach(&absolute)?;
+        }
         // The account that runs PostgreSQL has to pass through, and see nothing.
         let mode = if account.is_some() { 0o711 } else { 0o700 };
         make_dir(data_dir, mode).map_err(failed("make DATA_DIR", data_dir))?;
+    }
+    if !data_dir.is_dir() {
+        return Err(Error(format!(
+            "DATA_DIR {} is not a directory",
+            data_dir.display()
+        )));
     }
     let data_dir = data_dir
         .canonicalize()

@@ -313,6 +313,15 @@ pub(crate) struct Process {
 impl Process {
     /// Starts the program with these arguments, and these variables only.
     pub(crate) fn spawn(arguments: &[&str], variables: &[(&str, &str)]) -> Process {
+        Process::spawn_in(&scratch().root, arguments, variables)
+    }
+
+    /// The same in this directory.
+    pub(crate) fn spawn_in(
+        directory: &Path,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_todo-api"));
         command
             .args(arguments)
@@ -321,7 +330,7 @@ impl Process {
             .env("PATH", env::var_os("PATH").unwrap_or_default())
             .env("TMPDIR", env::temp_dir())
             .envs(variables.iter().copied())
-            .current_dir(&scratch().root)
+            .current_dir(directory)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

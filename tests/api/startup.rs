@@ -1,1 +1,364 @@
-//! Coming up and going down.
+//! Coming up and going down: what a newcomer reads, what an operator reads when a setting is
+//! wrong, and the database that comes later or not at all.
+
+use std::{fs, net::TcpListener, time::Duration};
+
+use futures_util::future::join_all;
+use rustix::process::Signal;
+use todo_api::db::local::Postgres;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+
+use crate::harness::{DataDir, Database, Process, SECRET, Server, until};
+
+/// Starts the program, which must end by itself with a code that is not 0 and this one line.
+async fn refusal(variables: &[(&str, &str)]) -> String {
+    let process = Process::spawn(&[], variables);
+    let status = process.ended().await;
+    let log = process.log();
+    assert!(
+        status.code().is_some_and(|code| code != 0),
+        "{status} with {variables:?}:\n{log}"
+    );
+    assert_eq!(
+        log.lines().count(),
+        1,
+        "not one line with {variables:?}:\n{log}"
+    );
+    assert_eq!(process.output(), "", "{variables:?}");
+    log.trim_end().to_owned()
+}
+
+/// The line of a start that fails after it has begun: the last, and the only one that is an error.
+async fn late_refusal(variables: &[(&str, &str)]) -> String {
+    let process = Process::spawn(&[], variables);
+    let status = process.ended().await;
+    let log = process.log();
+    assert!(
+        status.code().is_some_and(|code| code != 0),
+        "{status} with {variables:?}:\n{log}"
+    );
+    log.lines().last().unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn three_lines_tell_a_newcomer_where_everything_is() {
+    let directory = DataDir::new();
+    let server = Server::with(&[("DATA_DIR", directory.text())]).await;
+    server.wait_for_log("/docs").await;
+    let log = server.log();
+    let lines: Vec<&str> = log.lines().collect();
+    let last = &lines[lines.len() - 3..];
+    for part in [
+        &*format!("http://{}", server.addr()),
+        directory.text(),
+        "/docs",
+    ] {
+        assert!(
+            last.iter().any(|line| line.contains(part)),
+            "{part}:\n{log}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn no_line_of_the_start_shows_a_secret() {
+    let directory = DataDir::new();
+    let server = Server::with(&[("DATA_DIR", directory.text())]).await;
+    let made = fs::read_to_string(directory.path().join("jwt-secret")).unwrap();
+    assert!(!server.log().contains(made.trim()));
+    let server = Server::start().await;
+    assert!(!server.log().contains(SECRET));
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = taken.local_addr().unwrap().to_string();
+    let database = Database::create().await;
+    let line = refusal(&[
+        ("LISTEN_ADDR", &addr),
+        ("DATABASE_URL", &database.url()),
+        ("JWT_SECRET", SECRET),
+    ])
+    .await;
+    assert!(line.contains(&addr), "{line}");
+}
+
+#[tokio::test]
+async fn a_wrong_variable_is_named() {
+    let secret = "thirty-one bytes, one too few!!";
+    assert_eq!(secret.len(), 31);
+    let nowhere = "/nowhere/at-all";
+    let cases = [
+        ("DATABASE_URL", "mysql://ann:hunter2@db.example/todo"),
+        (
+            "DATABASE_URL",
+            "postgres://ann:hunter2@db.example/todo?sslmode=sometimes",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres://ann:hunter2@db.example:port/todo",
+        ),
+        ("DATABASE_URL", "hunter2"),
+        ("DATABASE_URL_FILE", nowhere),
+        ("DATA_DIR", "/dev/null"),
+        ("JWT_SECRET", secret),
+        ("JWT_SECRET_FILE", nowhere),
+        ("JWT_SECRET_PREVIOUS", secret),
+        ("JWT_SECRET_PREVIOUS_FILE", nowhere),
+        ("LISTEN_ADDR", "8000"),
+        ("LISTEN_ADDR", "127.0.0.1:80000"),
+        ("METRICS_ADDR", "somewhere"),
+        ("CORS_ORIGINS", "app.example.com"),
+        ("CORS_ORIGINS", "https://app.example.com,*"),
+        ("CORS_ORIGINS", "https://app.example.com/path"),
+        ("TRUSTED_PROXIES", "10.0.0.0/33"),
+        ("TRUSTED_PROXIES", "proxy.example"),
+        ("DB_POOL_SIZE", "0"),
+        ("DB_POOL_SIZE", "21"),
+        ("DB_POOL_SIZE", "many"),
+        ("REGISTRATION", "ajar"),
+        ("AUTH_RATE_PER_MINUTE", "-1"),
+        ("BCRYPT_COST", "9"),
+        ("BCRYPT_COST", "17"),
+        ("ACCESS_TOKEN_TTL", "0"),
+        ("ACCESS_TOKEN_TTL", "1h"),
+        ("REFRESH_TOKEN_IDLE_TTL", "-5"),
+        ("REFRESH_TOKEN_MAX_TTL", "1e9"),
+        ("REFRESH_GRACE", "ten"),
+        ("RUST_LOG", "access=loud"),
+    ];
+    let directory = DataDir::new();
+    let runs = cases.map(|(name, value)| {
+        let directory = directory.text();
+        async move {
+            // The last of a name wins.
+            let variables = [
+                ("LISTEN_ADDR", "127.0.0.1:0"),
+                ("DATA_DIR", directory),
+                (name, value),
+            ];
+            let line = refusal(&variables).await;
+            assert!(line.contains(name), "{name}={value}: {line}");
+            assert!(
+                !line.contains("hunter2") && !line.contains(secret),
+                "a secret is shown: {line}"
+            );
+        }
+    });
+    join_all(runs).await;
+    assert!(
+        !directory.path().join("cluster").exists(),
+        "something started before the settings were read"
+    );
+}
+
+#[tokio::test]
+async fn a_database_of_ones_own_wants_a_secret_of_ones_own() {
+    let line = refusal(&[("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1/todo")]).await;
+    assert!(
+        line.contains("JWT_SECRET") && !line.contains("hunter2"),
+        "{line}"
+    );
+}
+
+#[tokio::test]
+async fn a_secret_of_thirty_two_bytes_is_enough() {
+    let secret = "x".repeat(32);
+    let server = Server::with(&[("JWT_SECRET", &secret)]).await;
+    server.user().await;
+}
+
+#[tokio::test]
+async fn secrets_can_come_out_of_files() {
+    let directory = DataDir::new();
+    fs::create_dir(directory.path()).unwrap();
+    let database = Database::create().await;
+    let (url, secret) = (
+        directory.path().join("url"),
+        directory.path().join("secret"),
+    );
+    fs::write(&url, database.url() + "\n").unwrap();
+    fs::write(&secret, format!("{SECRET}\n")).unwrap();
+    let process = Process::spawn(
+        &[],
+        &[
+            ("DATABASE_URL_FILE", url.to_str().unwrap()),
+            ("JWT_SECRET_FILE", secret.to_str().unwrap()),
+            ("LISTEN_ADDR", "127.0.0.1:0"),
+        ],
+    );
+    process.listening().await;
+    assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
+}
+
+#[tokio::test]
+async fn a_wrong_password_ends_the_start_with_the_reason() {
+    let directory = DataDir::new();
+    let postgres = Postgres::start(directory.path()).await.unwrap();
+    let (client, connection) = postgres
+        .config()
+        .connect(tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    client
+        .batch_execute("create role ann login password 'the right one'")
+        .await
+        .unwrap();
+    let rules = directory.path().join("cluster/pg_hba.conf");
+    let trusting = fs::read_to_string(&rules).unwrap();
+    fs::write(&rules, format!("local all ann scram-sha-256\n{trusting}")).unwrap();
+    client
+        .batch_execute("select pg_reload_conf()")
+        .await
+        .unwrap();
+    let url = directory.database_url().replace("todo@", "ann:hunter2@");
+    // The reload reaches the postmaster a moment later; until then it trusts anybody.
+    until("the rules are in force", async || {
+        tokio_postgres::connect(&url, tokio_postgres::NoTls)
+            .await
+            .is_err()
+    })
+    .await;
+
+    let line = late_refusal(&[
+        ("DATABASE_URL", &url),
+        ("JWT_SECRET", SECRET),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+    ])
+    .await;
+    assert!(line.contains("password authentication failed"), "{line}");
+    assert!(!line.contains("hunter2"), "{line}");
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn a_database_that_does_not_exist_ends_the_start_with_the_reason() {
+    let database = Database::create().await;
+    let url = database.url().replace("/test_", "/no_");
+    let line = late_refusal(&[
+        ("DATABASE_URL", &url),
+        ("JWT_SECRET", SECRET),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+    ])
+    .await;
+    assert!(line.contains("does not exist"), "{line}");
+}
+
+#[tokio::test]
+async fn a_database_without_tls_is_refused_where_tls_is_required() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            // PostgreSQL's answer to a request for TLS when it has none.
+            let mut request = [0; 8];
+            let _ = stream.read_exact(&mut request).await;
+            let _ = stream.write_all(b"N").await;
+        }
+    });
+    let url = format!("postgres://ann:hunter2@{addr}/todo?sslmode=require");
+    let line = late_refusal(&[
+        ("DATABASE_URL", &url),
+        ("JWT_SECRET", SECRET),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+    ])
+    .await;
+    assert!(line.contains("TLS"), "{line}");
+    assert!(!line.contains("hunter2"), "{line}");
+}
+
+#[tokio::test]
+async fn a_database_that_is_not_there_yet_is_waited_for() {
+    let directory = DataDir::new();
+    let server = Server::listening(&[("DATABASE_URL", &directory.database_url())]).await;
+    server.wait_for_log("waiting for the database").await;
+    server.get("/healthz").send().await.expect(200);
+    server.get("/readyz").send().await.expect(503);
+    let early = server
+        .post("/api/v1/auth/login")
+        .json(serde_json::json!({"email": "a@b", "password": "c"}));
+    early.send().await.problem(503, "database_unavailable");
+
+    let postgres = Postgres::start(directory.path()).await.unwrap();
+    until("it is ready", async || {
+        server.get("/readyz").send().await.status == 200
+    })
+    .await;
+    let user = server.user().await;
+    user.create_task(&server, "patience").await;
+    assert_eq!(server.stop().await.code(), Some(0));
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn it_can_be_stopped_while_it_waits_for_the_database() {
+    let directory = DataDir::new();
+    let server = Server::listening(&[("DATABASE_URL", &directory.database_url())]).await;
+    server.wait_for_log("waiting for the database").await;
+    assert_eq!(server.stop().await.code(), Some(0), "{}", server.log());
+}
+
+#[tokio::test]
+async fn five_instances_can_start_at_once_on_an_empty_database() {
+    let database = Database::create().await;
+    let url = database.url();
+    let variables = [("DATABASE_URL", url.as_str())];
+    let servers = join_all((0..5).map(|_| Server::with(&variables))).await;
+    let user = servers[0].user().await;
+    for server in &servers {
+        user.create_task(server, "one of five").await;
+    }
+    let list = servers[4]
+        .get(user.tasks())
+        .bearer(&user.access_token)
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(list.json().as_array().map(Vec::len), Some(5));
+}
+
+#[tokio::test]
+async fn a_database_that_is_migrated_already_is_left_as_it_is() {
+    let server = Server::start().await;
+    let user = server.user().await;
+    let task = user.create_task(&server, "still here").await;
+    assert_eq!(server.stop().await.code(), Some(0));
+    let server = server.sibling(&[]).await;
+    let list = server
+        .get(user.tasks())
+        .bearer(&user.access_token)
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(list.json(), serde_json::json!([task]));
+}
+
+#[tokio::test]
+async fn either_signal_ends_it_with_code_zero() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let server = Server::start().await;
+        server.user().await;
+        server.signal(signal);
+        assert_eq!(server.ended().await.code(), Some(0), "{}", server.log());
+    }
+}
+
+#[tokio::test]
+async fn an_idle_connection_does_not_hold_up_the_stop() {
+    let server = Server::start().await;
+    let mut idle = tokio::net::TcpStream::connect(server.addr()).await.unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = [0; 1024];
+    assert!(idle.read(&mut answer).await.unwrap() > 0);
+    // The drain has ten seconds for what still runs; nothing runs here.
+    timeout(Duration::from_secs(9), server.stop())
+        .await
+        .expect("it waited for a connection that does nothing");
+}
