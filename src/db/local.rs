@@ -305,6 +305,7 @@ impl Cluster {
     /// Starts the server and waits until it accepts connections.
     async fn launch(&self) -> Result<Server, Error> {
         self.end_leftover().await?;
+        self.remove_socket()?;
         let deadline = Instant::now() + LEFTOVER_PATIENCE;
         let mut server = loop {
             let mut server = self.spawn()?;
@@ -322,15 +323,16 @@ impl Cluster {
             }
             sleep(FIRST_PAUSE).await;
         };
-        let made = match timeout(ANSWER_PATIENCE, self.make_database()).await {
+        let reason = match timeout(ANSWER_PATIENCE, self.make_database()).await {
             Ok(Ok(())) => return Ok(server),
+            // By itself the error says no more than "db error".
             Ok(Err(error)) => std::error::Error::source(&error)
                 .map_or_else(|| error.to_string(), |source| source.to_string()),
             Err(_) => "no answer".into(),
         };
         server.shut_down().await;
         Err(Error(format!(
-            "private PostgreSQL in {} does not serve us: {made}",
+            "private PostgreSQL in {} does not serve us: {reason}",
             self.data_dir.display()
         )))
     }
@@ -431,6 +433,21 @@ impl Cluster {
             "a PostgreSQL from an earlier run (process {pid}) still runs in {} and does not stop",
             self.data_dir.display()
         )))
+    }
+
+    /// Removes what a killed server has left where it listened: the lock there names a process,
+    /// too, and the number may have gone to another.
+    fn remove_socket(&self) -> Result<(), Error> {
+        for name in [SOCKET_NAME.to_owned(), format!("{SOCKET_NAME}.lock")] {
+            let path = self.sockets.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Whether this process is a PostgreSQL server on this cluster.
@@ -949,4 +966,40 @@ fn make_socket_dir(data_dir: &Path, account: Option<&Account>) -> Result<PathBuf
 fn fits_a_socket(directory: &Path) -> bool {
     directory.join(SOCKET_NAME).as_os_str().len() <= SOCKET_PATH_LIMIT
         && directory.to_str().is_some_and(|path| !path.contains('"'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_as_numbers() {
+        assert!(major_minor("16.10") > major_minor("16.9"));
+        assert!(major_minor("16.0") > major_minor("9.6"));
+        assert_eq!(major_minor("18beta1"), (18, 0));
+        assert_eq!(major_minor("15\n"), (15, 0));
+        assert_eq!(major_minor("PostgreSQL"), (0, 0));
+    }
+
+    #[test]
+    fn the_complaint_is_the_last_line_that_is_one() {
+        let log = "2026-01-01 10:00:00.000 UTC [7] FATAL:  could not create shared memory\n\
+                   2026-01-01 10:00:00.000 UTC [7] LOG:  database system is shut down\n";
+        assert_eq!(
+            complaint(log).as_deref(),
+            Some("FATAL:  could not create shared memory")
+        );
+        assert_eq!(
+            complaint("postgres: not found\n\n").as_deref(),
+            Some("postgres: not found")
+        );
+        assert_eq!(complaint("\n"), None);
+    }
+
+    #[test]
+    fn a_socket_path_has_its_limit() {
+        let longest = SOCKET_PATH_LIMIT - "/".len() - SOCKET_NAME.len();
+        assert!(fits_a_socket(Path::new(&"x".repeat(longest))));
+        assert!(!fits_a_socket(Path::new(&"x".repeat(longest + 1))));
+    }
 }

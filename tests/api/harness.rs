@@ -88,7 +88,7 @@ for pid in $servers; do is "$pid" todo-api && kill -9 "$pid"; done
 tries=0
 while [ $tries -lt 100 ]; do
     running=
-    for file in "$root"/*/cluster/postmaster.pid; do
+    for file in "$root"/shared/cluster/postmaster.pid "$root"/*/*/cluster/postmaster.pid "$root"/*/.*/cluster/postmaster.pid; do
         [ -f "$file" ] || continue
         pid=$(head -n 1 "$file")
         is "$pid" postgres && kill -QUIT "$pid" && running=yes
@@ -100,6 +100,8 @@ done
 rm -rf "$root"
 "#;
 
+// The watcher lives longer than we do: nobody is there to wait for it.
+#[expect(clippy::zombie_processes)]
 fn scratch() -> &'static Scratch {
     static SCRATCH: OnceLock<Scratch> = OnceLock::new();
     SCRATCH.get_or_init(|| {
@@ -127,16 +129,29 @@ fn scratch() -> &'static Scratch {
     })
 }
 
-/// A directory for one private PostgreSQL, not made yet. Dropped, it goes, and a PostgreSQL in it too.
+/// A place for one private PostgreSQL; the directory itself is not made yet. Dropped, it goes,
+/// and a PostgreSQL in it too.
 pub(crate) struct DataDir(PathBuf);
 
 impl DataDir {
     pub(crate) fn new() -> DataDir {
-        DataDir(scratch().root.join(format!("data-{}", unique())))
+        DataDir::named("data")
+    }
+
+    /// The same with this name, below a directory that nobody else uses.
+    pub(crate) fn named(name: &str) -> DataDir {
+        let parent = scratch().root.join(unique().to_string());
+        fs::create_dir(&parent).unwrap();
+        DataDir(parent.join(name))
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// The directory that it is in, which is there.
+    pub(crate) fn parent(&self) -> &Path {
+        self.0.parent().unwrap()
     }
 
     /// The directory as the value of a variable.
@@ -166,7 +181,7 @@ impl Drop for DataDir {
                 thread::sleep(POLL);
             }
         }
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_dir_all(self.parent());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Zero set-up: without `DATABASE_URL` the service runs a PostgreSQL of its own, and nothing that
 //! it acknowledged is lost, whoever is killed.
 
-use std::{fs, net::TcpStream, os::unix::fs::PermissionsExt, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde_json::Value;
@@ -51,26 +51,13 @@ async fn one_directory_is_all_the_set_up_there_is() {
 
 #[tokio::test]
 async fn without_any_setting_the_data_goes_below_the_current_directory() {
-    let directory = DataDir::new();
-    fs::create_dir(directory.path()).unwrap();
+    let directory = DataDir::named(".todo-api");
     // The port is the one thing that a test must choose.
-    let process = Process::spawn_in(directory.path(), &[], &[("LISTEN_ADDR", "127.0.0.1:0")]);
-    let addr = process.listening().await;
-    until("the cluster is made", async || {
-        directory
-            .path()
-            .join(".todo-api/cluster/PG_VERSION")
-            .exists()
-    })
-    .await;
-    TcpStream::connect(addr).unwrap();
+    let process = Process::spawn_in(directory.parent(), &[], &[("LISTEN_ADDR", "127.0.0.1:0")]);
+    process.listening().await;
+    until("PostgreSQL runs", async || directory.postgres().is_some()).await;
     assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
-    assert!(
-        !directory
-            .path()
-            .join(".todo-api/cluster/postmaster.pid")
-            .exists()
-    );
+    assert_eq!(directory.postgres(), None);
 }
 
 #[tokio::test]
@@ -332,11 +319,10 @@ fn a_secret_that_others_can_read_or_guess_is_refused() {
 
 #[tokio::test]
 async fn a_directory_too_deep_for_a_socket_works_as_well() {
-    let directory = DataDir::new();
-    let deep = directory.path().join("x".repeat(100));
-    let postgres = Postgres::start(&deep).await.unwrap();
+    let directory = DataDir::named(&"x".repeat(100));
+    let postgres = Postgres::start(directory.path()).await.unwrap();
     let sockets = postgres.socket_dir().to_owned();
-    assert!(!sockets.starts_with(&deep));
+    assert!(!sockets.starts_with(directory.path()));
     assert_eq!(
         fs::metadata(&sockets).unwrap().permissions().mode() & 0o777,
         0o700
@@ -348,27 +334,33 @@ async fn a_directory_too_deep_for_a_socket_works_as_well() {
 
 #[tokio::test]
 async fn odd_characters_in_the_directory_do_no_harm() {
-    let directory = DataDir::new();
-    let odd = directory.path().join("a, 'b' ü");
-    let postgres = Postgres::start(&odd).await.unwrap();
+    let directory = DataDir::named("a, 'b' ü");
+    let postgres = Postgres::start(directory.path()).await.unwrap();
     assert_answers(&postgres).await;
     postgres.stop().await;
 }
 
 #[tokio::test]
-async fn a_pid_file_that_names_a_stranger_harms_neither() {
+async fn a_lock_file_that_names_a_stranger_harms_neither() {
+    let stranger = DataDir::new();
+    let strangers = Postgres::start(stranger.path()).await.unwrap();
     let directory = DataDir::new();
     Postgres::start(directory.path())
         .await
         .unwrap()
         .stop()
         .await;
-    // As after a crash, when the number has gone to another process since: to this one.
-    let pid_file = directory.path().join("cluster/postmaster.pid");
-    fs::write(&pid_file, format!("{}\n", std::process::id())).unwrap();
+    // As after a crash, when the number has gone to another process since; one that PostgreSQL
+    // itself would take for the one that it fears, because the same user runs it.
+    let pid = running_postgres(&stranger);
+    for file in ["cluster/postmaster.pid", "socket/.s.PGSQL.5432.lock"] {
+        fs::write(directory.path().join(file), format!("{pid}\n")).unwrap();
+    }
     let postgres = Postgres::start(directory.path()).await.unwrap();
     assert_answers(&postgres).await;
+    assert_answers(&strangers).await;
     postgres.stop().await;
+    strangers.stop().await;
 }
 
 #[tokio::test]
@@ -413,12 +405,10 @@ async fn a_place_that_postgres_cannot_reach_is_named() {
         return;
     }
     let directory = DataDir::new();
-    fs::create_dir(directory.path()).unwrap();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o700)).unwrap();
-    let data = directory.path().join("data");
-    let refusal = refusal(&data).await;
-    assert!(refusal.contains(data.to_str().unwrap()), "{refusal}");
-    assert!(!data.exists(), "made what cannot be used");
+    fs::set_permissions(directory.parent(), fs::Permissions::from_mode(0o700)).unwrap();
+    let refusal = refusal(directory.path()).await;
+    assert!(refusal.contains(directory.text()), "{refusal}");
+    assert!(!directory.path().exists(), "made what cannot be used");
 }
 
 async fn assert_answers(postgres: &Postgres) {

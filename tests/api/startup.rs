@@ -175,11 +175,10 @@ async fn a_secret_of_thirty_two_bytes_is_enough() {
 #[tokio::test]
 async fn secrets_can_come_out_of_files() {
     let directory = DataDir::new();
-    fs::create_dir(directory.path()).unwrap();
     let database = Database::create().await;
     let (url, secret) = (
-        directory.path().join("url"),
-        directory.path().join("secret"),
+        directory.parent().join("url"),
+        directory.parent().join("secret"),
     );
     fs::write(&url, database.url() + "\n").unwrap();
     fs::write(&secret, format!("{SECRET}\n")).unwrap();
