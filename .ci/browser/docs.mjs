@@ -1,0 +1,111 @@
+// A newcomer's way through /docs: register, authorize, create a task, complete it. Nothing may be
+// complained about in the console, forbidden by the policy, or asked of anybody else.
+
+import assert from "node:assert/strict";
+import { randomUUID } from "node:crypto";
+import { join } from "node:path";
+
+import { baseUrl, withBrowser } from "./browser.mjs";
+
+const PASSWORD = "blue kettle sings at dawn";
+const picture = (name) => ({ path: join(process.env.SCREENSHOT_DIR, `${name}.png`) });
+
+await withBrowser(async (browser) => {
+  const page = await browser.newPage();
+  const complaints = [];
+  page.on("console", (message) => {
+    if (["error", "warning"].includes(message.type())) complaints.push(message.text());
+  });
+  page.on("pageerror", (error) => complaints.push(String(error)));
+  page.on("request", (request) => {
+    const url = new URL(request.url());
+    const ours = ["data:", "blob:"].includes(url.protocol) || url.origin === baseUrl;
+    if (!ours) complaints.push(`a request to ${url.origin}`);
+  });
+  await page.addInitScript(() => {
+    document.addEventListener("securitypolicyviolation", (event) => {
+      console.error(`policy: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`);
+    });
+  });
+
+  const operation = (id) => page.locator(`[id$="-${id}"].opblock`);
+  async function open(id) {
+    if (!(await operation(id).locator(".execute").isVisible())) {
+      await operation(id).locator(".opblock-summary-control").click();
+    }
+  }
+  // Presses Execute and reads the answer off the page, as a person would.
+  async function execute(id) {
+    await operation(id).locator(".execute").click();
+    const row = operation(id).locator(".live-responses-table tbody tr").first();
+    const status = Number((await row.locator(".response-col_status").innerText()).trim().split(/\s/)[0]);
+    const shown = await row.locator(".highlight-code code").first().innerText();
+    return { status, body: JSON.parse(shown) };
+  }
+  async function fill(id, name, value) {
+    await operation(id).locator(`tr[data-param-name="${name}"] input`).fill(value);
+  }
+
+  const answer = await page.goto(`${baseUrl}/`);
+  assert.equal(page.url(), `${baseUrl}/docs`, "`/` leads to /docs");
+  const policy = answer.headers()["content-security-policy"] ?? "";
+  assert.match(policy, /default-src 'none'/);
+  assert.doesNotMatch(policy, /unsafe|https?:|\*/, "the policy allows our own origin alone");
+  await page.locator(".opblock").first().waitFor();
+  await page.screenshot(picture("docs"));
+
+  await page.locator("#hint a", { hasText: "register" }).click();
+  const email = `browser-${randomUUID()}@example.com`;
+  await operation("register").locator("textarea").fill(JSON.stringify({ email, password: PASSWORD }, null, 2));
+  const registered = await execute("register");
+  assert.equal(registered.status, 201);
+  assert.equal(registered.body.user.email, email);
+  await page.locator("#hint-signed-in", { hasText: email }).waitFor();
+  await page.screenshot(picture("registered"));
+
+  await page.locator(".auth-wrapper .authorize").click();
+  await page.locator(".modal-ux input").fill(registered.body.access_token);
+  await page.screenshot(picture("authorize"));
+  await page.locator(".modal-ux .authorize").click();
+  await page.locator(".modal-ux .btn-done").click();
+  await page.locator("#hint-authorized", { hasText: email }).waitFor();
+
+  await page.locator("#hint a", { hasText: "create a task" }).click();
+  const userId = operation("createTask").locator('tr[data-param-name="user_id"] input');
+  assert.equal(await userId.inputValue(), registered.body.user.id, "user_id is filled in");
+  const created = await execute("createTask");
+  assert.equal(created.status, 201);
+  assert.equal(created.body.completed, false);
+  await operation("createTask").locator(".live-responses-table").scrollIntoViewIfNeeded();
+  await page.screenshot(picture("created"));
+
+  await open("setTaskCompletion");
+  await fill("setTaskCompletion", "id", created.body.id);
+  const completed = await execute("setTaskCompletion");
+  assert.equal(completed.status, 200);
+  assert.deepEqual({ ...completed.body, updated_at: null }, { ...created.body, completed: true, updated_at: null });
+  await operation("setTaskCompletion").locator(".execute").scrollIntoViewIfNeeded();
+  await page.screenshot(picture("completed"));
+
+  // Somebody else's id is refused, and the refusal's page says what that means.
+  await open("listTasks");
+  await fill("listTasks", "user_id", created.body.id);
+  assert.deepEqual(complaints, []);
+  const refused = await execute("listTasks");
+  assert.equal(refused.body.code, "forbidden");
+  // The browser itself reports every answer of 400 and above.
+  assert.deepEqual(complaints.splice(0).filter((text) => !text.includes("status of 403")), []);
+  await page.goto(baseUrl + refused.body.type);
+  await page.getByText("What to do").waitFor();
+  await page.screenshot(picture("problem"));
+
+  const document = await (await page.request.get(`${baseUrl}/openapi.json`)).json();
+  const codes = document.components.schemas.Problem.properties.code.enum;
+  for (const code of codes) {
+    const problem = await page.goto(`${baseUrl}/problems/${code}`);
+    assert.equal(problem.status(), 200, code);
+    assert.match(await page.locator("main").innerText(), new RegExp(code));
+  }
+  assert.deepEqual(complaints, []);
+  console.log(`docs: registered ${email}, created and completed ${created.body.id}, read ${codes.length} problem pages`);
+});
