@@ -1,0 +1,927 @@
+//! HTTP as its clients expect it, looked at on the wire.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::harness::{Server, User};
+use crate::tasks::path_of;
+
+/// One connection, byte for byte as the test wants it.
+pub(crate) struct Wire {
+    stream: TcpStream,
+    read: Vec<u8>,
+    patience: Duration,
+}
+
+/// One answer off the wire. The head keeps its status line; header names are in lower case.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.head
+            .lines()
+            .skip(1)
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).expect("the body is JSON")
+    }
+}
+
+impl Wire {
+    pub(crate) async fn open(server: &Server) -> Wire {
+        let stream = TcpStream::connect(server.addr())
+            .await
+            .expect("the server listens");
+        stream.set_nodelay(true).expect("a socket option");
+        Wire {
+            stream,
+            read: Vec::new(),
+            patience: Duration::from_secs(10),
+        }
+    }
+
+    /// Waits up to a minute for what comes, where the server's own patience is being tried.
+    pub(crate) fn patient(mut self) -> Wire {
+        self.patience = Duration::from_secs(60);
+        self
+    }
+
+    /// Sends what the server still wants; it may have hung up on us already, which is its right.
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let _ = self.stream.write_all(bytes.as_ref()).await;
+    }
+
+    /// The next answer; panics if none comes.
+    pub(crate) async fn answer(&mut self) -> Answer {
+        self.next(true).await.expect("an answer")
+    }
+
+    /// The next answer, or none where the connection is closed instead.
+    pub(crate) async fn answer_or_close(&mut self) -> Option<Answer> {
+        self.next(true).await
+    }
+
+    /// The next answer where a HEAD was asked: what its Content-Length announces does not follow.
+    pub(crate) async fn answer_to_head(&mut self) -> Answer {
+        self.next(false).await.expect("an answer")
+    }
+
+    /// Whether the server hung up, with nothing more said.
+    pub(crate) async fn is_closed(&mut self) -> bool {
+        self.read.is_empty() && !self.more().await && self.read.is_empty()
+    }
+
+    async fn next(&mut self, has_body: bool) -> Option<Answer> {
+        let end = loop {
+            if let Some(at) = self.read.windows(4).position(|four| four == b"\r\n\r\n") {
+                break at + 4;
+            }
+            if !self.more().await {
+                let rest = String::from_utf8_lossy(&self.read);
+                assert!(rest.is_empty(), "half an answer: {rest}");
+                return None;
+            }
+        };
+        let head: Vec<u8> = self.read.drain(..end).collect();
+        let head: Vec<String> = String::from_utf8(head)
+            .expect("a head is text")
+            .lines()
+            .map(|line| match line.split_once(": ") {
+                Some((name, value)) => format!("{}: {value}", name.to_lowercase()),
+                None => line.to_owned(),
+            })
+            .collect();
+        let status = head[0]
+            .split(' ')
+            .nth(1)
+            .expect("a status line")
+            .parse()
+            .expect("a status");
+        let mut answer = Answer {
+            status,
+            head: head.join("\n"),
+            body: String::new(),
+        };
+        let length = answer
+            .header("content-length")
+            .map_or(0, |n| n.parse().expect("a length"));
+        if has_body && status >= 200 && status != 204 && status != 304 {
+            while self.read.len() < length {
+                assert!(self.more().await, "half a body after {}", answer.head);
+            }
+            answer.body = String::from_utf8(self.read.drain(..length).collect()).expect("text");
+        }
+        Some(answer)
+    }
+
+    /// Reads on; false once the server has hung up.
+    async fn more(&mut self) -> bool {
+        let mut bytes = [0; 16 * 1024];
+        let read = timeout(self.patience, self.stream.read(&mut bytes)).await;
+        // A reset is a way to hang up, too.
+        let count = read
+            .expect("neither an answer nor a close within the patience")
+            .unwrap_or(0);
+        self.read.extend_from_slice(&bytes[..count]);
+        count > 0
+    }
+}
+
+/// A request's head, with a Host and, where there is one, a token; `more` is further header lines.
+pub(crate) fn head(method: &str, target: &str, token: Option<&str>, more: &str) -> String {
+    let bearer = token.map_or(String::new(), |token| {
+        format!("Authorization: Bearer {token}\r\n")
+    });
+    format!("{method} {target} HTTP/1.1\r\nHost: todo.example\r\n{bearer}{more}\r\n")
+}
+
+/// Every route: an address of it, and what its `Allow` says.
+fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
+    let session = format!("/api/v1/auth/sessions/{}", user.session_id);
+    let complete = format!("{}/complete", path_of(user, task));
+    vec![
+        ("/api/v1/auth/register".into(), vec!["POST"]),
+        ("/api/v1/auth/login".into(), vec!["POST"]),
+        ("/api/v1/auth/refresh".into(), vec!["POST"]),
+        ("/api/v1/auth/logout".into(), vec!["POST"]),
+        ("/api/v1/auth/me".into(), vec!["GET", "DELETE"]),
+        ("/api/v1/auth/password".into(), vec!["PUT"]),
+        ("/api/v1/auth/sessions".into(), vec!["GET", "DELETE"]),
+        (session, vec!["DELETE"]),
+        (user.tasks(), vec!["GET", "POST", "DELETE"]),
+        (path_of(user, task), vec!["GET", "PUT", "PATCH", "DELETE"]),
+        (complete, vec!["PATCH"]),
+        ("/healthz".into(), vec!["GET"]),
+        ("/readyz".into(), vec!["GET"]),
+        ("/openapi.json".into(), vec!["GET"]),
+        ("/docs".into(), vec!["GET"]),
+        ("/problems/validation_failed".into(), vec!["GET"]),
+        ("/".into(), vec!["GET"]),
+    ]
+}
+
+/// All that `Allow` must name for these methods.
+fn allow(methods: &[&'static str]) -> BTreeSet<String> {
+    let mut all: BTreeSet<_> = methods.iter().map(|method| method.to_string()).collect();
+    all.insert("OPTIONS".into());
+    if methods.contains(&"GET") {
+        all.insert("HEAD".into());
+    }
+    all
+}
+
+fn listed(header: &str) -> BTreeSet<String> {
+    header
+        .split(',')
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
+/// The codes that the contract knows.
+const CODES: [&str; 23] = [
+    "malformed_json",
+    "malformed_request",
+    "missing_token",
+    "invalid_token",
+    "invalid_credentials",
+    "invalid_refresh_token",
+    "forbidden",
+    "wrong_password",
+    "registration_closed",
+    "not_found",
+    "task_not_found",
+    "session_not_found",
+    "method_not_allowed",
+    "precondition_failed",
+    "body_too_large",
+    "unsupported_media_type",
+    "request_timeout",
+    "email_taken",
+    "validation_failed",
+    "idempotency_key_reused",
+    "too_many_attempts",
+    "internal",
+    "database_unavailable",
+];
+
+#[tokio::test]
+async fn head_answers_as_get_does_without_the_body() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let mut targets: Vec<_> = routes(&ann, &task)
+        .into_iter()
+        .filter(|(_, methods)| methods.contains(&"GET"))
+        .map(|(target, _)| target)
+        .collect();
+    targets.push(format!("{}?limit=1&total=true", ann.tasks()));
+    targets.push(format!("{}/unknown", ann.tasks()));
+    targets.push("/unknown".into());
+    let mut wire = Wire::open(&server).await;
+    for target in targets {
+        let mut heads = Vec::new();
+        for method in ["GET", "HEAD"] {
+            let token = Some(ann.access_token.as_str());
+            wire.send(head(method, &target, token, "X-Request-Id: same\r\n"))
+                .await;
+            let answer = match method {
+                "GET" => wire.answer().await,
+                _ => wire.answer_to_head().await,
+            };
+            let lines = answer
+                .head
+                .lines()
+                .filter(|line| !line.starts_with("date: "));
+            let mut lines: Vec<_> = lines.map(str::to_owned).collect();
+            lines.sort();
+            heads.push(lines);
+        }
+        assert_eq!(heads[0], heads[1], "{target}");
+    }
+}
+
+#[tokio::test]
+async fn options_tells_what_a_path_allows_to_anybody() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let mut wire = Wire::open(&server).await;
+    for (target, methods) in routes(&ann, &task) {
+        wire.send(head("OPTIONS", &target, None, "")).await;
+        let answer = wire.answer().await;
+        assert_eq!(answer.status, 204, "{target}: {}", answer.head);
+        assert_eq!(
+            listed(answer.header("allow").expect("Allow")),
+            allow(&methods),
+            "{target}"
+        );
+    }
+    wire.send(head("OPTIONS", "/nowhere", None, "")).await;
+    assert_eq!(wire.answer().await.status, 404);
+    wire.send(head("OPTIONS", "*", None, "")).await;
+    assert!(wire.answer().await.status < 500);
+}
+
+// FR-008
+#[tokio::test]
+async fn a_wrong_method_is_refused_with_what_is_allowed() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let mut wire = Wire::open(&server).await;
+    for (target, methods) in routes(&ann, &task) {
+        let all = allow(&methods);
+        for method in [
+            "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW", "get",
+        ] {
+            if all.contains(method) {
+                continue;
+            }
+            wire.send(head(method, &target, None, "")).await;
+            let answer = match method {
+                "HEAD" => wire.answer_to_head().await,
+                _ => wire.answer().await,
+            };
+            assert_eq!(answer.status, 405, "{method} {target}");
+            assert_eq!(
+                listed(answer.header("allow").expect("Allow")),
+                all,
+                "{method} {target}"
+            );
+            if method != "HEAD" {
+                assert_eq!(answer.json()["code"], "method_not_allowed");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_trailing_slash_makes_no_difference_and_two_are_nowhere() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let mut wire = Wire::open(&server).await;
+    let token = Some(ann.access_token.as_str());
+    for (target, methods) in routes(&ann, &task) {
+        if target == "/" || !methods.contains(&"GET") {
+            continue;
+        }
+        wire.send(head("GET", &target, token, "")).await;
+        let plain = wire.answer().await;
+        wire.send(head("GET", &format!("{target}/"), token, ""))
+            .await;
+        let slash = wire.answer().await;
+        assert_eq!(
+            (slash.status, &slash.body),
+            (plain.status, &plain.body),
+            "{target}/"
+        );
+        wire.send(head("GET", &format!("{target}//"), token, ""))
+            .await;
+        assert_eq!(wire.answer().await.status, 404, "{target}//");
+    }
+    let body = r#"{"title":"b"}"#;
+    wire.send(
+        head(
+            "POST",
+            &format!("{}/?x=1", ann.tasks()),
+            token,
+            "Content-Length: 13\r\n",
+        ) + body,
+    )
+    .await;
+    assert_eq!(wire.answer().await.status, 201);
+}
+
+#[tokio::test]
+async fn who_expects_100_is_told_to_continue_and_then_answered() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut wire = Wire::open(&server).await;
+    let more = "Expect: 100-continue\r\nContent-Length: 13\r\n";
+    wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), more))
+        .await;
+    assert_eq!(wire.answer().await.status, 100);
+    wire.send(r#"{"title":"a"}"#).await;
+    assert_eq!(wire.answer().await.status, 201);
+}
+
+// FR-001: verified before anything else of the request is read.
+#[tokio::test]
+async fn a_bad_token_is_refused_before_the_body_is_asked_for() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    let more = "Expect: 100-continue\r\nContent-Length: 13\r\n";
+    for (token, user, status) in [
+        (None, &ann, 401),
+        (Some("bad"), &ann, 401),
+        (Some(ann.access_token.as_str()), &bob, 403),
+    ] {
+        let mut wire = Wire::open(&server).await;
+        wire.send(head("POST", &user.tasks(), token, more)).await;
+        assert_eq!(wire.answer().await.status, status);
+    }
+}
+
+#[tokio::test]
+async fn a_body_in_chunks_is_a_body() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut wire = Wire::open(&server).await;
+    let more = "Transfer-Encoding: chunked\r\nContent-Type: application/json\r\n";
+    for body in [
+        "d\r\n{\"title\":\"a\"}\r\n0\r\n\r\n",
+        "1\r\n{\r\n0000C;name=value\r\n\"title\":\"a\"}\r\n0\r\nTrailer: ignored\r\n\r\n",
+    ] {
+        wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), more) + body)
+            .await;
+        let answer = wire.answer().await;
+        assert_eq!(answer.status, 201, "{body}");
+        assert_eq!(answer.json()["title"], "a");
+    }
+    // And in pieces, as a network delivers it.
+    for byte in (head("POST", &ann.tasks(), Some(&ann.access_token), more)
+        + "d\r\n{\"title\":\"b\"}\r\n0\r\n\r\n")
+        .bytes()
+    {
+        wire.send([byte]).await;
+    }
+    assert_eq!(wire.answer().await.json()["title"], "b");
+}
+
+#[tokio::test]
+async fn a_target_in_absolute_form_is_its_path() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut wire = Wire::open(&server).await;
+    for base in [
+        "http://todo.example",
+        "http://todo.example:8000",
+        "HTTP://other.example",
+    ] {
+        let target = format!("{base}{}?limit=5", ann.tasks());
+        wire.send(head("GET", &target, Some(&ann.access_token), ""))
+            .await;
+        let answer = wire.answer().await;
+        assert_eq!(
+            (answer.status, answer.body.as_str()),
+            (200, "[]"),
+            "{target}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_percent_encoded_path_is_the_same_path_and_never_another() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    let first = format!("%{:02X}", ann.id.as_bytes()[0]);
+    let same = format!("/api/v1/{first}{}/t%61sks", &ann.id[1..]);
+    let mut wire = Wire::open(&server).await;
+    wire.send(head("GET", &same, Some(&ann.access_token), ""))
+        .await;
+    assert_eq!(wire.answer().await.status, 200, "{same}");
+
+    let (own, other) = (&ann.id, &bob.id);
+    for (target, statuses) in [
+        (format!("/api/v1/{own}%2Ftasks"), vec![404]),
+        (format!("/api/v1/{own}/tasks%2F"), vec![404]),
+        (format!("/api/v1/{own}/../{other}/tasks"), vec![404]),
+        (format!("/api/v1/{own}/%2e%2e/{other}/tasks"), vec![404]),
+        (format!("/api/v1/{own}%00/tasks"), vec![400, 403]),
+        (format!("/api/v1/{own}%FF/tasks"), vec![400, 403]),
+        (format!("/api/v1/{own}%zz/tasks"), vec![400, 403]),
+        (format!("/api/v1/{own}%/tasks"), vec![400, 403]),
+        (format!("/api/v1/{own}/tasks/%2e%2e"), vec![404]),
+        (format!("/api/v1/{own}/tasks/%00"), vec![400, 404]),
+        (format!("/api/v1/{own}/tasks/%FF"), vec![400, 404]),
+        ("/%".to_owned(), vec![400, 404]),
+        ("/healthz%00".to_owned(), vec![400, 404]),
+    ] {
+        let mut wire = Wire::open(&server).await;
+        wire.send(head("GET", &target, Some(&ann.access_token), ""))
+            .await;
+        let answer = wire.answer().await;
+        assert!(
+            statuses.contains(&answer.status),
+            "{target}: {}",
+            answer.head
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_body_on_a_get_is_read_past() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let token = Some(ann.access_token.as_str());
+    let mut wire = Wire::open(&server).await;
+    for (more, body) in [
+        ("Content-Length: 25\r\n", "GET /nowhere HTTP/1.1\r\n\r\n"),
+        ("Transfer-Encoding: chunked\r\n", "2\r\n{}\r\n0\r\n\r\n"),
+        (
+            "Content-Length: 2\r\nContent-Type: application/json\r\n",
+            "{}",
+        ),
+    ] {
+        wire.send(head("GET", &ann.tasks(), token, more) + body)
+            .await;
+        assert_eq!(wire.answer().await.status, 200, "{more}");
+    }
+    wire.send(head("GET", "/healthz", None, "")).await;
+    assert_eq!(wire.answer().await.status, 200);
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_all_and_in_order() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let token = Some(ann.access_token.as_str());
+    let mut requests = String::new();
+    for n in 0..20 {
+        let body = format!(r#"{{"title":"task {n:02}"}}"#);
+        let more = format!(
+            "Content-Length: {}\r\nX-Request-Id: create-{n}\r\n",
+            body.len()
+        );
+        requests += &(head("POST", &ann.tasks(), token, &more) + &body);
+        let more = format!("X-Request-Id: read-{n}\r\n");
+        requests += &head("GET", &format!("{}?limit=1", ann.tasks()), token, &more);
+        requests += &head(
+            "GET",
+            "/nowhere",
+            None,
+            &format!("X-Request-Id: miss-{n}\r\n"),
+        );
+    }
+    let mut wire = Wire::open(&server).await;
+    wire.send(requests).await;
+    for n in 0..20 {
+        let title = json!(format!("task {n:02}"));
+        let created = wire.answer().await;
+        assert_eq!(
+            created.header("x-request-id"),
+            Some(format!("create-{n}").as_str())
+        );
+        assert_eq!(created.json()["title"], title);
+        let read = wire.answer().await;
+        assert_eq!(
+            read.header("x-request-id"),
+            Some(format!("read-{n}").as_str())
+        );
+        assert_eq!(
+            read.json()[0]["title"],
+            title,
+            "a request sees what the one before it did"
+        );
+        let missed = wire.answer().await;
+        assert_eq!(
+            (missed.status, missed.header("x-request-id")),
+            (404, Some(format!("miss-{n}").as_str()))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_connection_closes_when_its_client_says_so() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let token = Some(ann.access_token.as_str());
+    let mut wire = Wire::open(&server).await;
+    let one = head("GET", &ann.tasks(), token, "Connection: close\r\n");
+    wire.send(format!("{one}{one}")).await;
+    let answer = wire.answer().await;
+    assert_eq!(
+        (answer.status, answer.header("connection")),
+        (200, Some("close"))
+    );
+    assert!(wire.is_closed().await, "a second answer after a close");
+
+    let mut wire = Wire::open(&server).await;
+    wire.send(format!(
+        "GET {} HTTP/1.0\r\nAuthorization: Bearer {}\r\n\r\n",
+        ann.tasks(),
+        ann.access_token
+    ))
+    .await;
+    assert_eq!(wire.answer().await.status, 200, "HTTP/1.0 needs no Host");
+    assert!(wire.is_closed().await);
+}
+
+#[tokio::test]
+async fn a_host_that_is_missing_doubled_or_malformed_is_refused() {
+    let server = Server::start().await;
+    for hosts in [
+        "",
+        "Host: a.example\r\nHost: a.example\r\n",
+        "Host: a.example\r\nHost: b.example\r\n",
+        "Host: a b\r\n",
+        "Host: a.example, b.example\r\n",
+        "Host: a.example/path\r\n",
+        "Host: user@a.example\r\n",
+        "Host: a.example:port\r\n",
+        "Host: a.example:99999\r\n",
+        "Host: [::1\r\n",
+        "Host: a?b\r\n",
+        "Host: \u{e9}.example\r\n",
+    ] {
+        let mut wire = Wire::open(&server).await;
+        wire.send(format!("GET /healthz HTTP/1.1\r\n{hosts}\r\n"))
+            .await;
+        assert_eq!(wire.answer().await.status, 400, "{hosts:?}");
+    }
+    for host in [
+        "a.example",
+        "a.example:8000",
+        "127.0.0.1",
+        "[::1]",
+        "[::1]:8000",
+        "A_b.example.",
+        "a.example:",
+    ] {
+        let mut wire = Wire::open(&server).await;
+        wire.send(format!("GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"))
+            .await;
+        assert_eq!(wire.answer().await.status, 200, "{host}");
+    }
+}
+
+#[tokio::test]
+async fn a_sane_request_id_comes_back_and_stands_in_the_log() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for sane in ["a", "Client-7.request_9", &"x".repeat(128)] {
+        let answer = server
+            .get(ann.tasks())
+            .header("x-request-id", sane)
+            .send()
+            .await;
+        assert_eq!(answer.header("x-request-id"), sane);
+        answer.problem(401, "missing_token");
+        server.wait_for_log(&format!("request_id={sane}")).await;
+    }
+}
+
+#[tokio::test]
+async fn an_insane_request_id_is_replaced_and_every_request_has_one_of_its_own() {
+    let server = Server::start().await;
+    let mut seen = BTreeSet::new();
+    let long = "x".repeat(129);
+    for insane in [
+        "", " ", "a b", "a\"b", "a\tb", "a=b", "é", "a,b", "../x", &long,
+    ] {
+        let mut wire = Wire::open(&server).await;
+        wire.send(head(
+            "GET",
+            "/nowhere",
+            None,
+            &format!("X-Request-Id: {insane}\r\n"),
+        ))
+        .await;
+        let answer = wire.answer().await;
+        let id = answer
+            .header("x-request-id")
+            .expect("X-Request-Id")
+            .to_owned();
+        assert_ne!(id, insane);
+        assert!(
+            !id.is_empty()
+                && id
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b)),
+            "{id}"
+        );
+        assert_eq!(
+            answer.json()["instance"],
+            json!(format!("urn:request:{id}"))
+        );
+        assert!(seen.insert(id), "one id for two requests");
+    }
+}
+
+#[tokio::test]
+async fn every_answer_has_a_request_id_and_forbids_sniffing() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let mut wire = Wire::open(&server).await;
+    for (target, _) in routes(&ann, &task) {
+        for method in ["GET", "POST", "OPTIONS", "TRACE"] {
+            for token in [None, Some(ann.access_token.as_str())] {
+                wire.send(head(method, &target, token, "Content-Length: 0\r\n"))
+                    .await;
+                let answer = wire.answer().await;
+                assert!(answer.header("x-request-id").is_some(), "{method} {target}");
+                assert_eq!(
+                    answer.header("x-content-type-options"),
+                    Some("nosniff"),
+                    "{method} {target}"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_that_bears_tokens_or_tasks_is_stored_on_the_way() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let token = &ann.access_token;
+    let task = ann.create_task(&server, "a").await;
+    let path = path_of(&ann, &task);
+    let credentials = json!({"email": ann.email, "password": ann.password});
+    let title = json!({"title": "b"});
+    for answer in [
+        server
+            .post("/api/v1/auth/login")
+            .json(credentials)
+            .send()
+            .await
+            .expect(200),
+        server
+            .post("/api/v1/auth/refresh")
+            .json(json!({"refresh_token": ann.refresh_token}))
+            .send()
+            .await
+            .expect(200),
+        server
+            .get("/api/v1/auth/me")
+            .bearer(token)
+            .send()
+            .await
+            .expect(200),
+        server
+            .get("/api/v1/auth/sessions")
+            .bearer(token)
+            .send()
+            .await
+            .expect(200),
+        server
+            .get(ann.tasks())
+            .bearer(token)
+            .send()
+            .await
+            .expect(200),
+        server
+            .post(ann.tasks())
+            .bearer(token)
+            .json(title.clone())
+            .send()
+            .await
+            .expect(201),
+        server.get(&path).bearer(token).send().await.expect(200),
+        server
+            .get(&path)
+            .bearer(token)
+            .header("if-none-match", "*")
+            .send()
+            .await
+            .expect(304),
+        server
+            .patch(&path)
+            .bearer(token)
+            .json(title)
+            .send()
+            .await
+            .expect(200),
+    ] {
+        assert_eq!(answer.header("cache-control"), "no-store");
+    }
+}
+
+// Bounded patience: a head within 10 s, a body within 20 s. One test, so that the waits overlap.
+#[tokio::test]
+async fn a_client_that_stalls_or_trickles_is_cut_off_within_its_bound() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let full = head(
+        "POST",
+        &ann.tasks(),
+        Some(&ann.access_token),
+        "Content-Length: 9000\r\n",
+    );
+    let silent = async {
+        let mut wire = Wire::open(&server).await.patient();
+        assert!(
+            wire.answer_or_close()
+                .await
+                .is_none_or(|answer| answer.status == 408)
+        );
+    };
+    let half_a_head = async {
+        let mut wire = Wire::open(&server).await.patient();
+        wire.send("GET /healthz HTTP/1.1\r\nHost: a").await;
+        assert!(
+            wire.answer_or_close()
+                .await
+                .is_none_or(|answer| answer.status == 408)
+        );
+    };
+    let endless_head = async {
+        let mut wire = Wire::open(&server).await.patient();
+        wire.send("GET /healthz HTTP/1.1\r\nHost: a\r\n").await;
+        let cut_off = trickle(&mut wire, "X-More: 1\r\n").await;
+        assert!(cut_off.is_none_or(|answer| answer.status == 408));
+    };
+    let stalled_body = async {
+        let mut wire = Wire::open(&server).await.patient();
+        wire.send(full.clone() + "{").await;
+        let answer = wire.answer().await;
+        assert_eq!(
+            (answer.status, &answer.json()["code"]),
+            (408, &json!("request_timeout"))
+        );
+        assert!(
+            wire.is_closed().await,
+            "what comes next would be taken for a request"
+        );
+    };
+    let endless_body = async {
+        let mut wire = Wire::open(&server).await.patient();
+        wire.send(full.clone()).await;
+        let answer = trickle(&mut wire, " ").await.expect("an answer");
+        assert_eq!(
+            (answer.status, &answer.json()["code"]),
+            (408, &json!("request_timeout"))
+        );
+    };
+    tokio::join!(
+        silent,
+        half_a_head,
+        endless_head,
+        stalled_body,
+        endless_body
+    );
+    server
+        .get(ann.tasks())
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200);
+}
+
+/// Sends `bit` again and again until the server says something or hangs up.
+async fn trickle(wire: &mut Wire, bit: &str) -> Option<Answer> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        assert!(Instant::now() < deadline, "the server waits for ever");
+        wire.send(bit).await;
+        if timeout(Duration::from_millis(250), wire.stream.readable())
+            .await
+            .is_ok()
+        {
+            return wire.answer_or_close().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_head_beyond_all_measure_is_refused() {
+    let server = Server::start().await;
+    for request in [
+        format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(1 << 20)),
+        head(
+            "GET",
+            "/healthz",
+            None,
+            &format!("X-Long: {}\r\n", "x".repeat(1 << 20)),
+        ),
+        head("GET", "/healthz", None, &"X-Many: 1\r\n".repeat(10_000)),
+    ] {
+        let mut wire = Wire::open(&server).await;
+        wire.send(request).await;
+        let refusal = wire.answer_or_close().await;
+        assert!(refusal.is_none_or(|answer| matches!(answer.status, 400 | 414 | 431)));
+    }
+    server.get("/healthz").send().await.expect(200);
+}
+
+#[tokio::test]
+async fn the_services_own_pages_are_there_and_safe() {
+    let server = Server::start().await;
+    server.get("/healthz").send().await.expect(200);
+    server.get("/readyz").send().await.expect(200);
+    let document = server.get("/openapi.json").send().await.expect(200).json();
+    assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
+    let home = server.get("/").send().await;
+    assert!((300..400).contains(&home.status), "/ leads on");
+    assert_eq!(home.header("location"), "/docs");
+    for page in ["/docs", "/problems/validation_failed"] {
+        let answer = server.get(page).send().await.expect(200);
+        assert!(
+            answer.header("content-type").starts_with("text/html"),
+            "{page}"
+        );
+        let policy = answer.header("content-security-policy");
+        assert!(policy.contains("default-src"), "{policy}");
+        assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
+        for hole in ["unsafe-inline", "unsafe-eval", "*", "http:", "https:"] {
+            assert!(!policy.contains(hole), "{page}: {hole} in {policy}");
+        }
+        let text = String::from_utf8(answer.body.to_vec()).unwrap();
+        assert!(!text.contains("<script>"), "{page} has an inline script");
+        assert!(
+            !text.contains("src=\"http") && !text.contains("href=\"//"),
+            "{page} asks another origin"
+        );
+    }
+}
+
+#[tokio::test]
+async fn every_problem_has_a_page_that_names_it() {
+    let server = Server::start().await;
+    for code in CODES.into_iter().chain(["overloaded", "stopping"]) {
+        let answer = server
+            .get(format!("/problems/{code}"))
+            .send()
+            .await
+            .expect(200);
+        let text = String::from_utf8(answer.body.to_vec()).unwrap();
+        assert!(text.contains(code), "{code}: {text}");
+    }
+    server
+        .get("/problems/unheard_of")
+        .send()
+        .await
+        .problem(404, "not_found");
+}
+
+// FR-008
+#[tokio::test]
+async fn an_unknown_path_is_not_found_with_or_without_a_token() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let tasks = ann.tasks();
+    for path in [
+        "/nowhere",
+        "/api",
+        "/api/v1",
+        "/api/v2/x/tasks",
+        "/API/V1/auth/me",
+        "/api/v1/auth",
+        "/tasks",
+        &format!("{tasks}/a/b"),
+        &format!("{tasks}/a/complete/b"),
+        &format!("/api/v1/{}", ann.id),
+    ] {
+        server.get(path).send().await.problem(404, "not_found");
+        server
+            .get(path)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .problem(404, "not_found");
+    }
+}

@@ -1,0 +1,386 @@
+//! Safe retries: a creation under an `Idempotency-Key` happens once, however often it is sent.
+
+use futures_util::future::{join, join_all};
+use serde_json::{Value, json};
+
+use crate::harness::{Response, Server, User};
+use crate::preconditions::blocked_statements;
+use crate::tasks::path_of;
+
+async fn create(server: &Server, user: &User, key: &str, body: Value) -> Response {
+    let request = server.post(user.tasks()).bearer(&user.access_token);
+    request
+        .header("idempotency-key", key)
+        .json(body)
+        .send()
+        .await
+}
+
+/// How many tasks there are.
+async fn count(server: &Server) -> i64 {
+    let sql = server.sql().await;
+    sql.query_one("select count(*) from tasks", &[])
+        .await
+        .expect("a count")
+        .get(0)
+}
+
+/// What must be the same in every answer to the same creation.
+fn told(answer: &Response) -> (u16, String, String, Value) {
+    let header = |name| answer.header(name).to_owned();
+    (
+        answer.status,
+        header("location"),
+        header("etag"),
+        answer.json(),
+    )
+}
+
+#[tokio::test]
+async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = json!({"title": " a ", "description": "b", "completed": true});
+    let first = told(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    for _ in 0..3 {
+        assert_eq!(
+            told(&create(&server, &ann, "key", body.clone()).await),
+            first
+        );
+    }
+    assert_eq!(count(&server).await, 1);
+    let other = create(&server, &ann, "other", body.clone())
+        .await
+        .expect(201)
+        .json();
+    assert_ne!(
+        other["id"], first.3["id"],
+        "another key is another creation"
+    );
+    let request = server
+        .post(ann.tasks())
+        .bearer(&ann.access_token)
+        .json(body);
+    assert_ne!(
+        request.send().await.expect(201).json()["id"],
+        first.3["id"],
+        "so is none"
+    );
+    assert_eq!(count(&server).await, 3);
+}
+
+#[tokio::test]
+async fn twenty_copies_at_the_same_instant_over_two_instances_make_one_task() {
+    let server = Server::with(&[("DB_POOL_SIZE", "10")]).await;
+    let sibling = server.sibling(&[("DB_POOL_SIZE", "10")]).await;
+    let ann = server.user().await;
+    let mut holder = server.sql().await;
+    let control = server.sql().await;
+    for round in 0..3 {
+        let key = format!("round-{round}");
+        let held = holder.transaction().await.unwrap();
+        held.execute("lock table tasks in exclusive mode", &[])
+            .await
+            .unwrap();
+        let copies = (0..20).map(|n| {
+            let instance = if n % 2 == 0 { &server } else { &sibling };
+            create(
+                instance,
+                &ann,
+                &key,
+                json!({"title": "once", "description": key}),
+            )
+        });
+        let (answers, ()) = join(join_all(copies), async {
+            blocked_statements(&control, 20).await;
+            held.commit().await.unwrap();
+        })
+        .await;
+        let answers: Vec<_> = answers
+            .into_iter()
+            .map(|answer| told(&answer.expect(201)))
+            .collect();
+        assert!(
+            answers.iter().all(|answer| *answer == answers[0]),
+            "{answers:#?}"
+        );
+        assert_eq!(count(&server).await, round + 1);
+    }
+}
+
+#[tokio::test]
+async fn of_different_creations_under_one_key_at_the_same_instant_one_wins() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut holder = server.sql().await;
+    let control = server.sql().await;
+    let held = holder.transaction().await.unwrap();
+    held.execute("lock table tasks in exclusive mode", &[])
+        .await
+        .unwrap();
+    let rivals =
+        (0..4).map(|n| create(&server, &ann, "key", json!({"title": format!("rival {n}")})));
+    let (answers, ()) = join(join_all(rivals), async {
+        blocked_statements(&control, 4).await;
+        held.commit().await.unwrap();
+    })
+    .await;
+    let (won, lost): (Vec<_>, Vec<_>) =
+        answers.into_iter().partition(|answer| answer.status == 201);
+    assert_eq!(won.len(), 1);
+    for answer in lost {
+        answer.problem(422, "idempotency_key_reused");
+    }
+    assert_eq!(count(&server).await, 1);
+}
+
+#[tokio::test]
+async fn a_repeat_answers_with_the_task_as_it_was_created_whatever_became_of_it() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = json!({"title": "a", "description": "as created"});
+    let first = told(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let path = path_of(&ann, &first.3);
+    let change = json!({"title": "b", "description": null, "completed": true});
+    let request = server.patch(&path).bearer(&ann.access_token).json(change);
+    let changed = request.send().await.expect(200).json();
+    assert_eq!(
+        told(&create(&server, &ann, "key", body.clone()).await),
+        first
+    );
+    let read = server
+        .get(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(read, changed, "the repeat put the task back");
+
+    server
+        .delete(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(204);
+    assert_eq!(told(&create(&server, &ann, "key", body).await), first);
+    server
+        .get(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .problem(404, "task_not_found");
+    assert_eq!(count(&server).await, 0);
+}
+
+#[tokio::test]
+async fn the_same_key_with_other_values_is_refused() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = json!({"title": "a", "description": "b", "completed": false});
+    let first = told(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    for other in [
+        json!({"title": "A", "description": "b"}),
+        json!({"title": "a", "description": "B"}),
+        json!({"title": "a", "description": ""}),
+        json!({"title": "a", "description": null}),
+        json!({"title": "a"}),
+        json!({"title": "a", "description": "b", "completed": true}),
+    ] {
+        let answer = create(&server, &ann, "key", other.clone()).await;
+        assert_eq!(answer.status, 422, "{other}");
+        let problem = answer.problem(422, "idempotency_key_reused");
+        assert!(!problem.to_string().contains("as created"));
+    }
+    // Null and absent are one value, an empty text is another.
+    create(&server, &ann, "null", json!({"title": "a"}))
+        .await
+        .expect(201);
+    create(
+        &server,
+        &ann,
+        "null",
+        json!({"title": "a", "description": null}),
+    )
+    .await
+    .expect(201);
+    let answer = create(
+        &server,
+        &ann,
+        "null",
+        json!({"title": "a", "description": ""}),
+    )
+    .await;
+    answer.problem(422, "idempotency_key_reused");
+    // The key still answers for what it made.
+    assert_eq!(told(&create(&server, &ann, "key", body).await), first);
+    assert_eq!(count(&server).await, 2);
+}
+
+#[tokio::test]
+async fn the_same_values_may_be_written_differently() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let bodies = [
+        r#"{"title":"é😀","description":"b"}"#,
+        r#"{ "description" : "b", "title" : "é😀" }"#,
+        r#"{"title":"\u00e9\ud83d\ude00","description":"\u0062","completed":false}"#,
+        r#"{"title":"  é😀\t","description":"b","unknown":[1,2,3]}"#,
+    ];
+    let mut answers = Vec::new();
+    for body in bodies {
+        let request = server
+            .post(ann.tasks())
+            .bearer(&ann.access_token)
+            .header("idempotency-key", "key");
+        let request = request.body(body.as_bytes().to_vec(), "application/json; charset=utf-8");
+        answers.push(told(&request.send().await.expect(201)));
+    }
+    assert!(
+        answers.iter().all(|answer| *answer == answers[0]),
+        "{answers:#?}"
+    );
+    assert_eq!(count(&server).await, 1);
+}
+
+#[tokio::test]
+async fn a_key_is_1_to_255_visible_ascii_characters() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let visible: String = ('!'..='~').collect();
+    let mut made = 0;
+    for key in ["k".to_owned(), "x".repeat(255), visible] {
+        create(&server, &ann, &key, json!({"title": "a"}))
+            .await
+            .expect(201);
+        create(&server, &ann, &key, json!({"title": "a"}))
+            .await
+            .expect(201);
+        made += 1;
+        assert_eq!(count(&server).await, made);
+    }
+    for key in [
+        "".to_owned(),
+        " ".to_owned(),
+        "x".repeat(256),
+        "a b".to_owned(),
+        "a\tb".to_owned(),
+        "é".to_owned(),
+    ] {
+        let answer = create(&server, &ann, &key, json!({"title": "a"})).await;
+        assert_eq!(answer.status, 400, "{key:?}");
+        answer.problem(400, "malformed_request");
+    }
+    let request = server.post(ann.tasks()).bearer(&ann.access_token);
+    let request = request
+        .header("idempotency-key", "one")
+        .header("idempotency-key", "two");
+    request
+        .json(json!({"title": "a"}))
+        .send()
+        .await
+        .problem(400, "malformed_request");
+    assert_eq!(count(&server).await, made);
+    // Keys are told apart to the letter.
+    create(&server, &ann, "K", json!({"title": "another"}))
+        .await
+        .expect(201);
+}
+
+#[tokio::test]
+async fn a_key_belongs_to_one_user() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    let anns = create(&server, &ann, "key", json!({"title": "ann's"}))
+        .await
+        .expect(201)
+        .json();
+    let bobs = create(&server, &bob, "key", json!({"title": "bob's"}))
+        .await
+        .expect(201)
+        .json();
+    assert_eq!(
+        (&bobs["title"], &bobs["user_id"]),
+        (&json!("bob's"), &json!(bob.id))
+    );
+    let again = create(&server, &ann, "key", json!({"title": "ann's"}))
+        .await
+        .expect(201)
+        .json();
+    assert_eq!(again, anns);
+}
+
+#[tokio::test]
+async fn a_refused_request_uses_up_no_key() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    create(&server, &ann, "key", json!({"title": ""}))
+        .await
+        .problem(422, "validation_failed");
+    let send = |path: String, token: &str, body: &'static str, content_type: &str| {
+        let request = server
+            .post(&path)
+            .bearer(token)
+            .header("idempotency-key", "key");
+        request.body(body.as_bytes().to_vec(), content_type).send()
+    };
+    send(ann.tasks(), &ann.access_token, "{", "application/json")
+        .await
+        .problem(400, "malformed_json");
+    send(ann.tasks(), &ann.access_token, "{}", "text/plain")
+        .await
+        .problem(415, "unsupported_media_type");
+    send(ann.tasks(), &bob.access_token, "{}", "application/json")
+        .await
+        .problem(403, "forbidden");
+    send(ann.tasks(), "bad", "{}", "application/json")
+        .await
+        .problem(401, "invalid_token");
+    create(&server, &ann, "key", json!({"title": "now it is right"}))
+        .await
+        .expect(201);
+    assert_eq!(count(&server).await, 1);
+}
+
+#[tokio::test]
+async fn after_a_day_a_key_is_new() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = json!({"title": "a"});
+    let first = create(&server, &ann, "key", body.clone())
+        .await
+        .expect(201)
+        .json();
+    let sql = server.sql().await;
+    let age = |hours: &str| {
+        format!("update idempotency_keys set created_at = now() - interval '{hours}'")
+    };
+
+    sql.execute(&age("23 hours 59 minutes"), &[]).await.unwrap();
+    let again = create(&server, &ann, "key", body.clone())
+        .await
+        .expect(201)
+        .json();
+    assert_eq!(again["id"], first["id"]);
+    let other = json!({"title": "other"});
+    create(&server, &ann, "key", other.clone())
+        .await
+        .problem(422, "idempotency_key_reused");
+
+    sql.execute(&age("24 hours 1 second"), &[]).await.unwrap();
+    let second = create(&server, &ann, "key", other.clone())
+        .await
+        .expect(201)
+        .json();
+    assert_ne!(second["id"], first["id"]);
+    assert_eq!(second["title"], "other");
+    // And it stands for the new creation from now on.
+    assert_eq!(
+        create(&server, &ann, "key", other).await.expect(201).json(),
+        second
+    );
+    create(&server, &ann, "key", body)
+        .await
+        .problem(422, "idempotency_key_reused");
+    assert_eq!(count(&server).await, 2);
+}

@@ -1,0 +1,378 @@
+//! Caching and lost updates: `ETag`, `If-None-Match`, `If-Match`.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use futures_util::future::{join, join_all};
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use crate::harness::{Response, Server, User};
+use crate::tasks::path_of;
+
+/// Waits until `count` statements on this database stand before a lock.
+pub(crate) async fn blocked_statements(sql: &Client, count: i64) {
+    let waiting = "select count(*) from pg_stat_activity
+                   where datname = current_database() and wait_event_type = 'Lock'";
+    let deadline = Instant::now() + Duration::from_secs(4);
+    loop {
+        let seen: i64 = sql.query_one(waiting, &[]).await.expect("a count").get(0);
+        if seen >= count {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "only {seen} of {count} statements met the lock"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The tag on an answer, checked to be a strong one.
+fn tag_of(answer: &Response) -> String {
+    let tag = answer.header("etag").to_owned();
+    assert!(
+        tag.len() > 2 && tag.starts_with('"') && tag.ends_with('"'),
+        "no strong tag: {tag}"
+    );
+    assert!(
+        !tag[1..tag.len() - 1].contains(['"', ' ', ',']),
+        "a tag that a list would break: {tag}"
+    );
+    tag
+}
+
+async fn new_task(server: &Server, user: &User) -> (String, String) {
+    let request = server.post(user.tasks()).bearer(&user.access_token);
+    let answer = request.json(json!({"title": "a"})).send().await.expect(201);
+    (path_of(user, &answer.json()), tag_of(&answer))
+}
+
+/// The four ways to change a task.
+fn changes(path: &str) -> Vec<(Method, String, Option<Value>, u16)> {
+    vec![
+        (
+            Method::PUT,
+            path.to_owned(),
+            Some(json!({"title": "b"})),
+            200,
+        ),
+        (
+            Method::PATCH,
+            path.to_owned(),
+            Some(json!({"title": "c"})),
+            200,
+        ),
+        (Method::PATCH, format!("{path}/complete"), None, 200),
+        (Method::DELETE, path.to_owned(), None, 204),
+    ]
+}
+
+async fn change(
+    server: &Server,
+    user: &User,
+    (method, path, body, _): &(Method, String, Option<Value>, u16),
+    if_match: &str,
+) -> Response {
+    let request = server
+        .request(method.clone(), path)
+        .bearer(&user.access_token)
+        .header("if-match", if_match);
+    match body {
+        Some(body) => request.json(body.clone()).send().await,
+        None => request.send().await,
+    }
+}
+
+#[tokio::test]
+async fn every_answer_that_is_one_task_has_a_strong_tag_that_changes_with_the_task() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let (path, created) = new_task(&server, &ann).await;
+    let mut tags = BTreeSet::from([created.clone()]);
+    let mut last = created;
+    let complete = format!("{path}/complete");
+    for (method, at, body) in [
+        (Method::PUT, &path, Some(json!({"title": "b"}))),
+        (Method::PUT, &path, Some(json!({"title": "b"}))),
+        (Method::PATCH, &path, Some(json!({"description": "c"}))),
+        (Method::PATCH, &complete, None),
+        (Method::PATCH, &complete, None),
+        (Method::PATCH, &complete, Some(json!({"completed": false}))),
+    ] {
+        for _ in 0..2 {
+            let read = server
+                .get(&path)
+                .bearer(&ann.access_token)
+                .send()
+                .await
+                .expect(200);
+            assert_eq!(tag_of(&read), last, "reading changes nothing");
+        }
+        let request = server.request(method, at).bearer(&ann.access_token);
+        let answer = match body {
+            Some(body) => request.json(body).send().await,
+            None => request.send().await,
+        };
+        last = tag_of(&answer.expect(200));
+        assert!(tags.insert(last.clone()), "a tag came back");
+    }
+    assert!(
+        !server
+            .get(ann.tasks())
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .headers
+            .contains_key("etag")
+    );
+}
+
+#[tokio::test]
+async fn two_tasks_never_share_a_tag_by_which_one_could_pass_for_the_other() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let (path, _) = new_task(&server, &ann).await;
+    let (_, other) = new_task(&server, &ann).await;
+    let answer = change(&server, &ann, &changes(&path)[0], &other).await;
+    answer.problem(412, "precondition_failed");
+}
+
+#[tokio::test]
+async fn if_none_match_spares_the_body_of_what_is_known() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let (path, tag) = new_task(&server, &ann).await;
+    let ask = |method: Method, known: String| {
+        server
+            .request(method, &path)
+            .bearer(&ann.access_token)
+            .header("if-none-match", &known)
+            .send()
+    };
+    for known in [
+        tag.clone(),
+        format!("W/{tag}"),
+        "*".into(),
+        format!("\"other\", {tag}"),
+        format!("{tag},\"other\""),
+        format!("\"a,b\" , W/\"c\",,\t{tag}"),
+    ] {
+        for method in [Method::GET, Method::HEAD] {
+            let answer = ask(method.clone(), known.clone()).await;
+            assert_eq!(answer.status, 304, "{method} {known}");
+            assert_eq!(answer.header("etag"), tag);
+            assert!(answer.body.is_empty());
+        }
+    }
+    let bare = tag.trim_matches('"').to_owned();
+    for unknown in [
+        "\"other\"".into(),
+        format!("\"x{bare}\""),
+        bare.clone(),
+        format!("\"{bare}"),
+        "garbage".into(),
+        String::new(),
+        format!("w/{tag}"),
+        format!("\"a,{bare}\""),
+    ] {
+        let answer = ask(Method::GET, unknown.clone()).await;
+        assert_eq!(answer.status, 200, "{unknown}");
+    }
+    // Two header lines are one list.
+    let request = server.get(&path).bearer(&ann.access_token);
+    let answer = request
+        .header("if-none-match", "\"other\"")
+        .header("if-none-match", &tag)
+        .send()
+        .await;
+    assert_eq!(answer.status, 304);
+
+    let body = json!({"title": "b"});
+    server
+        .patch(&path)
+        .bearer(&ann.access_token)
+        .json(body)
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(ask(Method::GET, tag).await.expect(200).json()["title"], "b");
+}
+
+#[tokio::test]
+async fn if_match_lets_a_change_through_only_while_the_task_is_as_it_was_seen() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for n in 0..4 {
+        let (path, tag) = new_task(&server, &ann).await;
+        let bare = tag.trim_matches('"').to_owned();
+        let before = server
+            .get(&path)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200)
+            .json();
+        for stale in [
+            "\"stale\"".to_owned(),
+            format!("W/{tag}"),
+            format!("\"stale\", W/{tag}"),
+            bare.clone(),
+            "garbage".to_owned(),
+            format!("\"{bare}"),
+            format!("\"x{bare}\""),
+            format!("\"{bare}0\""),
+            format!("\"stale,{bare}\""),
+            "\"\"".to_owned(),
+        ] {
+            let change_to = &changes(&path)[n];
+            let answer = change(&server, &ann, change_to, &stale).await;
+            assert_eq!(
+                answer.status, 412,
+                "{} {} {stale}",
+                change_to.0, change_to.1
+            );
+            answer.problem(412, "precondition_failed");
+        }
+        let after = server
+            .get(&path)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200)
+            .json();
+        assert_eq!(after, before, "a refused change changed something");
+
+        for good in ["\"stale\", {tag}", "{tag},\"stale\"", "{tag}", "*"] {
+            let (path, tag) = new_task(&server, &ann).await;
+            let change_to = &changes(&path)[n];
+            let good = good.replace("{tag}", &tag);
+            let answer = change(&server, &ann, change_to, &good).await;
+            assert_eq!(
+                answer.status, change_to.3,
+                "{} {} {good}",
+                change_to.0, change_to.1
+            );
+            // What it was is not what it is.
+            let expected = if change_to.0 == Method::DELETE {
+                404
+            } else {
+                412
+            };
+            assert_eq!(
+                change(&server, &ann, change_to, &tag).await.status,
+                expected
+            );
+        }
+        let (path, tag) = new_task(&server, &ann).await;
+        let (method, at, body, status) = &changes(&path)[n];
+        let mut request = server.request(method.clone(), at).bearer(&ann.access_token);
+        request = request
+            .header("if-match", "\"stale\"")
+            .header("if-match", &tag);
+        if let Some(body) = body {
+            request = request.json(body.clone());
+        }
+        assert_eq!(
+            request.send().await.status,
+            *status,
+            "two header lines are one list"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_tag_of_each_answer_is_good_for_the_next_change() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let (path, mut tag) = new_task(&server, &ann).await;
+    for n in [0, 1, 2, 1, 0, 2] {
+        let answer = change(&server, &ann, &changes(&path)[n], &tag)
+            .await
+            .expect(200);
+        tag = tag_of(&answer);
+    }
+    change(&server, &ann, &changes(&path)[3], &tag)
+        .await
+        .expect(204);
+}
+
+#[tokio::test]
+async fn a_task_that_is_not_there_is_not_found_whatever_was_expected_of_it() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    let (theirs, tag) = new_task(&server, &bob).await;
+    let theirs = theirs.replace(&bob.id, &ann.id);
+    let nowhere = format!("{}/{}", ann.tasks(), Uuid::now_v7());
+    for path in [theirs, nowhere, format!("{}/no-uuid", ann.tasks())] {
+        for change_to in changes(&path) {
+            for expected in ["*", "\"stale\"", &tag, "garbage"] {
+                change(&server, &ann, &change_to, expected)
+                    .await
+                    .problem(404, "task_not_found");
+            }
+        }
+        for known in ["*", "\"stale\"", &tag] {
+            let request = server
+                .get(&path)
+                .bearer(&ann.access_token)
+                .header("if-none-match", known);
+            request.send().await.problem(404, "task_not_found");
+        }
+    }
+}
+
+// Both hold the same tag and both stand before the row when it is let go.
+#[tokio::test]
+async fn of_two_changes_to_what_both_saw_exactly_one_wins() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut holder = server.sql().await;
+    let control = server.sql().await;
+    for (first, second) in [
+        (0, 0),
+        (0, 1),
+        (1, 2),
+        (2, 2),
+        (3, 0),
+        (1, 3),
+        (3, 3),
+        (2, 3),
+    ] {
+        let (path, tag) = new_task(&server, &ann).await;
+        let held = holder.transaction().await.unwrap();
+        held.execute("select 1 from tasks for update", &[])
+            .await
+            .unwrap();
+        let all = changes(&path);
+        let pair = join_all([first, second].map(|n| change(&server, &ann, &all[n], &tag)));
+        let (answers, ()) = join(pair, async {
+            blocked_statements(&control, 2).await;
+            held.commit().await.unwrap();
+        })
+        .await;
+        let won: Vec<bool> = answers
+            .iter()
+            .map(|answer| matches!(answer.status, 200 | 204))
+            .collect();
+        assert!(
+            won[0] ^ won[1],
+            "{first} and {second}: {} {}",
+            answers[0].status,
+            answers[1].status
+        );
+        let loser = answers
+            .into_iter()
+            .zip(won)
+            .find(|(_, won)| !won)
+            .unwrap()
+            .0;
+        // Where the winner deleted it, there is nothing left to have moved on.
+        match loser.status {
+            404 => drop(loser.problem(404, "task_not_found")),
+            _ => drop(loser.problem(412, "precondition_failed")),
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! The statements themselves, read as files: each is held to its owner's rows and documented.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Statements that reach tasks or sessions without `user_id = $1`, and why they may.
+const NOT_BY_OWNER: [(&str, &str); 6] = [
+    (
+        "sessions/refresh.sql",
+        "a refresh token names its session; whose it is, the row tells",
+    ),
+    (
+        "sessions/end_reused.sql",
+        "a refresh token names its session; whose it is, the row tells",
+    ),
+    (
+        "sessions/end_by_refresh_token.sql",
+        "a refresh token names its session; whose it is, the row tells",
+    ),
+    (
+        "sessions/sign_in.sql",
+        "a session is made for the person whose password was verified: $1",
+    ),
+    (
+        "users/register.sql",
+        "a session is made for the person who is made by the same statement: $1",
+    ),
+    (
+        "sessions/sweep.sql",
+        "forgets what has expired, whosever it was",
+    ),
+];
+
+fn sql() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("sql")
+}
+
+/// Every file below `sql/`: its path there, and its text.
+fn files() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![sql()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("sql/ is there") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path
+                    .strip_prefix(sql())
+                    .expect("below sql/")
+                    .to_str()
+                    .expect("a name")
+                    .to_owned();
+                assert!(name.ends_with(".sql"), "what is sql/{name}?");
+                found.push((name, fs::read_to_string(path).expect("text")));
+            }
+        }
+    }
+    found.sort();
+    assert!(found.len() > 10, "the statements have moved");
+    found
+}
+
+/// The statement alone: comments gone, each literal and function body an empty one, white space
+/// made one space.
+fn bare(text: &str) -> String {
+    let mut bare = String::new();
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let end = if rest.starts_with("--") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("$$") {
+            bare += "''";
+            2 + rest[2..].find("$$").expect("a function body ends") + 2
+        } else if first == '\'' {
+            bare += "''";
+            1 + rest[1..].find('\'').expect("a literal ends") + 1
+        } else if rest.starts_with("U&'") {
+            2
+        } else {
+            bare.push(if first.is_whitespace() { ' ' } else { first });
+            first.len_utf8()
+        };
+        rest = &rest[end..];
+    }
+    bare.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The words of a statement and its punctuation, one a piece; `t.user_id` and `$1` are one.
+fn words(bare: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut word = String::new();
+    for letter in bare.chars() {
+        if letter.is_alphanumeric() || "_.$:".contains(letter) {
+            word.push(letter);
+            continue;
+        }
+        if !word.is_empty() {
+            words.push(std::mem::take(&mut word));
+        }
+        if letter != ' ' {
+            words.push(letter.to_string());
+        }
+    }
+    words.push(word);
+    words
+}
+
+/// Whether every read, change or deletion of `table` in the statement stands in a query that says
+/// `user_id = $1`, and every insertion takes `user_id` from `$1`. A query within parentheses is
+/// one of its own: the scope of its neighbour does not count for it.
+fn is_scoped(statement: &str, table: &str) -> bool {
+    // (words of this query, whether it reaches the table unscoped so far)
+    let mut open: Vec<Vec<String>> = vec![Vec::new()];
+    let mut scoped = true;
+    let mut close = |query: Vec<String>| {
+        scoped &= query_is_scoped(&query, table);
+        let is_query = query.first().is_some_and(|first| {
+            ["select", "with", "insert", "update", "delete"].contains(&first.as_str())
+        });
+        // A list or an expression is part of the query around it, a query is not.
+        if is_query {
+            vec!["()".to_owned()]
+        } else {
+            [vec!["(".to_owned()], query, vec![")".to_owned()]].concat()
+        }
+    };
+    for word in words(statement) {
+        match word.as_str() {
+            "(" => open.push(Vec::new()),
+            ")" => {
+                let inner = open.pop().expect("balanced parentheses");
+                let inner = close(inner);
+                open.last_mut().expect("balanced parentheses").extend(inner);
+            }
+            _ => open.last_mut().expect("balanced parentheses").push(word),
+        }
+    }
+    close(open.pop().expect("balanced parentheses"));
+    scoped
+}
+
+fn query_is_scoped(query: &[String], table: &str) -> bool {
+    let after = |n: usize| query.get(n + 1).map(String::as_str);
+    for (n, word) in query.iter().enumerate() {
+        if word != table {
+            continue;
+        }
+        match n.checked_sub(1).map(|before| query[before].as_str()) {
+            Some("into") => {
+                let n = if after(n) == Some("as") { n + 2 } else { n };
+                if !insertion_is_scoped(&query[n + 1..]) {
+                    return false;
+                }
+            }
+            Some("from" | "join" | "update" | "using" | ",") => {
+                let scope = query.windows(3).any(|three| {
+                    (three[0] == "user_id" || three[0].ends_with(".user_id"))
+                        && three[1] == "="
+                        && three[2] == "$1"
+                });
+                if !scope {
+                    return false;
+                }
+            }
+            // The name of a common table expression or a column, as in `with tasks as (…)`.
+            _ => {}
+        }
+    }
+    true
+}
+
+/// Of `( user_id , … ) values ( $1 , … )`, or `select $1 , …`: whether the owner's place has `$1`.
+fn insertion_is_scoped(words: &[String]) -> bool {
+    let list = |words: &[String]| -> Vec<String> {
+        let ends = ["from", ")"];
+        let items = words
+            .iter()
+            .take_while(|word| !ends.contains(&word.as_str()))
+            .cloned()
+            .collect::<Vec<_>>();
+        items
+            .split(|word| word == ",")
+            .map(|item| item.join(" "))
+            .collect()
+    };
+    if words.first().is_none_or(|first| first != "(") {
+        return false;
+    }
+    let Some(place) = list(&words[1..])
+        .iter()
+        .position(|column| column == "user_id")
+    else {
+        return false;
+    };
+    let Some(end) = words.iter().position(|word| word == ")") else {
+        return false;
+    };
+    let values = match &words[end + 1..] {
+        [values, open, rest @ ..] if values == "values" && open == "(" => list(rest),
+        [select, rest @ ..] if select == "select" => list(rest),
+        _ => return false,
+    };
+    values
+        .get(place)
+        .is_some_and(|value| value == "$1" || value.starts_with("$1::"))
+}
+
+// FR-007, SC-004
+#[test]
+fn every_statement_on_tasks_or_sessions_is_held_to_its_owner() {
+    let mut exceptions = BTreeSet::new();
+    for (name, text) in files() {
+        if name.starts_with("migrations/") {
+            continue;
+        }
+        let bare = bare(&text);
+        if is_scoped(&bare, "tasks") && is_scoped(&bare, "sessions") {
+            continue;
+        }
+        assert!(
+            NOT_BY_OWNER.iter().any(|(exception, _)| *exception == name),
+            "sql/{name} reaches tasks or sessions without `user_id = $1`"
+        );
+        exceptions.insert(name);
+    }
+    for (name, reason) in NOT_BY_OWNER {
+        assert!(
+            exceptions.contains(name),
+            "sql/{name} needs no exception ({reason}) any more"
+        );
+    }
+}
+
+// FR-007: no exception is about tasks.
+#[test]
+fn no_statement_reaches_tasks_without_its_owner() {
+    for (name, text) in files() {
+        if !name.starts_with("migrations/") {
+            assert!(is_scoped(&bare(&text), "tasks"), "sql/{name}");
+        }
+    }
+}
+
+// The reader above finds what it must find.
+#[test]
+fn a_statement_without_its_owner_is_noticed() {
+    for sound in [
+        "select id from tasks where user_id = $1",
+        "select id from tasks t join users u on u.id = t.user_id where t.user_id = $1",
+        "with c as (delete from tasks where user_id = $1 returning id) select * from c",
+        "insert into tasks (user_id, id) values ($1, $2)",
+        "insert into tasks (id, user_id) select $2, $1::uuid from claim",
+        "select count(*) from (select 1 from tasks where user_id = $1) x",
+        "select ''tasks'' from users",
+    ] {
+        assert!(is_scoped(&bare(sound), "tasks"), "{sound}");
+    }
+    for unsound in [
+        "select id from tasks",
+        "select id from tasks where id = $1",
+        "select id from tasks where user_id = $2",
+        "select id from tasks where user_id <> $1",
+        "select id from tasks -- where user_id = $1",
+        "select id from tasks where title = 'user_id = $1'",
+        "update tasks set completed = true where id = $2",
+        "delete from tasks where id = $2",
+        "delete from users using tasks where id = $2",
+        "with c as (delete from tasks where id = $2) select 1 from users where user_id = $1",
+        "select 1 from users where user_id = $1 and exists (select from tasks t where t.id = $2)",
+        "select 1 from tasks where id in (select task_id from keys where user_id = $1)",
+        "insert into tasks (user_id, id) values ($2, $1)",
+        "insert into tasks (id, user_id) select $1, $2 from claim",
+        "insert into tasks values ($1, $2)",
+        "select 1 from users, tasks",
+    ] {
+        assert!(!is_scoped(&bare(unsound), "tasks"), "{unsound}");
+    }
+}
+
+#[test]
+fn every_statement_says_what_it_is_for_and_what_its_parameters_are() {
+    for (name, text) in files() {
+        let header: Vec<_> = text
+            .lines()
+            .take_while(|line| line.starts_with("--"))
+            .collect();
+        assert!(
+            header.first().is_some_and(|line| line.len() > 10),
+            "sql/{name} has no header"
+        );
+        let header = header.join("\n");
+        let bare = bare(&text);
+        let used: BTreeSet<_> = words(&bare)
+            .into_iter()
+            .filter_map(|word| {
+                word.strip_prefix('$')?
+                    .split(':')
+                    .next()?
+                    .parse::<u32>()
+                    .ok()
+            })
+            .collect();
+        let most = used.last().copied().unwrap_or(0);
+        for n in 1..=most {
+            assert!(used.contains(&n), "sql/{name} does not use ${n}");
+            assert!(
+                header.contains(&format!("${n} ")),
+                "the header of sql/{name} is silent on ${n}"
+            );
+        }
+        assert!(
+            !header.contains(&format!("${} ", most + 1)),
+            "the header of sql/{name} names too many"
+        );
+    }
+}
+
+#[test]
+fn statements_are_one_a_file_in_lower_case() {
+    for (name, text) in files() {
+        let bare = bare(&text);
+        assert!(
+            !bare.chars().any(char::is_uppercase),
+            "sql/{name} shouts: {bare}"
+        );
+        if !name.starts_with("migrations/") {
+            let body = bare.trim_end_matches(';');
+            assert!(
+                !body.is_empty() && !body.contains(';'),
+                "sql/{name} is more than one statement"
+            );
+        }
+    }
+}

@@ -1,0 +1,624 @@
+//! The operations on tasks: what each changes, what it leaves, what it answers.
+
+use futures_util::future::join_all;
+use hyper::Method;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::{Server, User};
+
+/// The address of a task that was answered.
+pub(crate) fn path_of(user: &User, task: &Value) -> String {
+    format!(
+        "{}/{}",
+        user.tasks(),
+        task["id"].as_str().expect("a task has an id")
+    )
+}
+
+/// The titles of the tasks listed at `query`, in their order.
+async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
+    let path = format!("{}{query}", user.tasks());
+    let tasks = server
+        .get(&path)
+        .bearer(&user.access_token)
+        .send()
+        .await
+        .expect(200)
+        .json();
+    let tasks = tasks.as_array().expect("a list").iter();
+    tasks
+        .map(|task| task["title"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+async fn create(server: &Server, user: &User, body: Value) -> Value {
+    let request = server
+        .post(user.tasks())
+        .bearer(&user.access_token)
+        .json(body);
+    request.send().await.expect(201).json()
+}
+
+// FR-005, FR-009
+#[tokio::test]
+async fn a_new_task_is_answered_whole_with_its_location() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let request = server.post(ann.tasks()).bearer(&ann.access_token);
+    let answer = request
+        .json(json!({"title": "Sow peas", "description": "in rows"}))
+        .send()
+        .await;
+    let answer = answer.expect(201);
+    let task = answer.json();
+    let members: Vec<_> = task
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    let all = [
+        "completed",
+        "created_at",
+        "description",
+        "id",
+        "title",
+        "updated_at",
+        "user_id",
+    ];
+    assert_eq!(members, all);
+    assert_eq!(task["title"], "Sow peas");
+    assert_eq!(task["description"], "in rows");
+    assert_eq!(task["completed"], false);
+    assert_eq!(task["user_id"], json!(ann.id));
+    assert_eq!(answer.header("location"), path_of(&ann, &task));
+    assert_eq!(answer.header("content-type"), "application/json");
+}
+
+#[tokio::test]
+async fn a_task_can_be_created_completed_and_without_a_description() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let bare = create(&server, &ann, json!({"title": "a"})).await;
+    assert_eq!(
+        (&bare["description"], &bare["completed"]),
+        (&Value::Null, &json!(false))
+    );
+    let null = create(&server, &ann, json!({"title": "b", "description": null})).await;
+    assert_eq!(null["description"], Value::Null);
+    let done = create(&server, &ann, json!({"title": "c", "completed": true})).await;
+    assert_eq!(done["completed"], true);
+}
+
+#[tokio::test]
+async fn an_empty_description_is_kept_as_it_is() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut task = create(&server, &ann, json!({"title": "a", "description": ""})).await;
+    assert_eq!(task["description"], "");
+    let path = path_of(&ann, &task);
+    for description in ["  kept as it is  ", ""] {
+        let body = json!({"description": description});
+        let request = server.put(&path).bearer(&ann.access_token).json(body);
+        task = request.send().await.expect(200).json();
+        assert_eq!(task["description"], description);
+    }
+    assert_eq!(
+        server
+            .get(&path)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .json(),
+        task
+    );
+}
+
+#[tokio::test]
+async fn a_clients_own_id_owner_and_times_are_ignored() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    let wish = Uuid::now_v7().to_string();
+    let body = json!({
+        "title": "a", "id": wish, "user_id": bob.id,
+        "created_at": "2001-01-01T00:00:00.000000Z", "updated_at": "2001-01-01T00:00:00.000000Z",
+    });
+    let task = create(&server, &ann, body).await;
+    assert_ne!(task["id"], json!(wish));
+    assert_eq!(task["user_id"], json!(ann.id));
+    assert!(task["created_at"].as_str().unwrap() > "2002");
+    let body = json!({"title": "b", "user_id": bob.id, "id": wish});
+    let request = server
+        .patch(path_of(&ann, &task))
+        .bearer(&ann.access_token)
+        .json(body);
+    let changed = request.send().await.expect(200).json();
+    assert_eq!(
+        (&changed["id"], &changed["user_id"]),
+        (&task["id"], &task["user_id"])
+    );
+}
+
+#[tokio::test]
+async fn ids_are_lower_case_uuids_of_version_7() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    for id in [&ann.id, &ann.session_id, task["id"].as_str().unwrap()] {
+        let parsed = Uuid::parse_str(id).expect("a UUID");
+        assert_eq!(parsed.get_version_num(), 7, "{id}");
+        assert_eq!(&parsed.hyphenated().to_string(), id);
+    }
+}
+
+#[tokio::test]
+async fn an_id_is_compared_as_text() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let id = task["id"].as_str().unwrap();
+    let others = [
+        id.to_uppercase(),
+        id.replace('-', ""),
+        format!("%7B{id}%7D"),
+        format!("urn:uuid:{id}"),
+    ];
+    for other in others.iter().filter(|other| *other != id) {
+        let path = format!("{}/{other}", ann.tasks());
+        let answer = server.get(&path).bearer(&ann.access_token).send().await;
+        answer.problem(404, "task_not_found");
+    }
+}
+
+#[tokio::test]
+async fn times_are_utc_with_six_digits_of_a_second_always() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let shape = |time: &str| {
+        time.chars()
+            .map(|c| if c.is_ascii_digit() { '0' } else { c })
+            .collect::<String>()
+    };
+    for time in [&task["created_at"], &task["updated_at"]] {
+        assert_eq!(shape(time.as_str().unwrap()), "0000-00-00T00:00:00.000000Z");
+    }
+    let whole = "update tasks set created_at = '2026-02-05 10:30:00+01', updated_at = '2026-02-05 09:30:00.5+00'";
+    server.sql().await.execute(whole, &[]).await.unwrap();
+    let request = server.get(path_of(&ann, &task)).bearer(&ann.access_token);
+    let read = request.send().await.expect(200).json();
+    assert_eq!(read["created_at"], "2026-02-05T09:30:00.000000Z");
+    assert_eq!(read["updated_at"], "2026-02-05T09:30:00.500000Z");
+}
+
+#[tokio::test]
+async fn newest_first_agrees_with_created_at_also_for_fifty_created_at_once() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    join_all((0..50).map(async |n| ann.create_task(&server, &format!("{n}")).await)).await;
+    for (query, newest_first) in [
+        ("", true),
+        ("?sort=-created_at", true),
+        ("?sort=created_at", false),
+    ] {
+        let path = format!("{}{query}", ann.tasks());
+        let tasks = server
+            .get(&path)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200)
+            .json();
+        let times: Vec<_> = tasks
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|t| t["created_at"].as_str().unwrap())
+            .collect();
+        assert_eq!(times.len(), 50);
+        let mut sorted = times.clone();
+        sorted.sort_unstable();
+        if newest_first {
+            sorted.reverse();
+        }
+        assert_eq!(times, sorted, "{query}");
+    }
+}
+
+// FR-009
+#[tokio::test]
+async fn put_and_patch_change_what_is_given_and_leave_the_rest() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for method in [Method::PUT, Method::PATCH] {
+        let changes = [
+            json!({"title": "new"}),
+            json!({"description": "other"}),
+            json!({"completed": true}),
+            json!({"completed": false, "title": "newer"}),
+            json!({"title": "a", "description": "b", "completed": true}),
+            json!({"title": "  cut at the ends \u{3000}", "unknown": 1}),
+        ];
+        let mut task = create(&server, &ann, json!({"title": "old", "description": "it"})).await;
+        let path = path_of(&ann, &task);
+        for change in changes {
+            let request = server
+                .request(method.clone(), &path)
+                .bearer(&ann.access_token);
+            let changed = request.json(change.clone()).send().await.expect(200).json();
+            assert!(changed["updated_at"].as_str() > task["updated_at"].as_str());
+            for (member, value) in change.as_object().unwrap() {
+                match (member.as_str(), value.as_str()) {
+                    ("unknown", _) => {}
+                    ("title", Some(title)) => task["title"] = json!(title.trim()),
+                    _ => task[member] = value.clone(),
+                }
+            }
+            task["updated_at"] = changed["updated_at"].clone();
+            assert_eq!(changed, task, "{method} {change}");
+            let read = server
+                .get(&path)
+                .bearer(&ann.access_token)
+                .send()
+                .await
+                .expect(200)
+                .json();
+            assert_eq!(read, task);
+        }
+    }
+}
+
+#[tokio::test]
+async fn null_clears_the_description_and_nothing_else_can_be_null() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for method in [Method::PUT, Method::PATCH] {
+        let task = create(&server, &ann, json!({"title": "a", "description": "b"})).await;
+        let path = path_of(&ann, &task);
+        let change = |body: Value| {
+            server
+                .request(method.clone(), &path)
+                .bearer(&ann.access_token)
+                .json(body)
+                .send()
+        };
+        let cleared = change(json!({"description": null}))
+            .await
+            .expect(200)
+            .json();
+        assert_eq!(
+            (&cleared["description"], &cleared["title"]),
+            (&Value::Null, &json!("a"))
+        );
+        change(json!({"title": null}))
+            .await
+            .problem(422, "validation_failed");
+        change(json!({"completed": null}))
+            .await
+            .problem(422, "validation_failed");
+    }
+}
+
+#[tokio::test]
+async fn updated_at_moves_at_every_change_and_never_backwards() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let path = path_of(&ann, &task);
+    let sql = server.sql().await;
+    // As if a clock had been wrong: the row comes from the future.
+    let ahead = "update tasks set updated_at = now() + interval '1 day' returning to_json(updated_at)::text";
+    sql.query_one(ahead, &[]).await.unwrap();
+    let read = server
+        .get(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200)
+        .json();
+    let mut last = read["updated_at"].as_str().unwrap().to_owned();
+    let complete = format!("{path}/complete");
+    for (method, at, body) in [
+        (Method::PUT, &path, json!({"title": "a"})),
+        (Method::PATCH, &path, json!({"title": "a"})),
+        (Method::PATCH, &complete, json!({"completed": false})),
+        (Method::PATCH, &complete, json!({"completed": false})),
+        (Method::PATCH, &complete, json!({})),
+    ] {
+        let request = server
+            .request(method.clone(), at)
+            .bearer(&ann.access_token)
+            .json(body.clone());
+        let changed = request.send().await.expect(200).json();
+        let updated = changed["updated_at"].as_str().unwrap().to_owned();
+        assert!(
+            updated > last,
+            "{method} {at} {body}: {updated} after {last}"
+        );
+        assert_eq!(changed["created_at"], task["created_at"]);
+        last = updated;
+    }
+}
+
+// FR-009
+#[tokio::test]
+async fn complete_flips_without_a_word_and_sets_what_it_is_told() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let path = format!("{}/complete", path_of(&ann, &task));
+    for (body, completed) in [
+        (None, true),
+        (None, false),
+        (Some(json!({})), true),
+        (Some(json!({"completed": true})), true),
+        (Some(json!({"completed": false})), false),
+        (Some(json!({"completed": false})), false),
+        (Some(json!({"unknown": 1})), true),
+    ] {
+        let request = server.patch(&path).bearer(&ann.access_token);
+        let request = match &body {
+            Some(body) => request.json(body.clone()),
+            None => request,
+        };
+        let changed = request.send().await.expect(200).json();
+        assert_eq!(changed["completed"], completed, "{body:?}");
+        assert_eq!(changed["title"], "a");
+    }
+    for bad in [
+        json!({"completed": "true"}),
+        json!({"completed": 1}),
+        json!({"completed": null}),
+    ] {
+        let answer = server
+            .patch(&path)
+            .bearer(&ann.access_token)
+            .json(bad)
+            .send()
+            .await;
+        let problem = answer.problem(422, "validation_failed");
+        assert_eq!(problem["errors"][0]["pointer"], "/completed");
+    }
+}
+
+#[tokio::test]
+async fn flips_at_the_same_instant_all_count() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let path = format!("{}/complete", path_of(&ann, &task));
+    let flips = (0..21).map(|_| server.patch(&path).bearer(&ann.access_token).send());
+    for answer in join_all(flips).await {
+        answer.expect(200);
+    }
+    let read = server
+        .get(path_of(&ann, &task))
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .json();
+    assert_eq!(read["completed"], true, "an odd number of flips");
+}
+
+// FR-009
+#[tokio::test]
+async fn a_deleted_task_is_gone_for_every_method() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let (task, other) = (
+        ann.create_task(&server, "a").await,
+        ann.create_task(&server, "b").await,
+    );
+    let path = path_of(&ann, &task);
+    let gone = server
+        .delete(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(204);
+    assert!(gone.body.is_empty());
+    for method in [Method::GET, Method::DELETE] {
+        let answer = server
+            .request(method, &path)
+            .bearer(&ann.access_token)
+            .send()
+            .await;
+        answer.problem(404, "task_not_found");
+    }
+    for (method, at) in [
+        (Method::PUT, path.clone()),
+        (Method::PATCH, path.clone()),
+        (Method::PATCH, format!("{path}/complete")),
+    ] {
+        let request = server.request(method, &at).bearer(&ann.access_token);
+        request
+            .json(json!({"completed": true}))
+            .send()
+            .await
+            .problem(404, "task_not_found");
+    }
+    let list = server
+        .get(ann.tasks())
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .json();
+    assert_eq!(list, json!([other]));
+}
+
+#[tokio::test]
+async fn clear_completed_deletes_what_is_done_and_says_how_many() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for (title, completed) in [("a", true), ("b", false), ("c", true), ("d", false)] {
+        create(
+            &server,
+            &ann,
+            json!({"title": title, "completed": completed}),
+        )
+        .await;
+    }
+    let clear = format!("{}?completed=true", ann.tasks());
+    for deleted in [2, 0] {
+        let answer = server
+            .delete(&clear)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200);
+        assert_eq!(answer.json(), json!({"deleted": deleted}));
+        assert_eq!(titles(&server, &ann, "").await, ["d", "b"]);
+    }
+}
+
+#[tokio::test]
+async fn the_list_can_be_held_to_what_is_done_or_not() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for (title, completed) in [("a", true), ("b", false), ("c", true)] {
+        create(
+            &server,
+            &ann,
+            json!({"title": title, "completed": completed}),
+        )
+        .await;
+    }
+    assert_eq!(titles(&server, &ann, "?completed=true").await, ["c", "a"]);
+    assert_eq!(titles(&server, &ann, "?completed=false").await, ["b"]);
+    assert_eq!(
+        titles(&server, &ann, "?completed=true&sort=created_at").await,
+        ["a", "c"]
+    );
+    assert_eq!(titles(&server, &ann, "").await, ["c", "b", "a"]);
+}
+
+#[tokio::test]
+async fn a_search_is_a_literal_substring_case_aside_in_title_or_description() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for (title, description) in [
+        ("100% wool", None),
+        ("1000 sheep", None),
+        ("snake_case", None),
+        ("snakeXcase", None),
+        (r"C:\temp", None),
+        (r"C:temp", None),
+        ("ÉCLAIR", Some("from Lyon")),
+        ("plain", Some("a \\% literal")),
+        ("ΣΊΣΥΦΟΣ", None),
+        ("two words", Some("*.txt 'quoted'")),
+    ] {
+        create(
+            &server,
+            &ann,
+            json!({"title": title, "description": description}),
+        )
+        .await;
+    }
+    for (query, expected) in [
+        ("100%25", vec!["100% wool"]),
+        ("%25", vec!["plain", "100% wool"]),
+        ("_", vec!["snake_case"]),
+        ("e_c", vec!["snake_case"]),
+        ("%5C", vec!["plain", r"C:\temp"]),
+        ("%5C%5C", vec![]),
+        ("%5C%25", vec!["plain"]),
+        ("WOOL", vec!["100% wool"]),
+        ("%C3%A9clair", vec!["ÉCLAIR"]),
+        ("%C3%89Clair", vec!["ÉCLAIR"]),
+        ("%CF%83%CE%AF%CF%83", vec!["ΣΊΣΥΦΟΣ"]),
+        ("lyon", vec!["ÉCLAIR"]),
+        ("two+words", vec!["two words"]),
+        ("two%20words", vec!["two words"]),
+        ("%27quoted%27", vec!["two words"]),
+        ("*", vec!["two words"]),
+        ("no+such+thing", vec![]),
+    ] {
+        assert_eq!(
+            titles(&server, &ann, &format!("?q={query}")).await,
+            expected,
+            "q={query}"
+        );
+    }
+    assert_eq!(
+        titles(&server, &ann, "?q=c&completed=true").await,
+        Vec::<String>::new()
+    );
+}
+
+#[tokio::test]
+async fn an_empty_search_and_unknown_parameters_filter_nothing() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    ann.create_task(&server, "a").await;
+    for query in [
+        "?q=",
+        "?q",
+        "?",
+        "?unknown=1&unknown=2",
+        "?Q=zzz",
+        "?&&",
+        "?=1",
+        "?user_id=x&%FF=1",
+    ] {
+        assert_eq!(titles(&server, &ann, query).await, ["a"], "{query}");
+    }
+}
+
+#[tokio::test]
+async fn a_page_holds_as_many_as_asked_for_and_a_thousand_unasked() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    fill(&server, &ann, 1001, "t").await;
+    let path = ann.tasks();
+    for (query, length) in [
+        ("", 1000),
+        ("?limit=1000", 1000),
+        ("?limit=1", 1),
+        ("?limit=7", 7),
+    ] {
+        let answer = server
+            .get(format!("{path}{query}"))
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200);
+        assert_eq!(answer.json().as_array().unwrap().len(), length, "{query}");
+        assert!(
+            answer.header("link").contains(r#"rel="next""#),
+            "{query}: cut silently"
+        );
+    }
+    let sql = server.sql().await;
+    sql.execute(
+        "delete from tasks where id = (select id from tasks limit 1)",
+        &[],
+    )
+    .await
+    .unwrap();
+    let answer = server
+        .get(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(answer.json().as_array().unwrap().len(), 1000);
+    assert!(!answer.headers.contains_key("link"), "there is no more");
+}
+
+/// Puts `count` tasks into the table directly, the last one newest, each with this description.
+pub(crate) async fn fill(server: &Server, user: &User, count: usize, description: &str) {
+    let ids: Vec<Uuid> = (0..count).map(|_| Uuid::now_v7()).collect();
+    let statement =
+        "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+                     select $1, id, 'task ' || n, $3, false, now(), now()
+                     from unnest($2::uuid[]) with ordinality as new (id, n)";
+    let owner = Uuid::parse_str(&user.id).unwrap();
+    server
+        .sql()
+        .await
+        .execute(statement, &[&owner, &ids, &description])
+        .await
+        .unwrap();
+}

@@ -1,0 +1,1004 @@
+//! What is taken and what is refused, from both sides of every bound.
+
+use hyper::Method;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::{Server, User};
+use crate::http::{Wire, head};
+use crate::tasks::path_of;
+
+/// One code point, four bytes in UTF-8.
+const ASTRAL: &str = "😀";
+
+async fn create(server: &Server, user: &User, body: Value) -> crate::harness::Response {
+    server
+        .post(user.tasks())
+        .bearer(&user.access_token)
+        .json(body)
+        .send()
+        .await
+}
+
+/// Creates with these bytes as they are.
+async fn create_raw(
+    server: &Server,
+    user: &User,
+    body: impl AsRef<[u8]>,
+) -> crate::harness::Response {
+    let request = server.post(user.tasks()).bearer(&user.access_token);
+    request
+        .body(body.as_ref().to_vec(), "application/json")
+        .send()
+        .await
+}
+
+/// The pointer and the code of each fault in a problem.
+fn faults(problem: &Value) -> Vec<(&str, &str)> {
+    let errors = problem["errors"]
+        .as_array()
+        .expect("a 422 names its faults");
+    errors
+        .iter()
+        .map(|error| {
+            assert!(
+                error["detail"]
+                    .as_str()
+                    .is_some_and(|detail| !detail.is_empty()),
+                "{error}"
+            );
+            (
+                error["pointer"].as_str().expect("a pointer"),
+                error["code"].as_str().expect("a code"),
+            )
+        })
+        .collect()
+}
+
+// FR-005
+#[tokio::test]
+async fn a_title_has_1_to_200_code_points() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for title in [
+        "x".into(),
+        "x".repeat(200),
+        ASTRAL.into(),
+        ASTRAL.repeat(200),
+        "e\u{301}".repeat(100),
+    ] {
+        let task = create(&server, &ann, json!({"title": title}))
+            .await
+            .expect(201)
+            .json();
+        assert_eq!(task["title"], json!(title));
+    }
+    for (title, code) in [
+        (String::new(), "too_short"),
+        ("x".repeat(201), "too_long"),
+        (ASTRAL.repeat(201), "too_long"),
+        ("e\u{301}".repeat(101), "too_long"),
+    ] {
+        let problem = create(&server, &ann, json!({"title": title}))
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(faults(&problem), [("/title", code)]);
+    }
+}
+
+// FR-005
+#[tokio::test]
+async fn white_space_of_any_script_is_cut_from_a_titles_ends_before_it_is_counted() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let spaces = "\t\n\u{b}\u{c}\r \u{85}\u{a0}\u{1680}\u{2000}\u{2007}\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}";
+    for inner in [
+        "a".to_owned(),
+        format!("a{spaces}b"),
+        "x".repeat(200),
+        "\u{200b}".into(),
+        "\u{feff}".into(),
+    ] {
+        let title = format!("{spaces}{inner}{spaces}");
+        let task = create(&server, &ann, json!({"title": title}))
+            .await
+            .expect(201)
+            .json();
+        assert_eq!(task["title"], json!(inner));
+        let request = server.patch(path_of(&ann, &task)).bearer(&ann.access_token);
+        let changed = request
+            .json(json!({"title": title}))
+            .send()
+            .await
+            .expect(200)
+            .json();
+        assert_eq!(changed["title"], json!(inner));
+    }
+    for space in spaces.chars() {
+        let title = space.to_string();
+        let problem = create(&server, &ann, json!({"title": title}))
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(faults(&problem), [("/title", "too_short")], "{space:?}");
+    }
+}
+
+// FR-005
+#[tokio::test]
+async fn a_description_has_up_to_1000_code_points() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for description in [
+        String::new(),
+        " ".into(),
+        "x".repeat(1000),
+        ASTRAL.repeat(1000),
+    ] {
+        let body = json!({"title": "a", "description": description});
+        let task = create(&server, &ann, body).await.expect(201).json();
+        assert_eq!(task["description"], json!(description));
+    }
+    for description in ["x".repeat(1001), ASTRAL.repeat(1001), " ".repeat(1001)] {
+        let body = json!({"title": "a", "description": description});
+        let problem = create(&server, &ann, body)
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(faults(&problem), [("/description", "too_long")]);
+    }
+}
+
+#[tokio::test]
+async fn the_bounds_hold_for_changes_as_for_creation() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "as it was").await;
+    let path = path_of(&ann, &task);
+    for method in [Method::PUT, Method::PATCH] {
+        for (body, pointer, code) in [
+            (json!({"title": ""}), "/title", "too_short"),
+            (json!({"title": " \u{3000}"}), "/title", "too_short"),
+            (json!({"title": "x".repeat(201)}), "/title", "too_long"),
+            (json!({"title": "a\0"}), "/title", "invalid_character"),
+            (
+                json!({"description": "x".repeat(1001)}),
+                "/description",
+                "too_long",
+            ),
+            (
+                json!({"description": "\0"}),
+                "/description",
+                "invalid_character",
+            ),
+            (
+                json!({"title": "fine", "completed": "no"}),
+                "/completed",
+                "wrong_type",
+            ),
+        ] {
+            let request = server
+                .request(method.clone(), &path)
+                .bearer(&ann.access_token);
+            let problem = request
+                .json(body.clone())
+                .send()
+                .await
+                .problem(422, "validation_failed");
+            assert_eq!(faults(&problem), [(pointer, code)], "{method} {body}");
+        }
+        for (title, description) in [
+            ("x".repeat(200), ASTRAL.repeat(1000)),
+            ("as it was".into(), String::new()),
+        ] {
+            let body = json!({"title": title, "description": description});
+            server
+                .request(method.clone(), &path)
+                .bearer(&ann.access_token)
+                .json(body)
+                .send()
+                .await
+                .expect(200);
+        }
+    }
+}
+
+#[tokio::test]
+async fn nul_is_refused_in_either_text() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for text in ["\0", "a\0b", "a\0"] {
+        let body = json!({"title": text, "description": text});
+        let problem = create(&server, &ann, body)
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(
+            faults(&problem),
+            [
+                ("/title", "invalid_character"),
+                ("/description", "invalid_character")
+            ]
+        );
+    }
+    // Every other character is a person's own business.
+    let odd = "\u{1}\u{7f}\u{202e}\u{fffe}\u{10ffff}\"\\/</script>'; drop table tasks; --";
+    let task = create(&server, &ann, json!({"title": odd, "description": odd}))
+        .await
+        .expect(201)
+        .json();
+    assert_eq!(
+        (&task["title"], &task["description"]),
+        (&json!(odd), &json!(odd))
+    );
+}
+
+#[tokio::test]
+async fn a_member_of_a_wrong_type_is_refused_and_never_converted() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let wrong = [
+        json!(1),
+        json!(1.5),
+        json!(true),
+        json!(["a"]),
+        json!({"a": 1}),
+    ];
+    for value in wrong.iter().chain([&Value::Null]) {
+        let problem = create(&server, &ann, json!({"title": value}))
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(faults(&problem)[0].0, "/title", "{value}");
+    }
+    for value in &wrong {
+        let body = json!({"title": "a", "description": value});
+        let problem = create(&server, &ann, body)
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(
+            faults(&problem),
+            [("/description", "wrong_type")],
+            "{value}"
+        );
+    }
+    for value in [
+        json!("true"),
+        json!(0),
+        json!(1),
+        json!([]),
+        json!({}),
+        Value::Null,
+    ] {
+        let body = json!({"title": "a", "completed": value});
+        let problem = create(&server, &ann, body)
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(faults(&problem), [("/completed", "wrong_type")], "{value}");
+    }
+}
+
+// FR-008
+#[tokio::test]
+async fn all_faults_of_a_body_are_named_at_once() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = json!({"title": "x".repeat(201), "description": 7, "completed": "yes"});
+    let problem = create(&server, &ann, body)
+        .await
+        .problem(422, "validation_failed");
+    let expected = [
+        ("/title", "too_long"),
+        ("/description", "wrong_type"),
+        ("/completed", "wrong_type"),
+    ];
+    assert_eq!(faults(&problem), expected);
+    assert!(
+        problem["detail"]
+            .as_str()
+            .is_some_and(|detail| !detail.is_empty())
+    );
+
+    let problem = create(&server, &ann, json!({}))
+        .await
+        .problem(422, "validation_failed");
+    assert_eq!(faults(&problem), [("/title", "required")]);
+
+    for path in ["/api/v1/auth/register", "/api/v1/auth/login"] {
+        let problem = server
+            .post(path)
+            .json(json!({}))
+            .send()
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(
+            faults(&problem),
+            [("/email", "required"), ("/password", "required")]
+        );
+        let body = json!({"email": 1, "password": ["x"]});
+        let problem = server
+            .post(path)
+            .json(body)
+            .send()
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(
+            faults(&problem),
+            [("/email", "wrong_type"), ("/password", "wrong_type")]
+        );
+    }
+    let body = json!({"email": "nobody", "password": "short"});
+    let answer = server.post("/api/v1/auth/register").json(body).send().await;
+    let problem = answer.problem(422, "validation_failed");
+    let pointers: Vec<_> = faults(&problem).into_iter().map(|fault| fault.0).collect();
+    assert_eq!(pointers, ["/email", "/password"]);
+}
+
+#[tokio::test]
+async fn unknown_members_are_ignored_but_a_change_needs_a_known_one() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = json!({"title": "a", "colour": "red", "": 1, "Title": "b", "x": {"title": [1]}});
+    let task = create(&server, &ann, body).await.expect(201).json();
+    assert_eq!(task["title"], "a");
+    let path = path_of(&ann, &task);
+    for method in [Method::PUT, Method::PATCH] {
+        for body in [
+            json!({}),
+            json!({"colour": "red"}),
+            json!({"user_id": ann.id, "Title": "b"}),
+        ] {
+            let request = server
+                .request(method.clone(), &path)
+                .bearer(&ann.access_token);
+            request
+                .json(body)
+                .send()
+                .await
+                .problem(422, "validation_failed");
+        }
+    }
+    let read = server
+        .get(&path)
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .json();
+    assert_eq!(read, task);
+}
+
+#[tokio::test]
+async fn what_is_not_json_is_malformed() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let bodies: [&[u8]; 16] = [
+        b"",
+        b" ",
+        b"{",
+        b"{\"title\":\"a\"",
+        b"{\"title\":\"a\"}}",
+        b"{\"title\":\"a\"} x",
+        b"{'title':'a'}",
+        b"{\"title\":\"a\",}",
+        b"{title:\"a\"}",
+        b"{\"title\":\"a\nb\"}",
+        b"{\"title\":\"\\x\"}",
+        b"{\"title\":\"\xff\"}",
+        b"{\"title\":\"\xed\xa0\x80\"}",
+        b"{\"title\":\"\xc0\x80\"}",
+        b"{\"title\":\"\\ud800\"}",
+        b"title=a",
+    ];
+    for body in bodies {
+        let answer = create_raw(&server, &ann, body).await;
+        assert_eq!(answer.status, 400, "{}", String::from_utf8_lossy(body));
+        answer.problem(400, "malformed_json");
+    }
+    let task = ann.create_task(&server, "a").await;
+    for method in [Method::PUT, Method::PATCH] {
+        let request = server
+            .request(method, &path_of(&ann, &task))
+            .bearer(&ann.access_token);
+        request.send().await.problem(400, "malformed_json");
+    }
+    for path in [
+        "/api/v1/auth/register",
+        "/api/v1/auth/login",
+        "/api/v1/auth/refresh",
+    ] {
+        server
+            .post(path)
+            .send()
+            .await
+            .problem(400, "malformed_json");
+    }
+    let complete = format!("{}/complete", path_of(&ann, &task));
+    let request = server.patch(&complete).bearer(&ann.access_token);
+    request
+        .body(b"{".to_vec(), "application/json")
+        .send()
+        .await
+        .problem(400, "malformed_json");
+}
+
+#[tokio::test]
+async fn json_that_is_no_object_is_refused_as_such() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let path = path_of(&ann, &task);
+    for body in [
+        "null",
+        "true",
+        "1",
+        "\"title\"",
+        "[]",
+        "[{\"title\":\"a\"}]",
+        "[\"a\",null,false]",
+        " [ ] ",
+    ] {
+        let problem = create_raw(&server, &ann, body)
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(faults(&problem), [("", "wrong_type")], "{body}");
+        for at in [path.clone(), format!("{path}/complete")] {
+            let request = server.patch(&at).bearer(&ann.access_token);
+            let answer = request
+                .body(body.as_bytes().to_vec(), "application/json")
+                .send()
+                .await;
+            answer.problem(422, "validation_failed");
+        }
+    }
+}
+
+#[tokio::test]
+async fn odd_json_is_taken_as_json_says_and_never_a_fault_of_ours() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for (body, title) in [
+        ("\r\n\t {\"title\" : \"a\"} \n", "a"),
+        (r#"{"t\u0069tle":"\u00e9\ud83d\ude00"}"#, "é😀"),
+        (r#"{"title":"a","n":1e999}"#, "a"),
+        (r#"{"title":"a","n":123456789012345678901234567890}"#, "a"),
+        (r#"{"title":"a","n":-0.0e-99999}"#, "a"),
+    ] {
+        let answer = create_raw(&server, &ann, body).await;
+        assert_eq!(answer.expect(201).json()["title"], json!(title), "{body}");
+    }
+    let huge = create_raw(&server, &ann, r#"{"title":1e999}"#).await;
+    assert!(matches!(huge.status, 400 | 422), "{}", huge.status);
+    // As deep as a body can be: refused or read past, but not a crash.
+    for (open, close) in [("[", "]"), ("{\"x\":", "}")] {
+        let depth = 16_000 / (open.len() + close.len());
+        let nested = open.repeat(depth) + "1" + &close.repeat(depth);
+        let status = create_raw(&server, &ann, format!(r#"{{"title":"deep","x":{nested}}}"#))
+            .await
+            .status;
+        assert!(matches!(status, 201 | 400), "{status}");
+        let status = create_raw(&server, &ann, format!(r#"{{"title":{nested}}}"#))
+            .await
+            .status;
+        assert!(matches!(status, 400 | 422), "{status}");
+        let status = create_raw(&server, &ann, open.repeat(16_000 / open.len()))
+            .await
+            .status;
+        assert!(matches!(status, 400 | 422), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_member_said_twice_makes_one_task_at_most_with_one_of_the_two() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let answer = create_raw(&server, &ann, r#"{"title":"a","title":"b"}"#).await;
+    assert!(
+        matches!(answer.status, 201 | 400 | 422),
+        "{}",
+        answer.status
+    );
+    let tasks = server
+        .get(ann.tasks())
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(
+        tasks.as_array().unwrap().len(),
+        usize::from(answer.status == 201)
+    );
+}
+
+#[tokio::test]
+async fn a_body_is_json_by_its_type_or_has_none() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let json_types = [
+        "application/json",
+        "application/json; charset=utf-8",
+        "application/json;charset=UTF-8",
+        "APPLICATION/JSON",
+        "application/json ; charset=\"utf-8\"",
+    ];
+    let other_types = [
+        "text/plain",
+        "text/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/jsonp",
+        "application/json-patch+json",
+        "application/vnd.api+json",
+        "application",
+        "json",
+        "text/plain; application/json",
+    ];
+    let merge = "application/merge-patch+json";
+    let body = br#"{"title":"b"}"#.to_vec();
+    let (tasks, path) = (ann.tasks(), path_of(&ann, &task));
+    let complete = format!("{path}/complete");
+    for (method, at, good) in [
+        (Method::POST, &tasks, 201),
+        (Method::PUT, &path, 200),
+        (Method::PATCH, &path, 200),
+        (Method::PATCH, &complete, 200),
+    ] {
+        let send = |content_type: &str| {
+            let request = server.request(method.clone(), at).bearer(&ann.access_token);
+            request.body(body.clone(), content_type).send()
+        };
+        for content_type in json_types {
+            let answer = send(content_type).await;
+            assert_eq!(answer.status, good, "{method} {at} {content_type}");
+        }
+        for content_type in other_types {
+            let answer = send(content_type).await;
+            assert_eq!(answer.status, 415, "{method} {at} {content_type}");
+            answer.problem(415, "unsupported_media_type");
+        }
+        let patch = method == Method::PATCH;
+        assert_eq!(
+            send(merge).await.status,
+            if patch { good } else { 415 },
+            "{method} {at} {merge}"
+        );
+
+        let mut wire = Wire::open(&server).await;
+        let more = format!("Content-Length: {}\r\n", body.len());
+        wire.send(head(method.as_str(), at, Some(&ann.access_token), &more))
+            .await;
+        wire.send(&body).await;
+        assert_eq!(
+            wire.answer().await.status,
+            good,
+            "{method} {at} without a type"
+        );
+        // Two types are no type anybody could trust.
+        let more = format!("{more}Content-Type: text/plain\r\nContent-Type: application/json\r\n");
+        wire.send(head(method.as_str(), at, Some(&ann.access_token), &more))
+            .await;
+        wire.send(&body).await;
+        assert!(
+            matches!(wire.answer().await.status, 400 | 415),
+            "{method} {at} two types"
+        );
+    }
+    // A type alone, without a body, is no reason to refuse where no body is needed.
+    let request = server
+        .patch(&complete)
+        .bearer(&ann.access_token)
+        .header("content-type", "text/plain");
+    request.send().await.expect(200);
+    let request = server
+        .get(&path)
+        .bearer(&ann.access_token)
+        .header("content-type", "text/plain");
+    request.send().await.expect(200);
+}
+
+#[tokio::test]
+async fn a_body_may_have_16_kib_and_not_a_byte_more() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let frame = r#"{"title":"a","x":""}"#.len();
+    for (length, status) in [(16 * 1024, 201), (16 * 1024 + 1, 413)] {
+        let body = format!(r#"{{"title":"a","x":"{}"}}"#, "x".repeat(length - frame));
+        assert_eq!(body.len(), length);
+        assert_eq!(create_raw(&server, &ann, &body).await.status, status);
+        let mut wire = Wire::open(&server).await;
+        wire.send(head(
+            "POST",
+            &ann.tasks(),
+            Some(&ann.access_token),
+            "Transfer-Encoding: chunked\r\n",
+        ))
+        .await;
+        for chunk in body.as_bytes().chunks(1000) {
+            wire.send(format!("{:x}\r\n", chunk.len())).await;
+            wire.send(chunk).await;
+            wire.send("\r\n").await;
+        }
+        wire.send("0\r\n\r\n").await;
+        assert_eq!(wire.answer().await.status, status, "in chunks");
+    }
+}
+
+#[tokio::test]
+async fn who_sends_a_megabyte_can_still_read_why_it_was_refused() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let body = vec![b' '; 1 << 20];
+    let refused = |answer: crate::http::Answer| {
+        assert_eq!(answer.status, 413);
+        assert_eq!(answer.json()["code"], "body_too_large");
+        assert_eq!(
+            answer.header("content-type"),
+            Some("application/problem+json")
+        );
+    };
+    for _ in 0..10 {
+        // All of it is on its way before anything is read.
+        let mut wire = Wire::open(&server).await;
+        let more = format!("Content-Length: {}\r\n", body.len());
+        wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), &more))
+            .await;
+        wire.send(&body).await;
+        refused(wire.answer().await);
+
+        let mut wire = Wire::open(&server).await;
+        wire.send(head(
+            "POST",
+            &ann.tasks(),
+            Some(&ann.access_token),
+            "Transfer-Encoding: chunked\r\n",
+        ))
+        .await;
+        wire.send(format!("{:x}\r\n", body.len())).await;
+        wire.send(&body).await;
+        wire.send("\r\n0\r\n\r\n").await;
+        refused(wire.answer().await);
+
+        let mut wire = Wire::open(&server).await;
+        let more = format!("Content-Length: {}\r\n", body.len());
+        wire.send(head("POST", &ann.tasks(), None, &more)).await;
+        wire.send(&body).await;
+        assert_eq!(wire.answer().await.status, 401);
+    }
+    // What is announced too large need not be sent, and is not waited for.
+    let mut wire = Wire::open(&server).await;
+    wire.send(head(
+        "POST",
+        &ann.tasks(),
+        Some(&ann.access_token),
+        "Content-Length: 99999999999\r\n",
+    ))
+    .await;
+    refused(wire.answer().await);
+}
+
+// FR-008
+#[tokio::test]
+async fn of_many_faults_the_first_in_the_order_of_refusals_is_told() {
+    let server = Server::start().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    let task = ann.create_task(&server, "a").await;
+    let unknown = format!("{}/{}", ann.tasks(), Uuid::now_v7());
+    let theirs = format!("{}/{}", bob.tasks(), Uuid::now_v7());
+    let (there, good) = (path_of(&ann, &task), Some(ann.access_token.as_str()));
+    let large = "x".repeat(20_000);
+    let stale = "If-Match: \"stale\"\r\n";
+    let text = "If-Match: \"stale\"\r\nContent-Type: text/plain\r\n";
+    for (method, target, token, more, body, status, code) in [
+        (
+            "BREW",
+            "/nowhere",
+            None,
+            text,
+            large.as_str(),
+            404,
+            "not_found",
+        ),
+        (
+            "BREW",
+            theirs.as_str(),
+            None,
+            text,
+            &large,
+            405,
+            "method_not_allowed",
+        ),
+        ("PUT", &theirs, None, text, &large, 401, "missing_token"),
+        (
+            "PUT",
+            &theirs,
+            Some("bad"),
+            text,
+            &large,
+            401,
+            "invalid_token",
+        ),
+        ("PUT", &theirs, good, text, &large, 403, "forbidden"),
+        (
+            "PUT",
+            &unknown,
+            good,
+            text,
+            &large,
+            415,
+            "unsupported_media_type",
+        ),
+        ("PUT", &unknown, good, stale, &large, 413, "body_too_large"),
+        ("PUT", &unknown, good, stale, "{", 400, "malformed_json"),
+        ("PUT", &unknown, good, stale, "{}", 422, "validation_failed"),
+        (
+            "PUT",
+            &unknown,
+            good,
+            stale,
+            r#"{"title":"b"}"#,
+            404,
+            "task_not_found",
+        ),
+        (
+            "PUT",
+            &there,
+            good,
+            stale,
+            r#"{"title":"b"}"#,
+            412,
+            "precondition_failed",
+        ),
+        ("PUT", &there, good, "", r#"{"title":"b"}"#, 200, ""),
+    ] {
+        let mut wire = Wire::open(&server).await;
+        let more = format!("{more}Content-Length: {}\r\n", body.len());
+        wire.send(head(method, target, token, &more) + body).await;
+        let answer = wire.answer().await;
+        assert_eq!(answer.status, status, "{method} {target} {}", answer.body);
+        if status >= 400 {
+            assert_eq!(answer.json()["code"], code);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    ann.create_task(&server, "a").await;
+    ann.create_task(&server, "b").await;
+    let path = ann.tasks();
+    let next = server
+        .get(format!("{path}?limit=1"))
+        .bearer(&ann.access_token)
+        .send()
+        .await;
+    let link = next.header("link");
+    let after = link
+        .split("after=")
+        .nth(1)
+        .expect("after")
+        .split(['&', '>'])
+        .next()
+        .unwrap();
+
+    let ill = [
+        (
+            "limit",
+            vec![
+                "0",
+                "1001",
+                "-1",
+                "",
+                "abc",
+                "1.5",
+                "+1",
+                "%201",
+                "1e1",
+                "99999999999999999999",
+            ],
+        ),
+        (
+            "completed",
+            vec!["", "yes", "1", "True", "TRUE", "null", "%00"],
+        ),
+        (
+            "sort",
+            vec![
+                "",
+                "title",
+                "created_at,title",
+                "-updated_at",
+                "+created_at",
+                "CREATED_AT",
+            ],
+        ),
+        ("total", vec!["", "maybe", "1"]),
+        (
+            "after",
+            vec![
+                "",
+                "garbage",
+                "%00",
+                "%FF",
+                "0",
+                "../..",
+                "00000000-0000-0000-0000-00000000000g",
+            ],
+        ),
+        ("q", vec!["%00", "a%00b", "%FF", "%C3"]),
+    ];
+    let doubled = [
+        ("limit", "1"),
+        ("completed", "true"),
+        ("sort", "created_at"),
+        ("total", "true"),
+        ("q", "a"),
+        ("after", after),
+    ];
+    let mut queries: Vec<(&str, String)> = Vec::new();
+    for (name, values) in ill {
+        queries.extend(
+            values
+                .into_iter()
+                .map(|value| (name, format!("{name}={value}"))),
+        );
+    }
+    for (name, value) in doubled {
+        let single = format!("{path}?{name}={value}");
+        server
+            .get(&single)
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200);
+        queries.push((name, format!("{name}={value}&{name}={value}")));
+        queries.push((
+            name,
+            format!(
+                "{name}={value}&x=1&%{:02x}{}={value}",
+                name.as_bytes()[0],
+                &name[1..]
+            ),
+        ));
+    }
+    for (name, query) in queries {
+        let answer = server
+            .get(format!("{path}?{query}"))
+            .bearer(&ann.access_token)
+            .send()
+            .await;
+        assert_eq!(answer.status, 422, "{query}");
+        let problem = answer.problem(422, "validation_failed");
+        let error = &problem["errors"][0];
+        assert_eq!(error["parameter"], name, "{query}");
+        assert!(error.get("pointer").is_none(), "{query}: {error}");
+        assert!(
+            error["code"].is_string() && error["detail"].is_string(),
+            "{query}: {error}"
+        );
+    }
+    let answer = server
+        .get(format!("{path}?limit=0&sort=x&completed=y"))
+        .bearer(&ann.access_token)
+        .send()
+        .await;
+    let problem = answer.problem(422, "validation_failed");
+    let mut named: Vec<_> = problem["errors"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["parameter"].as_str().unwrap())
+        .collect();
+    named.sort_unstable();
+    assert_eq!(named, ["completed", "limit", "sort"], "every fault at once");
+}
+
+#[tokio::test]
+async fn the_bulk_delete_takes_completed_true_only_and_else_deletes_nothing() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    create(&server, &ann, json!({"title": "a", "completed": true}))
+        .await
+        .expect(201);
+    for query in [
+        "",
+        "?",
+        "?completed",
+        "?completed=",
+        "?completed=false",
+        "?completed=1",
+        "?completed=TRUE",
+        "?completed=true&completed=true",
+        "?q=a",
+        "?Completed=true",
+    ] {
+        let request = server
+            .delete(format!("{}{query}", ann.tasks()))
+            .bearer(&ann.access_token);
+        let problem = request.send().await.problem(422, "validation_failed");
+        assert_eq!(problem["errors"][0]["parameter"], "completed", "{query}");
+    }
+    let list = server
+        .get(ann.tasks())
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .json();
+    assert_eq!(list.as_array().unwrap().len(), 1);
+}
+
+// FR-005, FR-014, FR-015: the last gate is the database.
+#[tokio::test]
+async fn the_schema_itself_refuses_what_must_not_be() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    ann.create_task(&server, "a").await;
+    let sql = server.sql().await;
+    let task = |values: &str| {
+        format!(
+            "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+             select {values} from users u cross join tasks t"
+        )
+    };
+    let sound = task("u.id, gen_random_uuid(), 'x', null, false, now(), now()");
+    sql.execute(&sound, &[])
+        .await
+        .expect("a sound row is taken");
+    let user = |values: &str| {
+        format!(
+            "insert into users (id, email, password_hash, created_at, updated_at)
+             select {values} from users"
+        )
+    };
+    let session = |values: &str| {
+        format!(
+            "insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at)
+             select {values} from sessions"
+        )
+    };
+    let longest =
+        task("u.id, gen_random_uuid(), repeat('😀', 200), repeat('😀', 1000), true, now(), now()");
+    sql.execute(&longest, &[])
+        .await
+        .expect("the longest texts are taken");
+    for bad in [
+        task("u.id, gen_random_uuid(), '', null, false, now(), now()"),
+        task("u.id, gen_random_uuid(), ' ', null, false, now(), now()"),
+        task("u.id, gen_random_uuid(), repeat('x', 201), null, false, now(), now()"),
+        task("u.id, gen_random_uuid(), null, null, false, now(), now()"),
+        task("u.id, gen_random_uuid(), 'x', repeat('x', 1001), false, now(), now()"),
+        task("u.id, gen_random_uuid(), 'x', null, null, now(), now()"),
+        task("u.id, gen_random_uuid(), 'x', null, false, null, now()"),
+        task("u.id, gen_random_uuid(), 'x', null, false, now(), null"),
+        task("u.id, gen_random_uuid(), 'x', null, false, now(), now() - interval '1 second'"),
+        task("u.id, null, 'x', null, false, now(), now()"),
+        task("u.id, t.id, 'x', null, false, now(), now()"),
+        task("null, gen_random_uuid(), 'x', null, false, now(), now()"),
+        task("gen_random_uuid(), gen_random_uuid(), 'x', null, false, now(), now()"),
+        user("gen_random_uuid(), email, password_hash, now(), now()"),
+        user("id, 'x@example.com', password_hash, now(), now()"),
+        user("gen_random_uuid(), null, password_hash, now(), now()"),
+        user("gen_random_uuid(), '', password_hash, now(), now()"),
+        user("gen_random_uuid(), 'nobody', password_hash, now(), now()"),
+        user("gen_random_uuid(), '@example.com', password_hash, now(), now()"),
+        user("gen_random_uuid(), repeat('x', 243) || '@example.com', password_hash, now(), now()"),
+        user("gen_random_uuid(), 'x@example.com', null, now(), now()"),
+        user("gen_random_uuid(), 'x@example.com', 'plain text', now(), now()"),
+        session("id, user_id, 1, now(), now(), now(), now()"),
+        session("gen_random_uuid(), gen_random_uuid(), 1, now(), now(), now(), now()"),
+        session("gen_random_uuid(), null, 1, now(), now(), now(), now()"),
+        session("gen_random_uuid(), user_id, 0, now(), now(), now(), now()"),
+        session("gen_random_uuid(), user_id, 1, now(), now(), now(), null"),
+    ] {
+        let refused = sql.execute(&bad, &[]).await;
+        let error = refused.expect_err(&bad);
+        let class = error
+            .code()
+            .expect("PostgreSQL's own refusal")
+            .code()
+            .to_owned();
+        // Integrity (23…) or a text that is too long (22001), not a mistake in this test.
+        assert!(
+            class.starts_with("23") || class == "22001",
+            "{class}: {bad}"
+        );
+    }
+}
