@@ -131,16 +131,6 @@ async fn every_answer_that_is_one_task_has_a_strong_tag_that_changes_with_the_ta
 }
 
 #[tokio::test]
-async fn two_tasks_never_share_a_tag_by_which_one_could_pass_for_the_other() {
-    let server = Server::start().await;
-    let ann = server.user().await;
-    let (path, _) = new_task(&server, &ann).await;
-    let (_, other) = new_task(&server, &ann).await;
-    let answer = change(&server, &ann, &changes(&path)[0], &other).await;
-    answer.problem(412, "precondition_failed");
-}
-
-#[tokio::test]
 async fn if_none_match_spares_the_body_of_what_is_known() {
     let server = Server::start().await;
     let ann = server.user().await;
