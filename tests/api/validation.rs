@@ -795,6 +795,7 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
                 "abc",
                 "1.5",
                 "+1",
+                "%2B1",
                 "%201",
                 "1e1",
                 "99999999999999999999",
