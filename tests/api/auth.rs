@@ -1,0 +1,632 @@
+//! Registration, sign-in, the account itself: the contract's table, row by row.
+
+use std::collections::BTreeSet;
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+
+use crate::harness::{PASSWORD, Response, Server, User, forge};
+use crate::sessions::assert_dies;
+use crate::tokens;
+
+/// A password that is nobody's in these tests until they change to it.
+pub(crate) const ANOTHER_PASSWORD: &str = "violet tugboat 41 sings";
+
+/// A sign-in, whatever comes of it.
+pub(crate) async fn login(server: &Server, email: &str, password: &str) -> Response {
+    server
+        .post("/api/v1/auth/login")
+        .json(json!({"email": email, "password": password}))
+        .send()
+        .await
+}
+
+/// A registration, whatever comes of it.
+pub(crate) async fn register(server: &Server, email: &str, password: &str) -> Response {
+    server
+        .post("/api/v1/auth/register")
+        .json(json!({"email": email, "password": password}))
+        .send()
+        .await
+}
+
+/// A refresh, whatever comes of it.
+pub(crate) async fn refresh(server: &Server, refresh_token: &str) -> Response {
+    server
+        .post("/api/v1/auth/refresh")
+        .json(json!({"refresh_token": refresh_token}))
+        .send()
+        .await
+}
+
+/// A change of password, whatever comes of it.
+pub(crate) async fn change_password(
+    server: &Server,
+    access_token: &str,
+    current: &str,
+    new: &str,
+) -> Response {
+    server
+        .put("/api/v1/auth/password")
+        .bearer(access_token)
+        .json(json!({"current_password": current, "new_password": new}))
+        .send()
+        .await
+}
+
+/// The end of an account, whatever comes of it.
+pub(crate) async fn delete_account(
+    server: &Server,
+    access_token: &str,
+    password: &str,
+) -> Response {
+    server
+        .delete("/api/v1/auth/me")
+        .bearer(access_token)
+        .json(json!({"password": password}))
+        .send()
+        .await
+}
+
+/// A member of a body that must be text.
+pub(crate) fn text(body: &Value, member: &str) -> String {
+    body[member]
+        .as_str()
+        .unwrap_or_else(|| panic!("{member} is no text in {body}"))
+        .to_owned()
+}
+
+/// The pointers of a 422, so that a test can say which members were at fault.
+pub(crate) fn pointers(problem: &Value) -> BTreeSet<String> {
+    problem["errors"]
+        .as_array()
+        .unwrap_or_else(|| panic!("no errors in {problem}"))
+        .iter()
+        .map(|error| {
+            assert!(!text(error, "code").is_empty());
+            assert!(!text(error, "detail").is_empty());
+            text(error, "pointer")
+        })
+        .collect()
+}
+
+/// Asserts that a body is the contract's token response and no more, for this address.
+fn assert_tokens(response: &Response, email: &str) -> Value {
+    let body = response.json();
+    let members: BTreeSet<&str> = body
+        .as_object()
+        .expect("an object")
+        .keys()
+        .map(String::as_str)
+        .collect();
+    let expected = [
+        "access_token",
+        "token_type",
+        "expires_in",
+        "refresh_token",
+        "refresh_expires_in",
+        "user",
+    ];
+    assert_eq!(members, BTreeSet::from(expected));
+    assert_eq!(body["token_type"], "bearer");
+    assert_eq!(body["expires_in"], 86400);
+    assert_eq!(body["refresh_expires_in"], 2_592_000);
+    assert_user(&body["user"], email);
+    assert_eq!(response.header("cache-control"), "no-store");
+    body
+}
+
+/// Asserts that a value is the contract's user and no more: above all no hash.
+fn assert_user(user: &Value, email: &str) {
+    let members: BTreeSet<&str> = user
+        .as_object()
+        .expect("an object")
+        .keys()
+        .map(String::as_str)
+        .collect();
+    assert_eq!(
+        members,
+        BTreeSet::from(["id", "email", "created_at", "updated_at"])
+    );
+    assert_eq!(user["email"], email);
+    let id = text(user, "id");
+    let parsed = uuid::Uuid::parse_str(&id).expect("a UUID");
+    assert_eq!(parsed.get_version_num(), 7);
+    assert_eq!(parsed.hyphenated().to_string(), id, "lower-case text");
+    assert_time(&text(user, "created_at"));
+    assert_time(&text(user, "updated_at"));
+}
+
+/// Asserts the contract's form of a time: `2026-02-05T09:30:00.123456Z`.
+pub(crate) fn assert_time(time: &str) {
+    let shape: String = time
+        .chars()
+        .map(|c| if c.is_ascii_digit() { '0' } else { c })
+        .collect();
+    assert_eq!(shape, "0000-00-00T00:00:00.000000Z", "{time}");
+}
+
+/// How many rows of a table belong to a user.
+async fn rows(sql: &tokio_postgres::Client, table: &str, column: &str, user: &User) -> i64 {
+    sql.query_one(
+        &format!(
+            "select count(*) from {table} where {column} = '{}'",
+            user.id
+        ),
+        &[],
+    )
+    .await
+    .expect("a count")
+    .get(0)
+}
+
+/// FR-011, FR-014: an account with id, e-mail and times, and its first session.
+#[tokio::test]
+async fn registering_gives_an_account_and_its_tokens() {
+    let server = Server::start().await;
+    let response = register(&server, "ann@example.com", PASSWORD)
+        .await
+        .expect(201);
+    assert_eq!(response.header("location"), "/api/v1/auth/me");
+    let body = assert_tokens(&response, "ann@example.com");
+
+    let me = server
+        .get("/api/v1/auth/me")
+        .bearer(&text(&body, "access_token"))
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(me.header("cache-control"), "no-store");
+    assert_user(&me.json(), "ann@example.com");
+    assert_eq!(me.json(), body["user"]);
+}
+
+/// FR-013: a sign-in gives tokens, of a session of its own.
+#[tokio::test]
+async fn signing_in_gives_tokens_of_a_new_session() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    let response = login(&server, &ann.email, &ann.password).await.expect(200);
+    let body = assert_tokens(&response, &ann.email);
+    assert_eq!(body["user"]["id"], ann.id.as_str());
+    assert_ne!(body["access_token"], ann.access_token.as_str());
+    assert_ne!(body["refresh_token"], ann.refresh_token.as_str());
+    assert_ne!(
+        tokens::claims(&text(&body, "access_token"))["sid"],
+        ann.session_id.as_str()
+    );
+    // The session of the registration goes on beside it.
+    server
+        .get("/api/v1/auth/me")
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200);
+}
+
+/// FR-001, FR-002, FR-016: read by hand, not by the library that wrote it.
+#[tokio::test]
+async fn the_access_token_says_who_for_a_day() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+
+    let head = ann.access_token.split('.').next().expect("a header");
+    let head: Value = serde_json::from_slice(&tokens::from_base64url(head)).expect("JSON");
+    assert_eq!(head, json!({"alg": "HS256", "typ": "JWT"}));
+
+    let claims = tokens::claims(&ann.access_token);
+    assert_eq!(claims["user_id"], ann.id.as_str());
+    assert_eq!(claims["sub"], ann.id.as_str());
+    assert_eq!(claims["email"], ann.email.as_str());
+    assert_eq!(claims["sid"], ann.session_id.as_str());
+    let iat = claims["iat"].as_i64().expect("whole seconds");
+    assert_eq!(claims["exp"].as_i64(), Some(iat + 86400));
+    assert!((jiff::Timestamp::now().as_second() - iat).abs() < 30);
+
+    // The same claims, signed by an implementation of our own, are the same token to the server:
+    // it is HMAC-SHA256 under the shared secret and nothing else.
+    let own = forge(server.secret(), head, claims);
+    server
+        .get("/api/v1/auth/me")
+        .bearer(&own)
+        .send()
+        .await
+        .expect(200);
+}
+
+/// The lives of tokens are settings, and what the answers say follows them.
+#[tokio::test]
+async fn the_answers_name_the_lives_that_were_set() {
+    let server = Server::with(&[
+        ("ACCESS_TOKEN_TTL", "600"),
+        ("REFRESH_TOKEN_IDLE_TTL", "7200"),
+    ])
+    .await;
+    let body = register(&server, "ann@example.com", PASSWORD)
+        .await
+        .expect(201)
+        .json();
+    assert_eq!(body["expires_in"], 600);
+    assert_eq!(body["refresh_expires_in"], 7200);
+    let claims = tokens::claims(&text(&body, "access_token"));
+    assert_eq!(
+        claims["exp"].as_i64(),
+        claims["iat"].as_i64().map(|iat| iat + 600)
+    );
+}
+
+/// FR-012: `$2b$`, the set cost, and a hash that another reader of bcrypt agrees with.
+#[tokio::test]
+async fn a_password_is_kept_as_a_bcrypt_hash_of_the_set_cost() {
+    let server = Server::with(&[("BCRYPT_COST", "11")]).await;
+    let ann = server.register("ann@example.com").await;
+    let sql = server.sql().await;
+    let hash: String = sql
+        .query_one("select password_hash from users", &[])
+        .await
+        .expect("the user")
+        .get(0);
+    assert!(hash.starts_with("$2b$11$"), "{hash}");
+    assert_eq!(hash.len(), 60);
+    assert!(bcrypt::verify(&ann.password, &hash).expect("a hash"));
+
+    change_password(&server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD)
+        .await
+        .expect(204);
+    let hash: String = sql
+        .query_one("select password_hash from users", &[])
+        .await
+        .expect("the user")
+        .get(0);
+    assert!(hash.starts_with("$2b$11$"), "{hash}");
+    assert!(bcrypt::verify(ANOTHER_PASSWORD, &hash).expect("a hash"));
+}
+
+/// FR-015: an address is one account in whatever case and white space it is written.
+#[tokio::test]
+async fn an_address_is_one_account_however_it_is_written() {
+    let server = Server::start().await;
+    let body = register(&server, " \tAnn.Ö@Example.COM\n", PASSWORD)
+        .await
+        .expect(201)
+        .json();
+    assert_eq!(body["user"]["email"], "ann.ö@example.com");
+    for spelling in [
+        "ann.ö@example.com",
+        "ANN.Ö@EXAMPLE.COM",
+        "\u{2003}Ann.ö@example.com\u{a0}",
+    ] {
+        register(&server, spelling, PASSWORD)
+            .await
+            .problem(409, "email_taken");
+        let body = login(&server, spelling, PASSWORD).await.expect(200).json();
+        assert_eq!(body["user"]["email"], "ann.ö@example.com");
+    }
+}
+
+#[tokio::test]
+async fn an_address_that_is_none_is_refused() {
+    let server = Server::start().await;
+    let too_long = format!("{}@example.com", "a".repeat(255 - "@example.com".len()));
+    assert_eq!(too_long.len(), 255);
+    for address in [
+        "",
+        "   ",
+        "ann",
+        "@",
+        "@example.com",
+        "ann@",
+        "ann@b@example.com",
+        "an n@example.com",
+        "ann@exam\tple.com",
+        "ann@exam\u{2003}ple.com",
+        "ann@exam\u{2028}ple.com",
+        "ann@exam\u{0}ple.com",
+        "ann@exam\u{7f}ple.com",
+        "ann@exam\u{85}ple.com",
+        "ann@exam\r\nple.com",
+        &too_long,
+        // 254 code points, but more bytes.
+        &format!("{}@example.com", "ä".repeat(254 - "@example.com".len())),
+    ] {
+        let problem = register(&server, address, PASSWORD)
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(
+            pointers(&problem),
+            BTreeSet::from(["/email".to_owned()]),
+            "{address:?}"
+        );
+    }
+    let longest = &too_long[1..];
+    register(&server, longest, PASSWORD).await.expect(201);
+    login(&server, longest, PASSWORD).await.expect(200);
+}
+
+/// Every fault at once, each with its pointer; and what is no JSON at all.
+#[tokio::test]
+async fn ill_formed_bodies_are_refused_with_all_their_faults() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    let both = BTreeSet::from(["/email".to_owned(), "/password".to_owned()]);
+    for path in ["/api/v1/auth/register", "/api/v1/auth/login"] {
+        for body in [
+            json!({}),
+            json!({"email": null, "password": null}),
+            json!({"email": 1, "password": true}),
+            json!({"email": ["ann@example.com"], "password": {"$ne": ""}}),
+        ] {
+            let problem = server
+                .post(path)
+                .json(body.clone())
+                .send()
+                .await
+                .problem(422, "validation_failed");
+            assert_eq!(pointers(&problem), both, "{path} {body}");
+        }
+    }
+    let refresh = "/api/v1/auth/refresh";
+    for body in [json!({}), json!({"refresh_token": 1})] {
+        let problem = server
+            .post(refresh)
+            .json(body)
+            .send()
+            .await
+            .problem(422, "validation_failed");
+        assert_eq!(
+            pointers(&problem),
+            BTreeSet::from(["/refresh_token".to_owned()])
+        );
+    }
+    let problem = server
+        .put("/api/v1/auth/password")
+        .bearer(&ann.access_token)
+        .json(json!({"current_password": 1}))
+        .send()
+        .await
+        .problem(422, "validation_failed");
+    assert_eq!(
+        pointers(&problem),
+        BTreeSet::from(["/current_password".to_owned(), "/new_password".to_owned()])
+    );
+    let problem = server
+        .delete("/api/v1/auth/me")
+        .bearer(&ann.access_token)
+        .json(json!({}))
+        .send()
+        .await
+        .problem(422, "validation_failed");
+    assert_eq!(pointers(&problem), BTreeSet::from(["/password".to_owned()]));
+
+    for path in ["/api/v1/auth/register", "/api/v1/auth/login", refresh] {
+        for (body, status, code) in [
+            ("", 400, "malformed_json"),
+            ("{", 400, "malformed_json"),
+            ("{\"email\":\"a@b.c\"}}", 400, "malformed_json"),
+            ("[]", 422, "validation_failed"),
+            ("\"text\"", 422, "validation_failed"),
+            ("null", 422, "validation_failed"),
+        ] {
+            server
+                .post(path)
+                .body(body.as_bytes().to_vec(), "application/json")
+                .send()
+                .await
+                .problem(status, code);
+        }
+        server
+            .post(path)
+            .body(b"email=ann".to_vec(), "application/x-www-form-urlencoded")
+            .send()
+            .await
+            .problem(415, "unsupported_media_type");
+        server
+            .post(path)
+            .body(vec![b' '; 16 * 1024 + 1], "application/json")
+            .send()
+            .await
+            .problem(413, "body_too_large");
+    }
+    // None of it changed anything.
+    login(&server, &ann.email, &ann.password).await.expect(200);
+}
+
+/// FR-015: the constraint decides, not a look before.
+#[tokio::test]
+async fn of_thirty_registrations_of_an_address_at_once_one_wins() {
+    let server = Server::start().await;
+    let other = server.sibling(&[]).await;
+    let statuses = join_all((0..30).map(|n| {
+        let server = if n % 2 == 0 { &server } else { &other };
+        async move {
+            let email = if n % 3 == 0 {
+                "Ann@Example.com"
+            } else {
+                "ann@example.com"
+            };
+            register(server, email, PASSWORD).await.status
+        }
+    }))
+    .await;
+    let won = statuses.iter().filter(|&&status| status == 201).count();
+    let taken = statuses.iter().filter(|&&status| status == 409).count();
+    assert_eq!((won, taken), (1, 29), "{statuses:?}");
+    let sql = server.sql().await;
+    let left: (i64, i64) = {
+        let row = sql
+            .query_one(
+                "select (select count(*) from users), (select count(*) from sessions)",
+                &[],
+            )
+            .await
+            .expect("counts");
+        (row.get(0), row.get(1))
+    };
+    assert_eq!(left, (1, 1), "the losers leave no session behind");
+}
+
+#[tokio::test]
+async fn a_wrong_password_and_a_missing_account_are_invalid_credentials() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    for (email, password) in [
+        (ann.email.as_str(), ANOTHER_PASSWORD),
+        (ann.email.as_str(), ""),
+        (ann.email.as_str(), "CORRECT HORSE"),
+        ("nobody@example.com", PASSWORD),
+        // An address that cannot be one is nobody's; only its type is looked at here.
+        ("no address", PASSWORD),
+        ("", ""),
+    ] {
+        let response = login(&server, email, password).await;
+        // RFC 9110 section 11.6.1: a 401 carries a challenge.
+        assert!(
+            response
+                .header("www-authenticate")
+                .starts_with("Bearer realm=\"todo\""),
+            "{:?}",
+            response.headers
+        );
+        response.problem(401, "invalid_credentials");
+    }
+}
+
+#[tokio::test]
+async fn without_a_token_the_account_is_closed() {
+    let server = Server::start().await;
+    for (method, path) in [
+        ("GET", "/api/v1/auth/me"),
+        ("DELETE", "/api/v1/auth/me"),
+        ("PUT", "/api/v1/auth/password"),
+        ("GET", "/api/v1/auth/sessions"),
+        ("DELETE", "/api/v1/auth/sessions"),
+        (
+            "DELETE",
+            "/api/v1/auth/sessions/00000000-0000-7000-8000-000000000000",
+        ),
+        ("POST", "/api/v1/auth/logout"),
+    ] {
+        let method = method.parse().expect("a method");
+        let response = server.request(method, path).send().await;
+        assert_eq!(
+            response.header("www-authenticate"),
+            "Bearer realm=\"todo\"",
+            "{path}"
+        );
+        response.problem(401, "missing_token");
+    }
+}
+
+/// The account, its sessions and its tasks are gone; nobody else's are.
+#[tokio::test]
+async fn deleting_the_account_leaves_nothing_of_it() {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    let ann = server.register("ann@example.com").await;
+    let bob = server.register("bob@example.com").await;
+    for user in [&ann, &ann, &bob] {
+        user.create_task(&server, "water the plants").await;
+    }
+    let second = login(&server, &ann.email, &ann.password)
+        .await
+        .expect(200)
+        .json();
+
+    delete_account(&server, &ann.access_token, "not the password")
+        .await
+        .problem(403, "wrong_password");
+    assert_eq!(rows(&sql, "tasks", "user_id", &ann).await, 2);
+    assert_eq!(rows(&sql, "sessions", "user_id", &ann).await, 2);
+
+    delete_account(&server, &ann.access_token, &ann.password)
+        .await
+        .expect(204);
+    let ended = std::time::Instant::now();
+    assert_eq!(rows(&sql, "users", "id", &ann).await, 0);
+    assert_eq!(rows(&sql, "tasks", "user_id", &ann).await, 0);
+    assert_eq!(rows(&sql, "sessions", "user_id", &ann).await, 0);
+    assert_eq!(rows(&sql, "tasks", "user_id", &bob).await, 1);
+    assert_eq!(rows(&sql, "sessions", "user_id", &bob).await, 1);
+
+    assert_dies(&server, &ann.access_token, ended).await;
+    assert_dies(&server, &text(&second, "access_token"), ended).await;
+    for token in [&ann.refresh_token, &text(&second, "refresh_token")] {
+        refresh(&server, token)
+            .await
+            .problem(401, "invalid_refresh_token");
+    }
+    login(&server, &ann.email, &ann.password)
+        .await
+        .problem(401, "invalid_credentials");
+
+    // The address is free again, for somebody with nothing.
+    let again = server.register(&ann.email).await;
+    assert_ne!(again.id, ann.id);
+    let tasks = server
+        .get(&again.tasks())
+        .bearer(&again.access_token)
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(tasks.json(), json!([]));
+}
+
+/// Every other session is over, this one stays, and the old password with it.
+#[tokio::test]
+async fn a_new_password_ends_every_other_session() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    let bob = server.register("bob@example.com").await;
+    let other = login(&server, &ann.email, &ann.password)
+        .await
+        .expect(200)
+        .json();
+
+    change_password(
+        &server,
+        &ann.access_token,
+        "not the password",
+        ANOTHER_PASSWORD,
+    )
+    .await
+    .problem(403, "wrong_password");
+    login(&server, &ann.email, &ann.password).await.expect(200);
+
+    change_password(&server, &ann.access_token, &ann.password, ANOTHER_PASSWORD)
+        .await
+        .expect(204);
+    let ended = std::time::Instant::now();
+    assert_dies(&server, &text(&other, "access_token"), ended).await;
+    refresh(&server, &text(&other, "refresh_token"))
+        .await
+        .problem(401, "invalid_refresh_token");
+    for user in [&ann, &bob] {
+        server
+            .get("/api/v1/auth/me")
+            .bearer(&user.access_token)
+            .send()
+            .await
+            .expect(200);
+        refresh(&server, &user.refresh_token).await.expect(200);
+    }
+    login(&server, &ann.email, &ann.password)
+        .await
+        .problem(401, "invalid_credentials");
+    login(&server, &ann.email, ANOTHER_PASSWORD)
+        .await
+        .expect(200);
+}
+
+#[tokio::test]
+async fn where_registration_is_closed_nobody_registers_and_everybody_signs_in() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    let closed = server.sibling(&[("REGISTRATION", "closed")]).await;
+    for email in ["bob@example.com", "ann@example.com"] {
+        register(&closed, email, PASSWORD)
+            .await
+            .problem(403, "registration_closed");
+    }
+    login(&closed, &ann.email, &ann.password).await.expect(200);
+    refresh(&closed, &ann.refresh_token).await.expect(200);
+}

@@ -1,0 +1,562 @@
+//! What the log says of those who were refused: one WARN line each, with nothing in it that a
+//! reader of logs must not know, and nothing that a client could have written there.
+
+use std::collections::BTreeSet;
+
+use serde_json::json;
+
+use crate::auth::{ANOTHER_PASSWORD, login, refresh, text};
+use crate::harness::{PASSWORD, Request, Server, forge};
+use crate::sweeping::age;
+use crate::tokens;
+
+/// A request id that no other request has, to find its lines by.
+pub(crate) fn unique_id() -> String {
+    format!("test-{}", uuid::Uuid::now_v7().simple())
+}
+
+/// The log, complete up to now: a last refusal is sent after all others and waited for.
+pub(crate) async fn settled(server: &Server) -> String {
+    let id = unique_id();
+    server
+        .get("/api/v1/auth/me")
+        .header("x-request-id", &id)
+        .send()
+        .await
+        .problem(401, "missing_token");
+    server.wait_for_log(&id).await;
+    server.log()
+}
+
+/// The WARN lines about one request.
+pub(crate) fn warnings<'a>(log: &'a str, request_id: &str) -> Vec<&'a str> {
+    log.lines()
+        .filter(|line| line.contains(" WARN ") || line.contains("[WARN "))
+        .filter(|line| field(line, "request_id") == Some(request_id))
+        .collect()
+}
+
+/// The value of an unquoted `key=value` of a line.
+fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    line.split(' ')
+        .filter_map(|word| word.split_once('='))
+        .find(|(name, _)| *name == key)
+        .map(|(_, value)| value)
+}
+
+/// What an operator gives to fail2ban as `failregex` (the README prints it). Everything up to the
+/// address is named and none of it can hold white space, so no field can pose as another.
+const FAIL_REGEX: &str = r"^\[?\S* ?WARN +\S+\] authentication failed reason=\S+ method=\S+ path=\S+ client=<HOST>(?: |$)";
+
+/// The addresses that fail2ban would ban for a log, by a regular expression engine that is
+/// neither ours nor Rust's.
+async fn banned(server: &Server, log: &str) -> BTreeSet<String> {
+    let regex = FAIL_REGEX.replace("<HOST>", "([0-9A-Fa-f:.]+)");
+    let lines: Vec<&str> = log.lines().collect();
+    server
+        .sql()
+        .await
+        .query(
+            "select distinct (regexp_match(line, $2))[1] from unnest($1::text[]) line where line ~ $2",
+            &[&lines, &regex],
+        )
+        .await
+        .expect("the matches")
+        .iter()
+        .map(|row| row.get(0))
+        .collect()
+}
+
+/// FR-010: each kind of refusal, each once, each with who, what and why.
+#[tokio::test]
+async fn each_failed_authentication_is_one_warn_line() {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    let ann = server.register("ann@example.com").await;
+    let bob = server.register("bob@example.com").await;
+    let slow = server.register("slow@example.com").await;
+    for _ in 0..10 {
+        login(&server, &slow.email, "wrong").await.expect(401);
+    }
+    let ended = server.user().await;
+    server
+        .post("/api/v1/auth/logout")
+        .bearer(&ended.access_token)
+        .send()
+        .await
+        .expect(204);
+    crate::sessions::assert_dies(&server, &ended.access_token, std::time::Instant::now()).await;
+    let reused = server.user().await;
+    refresh(&server, &reused.refresh_token).await.expect(200);
+    let condition = format!("id = '{}'", reused.session_id);
+    age(&sql, "sessions", "11 seconds", &condition).await;
+    let expired = {
+        let mut claims = tokens::claims(&ann.access_token);
+        let now = jiff::Timestamp::now().as_second();
+        claims["iat"] = json!(now - 100_000);
+        claims["exp"] = json!(now - 100_000 + 86400);
+        forge(
+            server.secret(),
+            json!({"alg": "HS256", "typ": "JWT"}),
+            claims,
+        )
+    };
+    let forged = forge(
+        "not the secret of this service at all",
+        json!({"alg": "HS256", "typ": "JWT"}),
+        tokens::claims(&ann.access_token),
+    );
+
+    let me = "/api/v1/auth/me";
+    let log_in = |email: &str, password: &str| {
+        server
+            .post("/api/v1/auth/login")
+            .json(json!({"email": email, "password": password}))
+    };
+    let refuse = |refresh_token: &str| {
+        server
+            .post("/api/v1/auth/refresh")
+            .json(json!({"refresh_token": refresh_token}))
+    };
+    let tasks = ann.tasks();
+    let attempts: Vec<(&str, &str, &str, Request, u16)> = vec![
+        ("no token", "GET", me, server.get(me), 401),
+        ("no token, to write", "POST", &tasks, server.post(ann.tasks()), 401),
+        ("garbage", "GET", me, server.get(me).bearer("garbage"), 401),
+        ("forged", "GET", me, server.get(me).bearer(&forged), 401),
+        ("expired", "GET", me, server.get(me).bearer(&expired), 401),
+        ("ended", "GET", me, server.get(me).bearer(&ended.access_token), 401),
+        ("a refresh token", "GET", me, server.get(me).bearer(&ann.refresh_token), 401),
+        ("another's tasks", "GET", &tasks, server.get(ann.tasks()).bearer(&bob.access_token), 403),
+        ("forged sign-out", "POST", "/api/v1/auth/logout", server.post("/api/v1/auth/logout").bearer(&forged), 401),
+        ("empty sign-out", "POST", "/api/v1/auth/logout", server.post("/api/v1/auth/logout"), 401),
+        ("wrong password", "POST", "/api/v1/auth/login", log_in(&ann.email, "wrong"), 401),
+        ("no such account", "POST", "/api/v1/auth/login", log_in("nobody@example.com", PASSWORD), 401),
+        ("no address", "POST", "/api/v1/auth/login", log_in("no address", PASSWORD), 401),
+        ("slowed down", "POST", "/api/v1/auth/login", log_in(&slow.email, PASSWORD), 429),
+        ("no refresh token", "POST", "/api/v1/auth/refresh", refuse("garbage"), 401),
+        ("an access token", "POST", "/api/v1/auth/refresh", refuse(&ann.access_token), 401),
+        ("an ended session", "POST", "/api/v1/auth/refresh", refuse(&ended.refresh_token), 401),
+        ("a used refresh token", "POST", "/api/v1/auth/refresh", refuse(&reused.refresh_token), 401),
+        (
+            "wrong current password",
+            "PUT",
+            "/api/v1/auth/password",
+            server
+                .put("/api/v1/auth/password")
+                .bearer(&ann.access_token)
+                .json(json!({"current_password": "wrong", "new_password": ANOTHER_PASSWORD})),
+            403,
+        ),
+        (
+            "wrong password at the end",
+            "DELETE",
+            me,
+            server
+                .delete(me)
+                .bearer(&ann.access_token)
+                .json(json!({"password": "wrong"})),
+            403,
+        ),
+    ];
+    let mut sent = Vec::new();
+    for (name, method, path, request, status) in attempts {
+        let id = unique_id();
+        let response = request.header("x-request-id", &id).send().await;
+        assert_eq!(response.status, status, "{name}");
+        sent.push((name, method, path, id));
+    }
+    let log = settled(&server).await;
+    for (name, method, path, id) in sent {
+        let lines = warnings(&log, &id);
+        assert_eq!(lines.len(), 1, "{name}: {lines:#?}");
+        let line = lines[0];
+        assert!(line.contains("authentication failed reason="), "{name}: {line}");
+        let reason = field(line, "reason").unwrap_or_default();
+        assert!(
+            !reason.is_empty() && reason.chars().all(|c| c.is_ascii_lowercase() || c == '_'),
+            "{name}: {line}"
+        );
+        assert_eq!(field(line, "method"), Some(method), "{name}: {line}");
+        assert_eq!(field(line, "path"), Some(path), "{name}: {line}");
+        assert_eq!(field(line, "client"), Some("127.0.0.1"), "{name}: {line}");
+        // At a sign-in the address that was tried, if it is one.
+        let email = match name {
+            "wrong password" => Some("ann@example.com"),
+            "no such account" => Some("nobody@example.com"),
+            "slowed down" => Some("slow@example.com"),
+            _ => continue,
+        };
+        assert_eq!(field(line, "email"), email, "{name}: {line}");
+    }
+    assert!(!log.contains("no address"), "what is no address may be a password");
+    assert_eq!(
+        banned(&server, &log).await,
+        BTreeSet::from(["127.0.0.1".to_owned()])
+    );
+}
+
+/// A warning that everybody causes warns of nothing.
+#[tokio::test]
+async fn who_makes_a_mistake_of_another_kind_is_not_warned_of() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    login(&server, &ann.email, &ann.password).await.expect(200);
+    refresh(&server, &ann.refresh_token).await.expect(200);
+    server
+        .post("/api/v1/auth/register")
+        .json(json!({"email": "ann@example.com", "password": PASSWORD}))
+        .send()
+        .await
+        .expect(409);
+    server
+        .post("/api/v1/auth/register")
+        .json(json!({"email": "bob", "password": "short"}))
+        .send()
+        .await
+        .expect(422);
+    server
+        .post("/api/v1/auth/login")
+        .json(json!({}))
+        .send()
+        .await
+        .expect(422);
+    server.get("/api/v1/nowhere").send().await.expect(404);
+    server.put("/api/v1/auth/login").send().await.expect(405);
+    server
+        .get(format!("{}/unknown", ann.tasks()))
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(404);
+    let log = settled(&server).await;
+    // The one that `settled` itself causes.
+    let warnings: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("authentication failed"))
+        .collect();
+    assert_eq!(warnings.len(), 1, "{warnings:#?}");
+}
+
+/// Every route, with everything switched on that a log can say: no password, no token, no hash
+/// and nothing of a task gets there.
+#[tokio::test]
+async fn no_secret_gets_into_the_log() {
+    let server = Server::with(&[("RUST_LOG", "debug"), ("BCRYPT_COST", "10")]).await;
+    let other = server
+        .sibling(&[("RUST_LOG", "debug"), ("BCRYPT_COST", "11")])
+        .await;
+    let sql = server.sql().await;
+    let mut secrets = vec![
+        server.secret().to_owned(),
+        PASSWORD.to_owned(),
+        ANOTHER_PASSWORD.to_owned(),
+        "a password typed wrongly".to_owned(),
+        "password typed into the field of the address".to_owned(),
+        "a title of ann's".to_owned(),
+        "a description of ann's".to_owned(),
+        "searched-for-by-ann".to_owned(),
+        "$2b$".to_owned(),
+        "refused-bearer-token".to_owned(),
+        "basic-credentials".to_owned(),
+        "refused-refresh-token".to_owned(),
+        "token-in-the-query".to_owned(),
+    ];
+
+    let ann = server.register("ann@example.com").await;
+    secrets.extend([ann.access_token.clone(), ann.refresh_token.clone()]);
+    let body = login(&other, &ann.email, &ann.password)
+        .await
+        .expect(200)
+        .json();
+    secrets.extend([text(&body, "access_token"), text(&body, "refresh_token")]);
+    for _ in 0..2 {
+        let body = refresh(&server, &ann.refresh_token).await.expect(200).json();
+        secrets.extend([text(&body, "access_token"), text(&body, "refresh_token")]);
+    }
+    let token = ann.access_token.as_str();
+
+    // Refusals of every kind.
+    login(&server, &ann.email, "a password typed wrongly")
+        .await
+        .expect(401);
+    login(
+        &server,
+        "password typed into the field of the address",
+        PASSWORD,
+    )
+    .await
+    .expect(401);
+    refresh(&server, "refused-refresh-token").await.expect(401);
+    server
+        .get(ann.tasks())
+        .bearer("refused-bearer-token")
+        .send()
+        .await
+        .expect(401);
+    server
+        .get(ann.tasks())
+        .header("authorization", "Basic basic-credentials")
+        .send()
+        .await
+        .expect(401);
+    server
+        .get(format!("{}?access_token=token-in-the-query", ann.tasks()))
+        .send()
+        .await
+        .expect(401);
+    server
+        .get(format!("/api/v1/nowhere?access_token={token}"))
+        .send()
+        .await
+        .expect(404);
+    server
+        .get(format!("{}?access_token={token}&limit=no", ann.tasks()))
+        .bearer(token)
+        .send()
+        .await
+        .expect(422);
+    server
+        .post("/api/v1/auth/login")
+        .body(format!("{{\"password\": \"{PASSWORD}\""), "application/json")
+        .send()
+        .await
+        .expect(400);
+
+    // Tasks, by every method.
+    let task = server
+        .post(ann.tasks())
+        .bearer(token)
+        .header("idempotency-key", "k")
+        .json(json!({"title": "a title of ann's", "description": "a description of ann's"}))
+        .send()
+        .await
+        .expect(201)
+        .json();
+    let path = format!("{}/{}", ann.tasks(), text(&task, "id"));
+    for request in [
+        server.get(&path),
+        server.get(ann.tasks()),
+        server.get(format!("{}?q=searched-for-by-ann", ann.tasks())),
+        server
+            .put(&path)
+            .json(json!({"title": "a title of ann's", "description": "a description of ann's"})),
+        server.patch(&path).json(json!({"title": "a title of ann's"})),
+        server.patch(format!("{path}/complete")),
+        server
+            .post(ann.tasks())
+            .json(json!({"title": "a title of ann's\0"})),
+        server.delete(&path),
+        server.delete(format!("{}?completed=true", ann.tasks())),
+        server.get("/api/v1/auth/sessions"),
+        server.delete("/api/v1/auth/sessions"),
+    ] {
+        let status = request.bearer(token).send().await.status;
+        assert!([200, 204, 422].contains(&status), "{status}");
+    }
+
+    // Passwords, and the end.
+    for (current, new) in [
+        ("a password typed wrongly", ANOTHER_PASSWORD),
+        (PASSWORD, ANOTHER_PASSWORD),
+    ] {
+        server
+            .put("/api/v1/auth/password")
+            .bearer(token)
+            .json(json!({"current_password": current, "new_password": new}))
+            .send()
+            .await;
+    }
+    let hash: String = sql
+        .query_one("select password_hash from users", &[])
+        .await
+        .expect("the user")
+        .get(0);
+    secrets.push(hash);
+    for password in ["a password typed wrongly", ANOTHER_PASSWORD] {
+        server
+            .delete("/api/v1/auth/me")
+            .bearer(token)
+            .json(json!({"password": password}))
+            .send()
+            .await;
+    }
+
+    for server in [&server, &other] {
+        let log = settled(server).await;
+        for secret in &secrets {
+            let line = log.lines().find(|line| line.contains(secret.as_str()));
+            assert!(line.is_none(), "{secret:?} in {line:?}");
+        }
+        // Nor the part of a token that makes it one.
+        for signature in secrets.iter().filter_map(|token| token.split('.').nth(2)) {
+            assert!(!log.contains(signature), "{signature}");
+        }
+    }
+}
+
+/// What an attacker would like the log to say.
+const FORGED_LINE: &str = "[2026-02-05T09:30:00Z WARN  todo_api::guard] authentication failed \
+                           reason=expired_token method=GET path=/ client=6.6.6.6 request_id=x";
+
+/// Line ends, escape sequences and look-alikes in everything a client can write: a line stays a
+/// line, and nobody but the client itself is ever banned for it.
+#[tokio::test]
+async fn no_input_forges_a_line() {
+    // The proxy is trusted here, so that the address is an input as well.
+    let server = Server::with(&[
+        ("RUST_LOG", "debug"),
+        ("TRUSTED_PROXIES", "127.0.0.1"),
+    ])
+    .await;
+    let ann = server.register("ann@example.com").await;
+    let breaks = [
+        "\n", "\r\n", "\r", "\u{b}", "\u{c}", "\u{85}", "\u{2028}", "\u{2029}", "\u{1b}[2K\r",
+        "\u{1b}]0;owned\u{7}", "\u{0}", "\u{8}\u{8}\u{8}", "\u{202e}", "\u{9b}2J", "\" ", " ", "\\n",
+    ];
+    for line_break in breaks {
+        let forged = format!("ann@example.com{line_break}{FORGED_LINE}");
+        // As an e-mail address, with and without the spaces that none may have.
+        for email in [
+            forged.clone(),
+            forged.replace(' ', "\u{a0}"),
+            format!("x{line_break}client=6.6.6.6{line_break}@example.com"),
+            format!("client=6.6.6.6{line_break}@6.6.6.6"),
+        ] {
+            login(&server, &email, &forged).await.expect(401);
+            server
+                .post("/api/v1/auth/register")
+                .json(json!({"email": email, "password": "short"}))
+                .send()
+                .await
+                .expect(422);
+        }
+        refresh(&server, &forged).await.expect(401);
+        server
+            .post("/api/v1/auth/logout")
+            .json(json!({"refresh_token": forged}))
+            .send()
+            .await
+            .expect(204);
+        server
+            .post(ann.tasks())
+            .bearer(&ann.access_token)
+            .header("idempotency-key", "k\u{e9}")
+            .json(json!({"title": forged}))
+            .send()
+            .await;
+        // As claims of a token, signed or not.
+        for secret in [server.secret(), "not the secret of this service at all"] {
+            let mut claims = tokens::claims(&ann.access_token);
+            claims["email"] = json!(forged);
+            claims["sub"] = json!(forged);
+            let token = forge(secret, json!({"alg": "HS256", "typ": forged, "kid": forged}), claims);
+            server
+                .get(ann.tasks())
+                .bearer(&token)
+                .send()
+                .await
+                .expect(401);
+        }
+        // In the path, as it can be written there.
+        let encoded: String = forged.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        for path in [
+            format!("/api/v1/{encoded}/tasks"),
+            format!("/api/v1/auth/sessions/{encoded}"),
+            format!("/api/v1/x/tasks?q={encoded}"),
+            format!("/{encoded}"),
+        ] {
+            server.get(path).send().await;
+        }
+    }
+    // Raw bytes where HTTP lets them pass or ought not to.
+    let hostile_heads = [
+        "GET /api/v1/auth/me?x=\"%20client=6.6.6.6 HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "GET /api/v1/x\"client=6.6.6.6\"/tasks HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "GET /api/v1/auth/me\" client=6.6.6.6 HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "GET /api/v1/\u{85}client=6.6.6.6\u{2028}/tasks HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "GET /api/v1/auth/me#client=6.6.6.6 HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "GET http://h/api/v1/auth/me?client=6.6.6.6 HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "client=6.6.6.6 /api/v1/auth/me HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "X'client'6.6.6.6 /api/v1/auth/me HTTP/1.1\r\nHost: h\r\n".to_owned(),
+        "GET /api/v1/auth/me HTTP/1.1\r\nHost: client=6.6.6.6\r\n".to_owned(),
+    ];
+    for head in hostile_heads {
+        server.raw(format!("{head}Connection: close\r\n\r\n")).await;
+    }
+    for (name, value) in [
+        ("X-Request-Id", "x client=6.6.6.6"),
+        ("X-Request-Id", "x\" client=6.6.6.6"),
+        ("X-Request-Id", "x\tclient=6.6.6.6"),
+        ("X-Request-Id", "x\u{1b}[2Kclient=6.6.6.6"),
+        ("X-Request-Id", "x\u{85}client=6.6.6.6"),
+        ("X-Request-Id", "x\rclient=6.6.6.6"),
+        ("X-Request-Id", "x\n client=6.6.6.6"),
+        ("X-Request-Id", "client=6.6.6.6"),
+        ("X-Forwarded-For", "x client=6.6.6.6"),
+        ("X-Forwarded-For", "198.51.100.7 client=6.6.6.6"),
+        ("X-Forwarded-For", "198.51.100.7\tclient=6.6.6.6"),
+        ("X-Forwarded-For", "\u{1b}[2K6.6.6.6"),
+        ("X-Forwarded-For", "\"6.6.6.6\""),
+        ("X-Forwarded-For", "6.6.6.6:x"),
+        ("X-Forwarded-For", "6.6.6.6, client=6.6.6.6"),
+        ("User-Agent", FORGED_LINE),
+        ("User-Agent", "\u{1b}[2K\u{85}client=6.6.6.6"),
+        ("Referer", FORGED_LINE),
+        ("Origin", FORGED_LINE),
+        ("Forwarded", "for=6.6.6.6"),
+        ("X-Real-IP", "6.6.6.6"),
+        ("Idempotency-Key", FORGED_LINE),
+        ("Authorization", FORGED_LINE),
+    ] {
+        server
+            .raw(format!(
+                "GET /api/v1/auth/me HTTP/1.1\r\nHost: h\r\n{name}: {value}\r\nConnection: close\r\n\r\n"
+            ))
+            .await;
+    }
+
+    let log = settled(&server).await;
+    let start = log.lines().next().expect("a line").chars().next();
+    for line in log.lines() {
+        assert_eq!(line.chars().next(), start, "a line of its own: {line:?}");
+        assert!(
+            !line
+                .chars()
+                .any(|c| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202e}')),
+            "{line:?}"
+        );
+        // Fields that pose as another are inside quotes or not there at all.
+        assert_ne!(field(line, "client"), Some("6.6.6.6"), "{line}");
+    }
+    assert_eq!(
+        banned(&server, &log).await,
+        BTreeSet::from(["127.0.0.1".to_owned()])
+    );
+}
+
+/// Who is refused through a proxy is banned, not the proxy; over IPv6 too.
+#[tokio::test]
+async fn the_filter_finds_the_client_behind_a_proxy() {
+    let server = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await;
+    for client in ["203.0.113.9", "2001:db8::9"] {
+        server
+            .get("/api/v1/auth/me")
+            .header("x-forwarded-for", client)
+            .send()
+            .await
+            .expect(401);
+        server
+            .post("/api/v1/auth/login")
+            .header("x-forwarded-for", client)
+            .json(json!({"email": "ann@example.com", "password": "wrong"}))
+            .send()
+            .await
+            .expect(401);
+    }
+    let log = settled(&server).await;
+    assert_eq!(
+        banned(&server, &log).await,
+        BTreeSet::from(["127.0.0.1", "203.0.113.9", "2001:db8::9"].map(str::to_owned))
+    );
+}

@@ -1,0 +1,426 @@
+//! Two requests that want the same row at the same instant. A row lock held from a connection of
+//! the test's own makes sure that the two really overlap: both are seen to wait before it is
+//! let go. Each race is run in both orders, and over two instances.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::auth::{ANOTHER_PASSWORD, change_password, delete_account, login, refresh, text};
+use crate::harness::{PASSWORD, Response, Server, User};
+use crate::sessions::assert_dies;
+
+/// A second instance that hashes at a higher cost than the harness's servers do.
+const COSTLIER: (&str, &str) = ("BCRYPT_COST", "11");
+
+/// A row that somebody holds.
+struct Held {
+    sql: tokio_postgres::Client,
+    watch: tokio_postgres::Client,
+}
+
+impl Held {
+    /// Takes the row lock that every change of the row has to wait for.
+    async fn new(server: &Server, table: &str, id: &str) -> Held {
+        let sql = server.sql().await;
+        sql.batch_execute(&format!(
+            "begin; select 1 from {table} where id = '{id}' for update"
+        ))
+        .await
+        .expect("the row");
+        let watch = server.sql().await;
+        Held { sql, watch }
+    }
+
+    /// Waits until as many backends wait for a lock.
+    async fn waiting(&self, backends: i64) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let waiting: i64 = self
+                .watch
+                .query_one(
+                    "select count(*) from pg_stat_activity
+                     where datname = current_database() and wait_event_type = 'Lock'",
+                    &[],
+                )
+                .await
+                .expect("the activity")
+                .get(0);
+            if waiting >= backends {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{waiting} of {backends} wait: the requests do not overlap"
+            );
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Lets both requests run into the row, the first one first, then lets the row go.
+    async fn race<A, B>(
+        self,
+        first: impl Future<Output = A>,
+        second: impl Future<Output = B>,
+    ) -> (A, B) {
+        let second = async {
+            self.waiting(1).await;
+            second.await
+        };
+        let release = async {
+            self.waiting(2).await;
+            self.sql.batch_execute("commit").await.expect("let go");
+        };
+        let (first, second, ()) = tokio::join!(first, second, release);
+        (first, second)
+    }
+}
+
+/// The same race with either in front.
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    AsNamed,
+    Reversed,
+}
+
+const BOTH: [Order; 2] = [Order::AsNamed, Order::Reversed];
+
+/// Runs two requests into a held row in the given order; the answers come as they were named.
+async fn race(
+    order: Order,
+    held: Held,
+    a: impl Future<Output = Response>,
+    b: impl Future<Output = Response>,
+) -> (Response, Response) {
+    match order {
+        Order::AsNamed => held.race(a, b).await,
+        Order::Reversed => {
+            let (b, a) = held.race(b, a).await;
+            (a, b)
+        }
+    }
+}
+
+/// Asserts that whatever tokens an answer brought are dead, and what it may be besides.
+async fn assert_fruitless(servers: [&Server; 2], answer: Response, otherwise: u16) {
+    let since = Instant::now();
+    if answer.status == 200 {
+        let body = answer.json();
+        for server in servers {
+            assert_dies(server, &text(&body, "access_token"), since).await;
+            refresh(server, &text(&body, "refresh_token"))
+                .await
+                .problem(401, "invalid_refresh_token");
+        }
+    } else {
+        answer.expect(otherwise);
+    }
+}
+
+async fn count(server: &Server, what: &str) -> i64 {
+    let sql = server.sql().await;
+    sql.query_one(&format!("select count(*) from {what}"), &[])
+        .await
+        .expect("a count")
+        .get(0)
+}
+
+async fn stored_hash(server: &Server, user: &User) -> String {
+    let sql = server.sql().await;
+    sql.query_one(
+        &format!("select password_hash from users where id = '{}'", user.id),
+        &[],
+    )
+    .await
+    .expect("the user")
+    .get(0)
+}
+
+#[tokio::test]
+async fn a_sign_in_beside_a_change_of_password_leaves_no_session_of_the_old_one() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let held = Held::new(&here, "users", &ann.id).await;
+        let (signed_in, changed) = race(
+            order,
+            held,
+            login(&there, &ann.email, &ann.password),
+            change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
+        )
+        .await;
+        println!("{order:?}: {} {}", signed_in.status, changed.status);
+        changed.expect(204);
+        assert_fruitless([&here, &there], signed_in, 401).await;
+        let sessions = format!("sessions where user_id = '{}'", ann.id);
+        assert_eq!(count(&here, &sessions).await, 1, "{order:?}");
+        here.get("/api/v1/auth/me")
+            .bearer(&ann.access_token)
+            .send()
+            .await
+            .expect(200);
+        login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
+    }
+}
+
+#[tokio::test]
+async fn a_sign_in_beside_the_end_of_the_account_leaves_no_live_token() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let held = Held::new(&here, "users", &ann.id).await;
+        let (signed_in, deleted) = race(
+            order,
+            held,
+            login(&there, &ann.email, &ann.password),
+            delete_account(&here, &ann.access_token, &ann.password),
+        )
+        .await;
+        println!("{order:?}: {} {}", signed_in.status, deleted.status);
+        deleted.expect(204);
+        let since = Instant::now();
+        assert_fruitless([&here, &there], signed_in, 401).await;
+        assert_dies(&there, &ann.access_token, since).await;
+        assert_eq!(count(&here, "users").await, 0);
+        assert_eq!(count(&here, "sessions").await, 0);
+    }
+}
+
+#[tokio::test]
+async fn two_sign_ins_that_both_renew_an_old_hash_both_succeed() {
+    let here = Server::start().await;
+    let there = here.sibling(&[COSTLIER]).await;
+    let everywhere = here.sibling(&[COSTLIER]).await;
+    let ann = here.user().await;
+    let old = stored_hash(&here, &ann).await;
+    assert!(old.starts_with("$2b$10$"), "{old}");
+    let held = Held::new(&here, "users", &ann.id).await;
+    let (first, second) = held
+        .race(
+            login(&there, &ann.email, &ann.password),
+            login(&everywhere, &ann.email, &ann.password),
+        )
+        .await;
+    for answer in [first, second] {
+        let body = answer.expect(200).json();
+        here.get("/api/v1/auth/me")
+            .bearer(&text(&body, "access_token"))
+            .send()
+            .await
+            .expect(200);
+        refresh(&here, &text(&body, "refresh_token"))
+            .await
+            .expect(200);
+    }
+    let new = stored_hash(&here, &ann).await;
+    assert!(new.starts_with("$2b$11$"), "{new}");
+    assert!(bcrypt::verify(&ann.password, &new).expect("a hash"));
+    assert_eq!(count(&here, "sessions").await, 3);
+}
+
+/// The renewal must not bring the password back that was just replaced.
+#[tokio::test]
+async fn a_renewed_hash_never_undoes_a_change_of_password() {
+    let here = Server::start().await;
+    let there = here.sibling(&[COSTLIER]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let held = Held::new(&here, "users", &ann.id).await;
+        let (signed_in, changed) = race(
+            order,
+            held,
+            login(&there, &ann.email, &ann.password),
+            change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
+        )
+        .await;
+        println!("{order:?}: {} {}", signed_in.status, changed.status);
+        // The hash that was verified is another one by then, but of the same password: the
+        // change may be refused (and may then be tried again), it must not be half done.
+        let kept = if changed.status == 204 {
+            assert_fruitless([&here, &there], signed_in, 401).await;
+            ANOTHER_PASSWORD
+        } else {
+            panic!("a right password was refused: {}", changed.status);
+        };
+        let hash = stored_hash(&here, &ann).await;
+        assert!(bcrypt::verify(kept, &hash).expect("a hash"), "{order:?}");
+        login(&there, &ann.email, PASSWORD)
+            .await
+            .problem(401, "invalid_credentials");
+        login(&there, &ann.email, ANOTHER_PASSWORD)
+            .await
+            .expect(200);
+    }
+}
+
+/// A sign-in that renews the hash must not make the right password wrong for its neighbour.
+#[tokio::test]
+async fn the_end_of_an_account_beside_a_renewed_hash_is_not_refused() {
+    let here = Server::start().await;
+    let there = here.sibling(&[COSTLIER]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let held = Held::new(&here, "users", &ann.id).await;
+        let (signed_in, deleted) = race(
+            order,
+            held,
+            login(&there, &ann.email, &ann.password),
+            delete_account(&here, &ann.access_token, &ann.password),
+        )
+        .await;
+        println!("{order:?}: {} {}", signed_in.status, deleted.status);
+        deleted.expect(204);
+        assert_fruitless([&here, &there], signed_in, 401).await;
+        assert_eq!(count(&here, "users").await, 0);
+    }
+}
+
+#[tokio::test]
+async fn of_two_changes_of_password_at_once_one_wins() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    let ann = here.user().await;
+    let other = login(&here, &ann.email, &ann.password)
+        .await
+        .expect(200)
+        .json();
+    let held = Held::new(&here, "users", &ann.id).await;
+    let (first, second) = held
+        .race(
+            change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
+            change_password(
+                &there,
+                &text(&other, "access_token"),
+                &ann.password,
+                "quiet marble 77 rivers",
+            ),
+        )
+        .await;
+    first.expect(204);
+    // The loser's password is not the current one any longer, and its session is over.
+    assert!(
+        [401, 403].contains(&second.status),
+        "{} for the loser",
+        second.status
+    );
+    login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
+    for wrong in [PASSWORD, "quiet marble 77 rivers"] {
+        login(&here, &ann.email, wrong)
+            .await
+            .problem(401, "invalid_credentials");
+    }
+}
+
+#[tokio::test]
+async fn a_refresh_beside_a_sign_out_does_not_bring_the_session_back() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let sign_out = here
+            .post("/api/v1/auth/logout")
+            .bearer(&ann.access_token)
+            .send();
+        let (refreshed, signed_out) =
+            race(order, held, refresh(&there, &ann.refresh_token), sign_out).await;
+        println!("{order:?}: {} {}", refreshed.status, signed_out.status);
+        signed_out.expect(204);
+        let since = Instant::now();
+        assert_fruitless([&here, &there], refreshed, 401).await;
+        assert_dies(&there, &ann.access_token, since).await;
+        assert_eq!(count(&here, "sessions").await, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_refresh_beside_a_change_of_password_does_not_save_the_session() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let other = login(&here, &ann.email, &ann.password)
+            .await
+            .expect(200)
+            .json();
+        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let (refreshed, changed) = race(
+            order,
+            held,
+            refresh(&there, &ann.refresh_token),
+            change_password(
+                &here,
+                &text(&other, "access_token"),
+                &ann.password,
+                ANOTHER_PASSWORD,
+            ),
+        )
+        .await;
+        println!("{order:?}: {} {}", refreshed.status, changed.status);
+        changed.expect(204);
+        let since = Instant::now();
+        assert_fruitless([&here, &there], refreshed, 401).await;
+        assert_dies(&there, &ann.access_token, since).await;
+        refresh(&here, &text(&other, "refresh_token"))
+            .await
+            .expect(200);
+    }
+}
+
+#[tokio::test]
+async fn a_refresh_beside_the_end_of_the_account_leaves_no_live_token() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    for order in BOTH {
+        let ann = here.user().await;
+        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let (refreshed, deleted) = race(
+            order,
+            held,
+            refresh(&there, &ann.refresh_token),
+            delete_account(&here, &ann.access_token, &ann.password),
+        )
+        .await;
+        println!("{order:?}: {} {}", refreshed.status, deleted.status);
+        deleted.expect(204);
+        assert_fruitless([&here, &there], refreshed, 401).await;
+        assert_eq!(count(&here, "users").await, 0);
+        assert_eq!(count(&here, "sessions").await, 0);
+    }
+}
+
+/// FR-007: a task has an owner or is not there. Whoever loses is told that the token is no
+/// longer good, not that something broke.
+#[tokio::test]
+async fn a_task_created_beside_the_end_of_the_account_is_no_orphan() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    for key in [None, Some("the only one")] {
+        for order in BOTH {
+            let ann = here.user().await;
+            let held = Held::new(&here, "users", &ann.id).await;
+            let mut create = there.post(&ann.tasks()).bearer(&ann.access_token);
+            if let Some(key) = key {
+                create = create.header("idempotency-key", key);
+            }
+            let create = create.json(json!({"title": "water the plants"})).send();
+            let (created, deleted) = race(
+                order,
+                held,
+                create,
+                delete_account(&here, &ann.access_token, &ann.password),
+            )
+            .await;
+            println!("{order:?}: {} {}", created.status, deleted.status);
+            deleted.expect(204);
+            if created.status != 201 {
+                created.problem(401, "invalid_token");
+            }
+            for table in ["users", "tasks", "sessions", "idempotency_keys"] {
+                assert_eq!(count(&here, table).await, 0, "{table}");
+            }
+        }
+    }
+}

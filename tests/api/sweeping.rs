@@ -1,0 +1,183 @@
+//! Rows that time has made useless go away by themselves, in the wake of requests.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::auth::{ANOTHER_PASSWORD, login, refresh};
+use crate::harness::Server;
+
+/// Moves every time in the rows of a table that match back by an interval, as if that long had
+/// gone by. It knows no column, so it stays true when the schema grows one.
+pub(crate) async fn age(
+    sql: &tokio_postgres::Client,
+    table: &str,
+    interval: &str,
+    condition: &str,
+) {
+    let columns: Vec<String> = sql
+        .query(
+            "select column_name::text from information_schema.columns
+             where table_schema = 'public' and table_name = $1
+               and data_type = 'timestamp with time zone'",
+            &[&table],
+        )
+        .await
+        .expect("the columns")
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert!(!columns.is_empty(), "{table} has no times");
+    let changes: Vec<String> = columns
+        .iter()
+        .map(|column| format!("{column} = {column} - interval '{interval}'"))
+        .collect();
+    let changed = sql
+        .execute(
+            &format!("update {table} set {} where {condition}", changes.join(", ")),
+            &[],
+        )
+        .await
+        .expect("older rows");
+    assert!(changed > 0, "nothing in {table} where {condition}");
+}
+
+/// The tables that time makes rows of useless.
+const SWEPT: [&str; 4] = [
+    "sessions",
+    "revocations",
+    "sign_in_failures",
+    "idempotency_keys",
+];
+
+async fn counts(sql: &tokio_postgres::Client) -> [i64; 4] {
+    let mut counts = [0; 4];
+    for (count, table) in counts.iter_mut().zip(SWEPT) {
+        *count = sql
+            .query_one(&format!("select count(*) from {table}"), &[])
+            .await
+            .expect("a count")
+            .get(0);
+    }
+    counts
+}
+
+/// One row of each kind, by way of the API, for a user of its own.
+async fn leave_traces(server: &Server) -> crate::harness::User {
+    let user = server.user().await;
+    let second = login(server, &user.email, &user.password)
+        .await
+        .expect(200)
+        .json();
+    server
+        .post("/api/v1/auth/logout")
+        .json(json!({"refresh_token": second["refresh_token"]}))
+        .send()
+        .await
+        .expect(204);
+    login(server, &user.email, ANOTHER_PASSWORD)
+        .await
+        .problem(401, "invalid_credentials");
+    server
+        .post(&user.tasks())
+        .bearer(&user.access_token)
+        .header("idempotency-key", "the only one")
+        .json(json!({"title": "water the plants"}))
+        .send()
+        .await
+        .expect(201);
+    user
+}
+
+#[tokio::test]
+async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
+    let first = Server::start().await;
+    let sql = first.sql().await;
+    let _gone = leave_traces(&first).await;
+    let _gone_too = leave_traces(&first).await;
+    for table in SWEPT {
+        age(&sql, table, "91 days", "true").await;
+    }
+    let live = leave_traces(&first).await;
+    assert_eq!(counts(&sql).await, [3, 3, 3, 3]);
+
+    // Another instance, started and left alone: an idle service asks nothing of its database,
+    // so that one that sleeps when it is idle can.
+    let second = first.sibling(&[]).await;
+    let until = Instant::now() + Duration::from_millis(1500);
+    while Instant::now() < until {
+        assert_eq!(counts(&sql).await, [3, 3, 3, 3]);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while counts(&sql).await != [1, 1, 1, 1] {
+        assert!(
+            Instant::now() < deadline,
+            "{:?} are left of {SWEPT:?}",
+            counts(&sql).await
+        );
+        second
+            .get(&live.tasks())
+            .bearer(&live.access_token)
+            .send()
+            .await
+            .expect(200);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    // What is alive does its work still: the session goes on, the key answers as it did.
+    let again = second
+        .post(&live.tasks())
+        .bearer(&live.access_token)
+        .header("idempotency-key", "the only one")
+        .json(json!({"title": "water the plants"}))
+        .send()
+        .await
+        .expect(201);
+    assert_eq!(again.json()["title"], "water the plants");
+    let tasks: i64 = sql
+        .query_one(
+            &format!("select count(*) from tasks where user_id = '{}'", live.id),
+            &[],
+        )
+        .await
+        .expect("a count")
+        .get(0);
+    assert_eq!(tasks, 1);
+    refresh(&second, &live.refresh_token).await.expect(200);
+}
+
+/// Old rows may be many; they all go, and requests go on being answered meanwhile.
+#[tokio::test]
+async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    sql.batch_execute(
+        "insert into sign_in_failures (email, failures, last_failure_at)
+         select n || '@example.com', 1, now() - interval '25 hours' from generate_series(1, 3000) n;
+         insert into revocations (session_id, ended_at)
+         select gen_random_uuid(), now() - interval '2 days' from generate_series(1, 3000)",
+    )
+    .await
+    .expect("old rows");
+    let user = server.user().await;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        server
+            .get(&user.tasks())
+            .bearer(&user.access_token)
+            .send()
+            .await
+            .expect(200);
+        let [_, revocations, failures, _] = counts(&sql).await;
+        if revocations == 0 && failures == 0 {
+            break;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{revocations} revocations and {failures} failures are left"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,0 +1,389 @@
+//! Guessing: slowed down by account in the database, and by address in memory.
+
+use futures_util::future::join_all;
+use serde_json::json;
+
+use crate::auth::{ANOTHER_PASSWORD, change_password, delete_account, login, refresh, register};
+use crate::harness::{PASSWORD, Response, Server};
+use crate::sweeping::age;
+
+/// The seconds of a 429 of ours.
+fn wait_of(response: Response) -> u32 {
+    let seconds = response
+        .header("retry-after")
+        .parse()
+        .expect("whole seconds");
+    response.problem(429, "too_many_attempts");
+    seconds
+}
+
+/// Ten wrong guesses in a row, each of them checked.
+async fn ten_wrong(server: &Server, email: &str) {
+    for _ in 0..10 {
+        login(server, email, ANOTHER_PASSWORD)
+            .await
+            .problem(401, "invalid_credentials");
+    }
+}
+
+/// Lets time go by for every address that is slowed down.
+async fn pass(server: &Server, interval: &str) {
+    let sql = server.sql().await;
+    age(&sql, "sign_in_failures", interval, "true").await;
+}
+
+/// 30 s, doubling to an hour; a right password during the wait is refused as well; an address
+/// without an account is slowed down alike.
+#[tokio::test]
+async fn after_ten_wrong_passwords_each_further_one_doubles_the_wait() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    for (email, password) in [
+        (ann.email.as_str(), ann.password.as_str()),
+        ("nobody@example.com", PASSWORD),
+    ] {
+        ten_wrong(&server, email).await;
+        for (round, wait) in [30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+            .into_iter()
+            .enumerate()
+        {
+            let longest = wait_of(login(&server, email, ANOTHER_PASSWORD).await);
+            assert!(
+                longest <= wait && longest > wait - 10,
+                "{longest} of {wait} s in round {round}"
+            );
+            // What is tried during the wait is not even looked at, and does not lengthen it.
+            for password in [password, ANOTHER_PASSWORD, ""] {
+                let left = wait_of(login(&server, email, password).await);
+                assert!(left <= longest);
+            }
+            pass(&server, &format!("{} seconds", wait + 1)).await;
+            login(&server, email, ANOTHER_PASSWORD)
+                .await
+                .problem(401, "invalid_credentials");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_success_sets_the_count_to_nothing() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    for _ in 0..9 {
+        login(&server, &ann.email, ANOTHER_PASSWORD)
+            .await
+            .expect(401);
+    }
+    login(&server, &ann.email, &ann.password).await.expect(200);
+    ten_wrong(&server, &ann.email).await;
+    wait_of(login(&server, &ann.email, &ann.password).await);
+    pass(&server, "31 seconds").await;
+    login(&server, &ann.email, &ann.password).await.expect(200);
+    ten_wrong(&server, &ann.email).await;
+    let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
+    assert!(wait <= 30, "the wait begins anew: {wait}");
+}
+
+#[tokio::test]
+async fn a_day_after_the_last_wrong_password_the_count_is_nothing() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    ten_wrong(&server, &ann.email).await;
+    pass(&server, "24 hours 1 second").await;
+    ten_wrong(&server, &ann.email).await;
+    let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
+    assert!(wait <= 30, "the wait begins anew: {wait}");
+
+    // Short of a day it goes on where it was.
+    pass(&server, "23 hours").await;
+    login(&server, &ann.email, ANOTHER_PASSWORD)
+        .await
+        .expect(401);
+    let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
+    assert!(wait > 30, "{wait}");
+}
+
+/// One account, however its address is written.
+#[tokio::test]
+async fn other_spellings_of_an_address_are_no_way_around() {
+    let server = Server::start().await;
+    server.register("ann@example.com").await;
+    for n in 0..10 {
+        let spelling = ["ann@example.com", "ANN@example.com", " Ann@Example.com\t"][n % 3];
+        login(&server, spelling, ANOTHER_PASSWORD).await.expect(401);
+    }
+    for spelling in ["ann@example.com", "aNN@example.com", "ann@example.com  "] {
+        wait_of(login(&server, spelling, PASSWORD).await);
+    }
+}
+
+#[tokio::test]
+async fn instances_agree_on_who_is_slowed_down() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    let ann = here.register("ann@example.com").await;
+    for server in [&here, &there].into_iter().cycle().take(10) {
+        login(server, &ann.email, ANOTHER_PASSWORD)
+            .await
+            .expect(401);
+    }
+    for server in [&here, &there] {
+        wait_of(login(server, &ann.email, &ann.password).await);
+    }
+    let later = here.sibling(&[]).await;
+    wait_of(login(&later, &ann.email, &ann.password).await);
+}
+
+/// Forty at once, over two instances: a 401 is a guess that was checked.
+#[tokio::test]
+async fn of_forty_guesses_at_once_no_more_than_twenty_are_checked() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    let ann = here.register("ann@example.com").await;
+    for email in [ann.email.as_str(), "nobody@example.com"] {
+        let statuses = join_all((0..40).map(|n| {
+            let server = if n % 2 == 0 { &here } else { &there };
+            async move {
+                let response = login(server, email, ANOTHER_PASSWORD).await;
+                let status = response.status;
+                if status == 401 {
+                    response.problem(401, "invalid_credentials");
+                } else {
+                    wait_of(response);
+                }
+                status
+            }
+        }))
+        .await;
+        let checked = statuses.iter().filter(|&&status| status == 401).count();
+        println!("{checked} of 40 checked for {email}");
+        assert!(checked <= 20, "{checked} of 40 were checked");
+        assert!(checked >= 1);
+        // Whatever the forty came to, the account is slowed down once ten were wrong.
+        for _ in checked..10 {
+            login(&here, email, ANOTHER_PASSWORD).await.expect(401);
+        }
+        wait_of(login(&here, email, PASSWORD).await);
+        wait_of(login(&there, email, PASSWORD).await);
+    }
+}
+
+/// Whoever guesses at Ann's account slows down nobody but who signs in as Ann.
+#[tokio::test]
+async fn nobody_else_and_no_session_in_use_is_slowed_down() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    let bob = server.register("bob@example.com").await;
+    ten_wrong(&server, &ann.email).await;
+    wait_of(login(&server, &ann.email, &ann.password).await);
+
+    ann.create_task(&server, "water the plants").await;
+    server
+        .get(&ann.tasks())
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200);
+    refresh(&server, &ann.refresh_token).await.expect(200);
+    login(&server, &bob.email, &bob.password).await.expect(200);
+    change_password(&server, &bob.access_token, &bob.password, ANOTHER_PASSWORD)
+        .await
+        .expect(204);
+    register(&server, "cid@example.com", PASSWORD)
+        .await
+        .expect(201);
+    server
+        .post("/api/v1/auth/logout")
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(204);
+}
+
+/// Who holds a stolen token must not try passwords at the other two doors.
+#[tokio::test]
+async fn wrong_passwords_of_somebody_signed_in_count_too() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    for _ in 0..3 {
+        login(&server, &ann.email, "wrong").await.expect(401);
+        change_password(&server, &ann.access_token, "wrong", ANOTHER_PASSWORD)
+            .await
+            .problem(403, "wrong_password");
+        delete_account(&server, &ann.access_token, "wrong")
+            .await
+            .problem(403, "wrong_password");
+    }
+    // With the tenth, all three are closed, to the right password as well.
+    delete_account(&server, &ann.access_token, "wrong")
+        .await
+        .problem(403, "wrong_password");
+    for password in ["wrong", ann.password.as_str()] {
+        wait_of(login(&server, &ann.email, password).await);
+        wait_of(change_password(&server, &ann.access_token, password, ANOTHER_PASSWORD).await);
+        wait_of(delete_account(&server, &ann.access_token, password).await);
+    }
+    pass(&server, "31 seconds").await;
+    change_password(&server, &ann.access_token, &ann.password, ANOTHER_PASSWORD)
+        .await
+        .expect(204);
+    // And a success there is a success.
+    ten_wrong_of_another_kind(&server, &ann.email).await;
+}
+
+/// Nine that are checked, so that the count must have begun anew; then the right one.
+async fn ten_wrong_of_another_kind(server: &Server, email: &str) {
+    for _ in 0..9 {
+        login(server, email, PASSWORD).await.expect(401);
+    }
+    login(server, email, ANOTHER_PASSWORD).await.expect(200);
+}
+
+/// Forty at once at the door for those who are signed in.
+#[tokio::test]
+async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_twenty_are_checked() {
+    let here = Server::start().await;
+    let there = here.sibling(&[]).await;
+    let ann = here.register("ann@example.com").await;
+    let statuses = join_all((0..40).map(|n| {
+        let (server, ann) = (if n % 2 == 0 { &here } else { &there }, &ann);
+        async move {
+            if n % 4 < 2 {
+                change_password(server, &ann.access_token, "wrong", ANOTHER_PASSWORD)
+                    .await
+                    .status
+            } else {
+                delete_account(server, &ann.access_token, "wrong")
+                    .await
+                    .status
+            }
+        }
+    }))
+    .await;
+    let checked = statuses.iter().filter(|&&status| status == 403).count();
+    let refused = statuses.iter().filter(|&&status| status == 429).count();
+    assert_eq!(checked + refused, 40, "{statuses:?}");
+    assert!(checked <= 20, "{checked} of 40 were checked");
+}
+
+/// A refresh with what is no token: the cheapest request that the brake counts.
+async fn knock(server: &Server, forwarded_for: &[&str]) -> u16 {
+    let mut request = server.post("/api/v1/auth/refresh");
+    for value in forwarded_for {
+        request = request.header("x-forwarded-for", *value);
+    }
+    let response = request.json(json!({"refresh_token": "x"})).send().await;
+    let status = response.status;
+    if status == 429 {
+        assert!(wait_of(response) >= 1);
+    } else {
+        response.problem(401, "invalid_refresh_token");
+    }
+    status
+}
+
+/// Registrations, logins and refreshes draw on one allowance.
+#[tokio::test]
+async fn from_one_address_only_so_many_attempts_a_minute() {
+    let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "3")]).await;
+    let ann = register(&server, "ann@example.com", PASSWORD)
+        .await
+        .expect(201)
+        .json();
+    let token = crate::auth::text(&ann, "access_token");
+    login(&server, "ann@example.com", PASSWORD)
+        .await
+        .expect(200);
+    refresh(&server, "x").await.expect(401);
+    for response in [
+        register(&server, "bob@example.com", PASSWORD).await,
+        login(&server, "ann@example.com", PASSWORD).await,
+        refresh(&server, "x").await,
+    ] {
+        // 3 a minute: one in 20 s.
+        let wait = wait_of(response);
+        assert!((1..=20).contains(&wait), "{wait}");
+    }
+    // Whoever is signed in does not notice.
+    for path in ["/api/v1/auth/me", "/api/v1/auth/sessions"] {
+        server.get(path).bearer(&token).send().await.expect(200);
+    }
+    server
+        .post("/api/v1/auth/logout")
+        .bearer(&token)
+        .send()
+        .await
+        .expect(204);
+}
+
+#[tokio::test]
+async fn with_a_rate_of_nothing_there_is_no_brake() {
+    let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "0")]).await;
+    let statuses = join_all((0..400).map(|_| knock(&server, &[]))).await;
+    assert!(statuses.iter().all(|&status| status == 401));
+}
+
+/// Anyone can write a header: without a proxy named it is not looked at.
+#[tokio::test]
+async fn a_forwarded_address_is_not_believed_from_a_stranger() {
+    for trusted in ["", "192.0.2.1,10.0.0.0/8,::2"] {
+        let server =
+            Server::with(&[("AUTH_RATE_PER_MINUTE", "2"), ("TRUSTED_PROXIES", trusted)]).await;
+        assert_eq!(knock(&server, &["203.0.113.1"]).await, 401);
+        assert_eq!(knock(&server, &["203.0.113.2"]).await, 401);
+        assert_eq!(knock(&server, &["203.0.113.3"]).await, 429);
+        assert_eq!(knock(&server, &["127.0.0.1, 203.0.113.4"]).await, 429);
+        let log = crate::log::settled(&server).await;
+        assert!(!log.contains("203.0.113."), "{log}");
+        assert!(log.contains("client=127.0.0.1"), "{log}");
+    }
+}
+
+/// Behind a proxy the client is the last hop that is none of the proxies.
+#[tokio::test]
+async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
+    let server = Server::with(&[
+        ("AUTH_RATE_PER_MINUTE", "2"),
+        ("TRUSTED_PROXIES", "127.0.0.0/8,10.0.0.0/8,2001:db8:ffff::/48"),
+    ])
+    .await;
+    let used_up = async |forwarded_for: &[&str]| {
+        knock(&server, forwarded_for).await;
+        knock(&server, forwarded_for).await;
+    };
+
+    used_up(&["203.0.113.9"]).await;
+    for same in [
+        &["203.0.113.9"][..],
+        // What the client itself wrote in front of it is hearsay.
+        &["198.51.100.1, 203.0.113.9"],
+        &["198.51.100.2,203.0.113.9"],
+        &["unknown, 203.0.113.9"],
+        &["<script>, 203.0.113.9"],
+        // Our own proxies behind it are passed over, in one header or in several.
+        &["198.51.100.3, 203.0.113.9, 10.1.2.3"],
+        &["203.0.113.9, 10.1.2.3, 2001:db8:ffff::7, 127.0.0.1"],
+        &["198.51.100.4", "203.0.113.9"],
+        &["203.0.113.9", "10.1.2.3"],
+    ] {
+        assert_eq!(knock(&server, same).await, 429, "{same:?}");
+    }
+    assert_eq!(knock(&server, &["203.0.113.10"]).await, 401);
+    assert_eq!(knock(&server, &["203.0.113.9, 203.0.113.11"]).await, 401);
+
+    // One household has a /64 of IPv6, and one address of IPv4 however it is written.
+    used_up(&["2001:db8:1:2::1"]).await;
+    assert_eq!(knock(&server, &["2001:db8:1:2:ffff::9"]).await, 429);
+    assert_eq!(knock(&server, &["2001:DB8:1:2:0:0:0:3"]).await, 429);
+    assert_eq!(knock(&server, &["2001:db8:1:3::1"]).await, 401);
+    used_up(&["::ffff:203.0.113.50"]).await;
+    assert_eq!(knock(&server, &["203.0.113.50"]).await, 429);
+    assert_eq!(knock(&server, &["::ffff:203.0.113.51"]).await, 401);
+
+    // What is no address is nobody else's allowance: the proxy itself is the client.
+    used_up(&["nonsense"]).await;
+    for nonsense in ["", "203.0.113.256", "203.0.113.10;x", ", ,", "\"203.0.113.10\""] {
+        assert_eq!(knock(&server, &[nonsense]).await, 429, "{nonsense:?}");
+    }
+    assert_eq!(knock(&server, &["203.0.113.12"]).await, 401);
+}
