@@ -6,9 +6,8 @@ use std::collections::BTreeSet;
 use serde_json::json;
 
 use crate::auth::{ANOTHER_PASSWORD, login, refresh, text};
-use crate::harness::{PASSWORD, Request, Server, forge};
+use crate::harness::{PASSWORD, Request, Server, claims, forge};
 use crate::sweeping::age;
-use crate::tokens;
 
 /// A request id that no other request has, to find its lines by.
 pub(crate) fn unique_id() -> String {
@@ -91,7 +90,7 @@ async fn each_failed_authentication_is_one_warn_line() {
     let condition = format!("id = '{}'", reused.session_id);
     age(&sql, "sessions", "11 seconds", &condition).await;
     let expired = {
-        let mut claims = tokens::claims(&ann.access_token);
+        let mut claims = claims(&ann.access_token);
         let now = jiff::Timestamp::now().as_second();
         claims["iat"] = json!(now - 100_000);
         claims["exp"] = json!(now - 100_000 + 86400);
@@ -104,7 +103,7 @@ async fn each_failed_authentication_is_one_warn_line() {
     let forged = forge(
         "not the secret of this service at all",
         json!({"alg": "HS256", "typ": "JWT"}),
-        tokens::claims(&ann.access_token),
+        claims(&ann.access_token),
     );
 
     let me = "/api/v1/auth/me";
@@ -121,23 +120,107 @@ async fn each_failed_authentication_is_one_warn_line() {
     let tasks = ann.tasks();
     let attempts: Vec<(&str, &str, &str, Request, u16)> = vec![
         ("no token", "GET", me, server.get(me), 401),
-        ("no token, to write", "POST", &tasks, server.post(ann.tasks()), 401),
+        (
+            "no token, to write",
+            "POST",
+            &tasks,
+            server.post(ann.tasks()),
+            401,
+        ),
         ("garbage", "GET", me, server.get(me).bearer("garbage"), 401),
         ("forged", "GET", me, server.get(me).bearer(&forged), 401),
         ("expired", "GET", me, server.get(me).bearer(&expired), 401),
-        ("ended", "GET", me, server.get(me).bearer(&ended.access_token), 401),
-        ("a refresh token", "GET", me, server.get(me).bearer(&ann.refresh_token), 401),
-        ("another's tasks", "GET", &tasks, server.get(ann.tasks()).bearer(&bob.access_token), 403),
-        ("forged sign-out", "POST", "/api/v1/auth/logout", server.post("/api/v1/auth/logout").bearer(&forged), 401),
-        ("empty sign-out", "POST", "/api/v1/auth/logout", server.post("/api/v1/auth/logout"), 401),
-        ("wrong password", "POST", "/api/v1/auth/login", log_in(&ann.email, "wrong"), 401),
-        ("no such account", "POST", "/api/v1/auth/login", log_in("nobody@example.com", PASSWORD), 401),
-        ("no address", "POST", "/api/v1/auth/login", log_in("no address", PASSWORD), 401),
-        ("slowed down", "POST", "/api/v1/auth/login", log_in(&slow.email, PASSWORD), 429),
-        ("no refresh token", "POST", "/api/v1/auth/refresh", refuse("garbage"), 401),
-        ("an access token", "POST", "/api/v1/auth/refresh", refuse(&ann.access_token), 401),
-        ("an ended session", "POST", "/api/v1/auth/refresh", refuse(&ended.refresh_token), 401),
-        ("a used refresh token", "POST", "/api/v1/auth/refresh", refuse(&reused.refresh_token), 401),
+        (
+            "ended",
+            "GET",
+            me,
+            server.get(me).bearer(&ended.access_token),
+            401,
+        ),
+        (
+            "a refresh token",
+            "GET",
+            me,
+            server.get(me).bearer(&ann.refresh_token),
+            401,
+        ),
+        (
+            "another's tasks",
+            "GET",
+            &tasks,
+            server.get(ann.tasks()).bearer(&bob.access_token),
+            403,
+        ),
+        (
+            "forged sign-out",
+            "POST",
+            "/api/v1/auth/logout",
+            server.post("/api/v1/auth/logout").bearer(&forged),
+            401,
+        ),
+        (
+            "empty sign-out",
+            "POST",
+            "/api/v1/auth/logout",
+            server.post("/api/v1/auth/logout"),
+            401,
+        ),
+        (
+            "wrong password",
+            "POST",
+            "/api/v1/auth/login",
+            log_in(&ann.email, "wrong"),
+            401,
+        ),
+        (
+            "no such account",
+            "POST",
+            "/api/v1/auth/login",
+            log_in("nobody@example.com", PASSWORD),
+            401,
+        ),
+        (
+            "no address",
+            "POST",
+            "/api/v1/auth/login",
+            log_in("no address", PASSWORD),
+            401,
+        ),
+        (
+            "slowed down",
+            "POST",
+            "/api/v1/auth/login",
+            log_in(&slow.email, PASSWORD),
+            429,
+        ),
+        (
+            "no refresh token",
+            "POST",
+            "/api/v1/auth/refresh",
+            refuse("garbage"),
+            401,
+        ),
+        (
+            "an access token",
+            "POST",
+            "/api/v1/auth/refresh",
+            refuse(&ann.access_token),
+            401,
+        ),
+        (
+            "an ended session",
+            "POST",
+            "/api/v1/auth/refresh",
+            refuse(&ended.refresh_token),
+            401,
+        ),
+        (
+            "a used refresh token",
+            "POST",
+            "/api/v1/auth/refresh",
+            refuse(&reused.refresh_token),
+            401,
+        ),
         (
             "wrong current password",
             "PUT",
@@ -171,7 +254,10 @@ async fn each_failed_authentication_is_one_warn_line() {
         let lines = warnings(&log, &id);
         assert_eq!(lines.len(), 1, "{name}: {lines:#?}");
         let line = lines[0];
-        assert!(line.contains("authentication failed reason="), "{name}: {line}");
+        assert!(
+            line.contains("authentication failed reason="),
+            "{name}: {line}"
+        );
         let reason = field(line, "reason").unwrap_or_default();
         assert!(
             !reason.is_empty() && reason.chars().all(|c| c.is_ascii_lowercase() || c == '_'),
@@ -189,7 +275,10 @@ async fn each_failed_authentication_is_one_warn_line() {
         };
         assert_eq!(field(line, "email"), email, "{name}: {line}");
     }
-    assert!(!log.contains("no address"), "what is no address may be a password");
+    assert!(
+        !log.contains("no address"),
+        "what is no address may be a password"
+    );
     assert_eq!(
         banned(&server, &log).await,
         BTreeSet::from(["127.0.0.1".to_owned()])
@@ -271,7 +360,10 @@ async fn no_secret_gets_into_the_log() {
         .json();
     secrets.extend([text(&body, "access_token"), text(&body, "refresh_token")]);
     for _ in 0..2 {
-        let body = refresh(&server, &ann.refresh_token).await.expect(200).json();
+        let body = refresh(&server, &ann.refresh_token)
+            .await
+            .expect(200)
+            .json();
         secrets.extend([text(&body, "access_token"), text(&body, "refresh_token")]);
     }
     let token = ann.access_token.as_str();
@@ -318,7 +410,10 @@ async fn no_secret_gets_into_the_log() {
         .expect(422);
     server
         .post("/api/v1/auth/login")
-        .body(format!("{{\"password\": \"{PASSWORD}\""), "application/json")
+        .body(
+            format!("{{\"password\": \"{PASSWORD}\""),
+            "application/json",
+        )
         .send()
         .await
         .expect(400);
@@ -341,7 +436,9 @@ async fn no_secret_gets_into_the_log() {
         server
             .put(&path)
             .json(json!({"title": "a title of ann's", "description": "a description of ann's"})),
-        server.patch(&path).json(json!({"title": "a title of ann's"})),
+        server
+            .patch(&path)
+            .json(json!({"title": "a title of ann's"})),
         server.patch(format!("{path}/complete")),
         server
             .post(ann.tasks())
@@ -404,15 +501,26 @@ const FORGED_LINE: &str = "[2026-02-05T09:30:00Z WARN  todo_api::guard] authenti
 #[tokio::test]
 async fn no_input_forges_a_line() {
     // The proxy is trusted here, so that the address is an input as well.
-    let server = Server::with(&[
-        ("RUST_LOG", "debug"),
-        ("TRUSTED_PROXIES", "127.0.0.1"),
-    ])
-    .await;
+    let server = Server::with(&[("RUST_LOG", "debug"), ("TRUSTED_PROXIES", "127.0.0.1")]).await;
     let ann = server.register("ann@example.com").await;
     let breaks = [
-        "\n", "\r\n", "\r", "\u{b}", "\u{c}", "\u{85}", "\u{2028}", "\u{2029}", "\u{1b}[2K\r",
-        "\u{1b}]0;owned\u{7}", "\u{0}", "\u{8}\u{8}\u{8}", "\u{202e}", "\u{9b}2J", "\" ", " ", "\\n",
+        "\n",
+        "\r\n",
+        "\r",
+        "\u{b}",
+        "\u{c}",
+        "\u{85}",
+        "\u{2028}",
+        "\u{2029}",
+        "\u{1b}[2K\r",
+        "\u{1b}]0;owned\u{7}",
+        "\u{0}",
+        "\u{8}\u{8}\u{8}",
+        "\u{202e}",
+        "\u{9b}2J",
+        "\" ",
+        " ",
+        "\\n",
     ];
     for line_break in breaks {
         let forged = format!("ann@example.com{line_break}{FORGED_LINE}");
@@ -447,10 +555,14 @@ async fn no_input_forges_a_line() {
             .await;
         // As claims of a token, signed or not.
         for secret in [server.secret(), "not the secret of this service at all"] {
-            let mut claims = tokens::claims(&ann.access_token);
+            let mut claims = claims(&ann.access_token);
             claims["email"] = json!(forged);
             claims["sub"] = json!(forged);
-            let token = forge(secret, json!({"alg": "HS256", "typ": forged, "kid": forged}), claims);
+            let token = forge(
+                secret,
+                json!({"alg": "HS256", "typ": forged, "kid": forged}),
+                claims,
+            );
             server
                 .get(ann.tasks())
                 .bearer(&token)

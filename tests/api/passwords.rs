@@ -229,10 +229,13 @@ async fn a_new_password_is_held_to_the_same_rules() {
 
 /// The hash of one user.
 async fn hash(sql: &tokio_postgres::Client, email: &str) -> String {
-    sql.query_one("select password_hash from users where email = $1", &[&email])
-        .await
-        .expect("the user")
-        .get(0)
+    sql.query_one(
+        "select password_hash from users where email = $1",
+        &[&email],
+    )
+    .await
+    .expect("the user")
+    .get(0)
 }
 
 #[tokio::test]

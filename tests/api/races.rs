@@ -401,7 +401,7 @@ async fn a_task_created_beside_the_end_of_the_account_is_no_orphan() {
         for order in BOTH {
             let ann = here.user().await;
             let held = Held::new(&here, "users", &ann.id).await;
-            let mut create = there.post(&ann.tasks()).bearer(&ann.access_token);
+            let mut create = there.post(ann.tasks()).bearer(&ann.access_token);
             if let Some(key) = key {
                 create = create.header("idempotency-key", key);
             }

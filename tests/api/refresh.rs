@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::auth::{refresh, text};
-use crate::harness::{Server, User, forge};
+use crate::harness::{Server, User, claims, forge};
 use crate::log::{settled, unique_id, warnings};
 use crate::sessions::assert_dies;
 use crate::sweeping::age;
@@ -60,7 +60,7 @@ async fn a_refresh_carries_the_same_session_on() {
         assert_eq!(body["user"]["id"], ann.id.as_str());
         assert_eq!(body["user"]["email"], ann.email.as_str());
         let access = text(&body, "access_token");
-        assert_eq!(tokens::claims(&access)["sid"], ann.session_id.as_str());
+        assert_eq!(claims(&access)["sid"], ann.session_id.as_str());
         assert_signed_in(&server, &access).await;
         token = text(&body, "refresh_token");
         assert!(seen.insert(token.clone()), "each use gives a new one");
@@ -383,7 +383,7 @@ async fn signing_out_with_an_unknown_or_used_refresh_token_is_no_error() {
 async fn signing_out_with_a_merely_expired_token_ends_the_session() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut claims = tokens::claims(&ann.access_token);
+    let mut claims = claims(&ann.access_token);
     let now = jiff::Timestamp::now().as_second();
     claims["iat"] = json!(now - 2 * 86400);
     claims["exp"] = json!(now - 86400);
@@ -409,10 +409,10 @@ async fn signing_out_with_a_forged_token_or_none_is_refused() {
     let forged = forge(
         "another secret of at least 32 bytes, the attacker's",
         json!({"alg": "HS256", "typ": "JWT"}),
-        tokens::claims(&ann.access_token),
+        claims(&ann.access_token),
     );
     let expired_and_forged = {
-        let mut claims = tokens::claims(&ann.access_token);
+        let mut claims = claims(&ann.access_token);
         claims["exp"] = json!(1);
         forge(
             "another secret of at least 32 bytes, the attacker's",

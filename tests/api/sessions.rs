@@ -9,9 +9,8 @@ use serde_json::{Value, json};
 use crate::auth::{
     ANOTHER_PASSWORD, assert_time, change_password, delete_account, login, refresh, text,
 };
-use crate::harness::{PASSWORD, Server, User};
+use crate::harness::{PASSWORD, Server, User, claims};
 use crate::sweeping::age;
-use crate::tokens;
 
 /// Somebody else's tasks: 403 to a good token and 401 to any other, before the database is
 /// asked for anything but what has ended.
@@ -84,7 +83,7 @@ async fn one_sees_ones_own_sessions_newest_first() {
         let ids: Vec<String> = sessions.iter().map(|session| text(session, "id")).collect();
         let expected: Vec<String> = [&laptop, &phone, &ann.access_token]
             .iter()
-            .map(|token| text(&tokens::claims(token), "sid"))
+            .map(|token| text(&claims(token), "sid"))
             .collect();
         assert_eq!(ids, expected);
         assert_eq!(sessions[0]["user_agent"], "laptop");
@@ -147,8 +146,14 @@ async fn whatever_a_client_calls_itself_it_can_sign_in() {
     let long_umlauts = "ü".repeat(250);
     for (sent, kept) in [
         ("curl/8.0", Some("curl/8.0")),
-        ("<script>alert(1)</script>", Some("<script>alert(1)</script>")),
-        ("'; drop table sessions; --", Some("'; drop table sessions; --")),
+        (
+            "<script>alert(1)</script>",
+            Some("<script>alert(1)</script>"),
+        ),
+        (
+            "'; drop table sessions; --",
+            Some("'; drop table sessions; --"),
+        ),
         ("\"quoted\" \\ {} %s", Some("\"quoted\" \\ {} %s")),
         (long.as_str(), Some(&long[..200])),
         (long_umlauts.as_str(), Some(&long_umlauts[..400])),
@@ -188,7 +193,7 @@ async fn one_session_can_be_ended_from_another() {
     let thief_token = text(&thief, "access_token");
     let path = format!(
         "/api/v1/auth/sessions/{}",
-        text(&tokens::claims(&thief_token), "sid")
+        text(&claims(&thief_token), "sid")
     );
     server
         .delete(&path)
@@ -218,7 +223,7 @@ async fn a_session_can_end_itself() {
     let server = Server::start().await;
     let ann = server.user().await;
     server
-        .delete(&format!("/api/v1/auth/sessions/{}", ann.session_id))
+        .delete(format!("/api/v1/auth/sessions/{}", ann.session_id))
         .bearer(&ann.access_token)
         .send()
         .await
@@ -297,7 +302,7 @@ async fn a_session_of_somebody_else_is_not_found_and_untouched() {
         "'%20or%20'1'='1",
     ] {
         let problem = server
-            .delete(&format!("/api/v1/auth/sessions/{id}"))
+            .delete(format!("/api/v1/auth/sessions/{id}"))
             .bearer(&ann.access_token)
             .send()
             .await
@@ -345,9 +350,9 @@ async fn end(server: &Server, way: End) -> (String, Instant) {
             .await
             .expect(204),
         End::DeletedOne => {
-            let sid = text(&tokens::claims(&token), "sid");
+            let sid = text(&claims(&token), "sid");
             server
-                .delete(&format!("/api/v1/auth/sessions/{sid}"))
+                .delete(format!("/api/v1/auth/sessions/{sid}"))
                 .bearer(&ann.access_token)
                 .send()
                 .await
@@ -428,9 +433,11 @@ async fn an_instance_that_starts_later_knows_what_ended_before() {
     }
     let later = here.sibling(&[]).await;
     // All at once, so that each of them is the first.
-    let statuses = join_all(tokens.iter().map(async |(token, _)| {
-        later.get(NOBODYS_TASKS).bearer(token).send().await.status
-    }))
+    let statuses = join_all(
+        tokens
+            .iter()
+            .map(async |(token, _)| later.get(NOBODYS_TASKS).bearer(token).send().await.status),
+    )
     .await;
     assert_eq!(statuses, [401; 7]);
 }
@@ -453,7 +460,7 @@ async fn ending_a_session_that_ran_out_ends_its_last_access_token_too() {
             .expect(200)
             .json();
         let token = text(&doomed, "access_token");
-        let sid = text(&tokens::claims(&token), "sid");
+        let sid = text(&claims(&token), "sid");
         age(&sql, "sessions", "31 days", &format!("id = '{sid}'")).await;
         match way {
             End::SignOut => server
@@ -570,7 +577,11 @@ async fn knowing_what_ended_costs_a_query_or_two_a_second_and_none_when_idle() {
     let before = statements.look().await;
     let idle = Instant::now();
     while idle.elapsed() < Duration::from_secs(3) {
-        assert_eq!(statements.look().await, before, "a query from an idle service");
+        assert_eq!(
+            statements.look().await,
+            before,
+            "a query from an idle service"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

@@ -34,7 +34,10 @@ pub(crate) async fn age(
         .collect();
     let changed = sql
         .execute(
-            &format!("update {table} set {} where {condition}", changes.join(", ")),
+            &format!(
+                "update {table} set {} where {condition}",
+                changes.join(", ")
+            ),
             &[],
         )
         .await
@@ -79,7 +82,7 @@ async fn leave_traces(server: &Server) -> crate::harness::User {
         .await
         .problem(401, "invalid_credentials");
     server
-        .post(&user.tasks())
+        .post(user.tasks())
         .bearer(&user.access_token)
         .header("idempotency-key", "the only one")
         .json(json!({"title": "water the plants"}))
@@ -118,7 +121,7 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
             counts(&sql).await
         );
         second
-            .get(&live.tasks())
+            .get(live.tasks())
             .bearer(&live.access_token)
             .send()
             .await
@@ -128,7 +131,7 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
 
     // What is alive does its work still: the session goes on, the key answers as it did.
     let again = second
-        .post(&live.tasks())
+        .post(live.tasks())
         .bearer(&live.access_token)
         .header("idempotency-key", "the only one")
         .json(json!({"title": "water the plants"}))
@@ -165,7 +168,7 @@ async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         server
-            .get(&user.tasks())
+            .get(user.tasks())
             .bearer(&user.access_token)
             .send()
             .await

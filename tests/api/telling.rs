@@ -83,7 +83,11 @@ async fn a_known_and_an_unknown_address_take_the_same_time() {
     let ann = server.register("ann@example.com").await;
     for server_knows in [true, false] {
         // Warm: the first of each kind may prepare what the others find ready.
-        let email = if server_knows { &ann.email } else { "x@example.com" };
+        let email = if server_knows {
+            &ann.email
+        } else {
+            "x@example.com"
+        };
         login(&server, email, ANOTHER_PASSWORD).await.expect(401);
     }
     let mut known = Vec::new();

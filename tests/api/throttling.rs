@@ -179,7 +179,7 @@ async fn nobody_else_and_no_session_in_use_is_slowed_down() {
 
     ann.create_task(&server, "water the plants").await;
     server
-        .get(&ann.tasks())
+        .get(ann.tasks())
         .bearer(&ann.access_token)
         .send()
         .await
@@ -344,7 +344,10 @@ async fn a_forwarded_address_is_not_believed_from_a_stranger() {
 async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     let server = Server::with(&[
         ("AUTH_RATE_PER_MINUTE", "2"),
-        ("TRUSTED_PROXIES", "127.0.0.0/8,10.0.0.0/8,2001:db8:ffff::/48"),
+        (
+            "TRUSTED_PROXIES",
+            "127.0.0.0/8,10.0.0.0/8,2001:db8:ffff::/48",
+        ),
     ])
     .await;
     let used_up = async |forwarded_for: &[&str]| {
@@ -382,7 +385,13 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
 
     // What is no address is nobody else's allowance: the proxy itself is the client.
     used_up(&["nonsense"]).await;
-    for nonsense in ["", "203.0.113.256", "203.0.113.10;x", ", ,", "\"203.0.113.10\""] {
+    for nonsense in [
+        "",
+        "203.0.113.256",
+        "203.0.113.10;x",
+        ", ,",
+        "\"203.0.113.10\"",
+    ] {
         assert_eq!(knock(&server, &[nonsense]).await, 429, "{nonsense:?}");
     }
     assert_eq!(knock(&server, &["203.0.113.12"]).await, 401);

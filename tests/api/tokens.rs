@@ -15,7 +15,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, crypto};
 use serde_json::{Value, json};
 
 use crate::auth::{login, refresh, text};
-use crate::harness::{Server, User, base64url, forge};
+use crate::harness::{Server, User, base64url, claims, forge};
 use crate::log::{settled, unique_id, warnings};
 use crate::sessions::NOBODYS_TASKS;
 
@@ -43,12 +43,6 @@ pub(crate) fn from_base64url(text: &str) -> Vec<u8> {
         }
     }
     bytes
-}
-
-/// The claims of a token, unverified.
-pub(crate) fn claims(token: &str) -> Value {
-    let payload = token.split('.').nth(1).expect("a payload");
-    serde_json::from_slice(&from_base64url(payload)).expect("JSON")
 }
 
 /// The header of every token of ours.
@@ -237,8 +231,19 @@ fn keys_of_the_attackers_own(user: &User) -> Vec<Attack> {
     }
     // Secrets that people leave in.
     for secret in [
-        "", " ", "\0", "secret", "Secret", "password", "changeme", "jwt", "your-256-bit-secret",
-        "your_jwt_secret", "null", "undefined", "12345678901234567890123456789012",
+        "",
+        " ",
+        "\0",
+        "secret",
+        "Secret",
+        "password",
+        "changeme",
+        "jwt",
+        "your-256-bit-secret",
+        "your_jwt_secret",
+        "null",
+        "undefined",
+        "12345678901234567890123456789012",
     ] {
         attacks.push((format!("secret {secret:?}"), hmac(secret, plain_header())));
     }
@@ -257,7 +262,11 @@ fn twisted(secret: &str, user: &User, other: &User) -> Vec<Attack> {
             .to_string()
             .as_bytes(),
     );
-    let later = base64url(with(&own, "exp", json!(9_999_999_999_u64)).to_string().as_bytes());
+    let later = base64url(
+        with(&own, "exp", json!(9_999_999_999_u64))
+            .to_string()
+            .as_bytes(),
+    );
     let flip = |text: &str, at: usize| {
         let mut bytes = text.as_bytes().to_vec();
         bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
@@ -283,41 +292,95 @@ fn twisted(secret: &str, user: &User, other: &User) -> Vec<Attack> {
         json!({"payload": payload, "protected": header, "signature": signature}).to_string();
     let key = EncodingKey::from_secret(secret.as_bytes());
     let mut attacks: Vec<Attack> = [
-        ("another's payload", format!("{header}.{}.{signature}", others[1])),
-        ("another's signature", format!("{header}.{payload}.{}", others[2])),
-        ("another's user_id", format!("{header}.{elevated}.{signature}")),
+        (
+            "another's payload",
+            format!("{header}.{}.{signature}", others[1]),
+        ),
+        (
+            "another's signature",
+            format!("{header}.{payload}.{}", others[2]),
+        ),
+        (
+            "another's user_id",
+            format!("{header}.{elevated}.{signature}"),
+        ),
         ("a later exp", format!("{header}.{later}.{signature}")),
-        ("rejectsModifiedHeader", format!("{}.{payload}.{signature}", flip(header, 4))),
-        ("rejectsModifiedPayload", format!("{header}.{}.{signature}", flip(payload, 4))),
-        ("rejectsModifiedSignature", format!("{header}.{payload}.{}", flip(signature, 0))),
-        ("signature's middle", format!("{header}.{payload}.{}", flip(signature, 20))),
-        ("signature's spare bits", format!("{header}.{payload}.{spare_bits}")),
+        (
+            "rejectsModifiedHeader",
+            format!("{}.{payload}.{signature}", flip(header, 4)),
+        ),
+        (
+            "rejectsModifiedPayload",
+            format!("{header}.{}.{signature}", flip(payload, 4)),
+        ),
+        (
+            "rejectsModifiedSignature",
+            format!("{header}.{payload}.{}", flip(signature, 0)),
+        ),
+        (
+            "signature's middle",
+            format!("{header}.{payload}.{}", flip(signature, 20)),
+        ),
+        (
+            "signature's spare bits",
+            format!("{header}.{payload}.{spare_bits}"),
+        ),
         ("truncated by one", token[..token.len() - 1].to_owned()),
-        ("truncated to half", format!("{header}.{payload}.{}", &signature[..21])),
-        ("truncated to one", format!("{header}.{payload}.{}", &signature[..1])),
+        (
+            "truncated to half",
+            format!("{header}.{payload}.{}", &signature[..21]),
+        ),
+        (
+            "truncated to one",
+            format!("{header}.{payload}.{}", &signature[..1]),
+        ),
         ("extended", format!("{token}A")),
         ("extended by four", format!("{token}AAAA")),
         ("twice the signature", format!("{token}{signature}")),
         ("padded", format!("{token}=")),
         ("padded, percent", format!("{token}%3D")),
-        ("padded payload", format!("{header}.{payload}==.{signature}")),
-        ("upper case", format!("{header}.{payload}.{}", signature.to_uppercase())),
+        (
+            "padded payload",
+            format!("{header}.{payload}==.{signature}"),
+        ),
+        (
+            "upper case",
+            format!("{header}.{payload}.{}", signature.to_uppercase()),
+        ),
         ("rejectsMissingSignature", format!("{header}.{payload}.")),
-        ("rejectsMissingSignatureAndSeparator", format!("{header}.{payload}")),
+        (
+            "rejectsMissingSignatureAndSeparator",
+            format!("{header}.{payload}"),
+        ),
         ("rejectsMissingPayload", format!("{header}..{signature}")),
-        ("rejectsMissingPayloadAndSeparator", format!("{header}.{signature}")),
+        (
+            "rejectsMissingPayloadAndSeparator",
+            format!("{header}.{signature}"),
+        ),
         ("rejectsMissingHeader", format!(".{payload}.{signature}")),
-        ("rejectsMissingHeaderAndSeparator", format!("{payload}.{signature}")),
+        (
+            "rejectsMissingHeaderAndSeparator",
+            format!("{payload}.{signature}"),
+        ),
         ("rejectsMissingHeaderAndSignature", format!(".{payload}.")),
-        ("rejectsMissingHeaderSignatureAndSeparators", payload.to_owned()),
+        (
+            "rejectsMissingHeaderSignatureAndSeparators",
+            payload.to_owned(),
+        ),
         ("rejectsExtraEmptyComponent", format!("{token}.")),
         ("rejectsExtraComponent", format!("{token}.foo")),
         ("a leading point", format!(".{token}")),
         ("points", "..".to_owned()),
-        ("five parts, as a JWE", format!("{header}.{payload}.{signature}.{payload}.{signature}")),
+        (
+            "five parts, as a JWE",
+            format!("{header}.{payload}.{signature}.{payload}.{signature}"),
+        ),
         ("rejectsValidJsonSerialization", json_serialization),
         ("flattened JSON", flattened),
-        ("white space within", format!("{header}. {payload}.{signature}")),
+        (
+            "white space within",
+            format!("{header}. {payload}.{signature}"),
+        ),
         ("a tab within", format!("{header}.\t{payload}.{signature}")),
         ("quoted", format!("\"{token}\"")),
         ("in angle brackets", format!("<{token}>")),
@@ -337,7 +400,17 @@ fn twisted(secret: &str, user: &User, other: &User) -> Vec<Attack> {
     .map(|(name, token)| (name.to_owned(), token))
     .collect();
     // Signed as it should be, but no claims.
-    for payload in ["", "{", "null", "[]", "\"claims\"", "0", "{}", "{}{}", "\u{feff}{}"] {
+    for payload in [
+        "",
+        "{",
+        "null",
+        "[]",
+        "\"claims\"",
+        "0",
+        "{}",
+        "{}{}",
+        "\u{feff}{}",
+    ] {
         attacks.push((
             format!("payload {payload:?}"),
             signed(Algorithm::HS256, &key, &plain_header().to_string(), payload),
@@ -427,10 +500,22 @@ fn claims_of_the_wrong_kind(secret: &str, user: &User, other: &User) -> Vec<Atta
     for (name, header) in [
         ("typ refresh", json!({"alg": "HS256", "typ": "refresh"})),
         ("typ rt+jwt", json!({"alg": "HS256", "typ": "rt+jwt"})),
-        ("crit exp", json!({"alg": "HS256", "typ": "JWT", "crit": ["exp"], "exp": now + 600})),
-        ("crit b64", json!({"alg": "HS256", "typ": "JWT", "crit": ["b64"], "b64": false})),
-        ("crit unknown", json!({"alg": "HS256", "typ": "JWT", "crit": ["x"], "x": 1})),
-        ("crit empty", json!({"alg": "HS256", "typ": "JWT", "crit": []})),
+        (
+            "crit exp",
+            json!({"alg": "HS256", "typ": "JWT", "crit": ["exp"], "exp": now + 600}),
+        ),
+        (
+            "crit b64",
+            json!({"alg": "HS256", "typ": "JWT", "crit": ["b64"], "b64": false}),
+        ),
+        (
+            "crit unknown",
+            json!({"alg": "HS256", "typ": "JWT", "crit": ["x"], "x": 1}),
+        ),
+        (
+            "crit empty",
+            json!({"alg": "HS256", "typ": "JWT", "crit": []}),
+        ),
     ] {
         attacks.push((name.to_owned(), forge(secret, header, good.clone())));
     }
@@ -535,7 +620,11 @@ async fn an_expired_token_is_refused_and_named_so_in_the_log() {
     let ann = server.user().await;
     let now = jiff::Timestamp::now().as_second();
     let aged = |seconds: i64| {
-        let old = with(&claims(&ann.access_token), "iat", json!(now - 86400 - seconds));
+        let old = with(
+            &claims(&ann.access_token),
+            "iat",
+            json!(now - 86400 - seconds),
+        );
         forge(
             server.secret(),
             plain_header(),
@@ -610,31 +699,106 @@ async fn only_one_bearer_header_is_a_token() {
         ("none at all", String::new(), ""),
         ("empty", "Authorization:\r\n".to_owned(), ""),
         ("scheme only", "Authorization: Bearer\r\n".to_owned(), ""),
-        ("scheme and space", "Authorization: Bearer \r\n".to_owned(), ""),
+        (
+            "scheme and space",
+            "Authorization: Bearer \r\n".to_owned(),
+            "",
+        ),
         ("no scheme", format!("Authorization: {good}\r\n"), ""),
         ("Basic", format!("Authorization: Basic {basic}\r\n"), ""),
-        ("Basic with a token", format!("Authorization: Basic {good}\r\n"), ""),
+        (
+            "Basic with a token",
+            format!("Authorization: Basic {good}\r\n"),
+            "",
+        ),
         ("JWT", format!("Authorization: JWT {good}\r\n"), ""),
         ("Token", format!("Authorization: Token {good}\r\n"), ""),
-        ("Digest", "Authorization: Digest username=\"ann\"\r\n".to_owned(), ""),
-        ("run together", format!("Authorization: Bearer{good}\r\n"), ""),
+        (
+            "Digest",
+            "Authorization: Digest username=\"ann\"\r\n".to_owned(),
+            "",
+        ),
+        (
+            "run together",
+            format!("Authorization: Bearer{good}\r\n"),
+            "",
+        ),
         ("colon", format!("Authorization: Bearer:{good}\r\n"), ""),
         ("equals", format!("Authorization: Bearer={good}\r\n"), ""),
-        ("two good", format!("Authorization: Bearer {good}\r\nAuthorization: Bearer {good}\r\n"), ""),
-        ("good, forged", format!("Authorization: Bearer {good}\r\nAuthorization: Bearer {forged}\r\n"), ""),
-        ("forged, good", format!("Authorization: Bearer {forged}\r\nAuthorization: Bearer {good}\r\n"), ""),
-        ("good, other's", format!("Authorization: Bearer {good}\r\nauthorization: Bearer {}\r\n", bob.access_token), ""),
-        ("Basic, good", format!("Authorization: Basic {basic}\r\nAuthorization: Bearer {good}\r\n"), ""),
-        ("good, empty", format!("Authorization: Bearer {good}\r\nAuthorization:\r\n"), ""),
-        ("in one line", format!("Authorization: Bearer {good}, Bearer {good}\r\n"), ""),
-        ("another header", format!("X-Authorization: Bearer {good}\r\n"), ""),
-        ("proxy's header", format!("Proxy-Authorization: Bearer {good}\r\n"), ""),
-        ("access-token header", format!("Access-Token: {good}\r\nX-Access-Token: {good}\r\n"), ""),
-        ("cookie", format!("Cookie: access_token={good}; token={good}; Authorization=Bearer {good}\r\n"), ""),
+        (
+            "two good",
+            format!("Authorization: Bearer {good}\r\nAuthorization: Bearer {good}\r\n"),
+            "",
+        ),
+        (
+            "good, forged",
+            format!("Authorization: Bearer {good}\r\nAuthorization: Bearer {forged}\r\n"),
+            "",
+        ),
+        (
+            "forged, good",
+            format!("Authorization: Bearer {forged}\r\nAuthorization: Bearer {good}\r\n"),
+            "",
+        ),
+        (
+            "good, other's",
+            format!(
+                "Authorization: Bearer {good}\r\nauthorization: Bearer {}\r\n",
+                bob.access_token
+            ),
+            "",
+        ),
+        (
+            "Basic, good",
+            format!("Authorization: Basic {basic}\r\nAuthorization: Bearer {good}\r\n"),
+            "",
+        ),
+        (
+            "good, empty",
+            format!("Authorization: Bearer {good}\r\nAuthorization:\r\n"),
+            "",
+        ),
+        (
+            "in one line",
+            format!("Authorization: Bearer {good}, Bearer {good}\r\n"),
+            "",
+        ),
+        (
+            "another header",
+            format!("X-Authorization: Bearer {good}\r\n"),
+            "",
+        ),
+        (
+            "proxy's header",
+            format!("Proxy-Authorization: Bearer {good}\r\n"),
+            "",
+        ),
+        (
+            "access-token header",
+            format!("Access-Token: {good}\r\nX-Access-Token: {good}\r\n"),
+            "",
+        ),
+        (
+            "cookie",
+            format!("Cookie: access_token={good}; token={good}; Authorization=Bearer {good}\r\n"),
+            "",
+        ),
         ("in the query", String::new(), "?access_token="),
-        ("8 KiB", format!("Authorization: Bearer {}\r\n", "a".repeat(8 * 1024)), ""),
-        ("8 KiB behind it", format!("Authorization: Bearer {good}{}\r\n", "a".repeat(8 * 1024)), ""),
-        ("8 KiB of points", format!("Authorization: Bearer {}\r\n", ".".repeat(8 * 1024)), ""),
+        (
+            "8 KiB",
+            format!("Authorization: Bearer {}\r\n", "a".repeat(8 * 1024)),
+            "",
+        ),
+        (
+            "8 KiB behind it",
+            format!("Authorization: Bearer {good}{}\r\n", "a".repeat(8 * 1024)),
+            "",
+        ),
+        (
+            "8 KiB of points",
+            format!("Authorization: Bearer {}\r\n", ".".repeat(8 * 1024)),
+            "",
+        ),
     ] {
         let id = unique_id();
         let query = if path_suffix.is_empty() {
