@@ -1,0 +1,210 @@
+//! The HTTP client: keep-alive connections on two threads, and no more parsing than needed.
+
+use std::{
+    convert::Infallible,
+    io::{Read, Write},
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use futures_util::future::try_join_all;
+use http_body_util::Full;
+use hyper::{Response, body::Bytes, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    runtime::{self, Runtime},
+};
+
+use crate::{
+    Result,
+    processes::{Cpu, Watched},
+    work::Draw,
+};
+
+/// As many as pgbench gets with `-j`.
+const LOAD_THREADS: usize = 2;
+const WARM_UP: Duration = Duration::from_millis(500);
+
+/// Writes the next request of a connection and returns the status that it should get.
+pub(crate) type Writer<'a> = dyn Fn(&mut Draw, &mut Vec<u8>) -> u16 + Sync + 'a;
+
+/// What a load saw between the end of its warm-up and its own end.
+#[derive(Default)]
+pub(crate) struct Load {
+    seconds: f64,
+    /// Of the answers with the right status, sorted, in microseconds.
+    took: Vec<u32>,
+    /// The other answers.
+    pub(crate) failed: u64,
+    pub(crate) cpu: Cpu,
+}
+
+impl Load {
+    pub(crate) fn rate(&self) -> f64 {
+        self.took.len() as f64 / self.seconds
+    }
+
+    pub(crate) fn percentile(&self, percent: usize) -> f64 {
+        let at = (self.took.len() * percent / 100).min(self.took.len().saturating_sub(1));
+        self.took.get(at).map_or(0.0, |&took| f64::from(took) / 1e3)
+    }
+
+    /// Microseconds of CPU for each answer.
+    pub(crate) fn cost(&self, cpu: Option<Duration>) -> Option<f64> {
+        Some(cpu?.as_secs_f64() * 1e6 / self.took.len() as f64)
+    }
+}
+
+/// Loads a server for so long, and looks at the clocks of `watched` meanwhile.
+pub(crate) fn load(
+    address: SocketAddr,
+    connections: usize,
+    length: Duration,
+    share: u64,
+    watched: &Watched,
+    writer: &Writer,
+) -> Result<Load> {
+    let begin = Instant::now() + WARM_UP;
+    let end = begin + length;
+    let run = |of_thread: usize| -> Result<Load> {
+        let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
+        let mine = (of_thread..connections).step_by(LOAD_THREADS);
+        let tallies =
+            mine.map(|connection| converse(address, connection as u64, share, begin, end, writer));
+        let mut all = Load::default();
+        for mut tally in runtime.block_on(try_join_all(tallies))? {
+            all.took.append(&mut tally.took);
+            all.failed += tally.failed;
+        }
+        Ok(all)
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..LOAD_THREADS)
+            .map(|thread| scope.spawn(move || run(thread)))
+            .collect();
+        thread::sleep(begin.saturating_duration_since(Instant::now()));
+        let (before, from) = (watched.cpu(), Instant::now());
+        thread::sleep(end.saturating_duration_since(Instant::now()));
+        let mut all = Load {
+            seconds: from.elapsed().as_secs_f64(),
+            cpu: watched.cpu().since(&before),
+            ..Load::default()
+        };
+        for thread in threads {
+            let mut part = thread
+                .join()
+                .map_err(|_| "a thread of the load panicked")??;
+            all.took.append(&mut part.took);
+            all.failed += part.failed;
+        }
+        all.took.sort_unstable();
+        Ok(all)
+    })
+}
+
+/// One connection: a request, its answer, the next request.
+pub(crate) async fn converse(
+    address: SocketAddr,
+    connection: u64,
+    share: u64,
+    begin: Instant,
+    end: Instant,
+    writer: &Writer<'_>,
+) -> Result<Load> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let mut draw = Draw {
+        connection,
+        share,
+        count: 0,
+        state: (connection + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15),
+    };
+    let (mut request, mut answer) = (Vec::with_capacity(2048), Vec::with_capacity(16 << 10));
+    let mut tally = Load::default();
+    loop {
+        let started = Instant::now();
+        if started >= end {
+            return Ok(tally);
+        }
+        request.clear();
+        let expected = writer(&mut draw, &mut request);
+        stream.write_all(&request).await?;
+        let status = read_answer(&mut stream, &mut answer).await?;
+        if started < begin {
+            continue;
+        }
+        if status == expected {
+            tally.took.push(started.elapsed().as_micros() as u32);
+        } else {
+            tally.failed += 1;
+        }
+    }
+}
+
+/// Reads one whole answer into `answer` and returns its status.
+pub(crate) async fn read_answer(stream: &mut TcpStream, answer: &mut Vec<u8>) -> Result<u16> {
+    answer.clear();
+    let mut whole = None;
+    while whole.is_none_or(|length| answer.len() < length) {
+        if stream.read_buf(answer).await? == 0 {
+            return Err("the server closed a connection".into());
+        }
+        if whole.is_none()
+            && let Some(end) = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n")
+        {
+            let head = std::str::from_utf8(&answer[..end])?;
+            whole = Some(end + 4 + header(head, "content-length").map_or(Ok(0), str::parse)?);
+        }
+    }
+    let status = answer.get(9..12).ok_or("an answer without a status")?;
+    Ok(std::str::from_utf8(status)?.parse()?)
+}
+
+pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    head.lines().find_map(|line| {
+        let (found, value) = line.split_once(':')?;
+        found.eq_ignore_ascii_case(name).then_some(value.trim())
+    })
+}
+
+/// One request on a connection of its own: status, head and body.
+pub(crate) fn fetch(address: SocketAddr, request: &[u8]) -> Result<(u16, String)> {
+    let mut stream = std::net::TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let (first, rest) =
+        request.split_at(request.windows(2).position(|b| b == b"\r\n").unwrap_or(0));
+    stream.write_all(&[first, b"\r\nConnection: close", rest].concat())?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let answer = String::from_utf8(answer)?;
+    let status = answer
+        .get(9..12)
+        .ok_or("an answer without a status")?
+        .parse()?;
+    Ok((status, answer))
+}
+
+/// A hyper server that does nothing but answer: what HTTP itself costs, and proof that the client
+/// above is not what limits the rest.
+pub(crate) fn serve_constant(address: SocketAddr) -> Result<()> {
+    pub(crate) const TASK: &str = r#"{"id":"01900000-0000-7000-8000-000000012345","user_id":"01900000-0000-7000-8000-000000000345","title":"Task 12345","description":"Something that is to be done before long","completed":false,"created_at":"2026-02-05T09:30:00.123456Z","updated_at":"2026-02-05T09:30:00.123456Z"}"#;
+    Runtime::new()?.block_on(async {
+        let listener = tokio::net::TcpListener::bind(address).await?;
+        loop {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            let answer = service_fn(|_| async {
+                let mut response = Response::new(Full::new(Bytes::from_static(TASK.as_bytes())));
+                let json = hyper::header::HeaderValue::from_static("application/json");
+                response
+                    .headers_mut()
+                    .insert(hyper::header::CONTENT_TYPE, json);
+                Ok::<_, Infallible>(response)
+            });
+            tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), answer));
+        }
+    })
+}

@@ -1,0 +1,330 @@
+//! `cargo bench`: the service beside pgbench, PostgreSQL's own client, on the same statements.
+//!
+//! Starts a private PostgreSQL with full durability and the release server, fills 1,000 users with
+//! 100 tasks each, and then in every round, for every kind of work, lets pgbench (20 clients,
+//! prepared statements, TCP) and 64 keep-alive HTTP connections have the database one after the
+//! other. What counts is the ratio of one round: the figures of a shared machine come and go, but
+//! for both alike. Where the service passes a parameter, pgbench's script has a constant: that is
+//! in its favour.
+//!
+//! Then: reads while 16 clients sign in, memory, start-up, and what a user with a million tasks
+//! pays. The table goes to stdout, all figures to `target/throughput.json`.
+//!
+//! | option | variable | what |
+//! |---|---|---|
+//! | | `BENCH_SECONDS` | length of each measurement, 5 |
+//! | | `BENCH_ROUNDS` | 3; the table has medians |
+//! | `--quick` | | one round of one second: does it all work? |
+//! | `--growth` | | ten million tasks more (minutes, and 4 GB of disk in `/var/tmp`) |
+//!
+//! CPU and memory come from `/proc`; elsewhere than on Linux those columns are empty.
+
+mod burdens;
+mod client;
+mod processes;
+mod report;
+mod work;
+
+use std::{
+    cell::Cell, env, error::Error, fs, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path,
+    process::Command, time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use client::{Load, load, serve_constant};
+use processes::{Database, Process, Watched, await_answer, free_address, resident, start_server};
+use report::{machine, median, medians, print_report};
+use work::{Person, TASKS, USERS, Work, count_victims, insert_people, insert_tasks};
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+const CONNECTIONS: usize = 64;
+const SIGNING_IN: usize = 16;
+const IDLE_CONNECTIONS: usize = 2_000;
+/// Deletes need tasks to delete: enough for this rate, which no disk of ours reaches.
+const DELETES_PER_SECOND: u64 = 20_000;
+const PASSWORD: &str = "correct horse battery staple";
+const BCRYPT_COST: u32 = 12;
+const SECRET: &str = "a secret of the bench alone, of 32 bytes at least";
+
+fn main() -> Result<()> {
+    let options = Options::read()?;
+    if let Some(address) = options.bare {
+        return serve_constant(address);
+    }
+    let mut bench = Bench::set_up(options)?;
+    let report = bench.run()?;
+    print_report(&report);
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("throughput.json");
+    fs::write(&path, serde_json::to_string_pretty(&report)?)?;
+    println!("\nAll figures: {}", path.display());
+    Ok(())
+}
+
+struct Options {
+    seconds: Duration,
+    rounds: usize,
+    quick: bool,
+    growth: bool,
+    /// The bench runs itself with this as the server that it compares its own client with.
+    bare: Option<SocketAddr>,
+}
+
+impl Options {
+    fn read() -> Result<Self> {
+        let given = |flag: &str| env::args().any(|argument| argument == flag);
+        let quick = given("--quick");
+        let number = |name: &str, default: u64| match env::var(name) {
+            Ok(text) => text
+                .parse()
+                .map_err(|_| format!("{name} must be a whole number")),
+            Err(_) => Ok(default),
+        };
+        Ok(Self {
+            seconds: Duration::from_secs(
+                number("BENCH_SECONDS", if quick { 1 } else { 5 })?.max(1),
+            ),
+            rounds: number("BENCH_ROUNDS", if quick { 1 } else { 3 })?.max(1) as usize,
+            quick,
+            growth: given("--growth"),
+            bare: env::args()
+                .skip_while(|argument| argument != "--bare")
+                .nth(1)
+                .map(|address| address.parse())
+                .transpose()?,
+        })
+    }
+}
+
+struct Bench {
+    options: Options,
+    people: Vec<Person>,
+    address: SocketAddr,
+    start_ups: Vec<f64>,
+    memory_idle: Option<f64>,
+    /// How many measurements there were, and how many there will be.
+    step: Cell<usize>,
+    steps: usize,
+    /// Where the next tasks to delete begin.
+    victims: u64,
+    // In the order in which they end.
+    server: Process,
+    database: Database,
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn set_up(options: Options) -> Result<Self> {
+        // Not /tmp, which may live in memory; PostgreSQL's own user must be able to enter.
+        let directory = tempfile::Builder::new()
+            .prefix("todo-api-bench-")
+            .permissions(fs::Permissions::from_mode(0o755))
+            .tempdir_in("/var/tmp")?;
+        eprint!("starting PostgreSQL and the service…");
+        let database = Database::start(&directory.path().join("data"))?;
+        let address = free_address()?;
+        // The first start migrates and is not the one that is measured.
+        drop(start_server(&database, address, directory.path())?);
+        let mut start_ups = Vec::new();
+        let mut started = start_server(&database, address, directory.path())?;
+        for _ in 0..4 {
+            start_ups.push(started.1);
+            let (process, _) = started;
+            drop(process);
+            started = start_server(&database, address, directory.path())?;
+        }
+        let (server, last) = started;
+        start_ups.push(last);
+        let mut bench = Self {
+            memory_idle: resident(server.id()),
+            people: (0..USERS).map(Person::new).collect::<Result<_>>()?,
+            step: Cell::new(0),
+            steps: options.rounds * Work::ALL.len() * 2 + if options.growth { 9 } else { 8 },
+            victims: 1_000_000_000,
+            options,
+            address,
+            start_ups,
+            server,
+            database,
+            directory,
+        };
+        bench.fill()?;
+        Ok(bench)
+    }
+
+    fn fill(&mut self) -> Result<()> {
+        self.step("filling 1,000 users with 100 tasks each");
+        let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;
+        self.database.sql(&[
+            &insert_people(&hash),
+            &insert_tasks(0, TASKS),
+            "vacuum analyze",
+        ])?;
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Value> {
+        let constant = self.constant()?;
+        let mut rows = Vec::new();
+        for _ in 0..self.options.rounds {
+            for (at, work) in Work::ALL.into_iter().enumerate() {
+                let row = self.round(work, rows.len() / Work::ALL.len() % 2 == at % 2)?;
+                rows.push((work, row));
+            }
+        }
+        let work: Vec<Value> = Work::ALL
+            .iter()
+            .map(|work| {
+                let rounds: Vec<&Value> = rows
+                    .iter()
+                    .filter(|row| row.0 == *work)
+                    .map(|row| &row.1)
+                    .collect();
+                json!({"work": work.name(), "median": medians(&rounds), "rounds": rounds})
+            })
+            .collect();
+        let memory_loaded = resident(self.server.id());
+        let sign_ins = self.sign_ins()?;
+        let memory_connected = self.idle_connections()?;
+        let growth = self.growth()?;
+        eprint!("\r\x1b[K");
+        Ok(json!({
+            "machine": machine(),
+            "postgresql": self.database.version(),
+            "seconds": self.options.seconds.as_secs(),
+            "rounds": self.options.rounds,
+            "constant_answer": constant,
+            "work": work,
+            "sign_ins": sign_ins,
+            "memory_mib": {"idle": self.memory_idle, "after_the_load": memory_loaded,
+                           "idle_connections_2000": memory_connected},
+            "start_up_ms": median(&self.start_ups),
+            "growth": growth,
+        }))
+    }
+
+    /// The progress line.
+    fn step(&self, what: &str) {
+        self.step.set(self.step.get() + 1);
+        eprint!("\r\x1b[K[{}/{}] {what}", self.step.get(), self.steps);
+    }
+
+    fn watched(&self) -> Watched {
+        Watched {
+            server: Some(self.server.id()),
+            postmaster: self.database.postmaster,
+        }
+    }
+
+    /// The client against a server that does nothing.
+    fn constant(&mut self) -> Result<Value> {
+        self.step("a constant answer");
+        let address = free_address()?;
+        let mut command = Command::new(env::current_exe()?);
+        let process = Process::spawn(command.arg("--bare").arg(address.to_string()))?;
+        await_answer(address)?;
+        let watched = Watched {
+            server: Some(process.id()),
+            postmaster: None,
+        };
+        let people = &self.people;
+        let seen = load(
+            address,
+            CONNECTIONS,
+            self.options.seconds,
+            0,
+            &watched,
+            &|draw, out| Work::Read.request(people, 0, draw, out),
+        )?;
+        Ok(json!({
+            "requests_per_second": seen.rate(),
+            "server_us": seen.cost(seen.cpu.server),
+            "client_us": seen.cost(seen.cpu.client),
+        }))
+    }
+
+    /// One kind of work, by both.
+    fn round(&mut self, work: Work, service_first: bool) -> Result<Value> {
+        let (service, pgbench);
+        if service_first {
+            service = self.service(work)?;
+            pgbench = self.pgbench(work)?;
+        } else {
+            pgbench = self.pgbench(work)?;
+            service = self.service(work)?;
+        }
+        Ok(json!({
+            "ratio": service.rate() / pgbench.0,
+            "requests_per_second": service.rate(),
+            "pgbench_per_second": pgbench.0,
+            "p50_ms": service.percentile(50),
+            "p95_ms": service.percentile(95),
+            "p99_ms": service.percentile(99),
+            "server_us": service.cost(service.cpu.server),
+            "postgres_us": service.cost(service.cpu.postgres),
+            "pgbench_postgres_us": pgbench.1,
+            "client_us": service.cost(service.cpu.client),
+            "failed": service.failed,
+        }))
+    }
+
+    /// Both begin with the same work behind them and none of its cost ahead. Returns how many
+    /// tasks to delete each of `clients` has to itself.
+    fn prepare(&mut self, work: Work, clients: u64, length: Duration) -> Result<u64> {
+        let mut share = 0;
+        if work == Work::Delete {
+            share = (length.as_secs() + 1) * DELETES_PER_SECOND / clients;
+            self.victims += 1_000_000_000;
+            self.database
+                .sql(&[&insert_tasks(self.victims, share * clients)])?;
+        }
+        if !matches!(work, Work::Read | Work::List) {
+            self.database.sql(&["vacuum analyze tasks", "checkpoint"])?;
+        }
+        Ok(share)
+    }
+
+    fn service(&mut self, work: Work) -> Result<Load> {
+        self.step(&format!("{}: the service", work.name()));
+        let length = self.options.seconds;
+        let share = self.prepare(work, CONNECTIONS as u64, length)?;
+        let (people, victims) = (&self.people, self.victims);
+        load(
+            self.address,
+            CONNECTIONS,
+            length,
+            share,
+            &self.watched(),
+            &|draw, out| work.request(people, victims, draw, out),
+        )
+    }
+
+    /// Transactions per second, and PostgreSQL's microseconds of CPU for each.
+    fn pgbench(&mut self, work: Work) -> Result<(f64, Option<f64>)> {
+        self.step(&format!("{}: pgbench", work.name()));
+        let length = self.options.seconds;
+        let share = self.prepare(work, 20, length)?;
+        let mix = if work == Work::Mix {
+            Work::MIX.to_vec()
+        } else {
+            vec![(work, 1)]
+        };
+        let mut scripts = Vec::new();
+        for (work, weight) in mix {
+            let path = self.directory.path().join(format!("{}.sql", work.name()));
+            fs::write(&path, work.script(self.victims, share)?)?;
+            scripts.push((path, weight));
+        }
+        let before = self.watched().cpu();
+        let (rate, done) = self.database.pgbench(&scripts, length)?;
+        let cpu = self.watched().settled().since(&before).postgres;
+        if work == Work::Delete {
+            let left = self.database.sql(&[&count_victims(self.victims)])?;
+            if share as f64 * 20.0 - left.trim().parse::<f64>()? < done {
+                return Err("pgbench ran out of tasks: raise DELETES_PER_SECOND".into());
+            }
+        }
+        Ok((rate, cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / done)))
+    }
+}

@@ -1,0 +1,288 @@
+//! The processes, and what they cost.
+
+use std::{
+    env, fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use todo_api::db::local::Postgres;
+use tokio::runtime::{self, Runtime};
+
+use crate::{BCRYPT_COST, Result, SECRET, client::fetch};
+
+/// `/proc` counts CPU time in these, on every architecture that Linux runs on today.
+const TICK: Duration = Duration::from_millis(10);
+
+/// A child that ends with us.
+pub(crate) struct Process(Child);
+
+impl Process {
+    pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
+        let child = command.spawn();
+        Ok(Self(child.map_err(|error| {
+            format!("{:?}: {error}", command.get_program())
+        })?))
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Whose CPU time a measurement looks at, by process id.
+pub(crate) struct Watched {
+    pub(crate) server: Option<u32>,
+    pub(crate) postmaster: Option<u32>,
+}
+
+/// CPU time used so far.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Cpu {
+    pub(crate) server: Option<Duration>,
+    pub(crate) postgres: Option<Duration>,
+    pub(crate) client: Option<Duration>,
+}
+
+impl Cpu {
+    pub(crate) fn since(&self, before: &Cpu) -> Cpu {
+        let passed =
+            |now: Option<Duration>, then: Option<Duration>| Some(now?.saturating_sub(then?));
+        Cpu {
+            server: passed(self.server, before.server),
+            postgres: passed(self.postgres, before.postgres),
+            client: passed(self.client, before.client),
+        }
+    }
+}
+
+impl Watched {
+    pub(crate) fn cpu(&self) -> Cpu {
+        Cpu {
+            server: self.server.and_then(|pid| Some(Stat::of(pid)?.own)),
+            postgres: self.postmaster.and_then(with_children),
+            client: Stat::of(std::process::id()).map(|stat| stat.own),
+        }
+    }
+
+    /// The same once PostgreSQL has buried the backends that are just ending, whose time would
+    /// otherwise be in nobody's account.
+    pub(crate) fn settled(&self) -> Cpu {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let mut cpu = self.cpu();
+        loop {
+            thread::sleep(Duration::from_millis(50));
+            let now = self.cpu();
+            if now.postgres == cpu.postgres || Instant::now() > deadline {
+                return now;
+            }
+            cpu = now;
+        }
+    }
+}
+
+/// What `/proc/<pid>/stat` says.
+pub(crate) struct Stat {
+    parent: u32,
+    own: Duration,
+    /// Of children that ended.
+    ended: Duration,
+}
+
+impl Stat {
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before the last parenthesis can have blanks in it; state is the field after it.
+        let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+        let ticks = |at: usize| fields.get(at)?.parse().ok().map(|ticks: u32| TICK * ticks);
+        Some(Self {
+            parent: fields.get(1)?.parse().ok()?,
+            own: ticks(11)? + ticks(12)?,
+            ended: ticks(13)? + ticks(14)?,
+        })
+    }
+}
+
+/// The CPU time of a process and of all children that it has or had: PostgreSQL's backends.
+pub(crate) fn with_children(pid: u32) -> Option<Duration> {
+    let stat = Stat::of(pid)?;
+    let children = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
+        let child = Stat::of(entry.file_name().to_str()?.parse().ok()?)?;
+        (child.parent == pid).then_some(child.own + child.ended)
+    });
+    Some(stat.own + stat.ended + children.sum::<Duration>())
+}
+
+/// Resident memory in MiB.
+pub(crate) fn resident(pid: u32) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? / 1024.0)
+}
+
+/// The private PostgreSQL, as the service runs it, listening on TCP as well.
+pub(crate) struct Database {
+    /// Runs what keeps PostgreSQL alive.
+    runtime: Runtime,
+    postgres: Option<Postgres>,
+    host: IpAddr,
+    programs: PathBuf,
+    pub(crate) postmaster: Option<u32>,
+}
+
+impl Database {
+    /// PostgreSQL's version.
+    pub(crate) fn version(&self) -> Option<&str> {
+        self.postgres.as_ref().map(Postgres::version)
+    }
+
+    pub(crate) fn start(directory: &Path) -> Result<Self> {
+        // Its port is fixed; somebody else may have it on 127.0.0.1, but not on all of 127.0.0.0/8.
+        let host = (1..=254)
+            .map(|last| IpAddr::from(Ipv4Addr::new(127, 0, 0, last)))
+            .find(|host| TcpListener::bind((*host, 5432)).is_ok())
+            .ok_or("no loopback address has port 5432 free")?;
+        let runtime = runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let settings = [("listen_addresses", &*host.to_string())];
+        let postgres = runtime.block_on(Postgres::start_with(directory, &settings))?;
+        let pid_file = fs::read_to_string(postgres.data_dir().join("cluster/postmaster.pid"))?;
+        let postmaster = pid_file.lines().next().and_then(|pid| pid.parse().ok());
+        // pgbench and psql of the same version; where there is no /proc, those on the PATH.
+        let program =
+            fs::read_link(format!("/proc/{}/exe", postmaster.unwrap_or(0))).unwrap_or_default();
+        let programs = program.parent().map_or(PathBuf::new(), Path::to_owned);
+        Ok(Self {
+            runtime,
+            postgres: Some(postgres),
+            host,
+            programs,
+            postmaster,
+        })
+    }
+
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.programs.join(program));
+        command.args(["-h", &self.host.to_string(), "-p", "5432", "-U", "todo"]);
+        command
+    }
+
+    /// Runs statements one by one and returns what the last printed.
+    pub(crate) fn sql(&self, statements: &[&str]) -> Result<String> {
+        let mut command = self.command("psql");
+        command.args(["-XqAt", "-v", "ON_ERROR_STOP=1"]);
+        for statement in statements {
+            command.args(["-c", statement]);
+        }
+        output(command.arg("todo"))
+    }
+
+    /// Runs scripts for so long, each as often as its weight; returns transactions per second
+    /// and how many there were.
+    pub(crate) fn pgbench(
+        &self,
+        scripts: &[(PathBuf, u64)],
+        length: Duration,
+    ) -> Result<(f64, f64)> {
+        let mut command = self.command("pgbench");
+        command.args(["-n", "-M", "prepared", "-c", "20", "-j", "2", "-D", "i=-1"]);
+        command.arg("-T").arg(length.as_secs().to_string());
+        for (script, weight) in scripts {
+            command.arg(format!("-f{}@{weight}", script.display()));
+        }
+        let output = output(command.arg("todo"))?;
+        let figure = |name: &str| {
+            let line = output.lines().find_map(|line| line.strip_prefix(name));
+            let figure = line.and_then(|line| line.split_whitespace().next());
+            figure.ok_or_else(|| format!("pgbench printed no `{name}`"))
+        };
+        Ok((
+            figure("tps = ")?.parse()?,
+            figure("number of transactions actually processed: ")?.parse()?,
+        ))
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        if let Some(postgres) = self.postgres.take() {
+            self.runtime.block_on(postgres.stop());
+        }
+    }
+}
+
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .map_err(|error| format!("{:?}: {error}", command.get_program()))?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{:?} failed: {words}", command.get_program()).into());
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Starts the server and waits for its first good answer; returns how many milliseconds that took.
+pub(crate) fn start_server(
+    database: &Database,
+    address: SocketAddr,
+    directory: &Path,
+) -> Result<(Process, f64)> {
+    let log_path = directory.join("server.log");
+    let log = fs::File::create(&log_path)?;
+    let begin = Instant::now();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_todo-api"));
+    command
+        .env_clear()
+        .env(
+            "DATABASE_URL",
+            format!(
+                "postgres://todo@{}:5432/todo?sslmode=disable",
+                database.host
+            ),
+        )
+        .env("JWT_SECRET", SECRET)
+        .env("LISTEN_ADDR", address.to_string())
+        .env("AUTH_RATE_PER_MINUTE", "0")
+        .env("BCRYPT_COST", BCRYPT_COST.to_string())
+        .stdin(Stdio::null())
+        .stderr(log);
+    let process = Process::spawn(&mut command)?;
+    await_answer(address).map_err(|error| {
+        let log = fs::read_to_string(&log_path).unwrap_or_default();
+        format!("{error}; the service says:\n{log}")
+    })?;
+    Ok((process, begin.elapsed().as_secs_f64() * 1e3))
+}
+
+/// Waits until a server is there and ready.
+pub(crate) fn await_answer(address: SocketAddr) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while Instant::now() < deadline {
+        let answer = fetch(address, b"GET /readyz HTTP/1.1\r\nHost: bench\r\n\r\n");
+        if answer.is_ok_and(|(status, _)| status == 200) {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Err(format!("nothing good from {address} in 30 s").into())
+}
+
+/// An address that nobody listens on.
+pub(crate) fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}

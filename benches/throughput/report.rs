@@ -1,0 +1,132 @@
+//! The medians and the table.
+
+use std::{fs, thread};
+
+use serde_json::{Value, json};
+
+use crate::{CONNECTIONS, IDLE_CONNECTIONS, SIGNING_IN};
+
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied()
+}
+
+/// The median of each figure over the rounds.
+pub(crate) fn medians(rounds: &[&Value]) -> Value {
+    let figures = rounds[0]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, _)| {
+            let values: Vec<f64> = rounds
+                .iter()
+                .filter_map(|round| round[name].as_f64())
+                .collect();
+            (name.clone(), json!(median(&values)))
+        });
+    Value::Object(figures.collect())
+}
+
+pub(crate) fn machine() -> Value {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    json!({
+        "cores": thread::available_parallelism().map_or(0, usize::from),
+        "cpu": model.map(|(_, model)| model),
+        "kernel": kernel.trim(),
+    })
+}
+
+pub(crate) fn print_report(report: &Value) {
+    // A figure with so many decimals, or a dash where there is none.
+    let show = |value: &Value, decimals: usize| match value.as_f64() {
+        Some(number) => format!("{number:.decimals$}"),
+        None => "–".to_owned(),
+    };
+    let machine = &report["machine"];
+    println!(
+        "{} cores, {}, Linux {}; PostgreSQL {}; medians of {} rounds of {} s; {CONNECTIONS} connections\n",
+        machine["cores"],
+        machine["cpu"].as_str().unwrap_or("CPU unknown"),
+        machine["kernel"].as_str().unwrap_or("–"),
+        report["postgresql"].as_str().unwrap_or("–"),
+        report["rounds"],
+        report["seconds"],
+    );
+    let columns = [
+        ("ratio", "ratio", 2),
+        ("requests_per_second", "req/s", 0),
+        ("pgbench_per_second", "pgbench/s", 0),
+        ("p50_ms", "p50 ms", 2),
+        ("p95_ms", "p95 ms", 2),
+        ("p99_ms", "p99 ms", 2),
+        ("server_us", "server µs", 0),
+        ("postgres_us", "postgres µs", 0),
+        ("pgbench_postgres_us", "its with pgbench", 0),
+        ("client_us", "client µs", 0),
+        ("failed", "failed", 0),
+    ];
+    print!("| {:<10} |", "work");
+    for (_, title, _) in columns {
+        print!(" {title:>6} |");
+    }
+    println!("\n|---|{}", "---:|".repeat(columns.len()));
+    for row in report["work"].as_array().into_iter().flatten() {
+        print!("| {:<10} |", row["work"].as_str().unwrap_or_default());
+        for (name, title, decimals) in columns {
+            let width = title.chars().count().max(6);
+            print!(" {:>width$} |", show(&row["median"][name], decimals));
+        }
+        println!();
+    }
+    let constant = &report["constant_answer"];
+    println!(
+        "\nThe client against a constant answer: {}/s, {} µs of CPU for each in that server, {} in the client.",
+        show(&constant["requests_per_second"], 0),
+        show(&constant["server_us"], 0),
+        show(&constant["client_us"], 0),
+    );
+    let sign_ins = &report["sign_ins"];
+    println!(
+        "{SIGNING_IN} clients signing in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s beside reads.",
+        show(&sign_ins["alone_per_second"], 1),
+        show(&sign_ins["alone_to_bare_bcrypt"], 2),
+        show(&sign_ins["bare_bcrypt_per_second"], 1),
+        sign_ins["hashing_threads"],
+        show(&sign_ins["beside_reads_per_second"], 1),
+    );
+    println!(
+        "Reads meanwhile: {}/s, {} of the quiet rate; p95 {} ms, p99 {} ms (quiet {} and {}).",
+        show(&sign_ins["reads_beside"]["requests_per_second"], 0),
+        show(&sign_ins["reads_beside_to_quiet"], 2),
+        show(&sign_ins["reads_beside"]["p95_ms"], 1),
+        show(&sign_ins["reads_beside"]["p99_ms"], 1),
+        show(&sign_ins["reads_quiet"]["p95_ms"], 1),
+        show(&sign_ins["reads_quiet"]["p99_ms"], 1),
+    );
+    let memory = &report["memory_mib"];
+    println!(
+        "Resident memory: {} MiB idle, {} after the load, {} with {IDLE_CONNECTIONS} idle connections. Start to the first answer: {} ms.\n",
+        show(&memory["idle"], 1),
+        show(&memory["after_the_load"], 1),
+        show(&memory["idle_connections_2000"], 1),
+        show(&report["start_up_ms"], 0),
+    );
+    println!(
+        "| growth | read one/s | list 20/s | 20 from the middle/s | failed |\n|---|---:|---:|---:|---:|"
+    );
+    for row in report["growth"].as_array().into_iter().flatten() {
+        println!(
+            "| {} | {} | {} | {} | {} |",
+            row["what"].as_str().unwrap_or_default(),
+            show(&row["read_per_second"], 0),
+            show(&row["list_per_second"], 0),
+            show(&row["middle_page_per_second"], 0),
+            row["failed"],
+        );
+    }
+}

@@ -1,0 +1,314 @@
+//! The kinds of work: each once as requests for the service and once as a script for pgbench.
+
+use std::{fs, io::Write, path::Path};
+
+use serde_json::json;
+
+use crate::{Result, SECRET};
+
+pub(crate) const USERS: u64 = 1_000;
+pub(crate) const TASKS: u64 = 100 * USERS;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Work {
+    Read,
+    List,
+    Create,
+    Update,
+    Toggle,
+    Delete,
+    Mix,
+}
+
+impl Work {
+    pub(crate) const ALL: [Work; 7] = [
+        Work::Read,
+        Work::List,
+        Work::Create,
+        Work::Update,
+        Work::Toggle,
+        Work::Delete,
+        Work::Mix,
+    ];
+
+    /// The mix in percent: 80 of 100 are reads.
+    pub(crate) const MIX: [(Work, u64); 5] = [
+        (Work::Read, 60),
+        (Work::List, 20),
+        (Work::Create, 7),
+        (Work::Update, 7),
+        (Work::Toggle, 6),
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Work::Read => "read one",
+            Work::List => "list 20",
+            Work::Create => "create",
+            Work::Update => "update",
+            Work::Toggle => "toggle",
+            Work::Delete => "delete",
+            Work::Mix => "80 % reads",
+        }
+    }
+
+    /// Writes a request and returns the status that its answer should have.
+    pub(crate) fn request(
+        self,
+        people: &[Person],
+        victims: u64,
+        draw: &mut Draw,
+        out: &mut Vec<u8>,
+    ) -> u16 {
+        let task = draw.below(TASKS);
+        let one = format!("/{}", id(task));
+        let person = &people[owner(task)];
+        match self {
+            Work::Read => person.request(out, "GET", &one, None, 200),
+            Work::List => person.request(out, "GET", "?limit=20", None, 200),
+            Work::Create => {
+                let body = r#"{"title": "Water the plants", "description": "All but the cactus"}"#;
+                person.request(out, "POST", "", Some(body), 201)
+            }
+            Work::Update => {
+                let body = format!(r#"{{"title": "Changed {}"}}"#, draw.below(1_000_000));
+                person.request(out, "PATCH", &one, Some(&body), 200)
+            }
+            Work::Toggle => person.request(out, "PATCH", &format!("{one}/complete"), None, 200),
+            Work::Delete => {
+                let victim = victims + draw.connection * draw.share + draw.count;
+                draw.count += 1;
+                people[owner(victim)].request(out, "DELETE", &format!("/{}", id(victim)), None, 204)
+            }
+            Work::Mix => {
+                let mut point = draw.below(100);
+                for (work, percent) in Self::MIX {
+                    if point < percent {
+                        return work.request(people, victims, draw, out);
+                    }
+                    point -= percent;
+                }
+                unreachable!("the percentages add up to 100")
+            }
+        }
+    }
+
+    /// The same as a script for pgbench, around the service's own statement.
+    pub(crate) fn script(self, victims: u64, share: u64) -> Result<String> {
+        let task = format!("\\set n {OFFSET} + random(0, {})\n", TASKS - 1);
+        let owner = format!("\\set u {OFFSET} + :n % {USERS}\n");
+        // Ids are made of text here because pgbench's own variables are 64 bits at most.
+        let (user, id) = (sql_id(":u"), sql_id(":n"));
+        Ok(match self {
+            Work::Read => task + &owner + &statement("get", &[&user, &id])?,
+            Work::List => {
+                task + &owner + &statement("list_newest", &[&user, "null", "null", "null", "20"])?
+            }
+            Work::Create => {
+                let title = "'Water the plants'";
+                let values = [
+                    &user,
+                    &id,
+                    title,
+                    "'All but the cactus'",
+                    "false",
+                    "clock_timestamp()",
+                ];
+                // A range of ids of its own, wide enough that none comes twice.
+                format!("\\set n {OFFSET} + random(100000000000, 999999999999)\n")
+                    + &owner
+                    + &statement("create", &values)?
+            }
+            Work::Update => {
+                let values = [
+                    &user,
+                    &id,
+                    "'Changed ' || :t",
+                    "false",
+                    "null",
+                    "false",
+                    "null",
+                    "null",
+                ];
+                task + &owner + "\\set t random(0, 999999)\n" + &statement("update", &values)?
+            }
+            Work::Toggle => {
+                let values = [&user, &id, "null", "false", "null", "true", "null", "null"];
+                task + &owner + &statement("update", &values)?
+            }
+            Work::Delete => {
+                format!(
+                    "\\set i :i + 1\n\\set n {OFFSET} + {victims} + :client_id * {share} + :i\n"
+                ) + &owner
+                    + &statement("delete", &[&user, &id, "null"])?
+            }
+            Work::Mix => return Err("the mix is several scripts".into()),
+        })
+    }
+}
+
+/// Ids count on from here: version 7, a fixed time, and 16 digits that fit into 64 bits.
+pub(crate) const ID_START: &str = "0190000000007000";
+pub(crate) const OFFSET: u64 = 8_000_000_000_000_000;
+
+/// The id number `n`, of a user or a task.
+pub(crate) fn id(n: u64) -> String {
+    let digits = (OFFSET + n).to_string();
+    format!("01900000-0000-7000-{}-{}", &digits[..4], &digits[4..])
+}
+
+/// The same in SQL, of an expression that has the offset in it.
+pub(crate) fn sql_id(n: &str) -> String {
+    format!("('{ID_START}' || {n})::uuid")
+}
+
+/// Tasks made one after the other belong to different people, as in life: a list of 20 finds its
+/// rows on 20 pages.
+pub(crate) fn owner(task: u64) -> usize {
+    (task % USERS) as usize
+}
+
+/// One of the service's statements on tasks, its parameters replaced.
+pub(crate) fn statement(name: &str, values: &[&str]) -> Result<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("sql/tasks/{name}.sql"));
+    let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut sql: String = text
+        .lines()
+        .filter(|line| !line.starts_with("--"))
+        .map(|line| line.to_owned() + "\n")
+        .collect();
+    for (index, value) in values.iter().enumerate().rev() {
+        sql = sql.replace(&format!("${}", index + 1), value);
+    }
+    if sql.contains('$') {
+        return Err(format!(
+            "{} has more parameters than the bench knows",
+            path.display()
+        )
+        .into());
+    }
+    Ok(sql.trim_end().to_owned() + ";\n")
+}
+
+pub(crate) struct Person {
+    id: String,
+    token: String,
+}
+
+impl Person {
+    /// The user number `n` with a token as the service would have issued it.
+    pub(crate) fn new(n: u64) -> Result<Self> {
+        let id = id(n);
+        let now = jiff::Timestamp::now().as_second();
+        let claims = json!({
+            "user_id": id, "sub": id, "email": email(n), "sid": id,
+            "iat": now, "exp": now + 86_400,
+        });
+        let key = jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes());
+        let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)?;
+        Ok(Self { id, token })
+    }
+
+    pub(crate) fn request(
+        &self,
+        out: &mut Vec<u8>,
+        method: &str,
+        rest: &str,
+        body: Option<&str>,
+        status: u16,
+    ) -> u16 {
+        let Self { id, token } = self;
+        // Writing to a Vec cannot fail.
+        let _ = write!(
+            out,
+            "{method} /api/v1/{id}/tasks{rest} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {token}\r\n"
+        );
+        write_body(out, body);
+        status
+    }
+}
+
+pub(crate) fn write_body(out: &mut Vec<u8>, body: Option<&str>) {
+    let _ = match body {
+        None => write!(out, "\r\n"),
+        Some(body) => write!(
+            out,
+            "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        ),
+    };
+}
+
+pub(crate) fn email(n: u64) -> String {
+    format!("user{n}@bench.example")
+}
+
+/// What one connection draws its requests from.
+pub(crate) struct Draw {
+    pub(crate) connection: u64,
+    /// How many tasks to delete each connection has to itself.
+    pub(crate) share: u64,
+    pub(crate) count: u64,
+    pub(crate) state: u64,
+}
+
+impl Draw {
+    /// Xorshift: even enough to choose rows by.
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state % bound
+    }
+}
+
+/// All users, each with a session.
+pub(crate) fn insert_people(password_hash: &str) -> String {
+    let id = sql_id(&format!("({OFFSET} + n)"));
+    let last = USERS - 1;
+    format!(
+        "with people as (
+            insert into users (id, email, password_hash, created_at, updated_at)
+            select {id}, 'user' || n || '@bench.example', '{password_hash}', now(), now()
+            from generate_series(0, {last}) n
+            returning id
+         )
+         insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at)
+         select id, id, 1, now(), now(), now(), now() + interval '30 days' from people"
+    )
+}
+
+/// Tasks from the number `first` on, of all users in turn.
+pub(crate) fn insert_tasks(first: u64, count: u64) -> String {
+    insert(&format!("{OFFSET} + n % {USERS}"), first, count)
+}
+
+/// How many of the tasks from the number `first` on are left.
+pub(crate) fn count_victims(first: u64) -> String {
+    let first = sql_id(&(OFFSET + first).to_string());
+    format!("select count(*) from tasks where title = 'Delete me' and id >= {first}")
+}
+
+/// Tasks of one user.
+pub(crate) fn insert_tasks_of(user: usize, first: u64, count: u64) -> String {
+    insert(&format!("{OFFSET} + {user}"), first, count)
+}
+
+pub(crate) fn insert(user: &str, first: u64, count: u64) -> String {
+    let title = if first >= 1_000_000_000 {
+        "'Delete me'"
+    } else {
+        "'Task ' || n"
+    };
+    let (user, id) = (
+        sql_id(&format!("({user})")),
+        sql_id(&format!("({OFFSET} + n)")),
+    );
+    format!(
+        "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+         select {user}, {id}, {title}, 'Something that is to be done before long',
+                n % 3 = 0, now(), now()
+         from generate_series({first}::bigint, {}) n",
+        first + count - 1
+    )
+}
