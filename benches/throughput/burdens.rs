@@ -175,6 +175,7 @@ impl Bench {
         Ok(query.replace("limit=1000", "limit=20"))
     }
 }
+
 /// Verifications per second of bcrypt alone, on as many threads as the service gives to it.
 fn bare_bcrypt(threads: usize, length: Duration) -> Result<f64> {
     let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;

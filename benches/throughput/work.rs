@@ -115,7 +115,7 @@ impl Work {
                     "clock_timestamp()",
                 ];
                 // A range of ids of its own, wide enough that none comes twice.
-                format!("\\set n {OFFSET} + random(100000000000, 999999999999)\n")
+                format!("\\set n {OFFSET} + random(100000000000000, 899999999999999)\n")
                     + &owner
                     + &statement("create", &values)?
             }
