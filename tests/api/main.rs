@@ -11,9 +11,30 @@ mod harness;
 // Coming up, staying up, going down.
 mod private_postgres;
 mod startup;
+mod sweeping;
 
 // What the API promises.
+mod acceptance;
+mod cors;
+mod http;
+mod idempotency;
+mod openapi;
+mod pages;
+mod preconditions;
+mod smuggling;
+mod sql;
+mod tasks;
+mod validation;
 
 // Who may do what.
-
-// Faults, overload, several instances.
+mod auth;
+mod hashing;
+mod isolation;
+mod log;
+mod passwords;
+mod races;
+mod refresh;
+mod sessions;
+mod telling;
+mod throttling;
+mod tokens;
