@@ -103,7 +103,7 @@ impl Passwords {
                 .spawn(move || work(&jobs))?;
         }
         // A salt and a digest that nobody made: 22 and 31 characters of bcrypt's alphabet.
-        let decoy = format!("$2b${cost:02}$abcdefghijklmnopqrstuuAbCdEfGhIjKlMnOpQrStUvWxYz01234");
+        let decoy = format!("$2b${cost:02}$abcdefghijklmnopqrstuuAbCdEfGhIjKlMnOpQrStUvWxYz01232");
         Ok(Self {
             cost,
             decoy,

@@ -35,7 +35,10 @@ impl Document {
 
     fn resolve<'a>(&'a self, node: &'a Value) -> &'a Value {
         match node["$ref"].as_str() {
-            Some(reference) => self.0.pointer(reference.strip_prefix('#').unwrap()).unwrap(),
+            Some(reference) => self
+                .0
+                .pointer(reference.strip_prefix('#').unwrap())
+                .unwrap(),
             None => node,
         }
     }
@@ -45,7 +48,12 @@ impl Document {
         for (path, item) in self.0["paths"].as_object().unwrap() {
             for (method, spec) in item.as_object().unwrap() {
                 if let Some(id) = spec["operationId"].as_str() {
-                    operations.push(Operation { path, method, id, spec });
+                    operations.push(Operation {
+                        path,
+                        method,
+                        id,
+                        spec,
+                    });
                 }
             }
         }
@@ -53,14 +61,20 @@ impl Document {
     }
 
     fn operation(&self, id: &str) -> Operation<'_> {
-        self.operations().into_iter().find(|operation| operation.id == id).unwrap()
+        self.operations()
+            .into_iter()
+            .find(|operation| operation.id == id)
+            .unwrap()
     }
 
     /// The methods that the document lists for each path.
     fn methods(&self) -> BTreeMap<&str, BTreeSet<String>> {
         let mut methods: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
         for operation in self.operations() {
-            methods.entry(operation.path).or_default().insert(operation.method.to_uppercase());
+            methods
+                .entry(operation.path)
+                .or_default()
+                .insert(operation.method.to_uppercase());
         }
         methods
     }
@@ -68,8 +82,9 @@ impl Document {
     /// The examples of a body, by their names.
     fn examples<'a>(&'a self, body: &'a Value) -> BTreeMap<&'a str, &'a Value> {
         let named = body["examples"].as_object().into_iter().flatten();
-        let mut examples: BTreeMap<_, _> =
-            named.map(|(name, example)| (name.as_str(), &self.resolve(example)["value"])).collect();
+        let mut examples: BTreeMap<_, _> = named
+            .map(|(name, example)| (name.as_str(), &self.resolve(example)["value"]))
+            .collect();
         if let Some(example) = body.get("example") {
             examples.insert("example", example);
         }
@@ -79,16 +94,25 @@ impl Document {
     /// The codes of the problems that this answer can bear.
     fn codes<'a>(&'a self, answer: &'a Value) -> BTreeSet<&'a str> {
         let examples = self.examples(&answer["content"]["application/problem+json"]);
-        examples.values().map(|example| example["code"].as_str().unwrap()).collect()
+        examples
+            .values()
+            .map(|example| example["code"].as_str().unwrap())
+            .collect()
     }
 
     /// An address with a value for every parameter; what the document has no example for is `x`.
     fn address(&self, path: &str, values: &[(&str, &str)]) -> String {
-        let parameters = self.0["paths"][path]["parameters"].as_array().into_iter().flatten();
+        let parameters = self.0["paths"][path]["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten();
         let mut address = path.to_owned();
         for parameter in parameters.map(|parameter| self.resolve(parameter)) {
             let name = parameter["name"].as_str().unwrap();
-            let given = values.iter().find(|(key, _)| *key == name).map(|(_, value)| *value);
+            let given = values
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| *value);
             let value = given.or(parameter["example"].as_str()).unwrap_or("x");
             address = address.replace(&format!("{{{name}}}"), value);
         }
@@ -102,7 +126,9 @@ impl Operation<'_> {
     }
 
     fn needs_a_token(&self) -> bool {
-        self.spec["security"].as_array().is_none_or(|ways| ways.iter().any(|way| way["bearer"].is_array()))
+        self.spec["security"]
+            .as_array()
+            .is_none_or(|ways| ways.iter().any(|way| way["bearer"].is_array()))
     }
 
     fn takes_a_body(&self) -> bool {
@@ -112,7 +138,10 @@ impl Operation<'_> {
     /// The status of a request that succeeds.
     fn success(&self) -> u16 {
         let statuses = self.spec["responses"].as_object().unwrap().keys();
-        statuses.map(|status| status.parse().unwrap()).find(|status| *status < 400).unwrap()
+        statuses
+            .map(|status| status.parse().unwrap())
+            .find(|status| *status < 400)
+            .unwrap()
     }
 }
 
@@ -120,7 +149,8 @@ impl Operation<'_> {
 fn assert_same_members(example: &Value, real: &Value, place: &str) {
     match (example, real) {
         (Value::Object(example), Value::Object(real)) => {
-            let names = |of: &serde_json::Map<String, Value>| of.keys().cloned().collect::<BTreeSet<_>>();
+            let names =
+                |of: &serde_json::Map<String, Value>| of.keys().cloned().collect::<BTreeSet<_>>();
             assert_eq!(names(example), names(real), "{place}");
             for (name, value) in example {
                 assert_same_members(value, &real[name], &format!("{place}/{name}"));
@@ -160,7 +190,11 @@ async fn every_path_takes_exactly_the_methods_that_the_document_lists() {
         let address = document.address(path, &[]);
         let answer = server.request(Method::OPTIONS, &address).send().await;
         assert_eq!(answer.status, 204, "{path}");
-        let allowed: BTreeSet<String> = answer.header("allow").split(", ").map(str::to_owned).collect();
+        let allowed: BTreeSet<String> = answer
+            .header("allow")
+            .split(", ")
+            .map(str::to_owned)
+            .collect();
         assert_eq!(allowed, methods, "{path}");
     }
 }
@@ -182,20 +216,35 @@ fn every_problem_of_the_service_is_in_the_document_and_the_reverse() {
     for line in ERRORS.lines() {
         let words: Vec<&str> = line.trim().split('"').collect();
         if let [head, code, " ", title, ""] = words[..] {
-            let status = head.split(" = ").nth(1).and_then(|status| status.trim().parse::<u16>().ok());
+            let status = head
+                .split(" = ")
+                .nth(1)
+                .and_then(|status| status.trim().parse::<u16>().ok());
             table.extend(status.map(|status| (code, (status, title))));
         }
     }
-    assert!(table.len() > 20, "the table of problems reads otherwise than this test thinks");
+    assert!(
+        table.len() > 20,
+        "the table of problems reads otherwise than this test thinks"
+    );
 
     let document = Document::read();
     let mut documented = BTreeMap::new();
     for operation in document.operations() {
         for (status, answer) in operation.spec["responses"].as_object().unwrap() {
             let answer = document.resolve(answer);
-            for example in document.examples(&answer["content"]["application/problem+json"]).into_values() {
+            for example in document
+                .examples(&answer["content"]["application/problem+json"])
+                .into_values()
+            {
                 let text = |name: &str| example[name].as_str().unwrap();
-                assert_eq!(example["status"].to_string(), *status, "{} {}", operation.id, text("code"));
+                assert_eq!(
+                    example["status"].to_string(),
+                    *status,
+                    "{} {}",
+                    operation.id,
+                    text("code")
+                );
                 assert_eq!(text("type"), format!("/problems/{}", text("code")));
                 documented.insert(text("code"), (status.parse().unwrap(), text("title")));
             }
@@ -204,7 +253,12 @@ fn every_problem_of_the_service_is_in_the_document_and_the_reverse() {
     assert_eq!(table, documented);
 
     let schema = &document.0["components"]["schemas"]["Problem"]["properties"]["code"]["enum"];
-    let known: BTreeSet<&str> = schema.as_array().unwrap().iter().map(|code| code.as_str().unwrap()).collect();
+    let known: BTreeSet<&str> = schema
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|code| code.as_str().unwrap())
+        .collect();
     assert_eq!(table.into_keys().collect::<BTreeSet<_>>(), known);
 }
 
@@ -219,11 +273,19 @@ async fn every_example_of_a_request_succeeds_as_the_document_says() {
                 // The examples are about Ann, who must not be there yet when she registers.
                 let user = register(&server, "ann@example.com").await;
                 if operation.id == "register" {
-                    server.delete("/api/v1/auth/me").bearer(&user.access_token)
-                        .json(json!({"password": user.password})).send().await.expect(204);
+                    server
+                        .delete("/api/v1/auth/me")
+                        .bearer(&user.access_token)
+                        .json(json!({"password": user.password}))
+                        .send()
+                        .await
+                        .expect(204);
                 }
                 let task = match operation.path.contains("{id}") {
-                    true => user.create_task(&server, "Buy milk").await["id"].as_str().unwrap().to_owned(),
+                    true => user.create_task(&server, "Buy milk").await["id"]
+                        .as_str()
+                        .unwrap()
+                        .to_owned(),
                     false => String::new(),
                 };
                 let mut example = example.clone();
@@ -231,15 +293,22 @@ async fn every_example_of_a_request_succeeds_as_the_document_says() {
                     // Only the service can make one that is good.
                     example["refresh_token"] = user.refresh_token.clone().into();
                 }
-                let address = document.address(operation.path, &[("user_id", &user.id), ("id", &task)]);
-                let mut request =
-                    server.request(operation.method(), address).body(example.to_string(), content_type);
+                let address =
+                    document.address(operation.path, &[("user_id", &user.id), ("id", &task)]);
+                let mut request = server
+                    .request(operation.method(), address)
+                    .body(example.to_string(), content_type);
                 // With a bearer token a logout would not read its body.
                 if operation.needs_a_token() && operation.id != "logout" {
                     request = request.bearer(&user.access_token);
                 }
                 let answer = request.send().await;
-                assert_eq!(answer.status, operation.success(), "{} {name}: {answer:?}", operation.id);
+                assert_eq!(
+                    answer.status,
+                    operation.success(),
+                    "{} {name}: {answer:?}",
+                    operation.id
+                );
             }
         }
     }
@@ -247,9 +316,19 @@ async fn every_example_of_a_request_succeeds_as_the_document_says() {
 
 /// Registers this address with the password of the examples, and nobody has had it before.
 async fn register(server: &Server, email: &str) -> User {
-    server.sql().await.execute("delete from users where email = $1", &[&email]).await.unwrap();
+    server
+        .sql()
+        .await
+        .execute("delete from users where email = $1", &[&email])
+        .await
+        .unwrap();
     let body = json!({"email": email, "password": EXAMPLE_PASSWORD});
-    server.post("/api/v1/auth/register").json(body).send().await.expect(201);
+    server
+        .post("/api/v1/auth/register")
+        .json(body)
+        .send()
+        .await
+        .expect(201);
     server.login(email, EXAMPLE_PASSWORD).await
 }
 
@@ -262,14 +341,19 @@ struct Tour {
 impl Tour {
     fn request(&self, server: &Server, id: &str, values: &[(&str, &str)]) -> Request {
         let operation = self.document.operation(id);
-        server.request(operation.method(), self.document.address(operation.path, values))
+        server.request(
+            operation.method(),
+            self.document.address(operation.path, values),
+        )
     }
 
     async fn meet(&mut self, id: &str, request: Request, status: u16) -> Response {
         let answer = request.send().await;
         assert_eq!(answer.status, status, "{id}: {answer:?}");
         let documented = self.document.operation(id).spec["responses"].get(status.to_string());
-        let documented = self.document.resolve(documented.unwrap_or_else(|| panic!("{id}: no {status}")));
+        let documented = self
+            .document
+            .resolve(documented.unwrap_or_else(|| panic!("{id}: no {status}")));
         for (name, header) in documented["headers"].as_object().into_iter().flatten() {
             if self.document.resolve(header)["required"] == true {
                 answer.header(name);
@@ -285,7 +369,10 @@ impl Tour {
                 }
                 if essence == "application/problem+json" {
                     let code = answer.json()["code"].as_str().unwrap().to_owned();
-                    assert!(self.document.codes(documented).contains(code.as_str()), "{id}: {code}");
+                    assert!(
+                        self.document.codes(documented).contains(code.as_str()),
+                        "{id}: {code}"
+                    );
                 }
             }
         }
@@ -311,7 +398,10 @@ fn assert_same_members_but_faults(example: &Value, real: &Value, place: &str) {
 #[tokio::test]
 async fn a_tour_meets_every_documented_status_and_no_other() {
     let server = Server::start().await;
-    let mut tour = Tour { document: Document::read(), met: BTreeSet::new() };
+    let mut tour = Tour {
+        document: Document::read(),
+        met: BTreeSet::new(),
+    };
     let (user, other) = (server.user().await, server.user().await);
     refusals_that_many_share(&mut tour, &server, &user, &other).await;
     successes(&mut tour, &server).await;
@@ -341,7 +431,9 @@ async fn refusals_that_many_share(tour: &mut Tour, server: &Server, user: &User,
             true => request.bearer(&user.access_token),
             false => request,
         };
-        let twice_hosted = tour.request(server, id, own).header("host", "elsewhere.example");
+        let twice_hosted = tour
+            .request(server, id, own)
+            .header("host", "elsewhere.example");
         tour.meet(id, twice_hosted, 400).await;
         let address = document.address(operation.path, own);
         let foreign = [Method::PUT, Method::POST, Method::DELETE, Method::TRACE]
@@ -351,11 +443,13 @@ async fn refusals_that_many_share(tour: &mut Tour, server: &Server, user: &User,
         tour.meet(id, server.request(foreign, address), 405).await;
         if operation.needs_a_token() {
             tour.meet(id, tour.request(server, id, own), 401).await;
-            tour.meet(id, tour.request(server, id, own).bearer("forged"), 401).await;
+            tour.meet(id, tour.request(server, id, own).bearer("forged"), 401)
+                .await;
         }
         if operation.path.contains("{user_id}") {
             let elsewhere = tour.request(server, id, &[("user_id", &other.id)]);
-            tour.meet(id, elsewhere.bearer(&user.access_token), 403).await;
+            tour.meet(id, elsewhere.bearer(&user.access_token), 403)
+                .await;
         }
         if operation.takes_a_body() {
             let text = signed_in(tour.request(server, id, own)).body("title=x", "text/plain");
@@ -372,108 +466,281 @@ async fn refusals_that_many_share(tour: &mut Tour, server: &Server, user: &User,
 
 async fn successes(tour: &mut Tour, server: &Server) {
     let credentials = json!({"email": "ann@example.com", "password": EXAMPLE_PASSWORD});
-    tour.meet("register", tour.request(server, "register", &[]).json(credentials.clone()), 201).await;
+    tour.meet(
+        "register",
+        tour.request(server, "register", &[])
+            .json(credentials.clone()),
+        201,
+    )
+    .await;
     let ann = server.login("ann@example.com", EXAMPLE_PASSWORD).await;
-    tour.meet("register", tour.request(server, "register", &[]).json(credentials.clone()), 409).await;
-    tour.meet("login", tour.request(server, "login", &[]).json(credentials.clone()), 200).await;
+    tour.meet(
+        "register",
+        tour.request(server, "register", &[])
+            .json(credentials.clone()),
+        409,
+    )
+    .await;
+    tour.meet(
+        "login",
+        tour.request(server, "login", &[]).json(credentials.clone()),
+        200,
+    )
+    .await;
     let refresh = json!({"refresh_token": ann.refresh_token});
-    tour.meet("refresh", tour.request(server, "refresh", &[]).json(refresh), 200).await;
-    tour.meet("getMe", tour.request(server, "getMe", &[]).bearer(&ann.access_token), 200).await;
-    tour.meet("listSessions", tour.request(server, "listSessions", &[]).bearer(&ann.access_token), 200).await;
+    tour.meet(
+        "refresh",
+        tour.request(server, "refresh", &[]).json(refresh),
+        200,
+    )
+    .await;
+    tour.meet(
+        "getMe",
+        tour.request(server, "getMe", &[]).bearer(&ann.access_token),
+        200,
+    )
+    .await;
+    tour.meet(
+        "listSessions",
+        tour.request(server, "listSessions", &[])
+            .bearer(&ann.access_token),
+        200,
+    )
+    .await;
 
     let own: &[(&str, &str)] = &[("user_id", &ann.id)];
-    let create = tour.request(server, "createTask", own).bearer(&ann.access_token);
+    let create = tour
+        .request(server, "createTask", own)
+        .bearer(&ann.access_token);
     let body = json!({"title": "Buy milk", "description": "Two bottles, the green ones"});
-    let created = tour.meet("createTask", create.header("idempotency-key", "milk").json(body), 201).await;
-    let (task, tag) = (created.json()["id"].as_str().unwrap().to_owned(), created.header("etag").to_owned());
-    let list = tour.request(server, "listTasks", own).bearer(&ann.access_token);
+    let created = tour
+        .meet(
+            "createTask",
+            create.header("idempotency-key", "milk").json(body),
+            201,
+        )
+        .await;
+    let (task, tag) = (
+        created.json()["id"].as_str().unwrap().to_owned(),
+        created.header("etag").to_owned(),
+    );
+    let list = tour
+        .request(server, "listTasks", own)
+        .bearer(&ann.access_token);
     tour.meet("listTasks", list, 200).await;
-    let reused = tour.request(server, "createTask", own).bearer(&ann.access_token);
-    let reused = reused.header("idempotency-key", "milk").json(json!({"title": "Buy oat milk"}));
+    let reused = tour
+        .request(server, "createTask", own)
+        .bearer(&ann.access_token);
+    let reused = reused
+        .header("idempotency-key", "milk")
+        .json(json!({"title": "Buy oat milk"}));
     tour.meet("createTask", reused, 422).await;
 
     let this: &[(&str, &str)] = &[("user_id", &ann.id), ("id", &task)];
-    let signed_in = |tour: &Tour, id: &str| tour.request(server, id, this).bearer(&ann.access_token);
+    let signed_in =
+        |tour: &Tour, id: &str| tour.request(server, id, this).bearer(&ann.access_token);
     tour.meet("getTask", signed_in(tour, "getTask"), 200).await;
-    tour.meet("getTask", signed_in(tour, "getTask").header("if-none-match", &tag), 304).await;
+    tour.meet(
+        "getTask",
+        signed_in(tour, "getTask").header("if-none-match", &tag),
+        304,
+    )
+    .await;
     for id in ["replaceTask", "updateTask", "setTaskCompletion"] {
-        tour.meet(id, signed_in(tour, id).json(json!({"completed": true})), 200).await;
+        tour.meet(
+            id,
+            signed_in(tour, id).json(json!({"completed": true})),
+            200,
+        )
+        .await;
     }
     for id in ["replaceTask", "updateTask", "setTaskCompletion"] {
-        let stale = signed_in(tour, id).header("if-match", &tag).json(json!({"completed": false}));
+        let stale = signed_in(tour, id)
+            .header("if-match", &tag)
+            .json(json!({"completed": false}));
         tour.meet(id, stale, 412).await;
     }
-    tour.meet("deleteTask", signed_in(tour, "deleteTask").header("if-match", &tag), 412).await;
-    tour.meet("deleteTask", signed_in(tour, "deleteTask"), 204).await;
+    tour.meet(
+        "deleteTask",
+        signed_in(tour, "deleteTask").header("if-match", &tag),
+        412,
+    )
+    .await;
+    tour.meet("deleteTask", signed_in(tour, "deleteTask"), 204)
+        .await;
     let path = format!("{}?completed=true", ann.tasks());
-    tour.meet("deleteCompletedTasks", server.delete(path).bearer(&ann.access_token), 200).await;
+    tour.meet(
+        "deleteCompletedTasks",
+        server.delete(path).bearer(&ann.access_token),
+        200,
+    )
+    .await;
 
     let login = server.login(&ann.email, EXAMPLE_PASSWORD).await;
     let session = tour.request(server, "endSession", &[("id", &login.session_id)]);
-    tour.meet("endSession", session.bearer(&ann.access_token), 204).await;
-    let others = tour.request(server, "endOtherSessions", &[]).bearer(&ann.access_token);
+    tour.meet("endSession", session.bearer(&ann.access_token), 204)
+        .await;
+    let others = tour
+        .request(server, "endOtherSessions", &[])
+        .bearer(&ann.access_token);
     tour.meet("endOtherSessions", others, 204).await;
-    let change = json!({"current_password": EXAMPLE_PASSWORD, "new_password": "green kettle hums at noon"});
-    let change = tour.request(server, "changePassword", &[]).bearer(&ann.access_token).json(change);
+    let change =
+        json!({"current_password": EXAMPLE_PASSWORD, "new_password": "green kettle hums at noon"});
+    let change = tour
+        .request(server, "changePassword", &[])
+        .bearer(&ann.access_token)
+        .json(change);
     tour.meet("changePassword", change, 204).await;
-    let delete = tour.request(server, "deleteMe", &[]).bearer(&ann.access_token);
-    tour.meet("deleteMe", delete.json(json!({"password": "green kettle hums at noon"})), 204).await;
+    let delete = tour
+        .request(server, "deleteMe", &[])
+        .bearer(&ann.access_token);
+    tour.meet(
+        "deleteMe",
+        delete.json(json!({"password": "green kettle hums at noon"})),
+        204,
+    )
+    .await;
     let bea = server.user().await;
-    tour.meet("logout", tour.request(server, "logout", &[]).bearer(&bea.access_token), 204).await;
+    tour.meet(
+        "logout",
+        tour.request(server, "logout", &[])
+            .bearer(&bea.access_token),
+        204,
+    )
+    .await;
 
-    for id in ["healthz", "readyz", "openapi", "docs", "docsFile", "problem"] {
+    for id in [
+        "healthz", "readyz", "openapi", "docs", "docsFile", "problem",
+    ] {
         tour.meet(id, tour.request(server, id, &[]), 200).await;
     }
-    tour.meet("root", tour.request(server, "root", &[]), 307).await;
+    tour.meet("root", tour.request(server, "root", &[]), 307)
+        .await;
 }
 
 async fn refusals_of_their_own(tour: &mut Tour, server: &Server, user: &User) {
     let none: &[(&str, &str)] = &[("user_id", &user.id), ("id", "none")];
-    let signed_in = |tour: &Tour, id: &str| tour.request(server, id, none).bearer(&user.access_token);
+    let signed_in =
+        |tour: &Tour, id: &str| tour.request(server, id, none).bearer(&user.access_token);
     for id in ["getTask", "deleteTask", "endSession"] {
         tour.meet(id, signed_in(tour, id), 404).await;
     }
     for id in ["replaceTask", "updateTask", "setTaskCompletion"] {
-        tour.meet(id, signed_in(tour, id).json(json!({"completed": true})), 404).await;
+        tour.meet(
+            id,
+            signed_in(tour, id).json(json!({"completed": true})),
+            404,
+        )
+        .await;
     }
-    tour.meet("docsFile", tour.request(server, "docsFile", &[("file", "none")]), 404).await;
-    tour.meet("problem", tour.request(server, "problem", &[("code", "none")]), 404).await;
-    let ill_formed = server.get(format!("{}?limit=0", user.tasks())).bearer(&user.access_token);
+    tour.meet(
+        "docsFile",
+        tour.request(server, "docsFile", &[("file", "none")]),
+        404,
+    )
+    .await;
+    tour.meet(
+        "problem",
+        tour.request(server, "problem", &[("code", "none")]),
+        404,
+    )
+    .await;
+    let ill_formed = server
+        .get(format!("{}?limit=0", user.tasks()))
+        .bearer(&user.access_token);
     tour.meet("listTasks", ill_formed, 422).await;
-    tour.meet("deleteCompletedTasks", signed_in(tour, "deleteCompletedTasks"), 422).await;
-    let ill_formed = signed_in(tour, "createTask").header("idempotency-key", "not visible").json(json!({"title": "x"}));
+    tour.meet(
+        "deleteCompletedTasks",
+        signed_in(tour, "deleteCompletedTasks"),
+        422,
+    )
+    .await;
+    let ill_formed = signed_in(tour, "createTask")
+        .header("idempotency-key", "not visible")
+        .json(json!({"title": "x"}));
     tour.meet("createTask", ill_formed, 400).await;
 
     let wrong = json!({"email": user.email, "password": "wrong"});
-    tour.meet("login", tour.request(server, "login", &[]).json(wrong), 401).await;
+    tour.meet("login", tour.request(server, "login", &[]).json(wrong), 401)
+        .await;
     let forged = json!({"refresh_token": user.access_token});
-    tour.meet("refresh", tour.request(server, "refresh", &[]).json(forged), 401).await;
+    tour.meet(
+        "refresh",
+        tour.request(server, "refresh", &[]).json(forged),
+        401,
+    )
+    .await;
     let wrong = json!({"current_password": "wrong", "new_password": EXAMPLE_PASSWORD});
-    tour.meet("changePassword", signed_in(tour, "changePassword").json(wrong), 403).await;
-    tour.meet("deleteMe", signed_in(tour, "deleteMe").json(json!({"password": "wrong"})), 403).await;
+    tour.meet(
+        "changePassword",
+        signed_in(tour, "changePassword").json(wrong),
+        403,
+    )
+    .await;
+    tour.meet(
+        "deleteMe",
+        signed_in(tour, "deleteMe").json(json!({"password": "wrong"})),
+        403,
+    )
+    .await;
     let closed = server.sibling(&[("REGISTRATION", "closed")]).await;
     let late = json!({"email": "late@example.com", "password": EXAMPLE_PASSWORD});
-    tour.meet("register", tour.request(&closed, "register", &[]).json(late), 403).await;
+    tour.meet(
+        "register",
+        tour.request(&closed, "register", &[]).json(late),
+        403,
+    )
+    .await;
 }
 
 async fn brakes(tour: &mut Tour, server: &Server) {
     let user = server.user().await;
     for _ in 0..10 {
         let wrong = json!({"email": user.email, "password": "wrong"});
-        server.post("/api/v1/auth/login").json(wrong).send().await.expect(401);
+        server
+            .post("/api/v1/auth/login")
+            .json(wrong)
+            .send()
+            .await
+            .expect(401);
     }
-    let signed_in = |tour: &Tour, id: &str| tour.request(server, id, &[]).bearer(&user.access_token);
+    let signed_in =
+        |tour: &Tour, id: &str| tour.request(server, id, &[]).bearer(&user.access_token);
     let change = json!({"current_password": user.password, "new_password": EXAMPLE_PASSWORD});
-    tour.meet("changePassword", signed_in(tour, "changePassword").json(change), 429).await;
-    tour.meet("deleteMe", signed_in(tour, "deleteMe").json(json!({"password": user.password})), 429).await;
+    tour.meet(
+        "changePassword",
+        signed_in(tour, "changePassword").json(change),
+        429,
+    )
+    .await;
+    tour.meet(
+        "deleteMe",
+        signed_in(tour, "deleteMe").json(json!({"password": user.password})),
+        429,
+    )
+    .await;
 
     let braked = server.sibling(&[("AUTH_RATE_PER_MINUTE", "1")]).await;
     let credentials = json!({"email": user.email, "password": user.password});
     // The first request of the minute passes, or is held up by the account alone.
-    braked.post("/api/v1/auth/login").json(credentials.clone()).send().await;
+    braked
+        .post("/api/v1/auth/login")
+        .json(credentials.clone())
+        .send()
+        .await;
     for id in ["register", "login"] {
-        tour.meet(id, tour.request(&braked, id, &[]).json(credentials.clone()), 429).await;
+        tour.meet(
+            id,
+            tour.request(&braked, id, &[]).json(credentials.clone()),
+            429,
+        )
+        .await;
     }
     let refresh = json!({"refresh_token": user.refresh_token});
-    tour.meet("refresh", tour.request(&braked, "refresh", &[]).json(refresh), 429).await;
+    tour.meet(
+        "refresh",
+        tour.request(&braked, "refresh", &[]).json(refresh),
+        429,
+    )
+    .await;
 }
