@@ -42,7 +42,7 @@ pub(crate) const SECRET: &str = "a secret of the tests, and 32 bytes or more of 
 /// The password of every user that the harness registers.
 pub(crate) const PASSWORD: &str = "mossy-Lantern-42-harbour";
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 const LOG_PATIENCE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
 
@@ -52,7 +52,7 @@ fn unique() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Polls until the condition holds; panics with the promise when it has not after 20 seconds.
+/// Polls until the condition holds; panics with the promise when it has not after 30 seconds.
 pub(crate) async fn until(promise: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition().await {

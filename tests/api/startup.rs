@@ -129,7 +129,6 @@ async fn a_wrong_variable_is_named() {
         ("REFRESH_TOKEN_IDLE_TTL", "-5"),
         ("REFRESH_TOKEN_MAX_TTL", "1e9"),
         ("REFRESH_GRACE", "ten"),
-        ("RUST_LOG", "access=loud"),
     ];
     let directory = DataDir::new();
     let runs = cases.map(|(name, value)| {
@@ -154,6 +153,18 @@ async fn a_wrong_variable_is_named() {
         !directory.path().join("cluster").exists(),
         "something started before the settings were read"
     );
+}
+
+#[tokio::test]
+async fn a_wrong_log_filter_is_named() {
+    let directory = DataDir::new();
+    let line = refusal(&[
+        ("RUST_LOG", "info,access=loud"),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+        ("DATA_DIR", directory.text()),
+    ])
+    .await;
+    assert!(line.contains("RUST_LOG"), "{line}");
 }
 
 #[tokio::test]
@@ -274,6 +285,12 @@ async fn a_database_without_tls_is_refused_where_tls_is_required() {
 #[tokio::test]
 async fn a_database_that_is_not_there_yet_is_waited_for() {
     let directory = DataDir::new();
+    // Made before, so that the database is there as soon as its server is.
+    Postgres::start(directory.path())
+        .await
+        .unwrap()
+        .stop()
+        .await;
     let server = Server::listening(&[("DATABASE_URL", &directory.database_url())]).await;
     server.wait_for_log("waiting for the database").await;
     server.get("/healthz").send().await.expect(200);
