@@ -1,7 +1,11 @@
 //! Zero set-up: without `DATABASE_URL` the service runs a PostgreSQL of its own, and nothing that
 //! it acknowledged is lost, whoever is killed.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde_json::Value;
@@ -320,16 +324,27 @@ fn a_secret_that_others_can_read_or_guess_is_refused() {
 #[tokio::test]
 async fn a_directory_too_deep_for_a_socket_works_as_well() {
     let directory = DataDir::named(&"x".repeat(100));
-    let postgres = Postgres::start(directory.path()).await.unwrap();
-    let sockets = postgres.socket_dir().to_owned();
-    assert!(!sockets.starts_with(directory.path()));
-    assert_eq!(
-        fs::metadata(&sockets).unwrap().permissions().mode() & 0o777,
-        0o700
-    );
-    assert_answers(&postgres).await;
-    postgres.stop().await;
-    assert!(!sockets.exists());
+    let parent = directory.parent();
+    let elsewhere = || {
+        fs::read_dir(parent)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path != directory.path())
+            .collect::<Vec<_>>()
+    };
+    let server = Server::with(&[
+        ("DATA_DIR", directory.text()),
+        ("TMPDIR", parent.to_str().unwrap()),
+    ])
+    .await;
+    server.user().await;
+    assert!(!directory.path().join("socket").exists());
+    for sockets in elsewhere() {
+        let mode = fs::metadata(sockets).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+    assert_eq!(server.stop().await.code(), Some(0));
+    assert_eq!(elsewhere(), Vec::<PathBuf>::new());
 }
 
 #[tokio::test]
