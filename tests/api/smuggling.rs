@@ -1,6 +1,7 @@
 //! Requests whose end two readers could see in two places. Each is refused, or answered once and
 //! the connection closed; what hides behind it is never served.
 
+use futures_util::future::join_all;
 use tokio_postgres::Client;
 
 use crate::harness::{Server, User};
@@ -18,18 +19,20 @@ async fn smuggled(sql: &Client) -> i64 {
     sql.query_one(count, &[]).await.expect("a count").get(0)
 }
 
-/// Sends each of `attacks` on a connection of its own and holds the server to the promise above.
+/// Sends each of `attacks` on a connection of its own, all at once, and holds the server to the
+/// promise above. Where one leaves it waiting for more, its patience must run out.
 async fn hold(server: &Server, attacks: impl IntoIterator<Item = Vec<u8>>) {
-    let sql = server.sql().await;
-    for attack in attacks {
+    let sql = &server.sql().await;
+    join_all(attacks.into_iter().map(async |attack| {
         let shown = String::from_utf8_lossy(&attack).escape_debug().to_string();
-        let mut wire = Wire::open(server).await;
+        let mut wire = Wire::open(server).await.patient();
         wire.send(&attack).await;
         if wire.answer_or_close().await.is_some() {
             assert!(wire.is_closed().await, "a second answer to {shown}");
         }
-        assert_eq!(smuggled(&sql).await, 0, "served: {shown}");
-    }
+        assert_eq!(smuggled(sql).await, 0, "served: {shown}");
+    }))
+    .await;
     server.get("/healthz").send().await.expect(200);
 }
 
