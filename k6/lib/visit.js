@@ -23,8 +23,13 @@ const CLICKS = [
 ];
 
 export function visit(all) {
-  me = me || mine(all);
-  if (Math.random() < 0.1) me = personOf(signIn(me.email));
+  if (!me) {
+    me = mine(all);
+    // People do not all come at the same instant.
+    sleep(THINK * 5 * Math.random());
+  }
+  // An access token lives a day: few visits begin with a sign-in.
+  if (Math.random() < 0.05) me = personOf(signIn(me.email));
   call('list', 'GET', `${me.tasks}?limit=20`, { token: me.token });
   if (own.length === 0) create();
   for (let clicks = 0; clicks < 5; clicks += 1) {
