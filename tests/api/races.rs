@@ -397,7 +397,7 @@ async fn a_refresh_beside_the_end_of_the_account_leaves_no_live_token() {
 async fn a_task_created_beside_the_end_of_the_account_is_no_orphan() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
-    for key in [None, Some("the only one")] {
+    for key in [None, Some("the-only-one")] {
         for order in BOTH {
             let ann = here.user().await;
             let held = Held::new(&here, "users", &ann.id).await;
