@@ -86,16 +86,19 @@ pub fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Help => println!("{HELP}"),
         Command::Version => println!("todo-api {}", env!("CARGO_PKG_VERSION")),
         Command::Serve => {
+            let config = Config::from_env()?;
             logging::init();
-            Runtime::new()?.block_on(serve(Config::from_env()?))?;
+            Runtime::new()?.block_on(serve(config))?;
         }
         Command::Migrate => {
+            let config = Config::from_env()?;
             logging::init();
-            Runtime::new()?.block_on(migrate(Config::from_env()?))?;
+            Runtime::new()?.block_on(migrate(config))?;
         }
         Command::SetPassword(email) => {
+            let config = Config::from_env()?;
             logging::init();
-            Runtime::new()?.block_on(set_password(Config::from_env()?, &email))?;
+            Runtime::new()?.block_on(set_password(config, &email))?;
         }
         Command::Check => return Runtime::new()?.block_on(check(Config::from_env()?)),
     }

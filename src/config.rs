@@ -189,8 +189,13 @@ impl Config {
             refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * 86_400, 1..=YEAR)?,
             refresh_grace: reader.seconds("REFRESH_GRACE", 10, 0..=300)?,
         };
-        // Read by the logger itself; here only so that `todo-api check` shows it.
-        reader.value("RUST_LOG", || "info".into())?;
+        // The logger has read it already, and would merely ignore what it does not understand.
+        let filter = reader.value("RUST_LOG", || "info".into())?;
+        if env_filter::Builder::new().try_parse(&filter).is_err() {
+            return Err(ConfigError(
+                "RUST_LOG must be a filter like info,access=debug".into(),
+            ));
+        }
         Ok(Self {
             store,
             jwt_secret,

@@ -339,8 +339,8 @@ impl Database {
     }
 
     /// A connection to share: given back before the query is even sent.
-    async fn borrow<'a, T, F>(
-        &'a self,
+    async fn borrow<T, F>(
+        &self,
         deadline: Deadline,
         query: impl FnOnce(Arc<Link>) -> F,
     ) -> Result<T, DbError>

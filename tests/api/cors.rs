@@ -235,7 +235,7 @@ async fn an_origin_that_is_not_listed_learns_nothing_and_caches_are_told_to_mind
             .await;
         assert_silent(&answer, origin);
         let request = server
-            .request(Method::OPTIONS, &ann.tasks())
+            .request(Method::OPTIONS, ann.tasks())
             .header("origin", origin);
         let preflight = request
             .header("access-control-request-method", "POST")
@@ -269,7 +269,7 @@ async fn without_cors_origins_no_origin_is_let_in() {
             .await;
         assert_silent(&answer.expect(200), origin);
         let request = server
-            .request(Method::OPTIONS, &ann.tasks())
+            .request(Method::OPTIONS, ann.tasks())
             .header("origin", origin);
         let preflight = request
             .header("access-control-request-method", "POST")

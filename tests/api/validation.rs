@@ -393,7 +393,7 @@ async fn what_is_not_json_is_malformed() {
     let task = ann.create_task(&server, "a").await;
     for method in [Method::PUT, Method::PATCH] {
         let request = server
-            .request(method, &path_of(&ann, &task))
+            .request(method, path_of(&ann, &task))
             .bearer(&ann.access_token);
         request.send().await.problem(400, "malformed_json");
     }
