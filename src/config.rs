@@ -182,11 +182,13 @@ impl Config {
         let auth_rate_per_minute =
             reader.bounded("AUTH_RATE_PER_MINUTE", 300, 0..=1_000_000)? as u32;
         let bcrypt_cost = reader.bounded("BCRYPT_COST", 12, 10..=16)? as u32;
-        const YEAR: u64 = 365 * 86_400;
+        // What ended of sessions is remembered for a day: no access token may live longer.
+        const DAY: u64 = 86_400;
+        const YEAR: u64 = 365 * DAY;
         let lifetimes = Lifetimes {
-            access: reader.seconds("ACCESS_TOKEN_TTL", 86_400, 1..=30 * 86_400)?,
-            refresh_idle: reader.seconds("REFRESH_TOKEN_IDLE_TTL", 30 * 86_400, 1..=YEAR)?,
-            refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * 86_400, 1..=YEAR)?,
+            access: reader.seconds("ACCESS_TOKEN_TTL", DAY, 1..=DAY)?,
+            refresh_idle: reader.seconds("REFRESH_TOKEN_IDLE_TTL", 30 * DAY, 1..=YEAR)?,
+            refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * DAY, 1..=YEAR)?,
             refresh_grace: reader.seconds("REFRESH_GRACE", 10, 0..=300)?,
         };
         // The logger has read it already, and would merely ignore what it does not understand.

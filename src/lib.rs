@@ -138,7 +138,6 @@ impl App {
             return;
         }
         let (sweeper, database) = (self.sweeper.clone(), self.database.clone());
-        let access = self.config.lifetimes.access.as_secs_f64();
-        tokio::spawn(async move { sweeper.sweep(&database, access).await });
+        tokio::spawn(async move { sweeper.sweep(&database).await });
     }
 }

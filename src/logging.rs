@@ -21,6 +21,10 @@ pub fn init() {
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
         .format(move |out, record| {
+            // At DEBUG tokio-postgres writes out the parameters of statements: titles, hashes.
+            if record.level() > Level::Info && record.target().starts_with("tokio_postgres") {
+                return Ok(());
+            }
             let message = one_line(&record.args().to_string()).into_owned();
             if journal {
                 let priority = match record.level() {

@@ -524,7 +524,12 @@ pub(crate) fn check_host(head: &Parts) -> Result<(), Error> {
 }
 
 fn is_authority(host: &HeaderValue) -> bool {
-    let authority = Authority::try_from(host.as_bytes());
-    authority
-        .is_ok_and(|authority| !authority.as_str().contains('@') && !authority.host().is_empty())
+    let Ok(authority) = Authority::try_from(host.as_bytes()) else {
+        return false;
+    };
+    let name = authority.host();
+    // What follows the name is a port of digits alone, or nothing.
+    let port = authority.as_str().strip_prefix(name);
+    let port = port.map(|rest| rest.strip_prefix(':').unwrap_or(rest));
+    !name.is_empty() && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -4,8 +4,8 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::StatusCode;
 use hyper::header::{
-    ALLOW, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LINK, LOCATION, RETRY_AFTER,
-    WWW_AUTHENTICATE,
+    ALLOW, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LINK, LOCATION,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use serde::Serialize;
 
@@ -95,11 +95,12 @@ pub(crate) fn counted(response: Response, total: i64) -> Response {
 
 /// A page that is somewhere else.
 pub(crate) fn redirect(path: &'static str) -> Response {
-    with(
-        empty(StatusCode::TEMPORARY_REDIRECT),
-        LOCATION,
-        path.to_owned(),
-    )
+    let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+    let headers = response.headers_mut();
+    // hyper leaves it out of the answer to HEAD where it is 0.
+    headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+    headers.insert(LOCATION, HeaderValue::from_static(path));
+    response
 }
 
 fn with(mut response: Response, name: HeaderName, value: String) -> Response {

@@ -40,6 +40,9 @@ async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
     let path = call.head.uri.path();
     let decoded: Vec<Cow<str>> = segments(path).collect();
     let segments: Vec<&str> = decoded.iter().map(AsRef::as_ref).collect();
+    if segments.contains(&"") {
+        return Err(Error::NotFound);
+    }
     // hyper leaves out the body of an answer to HEAD.
     let method = if call.head.method == Method::HEAD {
         GET

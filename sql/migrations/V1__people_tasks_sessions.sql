@@ -52,11 +52,12 @@ create index revocations_by_end on revocations (ended_at);
 
 -- However a session ends (sign-out, a changed password, a deleted account and the cascade that
 -- follows it, an operator's `delete from sessions`), its revocation is written with it. A session
--- that ran out of time by itself leaves its last access token to that token's own end.
+-- that ran out of time by itself leaves its last access token to that token's own end; it is swept
+-- a day later, when no access token of it can be alive, and that needs no revocation.
 create function record_ended_sessions() returns trigger language plpgsql as $$
 begin
     insert into revocations (session_id, ended_at)
-    select id, clock_timestamp() from ended where expires_at > clock_timestamp()
+    select id, clock_timestamp() from ended where expires_at > clock_timestamp() - interval '1 day'
     on conflict do nothing;
     return null;
 end

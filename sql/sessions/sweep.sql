@@ -1,4 +1,7 @@
--- Forgets a batch of sessions that ran out of time.
+-- Forgets a batch of sessions that ran out of time so long ago that their access tokens did, too.
+-- No parameters.
 delete from sessions
 where ctid = any(array(
-    select ctid from sessions where expires_at < now() limit 500 for update skip locked))
+    select ctid from sessions
+    where expires_at < now() - interval '1 day'
+    limit 500 for update skip locked))

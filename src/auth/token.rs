@@ -8,12 +8,12 @@ use jsonwebtoken::{
     Algorithm, DecodingKey, EncodingKey, Header, Validation, crypto, decode, encode,
 };
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use crate::config::Secret;
 use crate::error::Error;
-use crate::model::User;
+use crate::model::{self, Email, User};
 
 /// A token of ours has some 400 bytes; no honest one comes near this.
 const MAX_BYTES: usize = 4096;
@@ -23,9 +23,12 @@ const CLOCK_LEEWAY: u64 = 30;
 /// What an access token says of its bearer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct AccessClaims {
+    #[serde(deserialize_with = "id")]
     pub(crate) user_id: Uuid,
+    #[serde(deserialize_with = "id")]
     pub(crate) sub: Uuid,
     pub(crate) email: String,
+    #[serde(deserialize_with = "id")]
     pub(crate) sid: Uuid,
     pub(crate) iat: u64,
     pub(crate) exp: u64,
@@ -35,8 +38,15 @@ pub(crate) struct AccessClaims {
 /// successor can be made again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct RefreshClaims {
+    #[serde(deserialize_with = "id")]
     pub(crate) sid: Uuid,
     pub(crate) generation: i32,
+}
+
+/// An id in the one spelling that we write.
+fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    model::id(&text).ok_or_else(|| serde::de::Error::custom("no id"))
 }
 
 /// Signs with one key, verifies with that and the one before.
@@ -131,6 +141,9 @@ impl Tokens {
 fn check(claims: AccessClaims) -> Result<AccessClaims, &'static str> {
     if claims.sub != claims.user_id {
         return Err("contradictory_claims");
+    }
+    if Email::parse(&claims.email).is_err() {
+        return Err("malformed_token");
     }
     if claims.iat > now() + CLOCK_LEEWAY || claims.exp < claims.iat {
         return Err("not_yet_valid");

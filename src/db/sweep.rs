@@ -38,24 +38,24 @@ impl Sweeper {
     }
 
     /// Sweeps every table once through.
-    pub(crate) async fn sweep(&self, db: &Database, access_token_seconds: f64) {
-        if let Err(error) = sweep_all(db, access_token_seconds).await {
+    pub(crate) async fn sweep(&self, db: &Database) {
+        if let Err(error) = sweep_all(db).await {
             warn!("sweeping old rows failed, the next one is in ten minutes: {error:?}");
         }
         self.sweeping.store(false, Ordering::Release);
     }
 }
 
-async fn sweep_all(db: &Database, access_token_seconds: f64) -> Result<(), DbError> {
-    let everything: [(Sql, super::Params); 4] = [
-        (Sql::SessionsSweep, &[]),
-        (Sql::RevocationsSweep, &[&access_token_seconds]),
-        (Sql::SignInFailuresSweep, &[]),
-        (Sql::IdempotencyKeysSweep, &[]),
+async fn sweep_all(db: &Database) -> Result<(), DbError> {
+    let everything = [
+        Sql::SessionsSweep,
+        Sql::RevocationsSweep,
+        Sql::SignInFailuresSweep,
+        Sql::IdempotencyKeysSweep,
     ];
-    for (sql, params) in everything {
+    for sql in everything {
         loop {
-            let gone = db.execute(Deadline::start(), sql, params).await?;
+            let gone = db.execute(Deadline::start(), sql, &[]).await?;
             if gone > 0 {
                 debug!("swept {gone} rows: {sql:?}");
             }

@@ -2,10 +2,10 @@
 
 use hyper::StatusCode;
 
-use super::id;
 use crate::db::sessions;
 use crate::error::Error;
 use crate::guard::SignedIn;
+use crate::model::id;
 use crate::request::Call;
 use crate::response::{self, Response};
 

@@ -6,11 +6,10 @@ use hyper::StatusCode;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use uuid::Uuid;
 
-use super::id;
 use crate::db::tasks::{self, Created, Filter, Guarded};
 use crate::error::{Error, Fault, Refused};
 use crate::guard::SignedIn;
-use crate::model::{Completion, Description, NewTask, Task, TaskChange, Title};
+use crate::model::{Completion, Description, NewTask, Task, TaskChange, Title, id};
 use crate::request::{Body, Call, Members};
 use crate::response::{self, Response};
 

@@ -461,7 +461,7 @@ async fn ending_a_session_that_ran_out_ends_its_last_access_token_too() {
         End::AccountDeleted,
     ] {
         let (token, ended) = end_after(&here, way, async |sid| {
-            age(&sql, "sessions", "31 days", &format!("id = '{sid}'")).await;
+            age(&sql, "sessions", "30 days 1 hour", &format!("id = '{sid}'")).await;
         })
         .await;
         println!("{way:?}");

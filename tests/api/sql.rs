@@ -70,9 +70,9 @@ fn bare(text: &str) -> String {
     while let Some(first) = rest.chars().next() {
         let end = if rest.starts_with("--") {
             rest.find('\n').unwrap_or(rest.len())
-        } else if rest.starts_with("$$") {
+        } else if let Some(body) = rest.strip_prefix("$$") {
             bare += "''";
-            2 + rest[2..].find("$$").expect("a function body ends") + 2
+            2 + body.find("$$").expect("a function body ends") + 2
         } else if first == '\'' {
             bare += "''";
             1 + rest[1..].find('\'').expect("a literal ends") + 1
