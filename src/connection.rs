@@ -28,6 +28,8 @@ const LINGER_BYTES: usize = 8 * 1024 * 1024;
 /// What the service and the socket of a connection tell each other.
 #[derive(Default)]
 pub(crate) struct Line {
+    /// A request has come.
+    used: AtomicBool,
     /// A request is being answered.
     busy: AtomicBool,
     /// Its answer is made; what remains is writing it.
@@ -39,8 +41,14 @@ pub(crate) struct Line {
 }
 
 impl Line {
+    /// No request has come yet.
+    pub(crate) fn is_fresh(&self) -> bool {
+        !self.used.load(Ordering::Relaxed)
+    }
+
     /// A request has arrived. Gives what is wrong with the form of its head.
     pub(crate) fn begin(&self, body: &Incoming) -> Option<&'static str> {
+        self.used.store(true, Ordering::Relaxed);
         self.busy.store(true, Ordering::Relaxed);
         self.answered.store(false, Ordering::Relaxed);
         self.body.store(

@@ -31,6 +31,8 @@ const OTHER_DESCRIPTORS: u64 = 100;
 /// After the signal to stop: answers close their connections, new ones are still accepted, so that
 /// no request crosses the closing of its connection.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// A connection that has brought no request yet has one on its way, most likely.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 /// After that: what runs may finish.
 const DRAIN: Duration = Duration::from_secs(9);
 
@@ -146,8 +148,15 @@ async fn converse(
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = told(&mut closing) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+            // Its first answer closes it, now that we are stopping.
+            let patience = if line.is_fresh() { FIRST_REQUEST } else { Duration::ZERO };
+            match timeout(patience, connection.as_mut()).await {
+                Ok(ended) => ended,
+                Err(_) => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            }
         }
     };
     if let Err(error) = ended {

@@ -33,7 +33,8 @@ pub(crate) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Erro
 async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> {
     client
         .batch_execute(&format!(
-            "select pg_advisory_xact_lock({LOCK});
+            "set local client_min_messages = warning;
+             select pg_advisory_xact_lock({LOCK});
              create table if not exists migrations (
                  version    integer     primary key,
                  name       text        not null,

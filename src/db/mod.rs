@@ -212,6 +212,7 @@ impl Database {
                 Err(reach::Trouble::Refused(refusal)) => return Err(refusal),
                 Err(reach::Trouble::Away(reason)) => reason,
             };
+            self.0.state.send_replace(State::Away);
             if told.is_none_or(|at: Instant| at.elapsed() > Duration::from_secs(10)) {
                 warn!(
                     "waiting for the database at {}: {reason}",
@@ -372,13 +373,18 @@ impl Database {
         &self,
         deadline: Deadline,
     ) -> Result<(OwnedSemaphorePermit, Pooled), DbError> {
-        if *self.0.state.borrow() != State::Up {
-            return Err(DbError::Unavailable("the database is away".into()));
-        }
         let started = Instant::now();
-        let place = self.place(started).await?;
         let bound = deadline.at().min(started + CONNECTION_BOUND);
         let mut state = self.0.state.subscribe();
+        // Where we have only just started, whether the database is there is known in a moment: a
+        // request that waited in the socket meanwhile must not be refused for being early.
+        timeout_at(bound, state.wait_for(|state| *state != State::Starting))
+            .await
+            .ok();
+        if *state.borrow() != State::Up {
+            return Err(DbError::Unavailable("the database is away".into()));
+        }
+        let place = self.place(started).await?;
         let pooled = tokio::select! {
             biased;
             pooled = self.0.pool.get_owned() => pooled,
