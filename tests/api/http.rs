@@ -539,6 +539,77 @@ async fn pipelined_requests_are_answered_all_and_in_order() {
     }
 }
 
+// Where one request ends and the next begins is found anew for each, in whatever pieces they come.
+#[tokio::test]
+async fn what_follows_a_body_in_chunks_is_read_as_the_request_that_it_is() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let token = Some(ann.access_token.as_str());
+    let chunked = head(
+        "POST",
+        &ann.tasks(),
+        token,
+        "Transfer-Encoding: chunked\r\n",
+    ) + "12\r\n{\n \"title\":\n \"a\"\n}\r\n0\r\n\r\n";
+    let body = "{\n \"title\":\n \"b\"\n}";
+    let plain = head("POST", &ann.tasks(), token, "Content-Length: 18\r\n") + body;
+    let read = head("GET", "/healthz", None, "");
+    let all = format!("{chunked}{plain}{read}{chunked}{chunked}{read}{plain}");
+    // Cut everywhere in turn; the server is to have seen the first piece by itself.
+    for cut in (1..all.len()).step_by(7) {
+        let mut wire = Wire::open(&server).await;
+        wire.send(&all[..cut]).await;
+        tokio::task::yield_now().await;
+        if cut > chunked.len() {
+            assert_eq!(wire.answer().await.status, 201, "cut at {cut}");
+        }
+        wire.send(&all[cut..]).await;
+        let rest = [201, 201, 200, 201, 201, 200, 201];
+        for status in &rest[usize::from(cut > chunked.len())..] {
+            assert_eq!(wire.answer().await.status, *status, "cut at {cut}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_after_a_refused_one_on_the_same_connection_is_served_or_the_connection_closed() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let chunks = "12\r\n{\n \"title\":\n \"a\"\n}\r\n0\r\n\r\n";
+    let whole = "{\n \"title\":\n \"a\"\n}";
+    for (framing, body) in [
+        ("Transfer-Encoding: chunked\r\n", chunks),
+        ("Content-Length: 18\r\n", whole),
+    ] {
+        for (token, target) in [(Some("bad"), ann.tasks()), (None, "/nowhere".to_owned())] {
+            for together in [true, false] {
+                let refused = head("POST", &target, token, framing);
+                let mut wire = Wire::open(&server).await;
+                if together {
+                    wire.send(refused + body).await;
+                    assert!(matches!(wire.answer().await.status, 401 | 404));
+                } else {
+                    wire.send(refused).await;
+                    assert!(matches!(wire.answer().await.status, 401 | 404));
+                    wire.send(body).await;
+                }
+                for _ in 0..2 {
+                    wire.send(head("GET", &ann.tasks(), Some(&ann.access_token), ""))
+                        .await;
+                    let Some(next) = wire.answer_or_close().await else {
+                        break;
+                    };
+                    assert_eq!(
+                        next.status, 200,
+                        "{framing} {target} {together}: {}",
+                        next.body
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_connection_closes_when_its_client_says_so() {
     let server = Server::start().await;
@@ -742,6 +813,14 @@ async fn nothing_that_bears_tokens_or_tasks_is_stored_on_the_way() {
             .await
             .expect(200),
     ] {
+        assert_eq!(answer.header("cache-control"), "no-store");
+    }
+    // However the path is written.
+    for path in [
+        ann.tasks().replace("/api", "/%61pi"),
+        ann.tasks().replace("/v1", "/v%31"),
+    ] {
+        let answer = server.get(path).bearer(token).send().await.expect(200);
         assert_eq!(answer.header("cache-control"), "no-store");
     }
 }

@@ -244,6 +244,36 @@ async fn a_bare_line_feed_or_carriage_return_hides_nothing() {
     .await;
 }
 
+// What the request before it was made of is no excuse.
+#[tokio::test]
+async fn a_bare_line_feed_is_refused_behind_any_body() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let hidden = hidden(&ann).replacen("\r\n", "\n", 1);
+    let sql = server.sql().await;
+    for (framing, body) in [
+        ("", ""),
+        ("Content-Length: 13\r\n", PLAIN),
+        ("Transfer-Encoding: chunked\r\n", CHUNKED),
+        (
+            "Transfer-Encoding: chunked\r\n",
+            "d;x=y\r\n{\"title\":\"a\"}\r\n0\r\nX: y\r\n\r\n",
+        ),
+    ] {
+        let head = head("POST", &ann.tasks(), Some(&ann.access_token), framing);
+        let mut wire = Wire::open(&server).await;
+        wire.send(format!("{head}{body}{hidden}")).await;
+        wire.answer().await;
+        assert!(
+            wire.answer_or_close()
+                .await
+                .is_none_or(|answer| answer.status == 400),
+            "{body}"
+        );
+        assert_eq!(smuggled(&sql).await, 0, "{body}");
+    }
+}
+
 #[tokio::test]
 async fn folded_lines_spaced_names_and_nul_hide_nothing() {
     let server = Server::start().await;
