@@ -34,7 +34,7 @@ pub(crate) struct Line {
     busy: AtomicBool,
     /// Its answer is made; what remains is writing it.
     answered: AtomicBool,
-    /// The length of its body: what follows is the next head. `u64::MAX` where only hyper knows.
+    /// The length of its body; `u64::MAX` where it comes in chunks.
     body: AtomicU64,
     /// The head broke a rule that hyper does not check.
     malformed: AtomicBool,
@@ -75,8 +75,12 @@ enum Place {
     AfterHead,
     /// In a body with so many bytes to come.
     Body(u64),
-    /// In a chunked body: hyper knows its end, we learn of it with the answer.
-    Chunked,
+    /// In the line before a chunk, which gives its size.
+    ChunkSize(ChunkSize),
+    /// In a chunk and the line end behind it, with so many bytes to come.
+    Chunk(u64),
+    /// Behind the last chunk.
+    Trailer(Head),
 }
 
 /// A head, byte by byte: nothing may look like an end of line to one reader and not to another
@@ -91,6 +95,27 @@ struct Head {
     lengths: usize,
     after_cr: bool,
     malformed: bool,
+}
+
+/// The line before a chunk (RFC 9112 section 7.1), byte by byte. What is no size hyper refuses.
+#[derive(Default)]
+struct ChunkSize {
+    size: u64,
+    in_extension: bool,
+}
+
+impl ChunkSize {
+    /// Takes a byte; gives the size at the end of the line.
+    fn take(&mut self, byte: u8) -> Option<u64> {
+        match char::from(byte).to_digit(16) {
+            _ if byte == b'\n' => return Some(self.size),
+            Some(digit) if !self.in_extension => {
+                self.size = self.size.saturating_mul(16).saturating_add(digit.into());
+            }
+            _ => self.in_extension = true,
+        }
+        None
+    }
 }
 
 const CONTENT_LENGTH: &[u8] = b"content-length:";
@@ -171,19 +196,39 @@ impl Tracker {
             match &mut self.place {
                 Place::AfterHead => {
                     self.place = match self.line.body.load(Ordering::Relaxed) {
-                        u64::MAX => Place::Chunked,
+                        u64::MAX => Place::ChunkSize(ChunkSize::default()),
                         0 => Place::Head(Head::default()),
                         length => Place::Body(length),
                     };
                 }
-                Place::Chunked => return bytes.len(),
-                Place::Body(left) => {
+                Place::Body(left) | Place::Chunk(left) => {
                     let here = (*left).min((bytes.len() - at) as u64);
                     *left -= here;
                     at += here as usize;
                     if *left == 0 {
+                        self.place = match self.place {
+                            Place::Chunk(_) => Place::ChunkSize(ChunkSize::default()),
+                            _ => Place::Head(Head::default()),
+                        };
+                    }
+                }
+                Place::ChunkSize(size) => {
+                    if let Some(size) = size.take(bytes[at]) {
+                        self.place = match size {
+                            0 => Place::Trailer(Head {
+                                started: true,
+                                ..Head::default()
+                            }),
+                            size => Place::Chunk(size.saturating_add(2)),
+                        };
+                    }
+                    at += 1;
+                }
+                Place::Trailer(trailer) => {
+                    if trailer.take(bytes[at]) {
                         self.place = Place::Head(Head::default());
                     }
+                    at += 1;
                 }
                 Place::Head(head) => {
                     let end = bytes[at..].iter().position(|byte| head.take(*byte));
@@ -253,9 +298,6 @@ impl Guarded {
             return;
         }
         line.busy.store(false, Ordering::Relaxed);
-        if matches!(self.tracker.place, Place::Chunked) {
-            self.tracker.place = Place::Head(Head::default());
-        }
         let bound = if self.tracker.is_in_head() {
             HEAD_BOUND
         } else {
@@ -416,5 +458,21 @@ mod tests {
         line.body.store(4, Ordering::Relaxed);
         assert_eq!(tracker.follow(&stream[16..]), 22);
         assert!(!line.malformed.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn the_end_of_a_chunked_body_is_found() {
+        let line = Arc::new(Line::default());
+        let mut tracker = Tracker {
+            line: line.clone(),
+            place: Place::Head(Head::default()),
+        };
+        let head = b"P / HTTP/1.1\r\n\r\n";
+        let body = b"a;b=c\r\n0123456789\r\n3\r\na\nb\r\n0\r\nT: 1\r\n\r\n";
+        assert_eq!(tracker.follow(head), 16);
+        line.body.store(u64::MAX, Ordering::Relaxed);
+        let stream = [&body[..], b"GET / HTTP/1.1\n\r\n"].concat();
+        assert_eq!(tracker.follow(&stream), stream.len());
+        assert!(line.malformed.load(Ordering::Relaxed));
     }
 }

@@ -376,11 +376,12 @@ impl Database {
         let started = Instant::now();
         let bound = deadline.at().min(started + CONNECTION_BOUND);
         let mut state = self.0.state.subscribe();
-        // Where we have only just started, whether the database is there is known in a moment: a
-        // request that waited in the socket meanwhile must not be refused for being early.
-        timeout_at(bound, state.wait_for(|state| *state != State::Starting))
-            .await
-            .ok();
+        if *state.borrow() == State::Starting {
+            // Whether the database is there is known in a moment: a request that waited in the
+            // socket until we started must not be refused for being early.
+            let known = state.wait_for(|state| *state != State::Starting);
+            timeout_at(bound, known).await.ok();
+        }
         if *state.borrow() != State::Up {
             return Err(DbError::Unavailable("the database is away".into()));
         }
