@@ -205,7 +205,8 @@ pub(crate) async fn respond(
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, call.id.clone());
     headers.insert(CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    if head.uri.path().starts_with("/api/") {
+    let path = call.route().unwrap_or(head.uri.path());
+    if path.starts_with("/api/") {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
     if app.is_stopping() {
