@@ -76,7 +76,7 @@ await withBrowser(async (browser) => {
   const created = await execute("createTask");
   assert.equal(created.status, 201);
   assert.equal(created.body.completed, false);
-  await operation("createTask").locator(".live-responses-table").scrollIntoViewIfNeeded();
+  await operation("createTask").locator(".live-responses-table").evaluate((table) => table.scrollIntoView());
   await page.screenshot(picture("created"));
 
   await open("setTaskCompletion");
@@ -84,7 +84,7 @@ await withBrowser(async (browser) => {
   const completed = await execute("setTaskCompletion");
   assert.equal(completed.status, 200);
   assert.deepEqual({ ...completed.body, updated_at: null }, { ...created.body, completed: true, updated_at: null });
-  await operation("setTaskCompletion").locator(".execute").scrollIntoViewIfNeeded();
+  await operation("setTaskCompletion").locator(".live-responses-table").evaluate((table) => table.scrollIntoView());
   await page.screenshot(picture("completed"));
 
   // Somebody else's id is refused, and the refusal's page says what that means.

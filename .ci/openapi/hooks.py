@@ -53,6 +53,9 @@ def before_call(context, case, kwargs):
     if operation in SELF_ENDING and case.headers.get("Authorization") == RUNS_ON:
         case.headers["Authorization"] = guest.authorization
     right = case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE
+    if operation == "logout" and not right:
+        # With a bearer token, a logout does not read what is wrong with its body.
+        case.headers.pop("Authorization", None)
     if right and isinstance(case.body, dict):
         # Every other body stays wrong in what only the service can tell.
         complete(operation, case.body, next(count) % 2 == 0)
