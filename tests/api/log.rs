@@ -335,7 +335,7 @@ async fn who_makes_a_mistake_of_another_kind_is_not_warned_of() {
 async fn no_secret_gets_into_the_log() {
     let server = Server::with(&[("RUST_LOG", "debug"), ("BCRYPT_COST", "10")]).await;
     let other = server
-        .sibling(&[("RUST_LOG", "debug"), ("BCRYPT_COST", "11")])
+        .sibling(&[("RUST_LOG", "trace"), ("BCRYPT_COST", "11")])
         .await;
     let sql = server.sql().await;
     let mut secrets = vec![

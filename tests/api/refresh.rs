@@ -80,7 +80,7 @@ async fn a_repeat_within_the_grace_time_gets_the_very_same_successor() {
         .await
         .expect(200)
         .json();
-    wait_in_database(&sql, &ann, "5 seconds").await;
+    wait_in_database(&sql, &ann, "2 seconds").await;
     for server in [&server, &other, &server] {
         let again = refresh(server, &ann.refresh_token).await.expect(200).json();
         assert_eq!(again["refresh_token"], first["refresh_token"]);

@@ -368,6 +368,8 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         &["203.0.113.9, 10.1.2.3, 2001:db8:ffff::7, 127.0.0.1"],
         &["198.51.100.4", "203.0.113.9"],
         &["203.0.113.9", "10.1.2.3"],
+        // Some proxies write the port as well.
+        &["203.0.113.9:41234"],
     ] {
         assert_eq!(knock(&server, same).await, 429, "{same:?}");
     }
@@ -378,6 +380,7 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     used_up(&["2001:db8:1:2::1"]).await;
     assert_eq!(knock(&server, &["2001:db8:1:2:ffff::9"]).await, 429);
     assert_eq!(knock(&server, &["2001:DB8:1:2:0:0:0:3"]).await, 429);
+    assert_eq!(knock(&server, &["[2001:db8:1:2::7]:443"]).await, 429);
     assert_eq!(knock(&server, &["2001:db8:1:3::1"]).await, 401);
     used_up(&["::ffff:203.0.113.50"]).await;
     assert_eq!(knock(&server, &["203.0.113.50"]).await, 429);

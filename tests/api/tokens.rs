@@ -430,7 +430,12 @@ fn claims_of_the_wrong_kind(secret: &str, user: &User, other: &User) -> Vec<Atta
     };
     for name in ["user_id", "sub", "email", "sid", "iat", "exp"] {
         attack(format!("no {name}"), with(&good, name, Value::Null));
-        for wrong in [json!(true), json!([good[name]]), json!({"eq": good[name]})] {
+        for wrong in [
+            json!(true),
+            json!(""),
+            json!([good[name]]),
+            json!({"eq": good[name]}),
+        ] {
             attack(format!("{name} {wrong}"), with(&good, name, wrong.clone()));
         }
         // `with` would remove it.
