@@ -42,6 +42,7 @@ pub mod server;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
 
 use auth::password::Passwords;
@@ -53,6 +54,7 @@ use cors::Cors;
 use db::Database;
 use db::sweep::Sweeper;
 use db::users::NewSession;
+use error::Error;
 use logging::Complaints;
 use metrics::Metrics;
 
@@ -69,8 +71,12 @@ pub struct App {
     metrics: Arc<Metrics>,
     complaints: Complaints,
     sweeper: Arc<Sweeper>,
+    large_answers: Arc<Semaphore>,
     stopping: AtomicBool,
 }
+
+/// Large answers that are not read yet; at a MiB each, what they may take of the memory.
+const LARGE_ANSWERS: usize = 128;
 
 impl App {
     /// Everything in its place; the error is one line for the operator.
@@ -98,6 +104,7 @@ impl App {
             cors: Cors::new(&config.cors_origins),
             complaints: Complaints::default(),
             sweeper: Arc::default(),
+            large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
             stopping: AtomicBool::new(false),
             database,
             metrics,
@@ -121,6 +128,12 @@ impl App {
             idle,
             user_agent,
         }
+    }
+
+    /// A place for one more large answer.
+    fn place_for_large(&self) -> Result<OwnedSemaphorePermit, Error> {
+        let place = self.large_answers.clone().try_acquire_owned();
+        place.map_err(|_| Error::Overloaded)
     }
 
     /// Sessions that this instance has just ended: their access tokens are refused here at once.

@@ -523,17 +523,13 @@ pub(crate) fn check_host(head: &Parts) -> Result<(), Error> {
     }
 }
 
-fn is_port(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
-}
-
 fn is_authority(host: &HeaderValue) -> bool {
     let Ok(authority) = Authority::try_from(host.as_bytes()) else {
         return false;
     };
     let name = authority.host();
-    // What follows the name is a port, or nothing.
+    // What follows the name is a port, any digits (RFC 3986 section 3.2.3), or nothing.
     let port = authority.as_str().strip_prefix(name);
     let port = port.map(|rest| rest.strip_prefix(':').unwrap_or(rest));
-    !name.is_empty() && port.is_some_and(|port| port.is_empty() || is_port(port))
+    !name.is_empty() && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -8,6 +8,7 @@ use hyper::header::{
     RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::{Error, Fault};
 use crate::model::Task;
@@ -37,6 +38,33 @@ pub(crate) fn bytes(
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
+}
+
+/// An answer so large that it keeps its place among the few of them until it is written or given
+/// up: whoever asks for many and reads none must not fill the memory.
+pub(crate) fn large(
+    content_type: &'static str,
+    mut body: Vec<u8>,
+    place: OwnedSemaphorePermit,
+) -> Response {
+    struct Placed {
+        body: Vec<u8>,
+        _place: OwnedSemaphorePermit,
+    }
+    impl AsRef<[u8]> for Placed {
+        fn as_ref(&self) -> &[u8] {
+            &self.body
+        }
+    }
+    body.shrink_to_fit();
+    bytes(
+        StatusCode::OK,
+        content_type,
+        Bytes::from_owner(Placed {
+            body,
+            _place: place,
+        }),
+    )
 }
 
 /// No body.

@@ -18,6 +18,9 @@ const MAX_PAGE: i64 = 1000;
 /// A page ends early where its JSON passes this.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
+/// An answer of this size or more counts among the large ones until it is written.
+const LARGE: usize = 64 * 1024;
+
 /// `GET /api/v1/{user_id}/tasks`
 pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
     let page = Page::of(call)?;
@@ -37,7 +40,11 @@ pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Er
     )
     .await?;
     let (body, last) = write_page(&found, page.limit as usize)?;
-    let mut response = response::bytes(StatusCode::OK, "application/json", body);
+    let mut response = if body.len() > LARGE {
+        response::large("application/json", body, call.app.place_for_large()?)
+    } else {
+        response::bytes(StatusCode::OK, "application/json", body)
+    };
     if let Some(last) = last {
         response = response::linked(response, &page.next(user.id, last));
     }
