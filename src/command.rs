@@ -125,7 +125,11 @@ async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Opened, Failure>
                 postgres.data_dir().display(),
                 postgres.version()
             );
-            let database = Database::new(Target::private(&postgres)?, config.db_pool_size, metrics);
+            let database = Database::new(
+                Target::private(postgres.config(), postgres.data_dir())?,
+                config.db_pool_size,
+                metrics,
+            );
             Ok(Opened {
                 database,
                 postgres: Some(postgres),
@@ -286,10 +290,22 @@ async fn ask_health(address: SocketAddr) -> io::Result<()> {
     }
 }
 
+/// The database for a command that does not serve: that of a service which runs already, too.
+async fn visit(config: &Config) -> Result<(Database, Option<local::Postgres>), Failure> {
+    if let Store::Private(directory) = &config.store
+        && let Some(running) = local::running(directory)
+    {
+        let target = Target::private(running, directory)?;
+        return Ok((Database::new(target, 1, Metrics::new()), None));
+    }
+    let opened = open(config, Metrics::new()).await?;
+    Ok((opened.database, opened.postgres))
+}
+
 async fn migrate(config: Config) -> Result<(), Failure> {
-    let opened = open(&config, Metrics::new()).await?;
-    let found = opened.database.bring_up().await;
-    if let Some(postgres) = opened.postgres {
+    let (database, postgres) = visit(&config).await?;
+    let found = database.bring_up().await;
+    if let Some(postgres) = postgres {
         postgres.stop().await;
     }
     println!("{} migrations applied", found?.migrations);
@@ -298,12 +314,12 @@ async fn migrate(config: Config) -> Result<(), Failure> {
 
 async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
     let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
-    let opened = open(&config, Metrics::new()).await?;
-    let result = match opened.database.bring_up().await {
-        Ok(_) => replace_password(&opened.database, &email, config.bcrypt_cost).await,
+    let (database, postgres) = visit(&config).await?;
+    let result = match database.bring_up().await {
+        Ok(_) => replace_password(&database, &email, config.bcrypt_cost).await,
         Err(refusal) => Err(refusal.into()),
     };
-    if let Some(postgres) = opened.postgres {
+    if let Some(postgres) = postgres {
         postgres.stop().await;
     }
     println!("password set; {} sessions ended", result?);
@@ -370,13 +386,16 @@ async fn check(config: Config) -> Result<ExitCode, Failure> {
         );
     }
     let target = match &config.store {
-        Store::Private(directory) => {
-            println!(
-                "private PostgreSQL in {}: made and started by `todo-api serve`",
-                directory.display()
-            );
-            return Ok(ExitCode::SUCCESS);
-        }
+        Store::Private(directory) => match local::running(directory) {
+            Some(running) => Target::private(running, directory)?,
+            None => {
+                println!(
+                    "private PostgreSQL in {}: not running, `todo-api serve` starts it",
+                    directory.display()
+                );
+                return Ok(ExitCode::SUCCESS);
+            }
+        },
         Store::Server(url) => {
             Target::server(url).map_err(|reason| format!("DATABASE_URL {reason}"))?
         }

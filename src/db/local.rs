@@ -485,13 +485,7 @@ impl Cluster {
     }
 
     fn config(&self, database: &str) -> tokio_postgres::Config {
-        let mut config = tokio_postgres::Config::new();
-        config
-            .host_path(&self.sockets)
-            .user(USER)
-            .dbname(database)
-            .application_name("todo-api");
-        config
+        through(&self.sockets, database)
     }
 
     /// A socket directory outside of `DATA_DIR` goes with the server.
@@ -918,6 +912,28 @@ async fn lock(data_dir: &Path) -> Result<File, Error> {
             Err(TryLockError::WouldBlock) => sleep(POLL).await,
         }
     }
+}
+
+fn through(sockets: &Path, database: &str) -> tokio_postgres::Config {
+    let mut config = tokio_postgres::Config::new();
+    config
+        .host_path(sockets)
+        .user(USER)
+        .dbname(database)
+        .application_name("todo-api");
+    config
+}
+
+/// How to reach the private PostgreSQL of a service that runs on `data_dir`; `None` where none runs.
+pub fn running(data_dir: &Path) -> Option<tokio_postgres::Config> {
+    let lock = OpenOptions::new().write(true).open(data_dir.join("lock"));
+    if !matches!(lock.ok()?.try_lock(), Err(TryLockError::WouldBlock)) {
+        return None;
+    }
+    let running = fs::read_to_string(data_dir.join("cluster/postmaster.pid")).ok()?;
+    // The fifth line names the directory of the socket.
+    let sockets = running.lines().nth(4)?;
+    Some(through(Path::new(sockets), DATABASE))
 }
 
 /// Makes the directory for the socket: in `DATA_DIR`, or where the path becomes too long, in a temporary place.

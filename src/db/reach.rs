@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use bb8::ManageConnection as _;
@@ -14,7 +15,7 @@ use tokio_postgres::{Client, Connection, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::url::{DatabaseUrl, no_tls};
-use super::{describe, is_lost, local, migrations};
+use super::{describe, is_lost, migrations};
 
 type Stream = <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream;
 
@@ -132,15 +133,12 @@ impl Target {
         })
     }
 
-    /// The service's own server.
-    pub fn private(postgres: &local::Postgres) -> Result<Self, String> {
-        let mut config = postgres.config();
-        config.application_name("todo-api");
-        let place = postgres.data_dir().display().to_string();
+    /// The service's own server, whose data is at `place`.
+    pub fn private(config: tokio_postgres::Config, place: &Path) -> Result<Self, String> {
         Ok(Self {
             config,
             tls: no_tls()?,
-            place,
+            place: place.display().to_string(),
             direct: true,
         })
     }
