@@ -9,6 +9,7 @@
 mod harness;
 
 // Coming up, staying up, going down.
+mod commands;
 mod private_postgres;
 mod startup;
 mod sweeping;

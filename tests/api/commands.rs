@@ -1,0 +1,202 @@
+//! What the binary does besides serving.
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server};
+use serde_json::json;
+
+/// Runs a command to its end with a line on its standard input and nothing else in its environment.
+fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_todo-api"))
+        .args(arguments)
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .envs(variables.iter().copied())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    child
+        .stdin
+        .take()
+        .expect("a standard input")
+        .write_all(input.as_bytes())
+        .ok();
+    child.wait_with_output().expect("the binary ends")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+const NEW_PASSWORD: &str = "seven Copper kettles at noon";
+
+#[tokio::test]
+async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
+    let server = Server::start().await;
+    let ann = server.register("ann@example.com").await;
+    let ben = server.user().await;
+    let url = server.database_url();
+    let variables = [
+        ("DATABASE_URL", url.as_str()),
+        ("JWT_SECRET", SECRET),
+        ("BCRYPT_COST", "10"),
+    ];
+    let output = run(
+        &["set-password", " Ann@Example.com "],
+        &variables,
+        &format!("{NEW_PASSWORD}\n"),
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stdout(&output).contains("1 sessions ended"));
+    for (password, status) in [(PASSWORD, 401), (NEW_PASSWORD, 200)] {
+        server
+            .post("/api/v1/auth/login")
+            .json(json!({"email": ann.email, "password": password}))
+            .send()
+            .await
+            .expect(status);
+    }
+    server
+        .post("/api/v1/auth/refresh")
+        .json(json!({"refresh_token": ann.refresh_token}))
+        .send()
+        .await
+        .problem(401, "invalid_refresh_token");
+    // Nobody else noticed.
+    server
+        .get("/api/v1/auth/me")
+        .bearer(&ben.access_token)
+        .send()
+        .await
+        .expect(200);
+
+    for (email, password, says) in [
+        ("nobody@example.com", NEW_PASSWORD, "no account"),
+        ("ann@example.com", "password", "guessed"),
+        ("ann@example.com", "short", "8 characters"),
+        ("no address", NEW_PASSWORD, "address"),
+    ] {
+        let output = run(
+            &["set-password", email],
+            &variables,
+            &format!("{password}\n"),
+        );
+        assert!(!output.status.success());
+        assert!(stderr(&output).contains(says), "{}", stderr(&output));
+    }
+}
+
+#[tokio::test]
+async fn set_password_reaches_the_private_postgresql_of_a_running_service() {
+    let data = DataDir::new();
+    let service = Process::spawn(
+        &[],
+        &[
+            ("DATA_DIR", data.text()),
+            ("LISTEN_ADDR", "127.0.0.1:0"),
+            ("BCRYPT_COST", "10"),
+        ],
+    );
+    service.listening().await;
+    let variables = [("DATA_DIR", data.text())];
+    let output = run(
+        &["set-password", "nobody@example.com"],
+        &variables,
+        &format!("{NEW_PASSWORD}\n"),
+    );
+    assert!(
+        stderr(&output).contains("no account"),
+        "{}",
+        stderr(&output)
+    );
+    let output = run(&["check"], &variables, "");
+    assert!(output.status.success());
+    assert!(
+        stdout(&output).contains("migrations due: 0"),
+        "{}",
+        stdout(&output)
+    );
+    assert!(service.stop().await.success());
+}
+
+#[tokio::test]
+async fn check_tells_each_setting_and_its_source_but_no_secret() {
+    let server = Server::start().await;
+    let url = server.database_url();
+    let variables = [
+        ("DATABASE_URL", url.as_str()),
+        ("JWT_SECRET", SECRET),
+        ("BCRYPT_COST", "11"),
+    ];
+    let output = run(&["check"], &variables, "");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let told = stdout(&output);
+    assert!(!told.contains(SECRET) && !told.contains(&url));
+    let help = stdout(&run(&["--help"], &[], ""));
+    for line in told
+        .lines()
+        .take_while(|line| !line.starts_with("database"))
+    {
+        let name = line.split_whitespace().next().unwrap_or_default();
+        assert!(help.contains(name), "--help does not name {name}");
+    }
+    let cost = told.lines().find(|line| line.starts_with("BCRYPT_COST"));
+    assert_eq!(
+        cost.map(|line| line.split_whitespace().collect::<Vec<_>>()),
+        Some(vec!["BCRYPT_COST", "11", "environment"])
+    );
+    for said in [
+        "PostgreSQL",
+        "TLS not in use",
+        "migrations due: 0",
+        "clock difference",
+        "pooler none",
+    ] {
+        assert!(told.contains(said), "{said} is not in {told}");
+    }
+    // One screen.
+    assert!(help.lines().count() <= 40 && help.lines().all(|line| line.len() <= 100));
+}
+
+#[tokio::test]
+async fn check_fails_fast_where_the_database_is_not_there() {
+    let variables = [
+        ("DATABASE_URL", "postgres://nobody@127.0.0.1:9/none"),
+        ("JWT_SECRET", SECRET),
+    ];
+    let output = run(&["check"], &variables, "");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout(&output).contains("cannot be used"));
+}
+
+#[tokio::test]
+async fn registration_can_be_closed() {
+    let server = Server::with(&[("REGISTRATION", "closed")]).await;
+    server
+        .post("/api/v1/auth/register")
+        .json(json!({"email": "ann@example.com", "password": PASSWORD}))
+        .send()
+        .await
+        .problem(403, "registration_closed");
+}
+
+#[tokio::test]
+async fn an_unknown_command_ends_with_one_line() {
+    for arguments in [
+        &["dance"][..],
+        &["--dance"],
+        &["set-password"],
+        &["check", "more"],
+    ] {
+        let output = run(arguments, &[], "");
+        assert_eq!(output.status.code(), Some(2));
+        assert_eq!(stderr(&output).lines().count(), 1, "{}", stderr(&output));
+    }
+}
