@@ -63,20 +63,20 @@ def before_call(context, case, kwargs):
         complete(operation, case.body, next(count) % 2 == 0)
 
 
-def complete(operation, body, true):
+def complete(operation, body, truthful):
     if operation == "register":
         body["password"] = strong(body["password"])
         if len(body["email"].strip().lower().encode()) > 254:
             body["email"] = f"{secrets.token_hex(8)}@example.com"
     elif operation == "changePassword":
         body["new_password"] = strong(body["new_password"])
-        if true:
+        if truthful:
             body["current_password"] = guest.password
-    elif operation == "deleteMe" and true:
+    elif operation == "deleteMe" and truthful:
         body["password"] = guest.password
-    elif operation == "login" and true:
+    elif operation == "login" and truthful:
         body.update(email=guest.email, password=guest.password)
-    elif operation in ("refresh", "logout") and true:
+    elif operation in ("refresh", "logout") and truthful:
         body["refresh_token"] = (leaver if operation == "logout" else guest).refresh_token
     elif operation in ("updateTask", "replaceTask") and not KNOWN_CHANGES & body.keys():
         # Members of other names are ignored, and a change of nothing is refused.
@@ -101,6 +101,6 @@ def after_call(context, case, response):
         guest.password = case.body["new_password"]
     elif operation == "deleteMe" and response.status_code == 204:
         guest = Guest()
-    elif operation in SELF_ENDING - {"logout"} and response.status_code in (401, 429):
+    elif response.status_code in (401, 429) and case.headers.get("Authorization") == guest.authorization:
         # Its session is over, or it has failed too often.
         guest = Guest()
