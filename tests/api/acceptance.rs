@@ -443,15 +443,12 @@ async fn many_users_at_once_see_their_own_tasks_only() {
     for _ in 0..10 {
         users.push(server.user().await);
     }
-    join_all(
-        users
-            .iter()
-            .flat_map(|user| (0..20).map(move |n| (user, n)))
-            .map(async |(user, n)| {
-                user.create_task(&server, &format!("{} {n}", user.email))
-                    .await
-            }),
-    )
+    join_all(users.iter().map(async |user| {
+        for n in 0..20 {
+            let title = format!("{} {n}", user.email);
+            user.create_task(&server, &title).await;
+        }
+    }))
     .await;
     for user in &users {
         let answer = server
@@ -619,7 +616,14 @@ async fn the_database_never_sees_more_than_twenty_connections_of_ours() {
     let sql = server.sql().await;
     let finished = Cell::new(false);
     let requests = async {
-        join_all((0..200).map(async |n| ann.create_task(&server, &format!("{n}")).await)).await;
+        let create = async |n: i32| {
+            let request = server.post(ann.tasks()).bearer(&ann.access_token);
+            request.json(json!({"title": n.to_string()})).send().await
+        };
+        for answer in join_all((0..200).map(create)).await {
+            // A slow machine may shed some.
+            assert!(matches!(answer.status, 201 | 503), "{answer:?}");
+        }
         finished.set(true);
     };
     let watch = async {
