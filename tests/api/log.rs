@@ -44,10 +44,10 @@ fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
         .map(|(_, value)| value)
 }
 
-/// What an operator gives to fail2ban as `failregex` (the README prints it). Everything from the
-/// beginning of the line to the address is named and none of it can hold white space, so no field
-/// can pose as another. In the journal a line begins with the message itself.
-const FAIL_REGEX: &str = r"^\S*\s*(?:WARN\s+)?authentication failed reason=\S+ method=\S+ path=\S+ client=<HOST>(?:\s|$)";
+/// What an operator gives to fail2ban as `failregex` (the README prints it), for the journal
+/// (`host todo-api[pid]: …`) and for a file alike. Everything from the beginning of the line to the
+/// address is named and none of it can hold white space, so no field can pose as another.
+const FAIL_REGEX: &str = r"^\s*(?:\S+ todo-api\[\d+\]:\s+|\S*\s*WARN\s+)authentication failed reason=\S+ method=\S+ path=\S+ client=<HOST>(?:\s|$)";
 
 /// The addresses that fail2ban would ban for a log, by a regular expression engine that is
 /// neither ours nor Rust's.
@@ -649,28 +649,47 @@ async fn no_input_forges_a_line() {
     );
 }
 
-/// Who is refused through a proxy is banned, not the proxy; over IPv6 too.
+/// Who is refused through a proxy is banned, not the proxy; over IPv6 too, and out of the journal
+/// as well as out of a file.
 #[tokio::test]
 async fn the_filter_finds_the_client_behind_a_proxy() {
-    let server = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await;
-    for client in ["203.0.113.9", "2001:db8::9"] {
-        server
-            .get("/api/v1/auth/me")
-            .header("x-forwarded-for", client)
-            .send()
-            .await
-            .expect(401);
-        server
-            .post("/api/v1/auth/login")
-            .header("x-forwarded-for", client)
-            .json(json!({"email": "ann@example.com", "password": "wrong"}))
-            .send()
-            .await
-            .expect(401);
+    let file = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await;
+    let journal = file.sibling(&[("JOURNAL_STREAM", "8:12345")]).await;
+    for server in [&file, &journal] {
+        for client in ["203.0.113.9", "2001:db8::9"] {
+            server
+                .get("/api/v1/auth/me")
+                .header("x-forwarded-for", client)
+                .send()
+                .await
+                .expect(401);
+            login_from(server, client).await;
+        }
     }
-    let log = settled(&server).await;
-    assert_eq!(
-        banned(&server, &log).await,
-        BTreeSet::from(["127.0.0.1", "203.0.113.9", "2001:db8::9"].map(str::to_owned))
-    );
+    let log = settled(&file).await;
+    let found = BTreeSet::from(["127.0.0.1", "203.0.113.9", "2001:db8::9"].map(str::to_owned));
+    assert_eq!(banned(&file, &log).await, found);
+
+    // As the journal gives it back: the priority is taken off, host and program are put in front.
+    let log = settled(&journal).await;
+    let mut given_back = String::new();
+    for line in log.lines() {
+        let message = line
+            .strip_prefix("<4>")
+            .or_else(|| line.strip_prefix("<6>"))
+            .unwrap_or_else(|| panic!("no priority: {line}"));
+        given_back += &format!("vm todo-api[4711]: {message}\n");
+    }
+    assert_eq!(banned(&journal, &given_back).await, found);
+}
+
+/// A failed sign-in by way of a proxy.
+async fn login_from(server: &Server, client: &str) {
+    server
+        .post("/api/v1/auth/login")
+        .header("x-forwarded-for", client)
+        .json(json!({"email": "ann@example.com", "password": "wrong"}))
+        .send()
+        .await
+        .expect(401);
 }
