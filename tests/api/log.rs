@@ -527,13 +527,13 @@ async fn no_input_forges_a_line() {
     for line_break in breaks {
         let forged = format!("ann@example.com{line_break}{FORGED_LINE}");
         // As an e-mail address, with and without the spaces that none may have.
+        login(&server, &forged, &forged).await.expect(401);
         for email in [
-            forged.clone(),
             forged.replace(' ', "\u{a0}"),
             format!("x{line_break}client=6.6.6.6{line_break}@example.com"),
             format!("client=6.6.6.6{line_break}@6.6.6.6"),
         ] {
-            login(&server, &email, &forged).await.expect(401);
+            login(&server, &email, "short").await.expect(401);
             server
                 .post("/api/v1/auth/register")
                 .json(json!({"email": email, "password": "short"}))

@@ -258,9 +258,14 @@ async fn what_is_no_refresh_token_is_refused_and_ends_nothing() {
         &parts[..parts.len() - 1].join("."),
         &format!("{}.", parts[..parts.len() - 1].join(".")),
     ] {
-        refresh(&server, bad)
-            .await
-            .problem(401, "invalid_refresh_token");
+        let response = refresh(&server, bad).await;
+        response.problem(401, "invalid_refresh_token");
+        // RFC 9110 section 11.6.1: a 401 carries a challenge.
+        assert!(
+            response
+                .header("www-authenticate")
+                .starts_with("Bearer realm=\"todo\"")
+        );
     }
     assert_signed_in(&server, &ann.access_token).await;
     refresh(&server, token).await.expect(200);

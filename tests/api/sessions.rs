@@ -456,6 +456,7 @@ async fn ending_a_session_that_ran_out_ends_its_last_access_token_too() {
     for way in [
         End::SignOut,
         End::SignOutByRefreshToken,
+        End::DeletedOne,
         End::DeletedOthers,
         End::PasswordChanged,
         End::AccountDeleted,
