@@ -693,3 +693,13 @@ async fn login_from(server: &Server, client: &str) {
         .await
         .expect(401);
 }
+
+/// The filter that an operator copies is the one that was tried here.
+#[test]
+fn the_readme_prints_the_filter_that_was_tried() {
+    let readme = include_str!("../../README.md");
+    assert!(
+        readme.contains(&format!("failregex = {FAIL_REGEX}")),
+        "the README has no such line: failregex = {FAIL_REGEX}"
+    );
+}
