@@ -3,7 +3,7 @@
 //! A label has only values that this code names: nothing that a client sends becomes one.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hyper::Method;
 use prometheus::{
@@ -16,6 +16,8 @@ use crate::error::{Error, Refused};
 /// What the service counts.
 pub struct Metrics {
     registry: Registry,
+    /// Seconds since 1970 at the start.
+    started: f64,
     /// Requests answered, by route pattern, method and status.
     pub(crate) requests: IntCounterVec,
     /// Seconds from a request's head to its answer, by route pattern.
@@ -103,6 +105,9 @@ impl Metrics {
             ),
             connections: gauge("http_connections", "Open connections of clients"),
             registry,
+            started: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0.0, |since| since.as_secs_f64()),
         };
         let build = build.expect("a well-formed name");
         build.set(1.0);
@@ -181,8 +186,19 @@ impl Metrics {
         self.db_connections
             .with_label_values(&["in_use"])
             .set(connections.saturating_sub(idle).into());
+        let mut families = self.registry.gather();
+        // The collector reckons from the boot time, which systemd's ProcSubset=pid hides.
+        let mut started = prometheus::proto::Gauge::default();
+        started.set_value(self.started);
+        for family in &mut families {
+            if family.name() == "process_start_time_seconds" {
+                for metric in family.mut_metric() {
+                    metric.set_gauge(started.clone());
+                }
+            }
+        }
         let mut text = Vec::new();
-        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut text) {
+        if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
             log::error!("cannot write the metrics: {error}");
         }
         text
