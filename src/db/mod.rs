@@ -421,7 +421,13 @@ impl Database {
             .millis_at(now)
             .saturating_sub(self.0.unhindered.load(Ordering::Relaxed));
         let stands = Duration::from_millis(since) > STANDING;
-        let patience = if stands { STANDING_WAIT } else { STANDING };
+        let patience = match stands {
+            // Connections are on their way: to a database that wakes up or is far away that takes
+            // longer than any queue should stand.
+            _ if self.0.pool.is_growing() => CONNECTION_BOUND,
+            true => STANDING_WAIT,
+            false => STANDING,
+        };
         let mut state = self.0.state.subscribe();
         tokio::select! {
             biased;
@@ -463,6 +469,8 @@ impl Database {
                     }
                     () = sleep_until(deadline.at()) => {
                         link.retire();
+                        // If it was the connection that failed, those opened with it may have.
+                        self.0.pool.retire_silent_since(started);
                         return Err(DbError::Unavailable("a query ran out of time".into()));
                     }
                 }
@@ -475,6 +483,7 @@ impl Database {
         match result {
             Ok(value) => {
                 self.answered();
+                link.answered();
                 Ok(value)
             }
             Err(error) if is_lost(&error) => {
@@ -535,10 +544,25 @@ impl Database {
         Err(cause)
     }
 
-    /// A connection beside the pool's, but counted with them, and one round trip.
+    /// A connection beside the pool's, but counted with them, and one round trip. If there is no
+    /// room for another, one that is idle tells as much, or anybody's answer meanwhile.
     async fn probe(&self) -> Result<(), String> {
-        let _socket = self.0.pool.socket().await;
-        self.0.target.ping().await.map_err(|error| describe(&error))
+        let begun = self.millis();
+        let result = tokio::select! {
+            biased;
+            _socket = self.0.pool.socket() => self.0.target.ping().await,
+            Ok(pooled) = self.0.pool.get_owned() => {
+                pooled.link().client().check_connection().await
+            }
+            () = self.answer_since(begun) => Ok(()),
+        };
+        result.map_err(|error| describe(&error))
+    }
+
+    async fn answer_since(&self, begun: u64) {
+        while self.0.answered.load(Ordering::Relaxed) <= begun {
+            sleep(Duration::from_millis(20)).await;
+        }
     }
 
     async fn wait_until_found(&self, reason: &str) {

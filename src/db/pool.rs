@@ -3,14 +3,14 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bb8::ManageConnection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::{Client, Statement};
 
 use super::statements::{Prepared, Sql};
@@ -32,6 +32,9 @@ pub(super) struct Link {
     driver: AbortHandle,
     reads: AtomicUsize,
     retired: AtomicBool,
+    opened: Instant,
+    /// Milliseconds since `opened`: when it last answered.
+    answered: AtomicU64,
 }
 
 impl Link {
@@ -50,6 +53,17 @@ impl Link {
 
     pub(super) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Acquire)
+    }
+
+    /// It works.
+    pub(super) fn answered(&self) {
+        let age = self.opened.elapsed().as_millis() as u64;
+        self.answered.store(age, Ordering::Relaxed);
+    }
+
+    fn is_silent_since(&self, moment: Instant) -> bool {
+        let answered = Duration::from_millis(self.answered.load(Ordering::Relaxed));
+        self.opened + answered < moment
     }
 
     /// Counts a read that shares this connection, until it is dropped.
@@ -104,6 +118,7 @@ pub(super) struct Connections {
     target: Target,
     bound: Duration,
     sockets: Arc<Semaphore>,
+    opening: Arc<AtomicUsize>,
     links: Arc<Mutex<Vec<Weak<Link>>>>,
 }
 
@@ -112,6 +127,7 @@ impl ManageConnection for Connections {
     type Error = NoConnection;
 
     async fn connect(&self) -> Result<Handle, NoConnection> {
+        let _opening = Opening::of(&self.opening);
         timeout(self.bound, self.open())
             .await
             .unwrap_or_else(|_| Err(NoConnection::Failed("connecting ran out of time".into())))
@@ -148,12 +164,30 @@ impl Connections {
             driver: driver.abort_handle(),
             reads: AtomicUsize::new(0),
             retired: AtomicBool::new(false),
+            opened: Instant::now(),
+            answered: AtomicU64::new(0),
         });
         half_way.disarm();
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
         Ok(Handle(link))
+    }
+}
+
+/// A connection on its way, counted until it is dropped.
+struct Opening(Arc<AtomicUsize>);
+
+impl Opening {
+    fn of(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -182,6 +216,7 @@ async fn acquire(sockets: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
 pub(super) struct Pool {
     pool: bb8::Pool<Connections>,
     sockets: Arc<Semaphore>,
+    opening: Arc<AtomicUsize>,
     links: Arc<Mutex<Vec<Weak<Link>>>>,
 }
 
@@ -193,6 +228,21 @@ impl Pool {
             link.retire();
             link.driver.abort();
         }
+    }
+
+    /// Nobody gets a connection again that has not answered since then.
+    pub(super) fn retire_silent_since(&self, moment: Instant) {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        for link in links.iter().filter_map(Weak::upgrade) {
+            if link.is_silent_since(moment) {
+                link.retire();
+            }
+        }
+    }
+
+    /// Whether connections are being made.
+    pub(super) fn is_growing(&self) -> bool {
+        self.opening.load(Ordering::Relaxed) > 0
     }
 
     /// A socket's worth of the pool's bound.
@@ -218,10 +268,12 @@ pub(super) fn build(
 ) -> Pool {
     let sockets = Arc::new(Semaphore::new(size as usize));
     let links = Arc::default();
+    let opening = Arc::default();
     let connections = Connections {
         target,
         bound,
         sockets: sockets.clone(),
+        opening: Arc::clone(&opening),
         links: Arc::clone(&links),
     };
     let pool = bb8::Pool::builder()
@@ -234,6 +286,7 @@ pub(super) fn build(
     Pool {
         pool,
         sockets,
+        opening,
         links,
     }
 }
