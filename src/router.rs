@@ -183,11 +183,7 @@ pub(crate) async fn respond(
     };
     let result = match fault {
         Some(fault) => Err(Error::MalformedRequest(fault)),
-        // A panic is a bug, and the end of this request alone.
-        None => AssertUnwindSafe(dispatch(&call, body))
-            .catch_unwind()
-            .await
-            .unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref())))),
+        None => caught(dispatch(&call, body)).await,
     };
     let mut response = match result {
         Ok(response) => response,
@@ -216,6 +212,14 @@ pub(crate) async fn respond(
     account_for(&call, &response, started.elapsed());
     app.sweep_if_due();
     response
+}
+
+/// A panic is a bug, and the end of this request alone.
+async fn caught(answer: impl Future<Output = Result<Response, Error>>) -> Result<Response, Error> {
+    AssertUnwindSafe(answer)
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
 }
 
 /// After these nobody knows where the next request would begin.
@@ -304,7 +308,24 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::segments;
+    use super::{caught, segments};
+    use crate::error::Error;
+
+    #[tokio::test]
+    async fn a_panic_ends_one_request_with_an_internal_error() {
+        for text in ["at once", "after a wait"] {
+            let handler = async {
+                if text != "at once" {
+                    tokio::task::yield_now().await;
+                }
+                panic!("{text}")
+            };
+            let Err(Error::Internal(cause)) = caught(handler).await else {
+                unreachable!("a panic that is no internal error");
+            };
+            assert_eq!(cause, format!("panic: {text}"));
+        }
+    }
 
     #[test]
     fn a_path_is_split_once_and_decoded_by_segment() {
