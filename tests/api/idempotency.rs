@@ -49,6 +49,14 @@ async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() 
         );
     }
     assert_eq!(count(&server).await, 1);
+    let request = server
+        .get(path_of(&ann, &first.3))
+        .bearer(&ann.access_token);
+    assert_eq!(
+        request.send().await.expect(200).json(),
+        first.3,
+        "answered as stored"
+    );
     let other = create(&server, &ann, "other", body.clone())
         .await
         .expect(201)

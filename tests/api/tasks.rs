@@ -32,12 +32,13 @@ async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
         .collect()
 }
 
+/// Makes a task, and sees to it that what was answered is what was stored.
 async fn create(server: &Server, user: &User, body: Value) -> Value {
-    let request = server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(body);
-    request.send().await.expect(201).json()
+    let request = server.post(user.tasks()).bearer(&user.access_token);
+    let task = request.json(body).send().await.expect(201).json();
+    let request = server.get(path_of(user, &task)).bearer(&user.access_token);
+    assert_eq!(request.send().await.expect(200).json(), task);
+    task
 }
 
 // FR-005, FR-009

@@ -585,6 +585,12 @@ async fn a_body_is_json_by_its_type_or_has_none() {
             "{method} {at} two types"
         );
     }
+    let coded = server
+        .post(&tasks)
+        .bearer(&ann.access_token)
+        .header("content-encoding", "gzip");
+    let answer = coded.json(json!({"title": "b"})).send().await;
+    answer.problem(415, "unsupported_media_type");
     // A type alone, without a body, is no reason to refuse where no body is needed.
     let request = server
         .patch(&complete)
