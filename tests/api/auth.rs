@@ -68,6 +68,25 @@ pub(crate) async fn delete_account(
         .await
 }
 
+/// Asserts that an access token is good.
+pub(crate) async fn assert_signed_in(server: &Server, access_token: &str) {
+    server
+        .get("/api/v1/auth/me")
+        .bearer(access_token)
+        .send()
+        .await
+        .expect(200);
+}
+
+/// A sign-out with an access token, whatever comes of it.
+pub(crate) async fn sign_out(server: &Server, access_token: &str) -> Response {
+    server
+        .post("/api/v1/auth/logout")
+        .bearer(access_token)
+        .send()
+        .await
+}
+
 /// A member of a body that must be text.
 pub(crate) fn text(body: &Value, member: &str) -> String {
     body[member]
@@ -196,12 +215,7 @@ async fn signing_in_gives_tokens_of_a_new_session() {
         ann.session_id.as_str()
     );
     // The session of the registration goes on beside it.
-    server
-        .get("/api/v1/auth/me")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200);
+    assert_signed_in(&server, &ann.access_token).await;
 }
 
 /// FR-001, FR-002, FR-016: read by hand, not by the library that wrote it.
@@ -227,12 +241,7 @@ async fn the_access_token_says_who_for_a_day() {
     // The same claims, signed by an implementation of our own, are the same token to the server:
     // it is HMAC-SHA256 under the shared secret and nothing else.
     let own = forge(server.secret(), head, claims);
-    server
-        .get("/api/v1/auth/me")
-        .bearer(&own)
-        .send()
-        .await
-        .expect(200);
+    assert_signed_in(&server, &own).await;
 }
 
 /// The lives of tokens are settings, and what the answers say follows them.
@@ -445,7 +454,13 @@ async fn of_thirty_registrations_of_an_address_at_once_one_wins() {
             } else {
                 "ann@example.com"
             };
-            register(server, email, PASSWORD).await.status
+            // A busy machine may ask some of them to come back: they do.
+            loop {
+                let status = register(server, email, PASSWORD).await.status;
+                if status != 503 {
+                    return status;
+                }
+            }
         }
     }))
     .await;
@@ -602,12 +617,7 @@ async fn a_new_password_ends_every_other_session() {
         .await
         .problem(401, "invalid_refresh_token");
     for user in [&ann, &bob] {
-        server
-            .get("/api/v1/auth/me")
-            .bearer(&user.access_token)
-            .send()
-            .await
-            .expect(200);
+        assert_signed_in(&server, &user.access_token).await;
         refresh(&server, &user.refresh_token).await.expect(200);
     }
     login(&server, &ann.email, &ann.password)

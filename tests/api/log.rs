@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use serde_json::json;
 
-use crate::auth::{ANOTHER_PASSWORD, login, refresh, text};
+use crate::auth::{ANOTHER_PASSWORD, login, refresh, sign_out, text};
 use crate::harness::{PASSWORD, Request, Server, claims, forge};
 use crate::sweeping::age;
 
@@ -80,12 +80,7 @@ async fn each_failed_authentication_is_one_warn_line() {
         login(&server, &slow.email, "wrong").await.expect(401);
     }
     let ended = server.user().await;
-    server
-        .post("/api/v1/auth/logout")
-        .bearer(&ended.access_token)
-        .send()
-        .await
-        .expect(204);
+    sign_out(&server, &ended.access_token).await.expect(204);
     crate::sessions::assert_dies(&server, &ended.access_token, std::time::Instant::now()).await;
     let reused = server.user().await;
     refresh(&server, &reused.refresh_token).await.expect(200);

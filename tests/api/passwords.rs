@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::auth::{ANOTHER_PASSWORD, change_password, login, pointers, register, text};
+use crate::auth::{
+    ANOTHER_PASSWORD, assert_signed_in, change_password, login, pointers, register, text,
+};
 use crate::harness::{PASSWORD, Server};
 
 /// 71 bytes that nobody guesses.
@@ -267,9 +269,5 @@ async fn a_hash_of_an_older_cost_is_renewed_at_the_next_sign_in() {
         assert_eq!(hash(&sql, &ann.email).await, after);
     }
     // No session ended over it.
-    new.get("/api/v1/auth/me")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200);
+    assert_signed_in(&new, &ann.access_token).await;
 }

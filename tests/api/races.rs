@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::auth::{ANOTHER_PASSWORD, change_password, delete_account, login, refresh, text};
+use crate::auth::{
+    ANOTHER_PASSWORD, assert_signed_in, change_password, delete_account, login, refresh, text,
+};
 use crate::harness::{PASSWORD, Response, Server, User};
 use crate::sessions::assert_dies;
 
@@ -117,6 +119,42 @@ async fn assert_fruitless(servers: [&Server; 2], answer: Response, otherwise: u1
     }
 }
 
+/// Somebody signs in over there while changing the password here; the answers to both.
+async fn sign_in_beside_a_change_of_password(
+    [here, there]: [&Server; 2],
+    order: Order,
+) -> (User, Response, Response) {
+    let ann = here.user().await;
+    let held = Held::new(here, "users", &ann.id).await;
+    let (signed_in, changed) = race(
+        order,
+        held,
+        login(there, &ann.email, &ann.password),
+        change_password(here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
+    )
+    .await;
+    println!("{order:?}: {} {}", signed_in.status, changed.status);
+    (ann, signed_in, changed)
+}
+
+/// The same while deleting the account.
+async fn sign_in_beside_the_end_of_the_account(
+    [here, there]: [&Server; 2],
+    order: Order,
+) -> (User, Response, Response) {
+    let ann = here.user().await;
+    let held = Held::new(here, "users", &ann.id).await;
+    let (signed_in, deleted) = race(
+        order,
+        held,
+        login(there, &ann.email, &ann.password),
+        delete_account(here, &ann.access_token, &ann.password),
+    )
+    .await;
+    println!("{order:?}: {} {}", signed_in.status, deleted.status);
+    (ann, signed_in, deleted)
+}
+
 async fn count(server: &Server, what: &str) -> i64 {
     let sql = server.sql().await;
     sql.query_one(&format!("select count(*) from {what}"), &[])
@@ -141,25 +179,13 @@ async fn a_sign_in_beside_a_change_of_password_leaves_no_session_of_the_old_one(
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
-        let ann = here.user().await;
-        let held = Held::new(&here, "users", &ann.id).await;
-        let (signed_in, changed) = race(
-            order,
-            held,
-            login(&there, &ann.email, &ann.password),
-            change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
-        )
-        .await;
-        println!("{order:?}: {} {}", signed_in.status, changed.status);
+        let (ann, signed_in, changed) =
+            sign_in_beside_a_change_of_password([&here, &there], order).await;
         changed.expect(204);
         assert_fruitless([&here, &there], signed_in, 401).await;
         let sessions = format!("sessions where user_id = '{}'", ann.id);
         assert_eq!(count(&here, &sessions).await, 1, "{order:?}");
-        here.get("/api/v1/auth/me")
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200);
+        assert_signed_in(&here, &ann.access_token).await;
         login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
     }
 }
@@ -169,16 +195,8 @@ async fn a_sign_in_beside_the_end_of_the_account_leaves_no_live_token() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
-        let ann = here.user().await;
-        let held = Held::new(&here, "users", &ann.id).await;
-        let (signed_in, deleted) = race(
-            order,
-            held,
-            login(&there, &ann.email, &ann.password),
-            delete_account(&here, &ann.access_token, &ann.password),
-        )
-        .await;
-        println!("{order:?}: {} {}", signed_in.status, deleted.status);
+        let (ann, signed_in, deleted) =
+            sign_in_beside_the_end_of_the_account([&here, &there], order).await;
         deleted.expect(204);
         let since = Instant::now();
         assert_fruitless([&here, &there], signed_in, 401).await;
@@ -205,11 +223,7 @@ async fn two_sign_ins_that_both_renew_an_old_hash_both_succeed() {
         .await;
     for answer in [first, second] {
         let body = answer.expect(200).json();
-        here.get("/api/v1/auth/me")
-            .bearer(&text(&body, "access_token"))
-            .send()
-            .await
-            .expect(200);
+        assert_signed_in(&here, &text(&body, "access_token")).await;
         refresh(&here, &text(&body, "refresh_token"))
             .await
             .expect(200);
@@ -226,26 +240,13 @@ async fn a_renewed_hash_never_undoes_a_change_of_password() {
     let here = Server::start().await;
     let there = here.sibling(&[COSTLIER]).await;
     for order in BOTH {
-        let ann = here.user().await;
-        let held = Held::new(&here, "users", &ann.id).await;
-        let (signed_in, changed) = race(
-            order,
-            held,
-            login(&there, &ann.email, &ann.password),
-            change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
-        )
-        .await;
-        println!("{order:?}: {} {}", signed_in.status, changed.status);
-        // The hash that was verified is another one by then, but of the same password: the
-        // change may be refused (and may then be tried again), it must not be half done.
-        let kept = if changed.status == 204 {
-            assert_fruitless([&here, &there], signed_in, 401).await;
-            ANOTHER_PASSWORD
-        } else {
-            panic!("a right password was refused: {}", changed.status);
-        };
+        let (ann, signed_in, changed) =
+            sign_in_beside_a_change_of_password([&here, &there], order).await;
+        // The hash that was verified may be another one by then, but of the same password.
+        changed.expect(204);
+        assert_fruitless([&here, &there], signed_in, 401).await;
         let hash = stored_hash(&here, &ann).await;
-        assert!(bcrypt::verify(kept, &hash).expect("a hash"), "{order:?}");
+        assert!(bcrypt::verify(ANOTHER_PASSWORD, &hash).expect("a hash"));
         login(&there, &ann.email, PASSWORD)
             .await
             .problem(401, "invalid_credentials");
@@ -261,16 +262,8 @@ async fn the_end_of_an_account_beside_a_renewed_hash_is_not_refused() {
     let here = Server::start().await;
     let there = here.sibling(&[COSTLIER]).await;
     for order in BOTH {
-        let ann = here.user().await;
-        let held = Held::new(&here, "users", &ann.id).await;
-        let (signed_in, deleted) = race(
-            order,
-            held,
-            login(&there, &ann.email, &ann.password),
-            delete_account(&here, &ann.access_token, &ann.password),
-        )
-        .await;
-        println!("{order:?}: {} {}", signed_in.status, deleted.status);
+        let (_, signed_in, deleted) =
+            sign_in_beside_the_end_of_the_account([&here, &there], order).await;
         deleted.expect(204);
         assert_fruitless([&here, &there], signed_in, 401).await;
         assert_eq!(count(&here, "users").await, 0);

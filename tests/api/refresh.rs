@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::auth::{refresh, text};
+use crate::auth::{assert_signed_in, refresh, sign_out, text};
 use crate::harness::{Server, User, claims, forge};
 use crate::log::{settled, unique_id, warnings};
 use crate::sessions::assert_dies;
@@ -34,15 +34,6 @@ async fn assert_over(server: &Server, access: &[&str], refresh_tokens: &[&str], 
             .await
             .problem(401, "invalid_refresh_token");
     }
-}
-
-async fn assert_signed_in(server: &Server, access_token: &str) {
-    server
-        .get("/api/v1/auth/me")
-        .bearer(access_token)
-        .send()
-        .await
-        .expect(200);
 }
 
 #[tokio::test]
@@ -325,22 +316,12 @@ async fn signing_out_by_bearer_token_ends_the_session() {
         .await
         .expect(200)
         .json();
-    let response = server
-        .post("/api/v1/auth/logout")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    let response = sign_out(&server, &ann.access_token).await.expect(204);
     let ended = Instant::now();
     assert!(response.body.is_empty());
     assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
     // Again, though the session is over already.
-    server
-        .post("/api/v1/auth/logout")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    sign_out(&server, &ann.access_token).await.expect(204);
     assert_signed_in(&server, &text(&elsewhere, "access_token")).await;
 }
 
@@ -397,12 +378,7 @@ async fn signing_out_with_a_merely_expired_token_ends_the_session() {
         json!({"alg": "HS256", "typ": "JWT"}),
         claims,
     );
-    server
-        .post("/api/v1/auth/logout")
-        .bearer(&expired)
-        .send()
-        .await
-        .expect(204);
+    sign_out(&server, &expired).await.expect(204);
     let ended = Instant::now();
     assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
 }
@@ -426,12 +402,7 @@ async fn signing_out_with_a_forged_token_or_none_is_refused() {
         )
     };
     for bad in [&forged, &expired_and_forged, &ann.refresh_token] {
-        server
-            .post("/api/v1/auth/logout")
-            .bearer(bad)
-            .send()
-            .await
-            .problem(401, "invalid_token");
+        sign_out(&server, bad).await.problem(401, "invalid_token");
         // A refresh token in the body does not make a forgery good.
         server
             .post("/api/v1/auth/logout")

@@ -7,7 +7,8 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use crate::auth::{
-    ANOTHER_PASSWORD, assert_time, change_password, delete_account, login, refresh, text,
+    ANOTHER_PASSWORD, assert_signed_in, assert_time, change_password, delete_account, login,
+    refresh, sign_out, text,
 };
 use crate::harness::{PASSWORD, Server, User, claims};
 use crate::sweeping::age;
@@ -344,12 +345,7 @@ async fn end_after(server: &Server, way: End, event: impl AsyncFnOnce(&str)) -> 
     let sid = text(&claims(&token), "sid");
     event(&sid).await;
     match way {
-        End::SignOut => server
-            .post("/api/v1/auth/logout")
-            .bearer(&token)
-            .send()
-            .await
-            .expect(204),
+        End::SignOut => sign_out(server, &token).await.expect(204),
         End::SignOutByRefreshToken => server
             .post("/api/v1/auth/logout")
             .json(json!({"refresh_token": refresh_token}))
@@ -405,12 +401,7 @@ async fn however_a_session_ends_it_is_over_everywhere_within_a_second() {
     let witness = here.user().await;
     for way in EVERY_END {
         // The other instance has just looked what ended, so it is as far behind as it can be.
-        there
-            .get("/api/v1/auth/me")
-            .bearer(&witness.access_token)
-            .send()
-            .await
-            .expect(200);
+        assert_signed_in(&there, &witness.access_token).await;
         let (token, ended) = end(&here, way).await;
         println!("{way:?}");
         join_all([
@@ -418,12 +409,7 @@ async fn however_a_session_ends_it_is_over_everywhere_within_a_second() {
             assert_dies(&here, &token, ended),
         ])
         .await;
-        there
-            .get("/api/v1/auth/me")
-            .bearer(&witness.access_token)
-            .send()
-            .await
-            .expect(200);
+        assert_signed_in(&there, &witness.access_token).await;
     }
 }
 

@@ -3,7 +3,9 @@
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::auth::{ANOTHER_PASSWORD, change_password, delete_account, login, refresh, register};
+use crate::auth::{
+    ANOTHER_PASSWORD, change_password, delete_account, login, refresh, register, sign_out,
+};
 use crate::harness::{PASSWORD, Response, Server};
 use crate::sweeping::age;
 
@@ -146,10 +148,11 @@ async fn of_forty_guesses_at_once_no_more_than_twenty_are_checked() {
             async move {
                 let response = login(server, email, ANOTHER_PASSWORD).await;
                 let status = response.status;
-                if status == 401 {
-                    response.problem(401, "invalid_credentials");
-                } else {
-                    wait_of(response);
+                match status {
+                    401 => drop(response.problem(401, "invalid_credentials")),
+                    // Not looked at either: a busy machine could not do it in good time.
+                    503 => drop(response.problem(503, "overloaded")),
+                    _ => assert!(wait_of(response) >= 1),
                 }
                 status
             }
@@ -192,12 +195,7 @@ async fn nobody_else_and_no_session_in_use_is_slowed_down() {
     register(&server, "cid@example.com", PASSWORD)
         .await
         .expect(201);
-    server
-        .post("/api/v1/auth/logout")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    sign_out(&server, &ann.access_token).await.expect(204);
 }
 
 /// Who holds a stolen token must not try passwords at the other two doors.
@@ -261,7 +259,10 @@ async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_twenty_are_chec
     }))
     .await;
     let checked = statuses.iter().filter(|&&status| status == 403).count();
-    let refused = statuses.iter().filter(|&&status| status == 429).count();
+    let refused = statuses
+        .iter()
+        .filter(|&&status| [429, 503].contains(&status))
+        .count();
     assert_eq!(checked + refused, 40, "{statuses:?}");
     assert!(checked <= 20, "{checked} of 40 were checked");
 }
@@ -308,12 +309,7 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
     for path in ["/api/v1/auth/me", "/api/v1/auth/sessions"] {
         server.get(path).bearer(&token).send().await.expect(200);
     }
-    server
-        .post("/api/v1/auth/logout")
-        .bearer(&token)
-        .send()
-        .await
-        .expect(204);
+    sign_out(&server, &token).await.expect(204);
 }
 
 #[tokio::test]
@@ -328,8 +324,7 @@ async fn with_a_rate_of_nothing_there_is_no_brake() {
 async fn a_forwarded_address_is_not_believed_from_a_stranger() {
     for trusted in ["", "192.0.2.1,10.0.0.0/8,::2"] {
         let server =
-            Server::with(&[("AUTH_RATE_PER_MINUTE", "2"), ("TRUSTED_PROXIES", trusted)]).await;
-        assert_eq!(knock(&server, &["203.0.113.1"]).await, 401);
+            Server::with(&[("AUTH_RATE_PER_MINUTE", "1"), ("TRUSTED_PROXIES", trusted)]).await;
         assert_eq!(knock(&server, &["203.0.113.2"]).await, 401);
         assert_eq!(knock(&server, &["203.0.113.3"]).await, 429);
         assert_eq!(knock(&server, &["127.0.0.1, 203.0.113.4"]).await, 429);
@@ -343,7 +338,7 @@ async fn a_forwarded_address_is_not_believed_from_a_stranger() {
 #[tokio::test]
 async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     let server = Server::with(&[
-        ("AUTH_RATE_PER_MINUTE", "2"),
+        ("AUTH_RATE_PER_MINUTE", "1"),
         (
             "TRUSTED_PROXIES",
             "127.0.0.0/8,10.0.0.0/8,2001:db8:ffff::/48",
@@ -351,8 +346,7 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     ])
     .await;
     let used_up = async |forwarded_for: &[&str]| {
-        knock(&server, forwarded_for).await;
-        knock(&server, forwarded_for).await;
+        assert_eq!(knock(&server, forwarded_for).await, 401);
     };
 
     used_up(&["203.0.113.9"]).await;

@@ -14,7 +14,7 @@
 use jsonwebtoken::{Algorithm, EncodingKey, crypto};
 use serde_json::{Value, json};
 
-use crate::auth::{login, refresh, text};
+use crate::auth::{assert_signed_in, login, refresh, text};
 use crate::harness::{Server, User, base64url, claims, forge};
 use crate::log::{settled, unique_id, warnings};
 use crate::sessions::NOBODYS_TASKS;
@@ -644,12 +644,7 @@ async fn an_expired_token_is_refused_and_named_so_in_the_log() {
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("reason=expired_token"), "{}", lines[0]);
     // A minute more is a minute more.
-    server
-        .get("/api/v1/auth/me")
-        .bearer(&aged(-60))
-        .send()
-        .await
-        .expect(200);
+    assert_signed_in(&server, &aged(-60)).await;
 }
 
 /// `nbf` is honoured where there is one; a claim that nobody asked for is not looked at.
