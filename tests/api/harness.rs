@@ -340,13 +340,19 @@ impl Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_todo-api"));
         command
             .args(arguments)
+            .current_dir(directory)
+            .stdin(Stdio::null());
+        Process::run(command, variables)
+    }
+
+    /// Runs this command, which is the program or becomes it, with these variables only.
+    pub(crate) fn run(mut command: Command, variables: &[(&str, &str)]) -> Process {
+        command
             // Nothing of the developer's own settings.
             .env_clear()
             .env("PATH", env::var_os("PATH").unwrap_or_default())
             .env("TMPDIR", env::temp_dir())
             .envs(variables.iter().copied())
-            .current_dir(directory)
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();

@@ -39,3 +39,6 @@ mod sessions;
 mod telling;
 mod throttling;
 mod tokens;
+
+// Faults, overload, several instances.
+mod faults;

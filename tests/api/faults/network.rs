@@ -1,0 +1,210 @@
+//! Faults of the network between the service and its database.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use super::{
+    ANSWERED, HEALED, Rig, alone, backends, either,
+    load::{Work, percentile, summary},
+    proxy::Weather,
+    report, until_well,
+};
+use crate::harness::until;
+
+/// As many backends as the pool has places, and none left over from before.
+async fn until_no_leak(rig: &Rig) -> usize {
+    let sql = rig.sql().await;
+    let mut now = 0;
+    until("no more backends than places", async || {
+        now = backends(&sql).await.len();
+        now <= 8
+    })
+    .await;
+    now
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
+    let _turn = alone().await;
+    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let load = rig.load(8, 4);
+    let ledger = load.ledger.clone();
+    let mut counted = Vec::new();
+    for _ in 0..either(1, 5) {
+        let calm = Instant::now();
+        until("there is a load", async || {
+            ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 20
+        })
+        .await;
+        let lost = rig.server.log().matches("database lost").count();
+        let begin = Instant::now();
+        rig.proxy().turns(Weather::Blackhole);
+        until("its absence is noticed", async || {
+            rig.server.log().matches("database lost").count() > lost
+        })
+        .await;
+        let noticed = begin.elapsed();
+        assert!(noticed < ANSWERED, "noticed after {noticed:?}");
+
+        let known = Instant::now();
+        sleep(either(Duration::from_secs(2), Duration::from_secs(10))).await;
+        rig.server.get("/healthz").send().await.expect(200);
+        rig.server
+            .get("/readyz")
+            .send()
+            .await
+            .problem(503, "database_unavailable");
+        let away = ledger.asked(known, Instant::now());
+        assert!(away.len() > 50, "too few to judge: {}", summary(&away));
+        assert!(
+            away.iter()
+                .all(|answer| answer.is_refusal("database_unavailable")),
+            "{}",
+            summary(&away)
+        );
+        assert!(
+            percentile(&away, 95) < Duration::from_secs(1),
+            "not at once: {}",
+            summary(&away)
+        );
+
+        let over = Instant::now();
+        rig.proxy().turns(Weather::Fair);
+        let healed = until_well(&ledger, over).await;
+        assert!(healed < HEALED, "well only after {healed:?}");
+        counted.push(format!(
+            "noticed after {noticed:.1?}, away: {}; well {healed:.1?} after",
+            summary(&away)
+        ));
+    }
+    let ledger = load.end().await;
+    ledger.assert_all_answered_within(ANSWERED);
+    let kept = ledger.assert_kept(&rig.sql().await).await;
+    let left = until_no_leak(&rig).await;
+    report(
+        "blackhole",
+        format!(
+            "{}; all: {}; {kept} compared, 0 lost, 0 doubled; {left} backends left",
+            counted.join(" | "),
+            ledger.summary()
+        ),
+    );
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_far_away_serves_all_the_same() {
+    let _turn = alone().await;
+    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    // Half of it each way; connections are made anew as well.
+    rig.proxy().turns(Weather::Asleep(Duration::ZERO));
+    rig.proxy().turns(Weather::Slow(Duration::from_millis(100)));
+    let begin = Instant::now();
+    let load = rig.load(8, 4);
+    sleep(either(Duration::from_secs(5), Duration::from_secs(60))).await;
+    let ledger = load.end().await;
+    ledger.assert_all_answered_within(ANSWERED);
+    let kept = ledger.assert_kept(&rig.sql().await).await;
+    let answers = ledger.asked(begin, Instant::now());
+    let bad = answers.iter().filter(|answer| !answer.is_good()).count();
+    report(
+        "200 ms of latency",
+        format!("{}; {kept} compared, 0 lost, 0 doubled", ledger.summary()),
+    );
+    assert!(answers.len() > 100, "{}", summary(&answers));
+    assert_eq!(bad, 0, "{}", summary(&answers));
+    until_no_leak(&rig).await;
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_break_in_mid_answer_cost_no_acknowledged_task() {
+    let _turn = alone().await;
+    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let load = rig.load(8, 4);
+    let ledger = load.ledger.clone();
+    let begin = Instant::now();
+    let rounds = either(8, 100);
+    for _ in 0..rounds {
+        rig.proxy().turns(Weather::Reset);
+        sleep(Duration::from_millis(100)).await;
+        rig.proxy().turns(Weather::Fair);
+        let calm = Instant::now();
+        until("both are served in between", async || {
+            ledger.good_since(calm, Work::Read) > 10 && ledger.good_since(calm, Work::Write) > 5
+        })
+        .await;
+    }
+    let flapping = ledger.asked(begin, Instant::now());
+
+    // And when every answer breaks for long.
+    let storm = Instant::now();
+    rig.proxy().turns(Weather::Reset);
+    sleep(either(Duration::from_secs(2), Duration::from_secs(10))).await;
+    let over = Instant::now();
+    rig.proxy().turns(Weather::Fair);
+    let healed = until_well(&ledger, over).await;
+    assert!(healed < HEALED, "well only after {healed:?}");
+    let ledger = load.end().await;
+    ledger.assert_all_answered_within(ANSWERED);
+    let kept = ledger.assert_kept(&rig.sql().await).await;
+    let left = until_no_leak(&rig).await;
+    report(
+        "reset in mid-answer",
+        format!(
+            "{rounds} × 100 ms: {}; for long: {}; well {healed:.1?} after; {kept} compared, 0 lost, 0 doubled; {left} backends left",
+            summary(&flapping),
+            summary(&ledger.asked(storm, over)),
+        ),
+    );
+    let good = flapping.iter().filter(|answer| answer.is_good()).count();
+    assert!(2 * good > flapping.len(), "{}", summary(&flapping));
+    assert!(
+        ledger
+            .all()
+            .iter()
+            .all(|answer| answer.is_good() || answer.is_refusal("database_unavailable")),
+        "{}",
+        ledger.summary()
+    );
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_only_we_remember_are_given_up() {
+    let _turn = alone().await;
+    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let load = rig.load(8, 6);
+    let ledger = load.ledger.clone();
+    let mut counted = Vec::new();
+    for _ in 0..either(1, 5) {
+        let calm = Instant::now();
+        until("there is a load", async || {
+            ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 50
+        })
+        .await;
+        let begin = Instant::now();
+        rig.proxy().forgets();
+        // Nothing tells a connection that is gone from a query that takes long, but the time-out.
+        let healed = until_well(&ledger, begin).await;
+        assert!(healed < ANSWERED + HEALED, "well only after {healed:?}");
+        counted.push(format!(
+            "well after {healed:.1?}: {}",
+            summary(&ledger.asked(begin, Instant::now()))
+        ));
+    }
+    let ledger = load.end().await;
+    ledger.assert_all_answered_within(ANSWERED);
+    let kept = ledger.assert_kept(&rig.sql().await).await;
+    let left = until_no_leak(&rig).await;
+    report(
+        "half-open",
+        format!(
+            "{}; all: {}; {kept} compared, 0 lost, 0 doubled; {left} backends left",
+            counted.join(" | "),
+            ledger.summary()
+        ),
+    );
+    rig.end().await;
+}
