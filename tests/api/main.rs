@@ -42,3 +42,4 @@ mod tokens;
 
 // Faults, overload, several instances.
 mod faults;
+mod fuzz;

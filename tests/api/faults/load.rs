@@ -188,14 +188,18 @@ impl Client {
         &mut self,
         request: Request<Full<Bytes>>,
     ) -> Result<(u16, bool, Bytes), Fate> {
-        let mut connection = self.connected().await.ok_or(Fate::Refused)?;
-        let answer = connection.send_request(request).await.map_err(|error| {
-            if error.is_canceled() {
-                Fate::Refused
-            } else {
-                Fate::Lost
+        let mut request = Some(request);
+        let (connection, answer) = loop {
+            let mut connection = self.connected().await.ok_or(Fate::Refused)?;
+            let Some(next) = request.take() else {
+                return Err(Fate::Lost);
+            };
+            match connection.try_send_request(next).await {
+                Ok(answer) => break (connection, answer),
+                // Closed between two requests: nothing was sent, as any client knows.
+                Err(mut error) => request = error.take_message(),
             }
-        })?;
+        };
         let status = answer.status().as_u16();
         let retry_after = answer.headers().contains_key(header::RETRY_AFTER);
         let body = answer.into_body().collect().await;

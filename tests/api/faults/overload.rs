@@ -237,7 +237,7 @@ enum Rude {
     SlowHead,
     /// Sends a body byte by byte, one a second.
     SlowBody,
-    /// Asks for a megabyte and reads none of it.
+    /// Asks for answers of a megabyte and reads nothing.
     Deaf,
 }
 
@@ -270,7 +270,8 @@ impl Rude {
             }
             Rude::Deaf => {
                 let _place = lists.acquire().await.unwrap();
-                let ask = format!("GET {tasks} HTTP/1.1\r\n{credentials}\r\n");
+                // Several, because the kernel takes in the first few megabytes.
+                let ask = format!("GET {tasks} HTTP/1.1\r\n{credentials}\r\n").repeat(8);
                 stream.write_all(ask.as_bytes()).await.unwrap();
                 stream.readable().await.unwrap();
                 return stream;

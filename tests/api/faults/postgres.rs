@@ -101,6 +101,57 @@ async fn a_frozen_database_is_noticed_refused_at_once_and_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_takes_long_is_not_taken_for_a_lost_database() {
+    let _turn = alone().await;
+    let rig = Rig::direct(&[("DB_POOL_SIZE", "4")]).await;
+    let task = format!("{}/{}", rig.user.tasks(), rig.task);
+    let load = rig.load(6, 4);
+    let ledger = load.ledger.clone();
+    let sql = rig.sql().await;
+    until("every connection of the pool is open", async || {
+        backends(&sql).await.len() == 4
+    })
+    .await;
+    let rounds = either(1, 5);
+    let mut during = Vec::new();
+    for _ in 0..rounds {
+        let mut locking = rig.sql().await;
+        let lock = locking.transaction().await.unwrap();
+        lock.execute(
+            "select from tasks where id::text = $1 for update",
+            &[&rig.task],
+        )
+        .await
+        .unwrap();
+        // Waits for the lock: longer than a probe takes, shorter than a request may.
+        let begin = Instant::now();
+        let edit = rig.server.patch(&task).bearer(&rig.user.access_token);
+        let edit = tokio::spawn(edit.json(serde_json::json!({"completed": true})).send());
+        sleep(Duration::from_millis(3500)).await;
+        lock.commit().await.unwrap();
+        edit.await.unwrap().expect(200);
+        during.extend(ledger.asked(begin, Instant::now()));
+    }
+    load.end().await;
+    report(
+        "slow statement, full pool",
+        format!("{rounds} × 3.5 s; others: {}", summary(&during)),
+    );
+    assert!(
+        !rig.server.log().contains("database lost"),
+        "{}",
+        rig.server.log()
+    );
+    assert!(during.len() > 100, "{}", summary(&during));
+    assert!(
+        during.iter().all(|answer| answer.is_good()),
+        "{}",
+        summary(&during)
+    );
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_outlives_a_killed_database() {
     let _turn = alone().await;
     let kills = either(3, 20);
