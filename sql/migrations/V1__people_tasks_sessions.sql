@@ -4,7 +4,7 @@
 create table users (
     id            uuid         primary key,
     email         varchar(254) not null unique
-                  check (email ~ '^[^@]+@[^@]+$' and octet_length(email) <= 254),
+                  check (email ~ '^[^@]+@[^@]+$' and email !~ '[A-Z]' and octet_length(email) <= 254),
     -- A bcrypt hash is 60 characters of ASCII, `$2b$` and the cost in front.
     password_hash varchar(60)  not null check (length(password_hash) = 60),
     created_at    timestamptz  not null,
