@@ -46,6 +46,8 @@ pub enum Command {
     Version,
 }
 
+const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
+
 /// One line for the operator.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -87,17 +89,17 @@ pub fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Version => println!("todo-api {}", env!("CARGO_PKG_VERSION")),
         Command::Serve => {
             let config = Config::from_env()?;
-            logging::init();
+            logging::init(&config.log_filter);
             Runtime::new()?.block_on(serve(config))?;
         }
         Command::Migrate => {
             let config = Config::from_env()?;
-            logging::init();
+            logging::init(&config.log_filter);
             Runtime::new()?.block_on(migrate(config))?;
         }
         Command::SetPassword(email) => {
             let config = Config::from_env()?;
-            logging::init();
+            logging::init(&config.log_filter);
             Runtime::new()?.block_on(set_password(config, &email))?;
         }
         Command::Check => return Runtime::new()?.block_on(check(Config::from_env()?)),
@@ -173,7 +175,12 @@ async fn serve(config: Config) -> Result<(), Failure> {
     let mut terminated = signal(SignalKind::terminate())?;
 
     let metrics = Metrics::new();
-    let opened = open(&config, metrics.clone()).await?;
+    // Making or recovering a private PostgreSQL can take a while; giving it up tells it to end.
+    let opened = tokio::select! {
+        opened = open(&config, metrics.clone()) => opened?,
+        _ = interrupted.recv() => return Ok(()),
+        _ = terminated.recv() => return Ok(()),
+    };
     let app = App::new(config, &opened.secret, opened.database.clone(), metrics)?;
     let serving = tokio::spawn(server::serve(listener, app.clone(), stopping));
     if let Some(listener) = metrics_listener {
@@ -291,7 +298,7 @@ async fn ask_health(address: SocketAddr) -> io::Result<()> {
 }
 
 /// The database for a command that does not serve: that of a service which runs already, too.
-async fn visit(config: &Config) -> Result<(Database, Option<local::Postgres>), Failure> {
+async fn reach(config: &Config) -> Result<(Database, Option<local::Postgres>), Failure> {
     if let Store::Private(directory) = &config.store
         && let Some(running) = local::running(directory)
     {
@@ -302,9 +309,17 @@ async fn visit(config: &Config) -> Result<(Database, Option<local::Postgres>), F
     Ok((opened.database, opened.postgres))
 }
 
+/// A command that somebody waits for does not wait for ever.
+async fn within_patience(database: &Database) -> Result<Found, Failure> {
+    match timeout(COMMAND_PATIENCE, database.bring_up()).await {
+        Ok(found) => Ok(found?),
+        Err(_) => Err("the database did not answer within a minute".into()),
+    }
+}
+
 async fn migrate(config: Config) -> Result<(), Failure> {
-    let (database, postgres) = visit(&config).await?;
-    let found = database.bring_up().await;
+    let (database, postgres) = reach(&config).await?;
+    let found = within_patience(&database).await;
     if let Some(postgres) = postgres {
         postgres.stop().await;
     }
@@ -314,10 +329,10 @@ async fn migrate(config: Config) -> Result<(), Failure> {
 
 async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
     let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
-    let (database, postgres) = visit(&config).await?;
-    let result = match database.bring_up().await {
+    let (database, postgres) = reach(&config).await?;
+    let result = match within_patience(&database).await {
         Ok(_) => replace_password(&database, &email, config.bcrypt_cost).await,
-        Err(refusal) => Err(refusal.into()),
+        Err(failure) => Err(failure),
     };
     if let Some(postgres) = postgres {
         postgres.stop().await;
@@ -389,8 +404,9 @@ async fn check(config: Config) -> Result<ExitCode, Failure> {
         Store::Private(directory) => match local::running(directory) {
             Some(running) => Target::private(running, directory)?,
             None => {
+                let version = local::survey(directory).await?;
                 println!(
-                    "private PostgreSQL in {}: not running, `todo-api serve` starts it",
+                    "private PostgreSQL {version} in {}: not running, `todo-api serve` starts it",
                     directory.display()
                 );
                 return Ok(ExitCode::SUCCESS);

@@ -83,6 +83,8 @@ pub struct Config {
     pub bcrypt_cost: u32,
     /// `ACCESS_TOKEN_TTL` and its fellows.
     pub lifetimes: Lifetimes,
+    /// `RUST_LOG`.
+    pub log_filter: String,
     /// Each setting as it was found, for `todo-api check`.
     pub found: Vec<Setting>,
 }
@@ -191,9 +193,9 @@ impl Config {
             refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * DAY, 1..=YEAR)?,
             refresh_grace: reader.seconds("REFRESH_GRACE", 10, 0..=300)?,
         };
-        // The logger has read it already, and would merely ignore what it does not understand.
-        let filter = reader.value("RUST_LOG", || "info".into())?;
-        if env_filter::Builder::new().try_parse(&filter).is_err() {
+        // The logger would merely ignore what it does not understand.
+        let log_filter = reader.value("RUST_LOG", || "info".into())?;
+        if env_filter::Builder::new().try_parse(&log_filter).is_err() {
             return Err(ConfigError(
                 "RUST_LOG must be a filter like info,access=debug".into(),
             ));
@@ -214,6 +216,7 @@ impl Config {
                 refresh_idle: lifetimes.refresh_idle.min(lifetimes.refresh_max),
                 ..lifetimes
             },
+            log_filter,
             found: reader.found,
         })
     }

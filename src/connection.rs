@@ -226,6 +226,9 @@ impl Tracker {
                 }
                 Place::Trailer(trailer) => {
                     if trailer.take(bytes[at]) {
+                        if trailer.malformed {
+                            self.line.malformed.store(true, Ordering::Relaxed);
+                        }
                         self.place = Place::Head(Head::default());
                     }
                     at += 1;

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 
+use crate::db::{DbError, describe};
 use crate::model::Refusal;
 
 /// What a kind of problem is, for its clients and for its page under `/problems/`.
@@ -313,6 +314,18 @@ impl Error {
             Self::Forbidden => Some("other_user"),
             Self::WrongPassword => Some("wrong_password"),
             _ => None,
+        }
+    }
+}
+
+impl From<DbError> for Error {
+    fn from(error: DbError) -> Self {
+        match error {
+            DbError::Lost(reason) | DbError::Unavailable(reason) => {
+                Self::DatabaseUnavailable(reason)
+            }
+            DbError::Overloaded => Self::Overloaded,
+            DbError::Refused(reason) => Self::Internal(describe(&reason)),
         }
     }
 }

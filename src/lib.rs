@@ -14,10 +14,12 @@
 //!
 //! `auth` knows tokens, passwords, ended sessions and the brakes on guessing; `model` the values
 //! that are valid because they exist; [`config`] every setting; `error` everything that can go
-//! wrong; [`metrics`] what is counted; [`logging`] how a line looks. `main` wires.
+//! wrong; [`metrics`] what is counted; [`logging`] how a line looks. `main` reads the arguments,
+//! [`command`] wires.
 //!
-//! Imports point one way: main → server → router → guard and handler → auth, request, response →
-//! db → model. `db` knows no HTTP, only `router` names handlers, `model` imports nothing of ours.
+//! Imports point one way: main → command → server → router → guard and handler → auth, request,
+//! response → db → model. `db` knows no HTTP, only `router` names handlers, `model` imports nothing
+//! of ours.
 
 // A test that cannot go on has failed; unwrap says so as well as anything.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -41,6 +43,7 @@ pub mod server;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
@@ -74,6 +77,9 @@ pub struct App {
     large_answers: Arc<Semaphore>,
     stopping: AtomicBool,
 }
+
+/// How long ago a database that is awake has answered somebody.
+const AWAKE: Duration = Duration::from_secs(1);
 
 /// Large answers that are not read yet; at a MiB each, what they may take of the memory.
 const LARGE_ANSWERS: usize = 128;
@@ -145,9 +151,18 @@ impl App {
             .inc_by(sessions.len() as u64);
     }
 
-    /// Sweeps old rows in the wake of a request, now and then.
+    /// A session that somebody signed out of, whether or not it was alive: no token of it is let in.
+    fn signed_out(&self, session: Uuid, was_alive: bool) {
+        self.revocations.note(&[session]);
+        if was_alive {
+            self.metrics.ended.with_label_values(&["logout"]).inc();
+        }
+    }
+
+    /// Sweeps old rows in the wake of a request that the database has answered, now and then: one
+    /// that is asleep is not woken for it.
     fn sweep_if_due(&self) {
-        if !self.database.is_up() || !self.sweeper.is_due() {
+        if !self.database.answered_within(AWAKE) || !self.sweeper.is_due() {
             return;
         }
         let (sweeper, database) = (self.sweeper.clone(), self.database.clone());

@@ -16,10 +16,11 @@ pub const ACCESS: &str = "access";
 /// What one field may take of a line.
 const MAX_FIELD: usize = 256;
 
-/// Starts the logger; `RUST_LOG` has env_logger's syntax.
-pub fn init() {
+/// Starts the logger with a filter of env_logger's syntax.
+pub fn init(filter: &str) {
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+    env_logger::Builder::new()
+        .parse_filters(filter)
         .format(move |out, record| {
             // At DEBUG tokio-postgres writes out the parameters of statements: titles, hashes.
             if record.level() > Level::Info && record.target().starts_with("tokio_postgres") {

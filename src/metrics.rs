@@ -1,4 +1,4 @@
-//! Counters and histograms, and the small listener of their own that shows them.
+//! Counters and histograms; `server::serve_metrics` shows them on a listener of their own.
 //!
 //! A label has only values that this code names: nothing that a client sends becomes one.
 

@@ -136,7 +136,7 @@ async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
             }
         }
         // RFC 9110 section 9.3.7: OPTIONS * asks about the service as a whole.
-        ["*"] => other(call, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+        ["*"] if path == "*" => other(call, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
         _ => Err(Error::NotFound),
     }
 }
@@ -202,7 +202,8 @@ pub(crate) async fn respond(
     headers.insert(REQUEST_ID, call.id.clone());
     headers.insert(CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     let path = call.route().unwrap_or(head.uri.path());
-    if path.starts_with("/api/") {
+    let path_is_api = path.starts_with("/api/");
+    if path_is_api {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
     if app.is_stopping() {
@@ -210,7 +211,9 @@ pub(crate) async fn respond(
     }
     app.cors.apply(&head, headers);
     account_for(&call, &response, started.elapsed());
-    app.sweep_if_due();
+    if path_is_api {
+        app.sweep_if_due();
+    }
     response
 }
 

@@ -2,4 +2,4 @@
 -- $1 session id, $2 the token's generation
 delete from sessions
 where id = $1 and generation > $2 and expires_at > clock_timestamp()
-returning user_id
+returning id

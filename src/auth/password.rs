@@ -20,8 +20,8 @@ const MIN_CHARACTERS: usize = 8;
 const MAX_BYTES: usize = 72;
 /// Waiting for a thread and for its work.
 const BOUND: Duration = Duration::from_secs(10);
-/// What waits for a thread at most, by the number of threads. At a quarter of a second each the
-/// last of them is served within the bound.
+/// What waits for a thread at most, by the number of threads, at a cost of 12: at a quarter of a
+/// second each the last of them is served within the bound. Each step of the cost doubles that.
 const QUEUE_PER_THREAD: usize = 32;
 
 /// The rules that need no thought: length and NUL.
@@ -92,7 +92,8 @@ impl Passwords {
         let threads = thread::available_parallelism()
             .map_or(1, |cores| cores.get() - 1)
             .max(1);
-        let (queue, jobs) = sync_channel::<Job>(threads * QUEUE_PER_THREAD);
+        let (queue, jobs) =
+            sync_channel::<Job>(threads * (QUEUE_PER_THREAD >> cost.saturating_sub(12)));
         let jobs = Arc::new(Mutex::new(jobs));
         for number in 0..threads {
             let jobs = jobs.clone();

@@ -3,13 +3,14 @@
 //! many requests a minute from one address.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use ipnet::IpNet;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 
@@ -19,7 +20,7 @@ use crate::error::Error;
 /// Attempts on one account that are checked at the same time on one instance. With ten failures
 /// to the block, two instances check no more than 10 + 4 + 5 of any number of guesses at once.
 const ATTEMPTS_AT_ONCE: usize = 5;
-/// Addresses that are told apart; beyond, newcomers share one allowance. Some 100 bytes each.
+/// Addresses that are told apart, at some 100 bytes each; beyond, whole regions share an allowance.
 const MAX_ADDRESSES: usize = 50_000;
 
 /// Lets few attempts on one account through at a time.
@@ -106,10 +107,11 @@ impl Addresses {
         if limiter.len() >= MAX_ADDRESSES {
             self.forget(limiter);
         }
-        let key = if limiter.len() >= MAX_ADDRESSES {
-            Ipv6Addr::UNSPECIFIED.into()
+        let is_full = limiter.len() >= MAX_ADDRESSES;
+        let key = if is_full {
+            network(client, 16, 32)
         } else {
-            network(client)
+            network(client, 32, 64)
         };
         limiter
             .check_key(&key)
@@ -130,13 +132,36 @@ impl Addresses {
     }
 }
 
-/// Whoever has an IPv6 address has the 2^64 of its network.
-fn network(client: IpAddr) -> IpAddr {
-    match client {
-        IpAddr::V4(_) => client,
-        IpAddr::V6(address) => {
-            let network = address.to_bits() & !u128::from(u64::MAX);
-            Ipv6Addr::from_bits(network).into()
+/// The network of an address: so many bits of an IPv4 address, so many of an IPv6 address, whose
+/// owner has the 2^64 others of its /64, too.
+fn network(client: IpAddr, bits_4: u8, bits_6: u8) -> IpAddr {
+    let bits = if client.is_ipv4() { bits_4 } else { bits_6 };
+    IpNet::new(client, bits).map_or(client, |network| network.trunc().addr())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use super::*;
+
+    #[test]
+    fn an_ipv6_network_is_one_client() {
+        let of = |text: &str| network(text.parse().unwrap(), 32, 64);
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+    }
+
+    #[test]
+    fn the_addresses_that_are_told_apart_have_a_bound() {
+        let addresses = Addresses::new(1);
+        for number in 0..u32::try_from(MAX_ADDRESSES).unwrap() * 2 {
+            let client = Ipv6Addr::from_bits(u128::from(number) << 64);
+            addresses.check(client.into()).ok();
         }
+        assert!(addresses.limiter.as_ref().unwrap().len() <= MAX_ADDRESSES + 1);
+        // Somebody from elsewhere is none of theirs.
+        assert!(addresses.check("192.0.2.1".parse().unwrap()).is_ok());
     }
 }

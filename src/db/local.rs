@@ -927,6 +927,18 @@ fn through(sockets: &Path, database: &str) -> tokio_postgres::Config {
     config
 }
 
+/// The version of the PostgreSQL that a start on `data_dir` would run; the error is what that start
+/// would meet. Makes nothing.
+pub async fn survey(data_dir: &Path) -> Result<String, Error> {
+    let data_dir = std::path::absolute(data_dir).map_err(failed("find", data_dir))?;
+    let cluster = data_dir.join("cluster");
+    if let Some(account) = Account::for_cluster(&cluster)? {
+        let made = data_dir.ancestors().find(|ancestor| ancestor.exists());
+        account.check_reach(made.unwrap_or(&data_dir))?;
+    }
+    Ok(Programs::find(&cluster).await?.version)
+}
+
 /// How to reach the private PostgreSQL of a service that runs on `data_dir`; `None` where none runs.
 pub fn running(data_dir: &Path) -> Option<tokio_postgres::Config> {
     let lock = OpenOptions::new().write(true).open(data_dir.join("lock"));

@@ -30,7 +30,6 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
-use crate::error::Error;
 use crate::metrics::Metrics;
 use pool::{Link, Pool, Pooled};
 pub use reach::{Found, Pooler, Refusal, Target};
@@ -79,6 +78,8 @@ impl Deadline {
 /// Why there is no answer from the database.
 #[derive(Debug)]
 pub(crate) enum DbError {
+    /// The connection was lost; another may do better.
+    Lost(String),
     /// It does not answer, or not in time.
     Unavailable(String),
     /// All connections are busy and have been for too long.
@@ -91,16 +92,6 @@ impl DbError {
     /// Whether the statement broke this constraint-like rule.
     fn is(&self, state: &SqlState) -> bool {
         matches!(self, Self::Refused(error) if error.code() == Some(state))
-    }
-}
-
-impl From<DbError> for Error {
-    fn from(error: DbError) -> Self {
-        match error {
-            DbError::Unavailable(reason) => Self::DatabaseUnavailable(reason),
-            DbError::Overloaded => Self::Overloaded,
-            DbError::Refused(error) => Self::Internal(describe(&error)),
-        }
     }
 }
 
@@ -120,9 +111,12 @@ fn is_lost(error: &tokio_postgres::Error) -> bool {
     match error.code() {
         // Operator intervention, connection exceptions, no resources (a full disk is one), a
         // standby, a forgotten prepared statement, a transaction that has to be repeated.
-        Some(code) => ["57P", "08", "53", "25006", "26000", "40"]
-            .iter()
-            .any(|class| code.code().starts_with(class)),
+        // A limit that somebody set on statements or locks is one of them.
+        Some(code) => [
+            "57", "55P03", "25P03", "08", "53", "58", "25006", "26000", "40",
+        ]
+        .iter()
+        .any(|class| code.code().starts_with(class)),
         None => {
             error.is_closed()
                 || error
@@ -137,7 +131,7 @@ fn leaves_connection(error: &tokio_postgres::Error) -> bool {
     let Some(code) = error.code() else {
         return false;
     };
-    ["53", "40", "25006"]
+    ["53", "40", "57014", "55P03"]
         .iter()
         .any(|class| code.code().starts_with(class))
 }
@@ -186,7 +180,7 @@ impl Database {
             Inner {
                 pool: pool::build(target.clone(), pool_size, CONNECTION_BOUND, failed),
                 target,
-                places: Arc::new(Semaphore::new(pool_size as usize)),
+                places: Arc::new(Semaphore::new(pool::for_requests(pool_size) as usize)),
                 searches: Arc::new(Semaphore::new(SEARCHES.min(pool_size as usize))),
                 state: watch::Sender::new(State::Starting),
                 probing: AtomicBool::new(false),
@@ -329,7 +323,7 @@ impl Database {
     ) -> Result<T, DbError> {
         loop {
             match attempt().await {
-                Err(DbError::Unavailable(_))
+                Err(DbError::Lost(_))
                     if *self.0.state.borrow() == State::Up && Instant::now() < deadline.at() =>
                 {
                     sleep(Duration::from_millis(5)).await;
@@ -403,7 +397,7 @@ impl Database {
             Err(error) => {
                 let reason = format!("no connection: {error}");
                 self.suspect(reason.clone());
-                Err(DbError::Unavailable(reason))
+                Err(DbError::Lost(reason))
             }
         }
     }
@@ -453,7 +447,7 @@ impl Database {
         let prompt = tokio::select! {
             biased;
             result = &mut query => Some(result),
-            () = sleep(SUSPICIOUS) => None,
+            () = sleep_until(deadline.at().min(started + SUSPICIOUS)) => None,
         };
         let result = match prompt {
             Some(result) => result,
@@ -492,10 +486,11 @@ impl Database {
                         "the database forgot a prepared statement: is there a transaction pooler in between that does not know them (PgBouncer before 1.21)?"
                     );
                 }
-                if !leaves_connection(&error) {
-                    link.retire();
+                if leaves_connection(&error) {
+                    return Err(DbError::Unavailable(describe(&error)));
                 }
-                Err(DbError::Unavailable(describe(&error)))
+                link.retire();
+                Err(DbError::Lost(describe(&error)))
             }
             Err(error) => Err(DbError::Refused(error)),
         }
@@ -522,11 +517,11 @@ impl Database {
         let database = self.clone();
         tokio::spawn(async move {
             if let Err(cause) = database.probe_thrice().await {
-                database
-                    .wait_until_found(&format!("{cause} ({reason})"))
-                    .await;
+                let reason = format!("{cause} ({reason})");
+                database.wait_until_found(&reason).await;
+            } else {
+                database.0.probing.store(false, Ordering::Release);
             }
-            database.0.probing.store(false, Ordering::Release);
         });
     }
 
@@ -544,25 +539,14 @@ impl Database {
         Err(cause)
     }
 
-    /// A connection beside the pool's, but counted with them, and one round trip. If there is no
-    /// room for another, one that is idle tells as much, or anybody's answer meanwhile.
+    /// A connection beside the pool's, for which the bound on sockets leaves room, and one round
+    /// trip. Where there is no room after all, that says nothing of the database.
     async fn probe(&self) -> Result<(), String> {
-        let begun = self.millis();
-        let result = tokio::select! {
-            biased;
-            _socket = self.0.pool.socket() => self.0.target.ping().await,
-            Ok(pooled) = self.0.pool.get_owned() => {
-                pooled.link().client().check_connection().await
-            }
-            () = self.answer_since(begun) => Ok(()),
+        let socket = timeout(SUSPICIOUS, self.0.pool.socket()).await;
+        let Ok(_socket) = socket else {
+            return Ok(());
         };
-        result.map_err(|error| describe(&error))
-    }
-
-    async fn answer_since(&self, begun: u64) {
-        while self.0.answered.load(Ordering::Relaxed) <= begun {
-            sleep(Duration::from_millis(20)).await;
-        }
+        self.0.target.ping().await.map_err(|error| describe(&error))
     }
 
     async fn wait_until_found(&self, reason: &str) {
@@ -574,6 +558,8 @@ impl Database {
             sleep(Duration::from_millis(250)).await;
         }
         self.answered();
+        // First: whoever sees it up may have to suspect it again.
+        self.0.probing.store(false, Ordering::Release);
         self.0.state.send_replace(State::Up);
         info!(
             "database found again after {:.1} s",
@@ -581,8 +567,13 @@ impl Database {
         );
     }
 
-    /// Whether the database answered when it was last asked.
-    pub(crate) fn is_up(&self) -> bool {
+    /// Whether the database has answered somebody within this time: it is awake.
+    pub(crate) fn answered_within(&self, time: Duration) -> bool {
+        let since = self.millis() - self.0.answered.load(Ordering::Relaxed).min(self.millis());
+        self.is_up() && Duration::from_millis(since) < time
+    }
+
+    fn is_up(&self) -> bool {
         *self.0.state.borrow() == State::Up
     }
 
@@ -670,12 +661,14 @@ impl Drop for Held {
             return;
         };
         let search = self.search.take();
+        let target = self.database.0.target.clone();
         tokio::spawn(async move {
             let link = pooled.link();
             if !matches!(
                 timeout(REQUEST_BOUND, end_of_work(link.client())).await,
                 Ok(Ok(()))
             ) {
+                target.cancel(link.client());
                 link.retire();
             }
             drop((pooled, place, search));

@@ -259,6 +259,11 @@ impl Deref for Pool {
     }
 }
 
+/// Of the connections that we may have, one is left to ask whether the database is there.
+pub(super) fn for_requests(size: u32) -> u32 {
+    size.saturating_sub(1).max(1)
+}
+
 /// A pool that connects when it is first asked; `failed` hears why a connection could not be made.
 pub(super) fn build(
     target: Target,
@@ -267,6 +272,7 @@ pub(super) fn build(
     failed: impl Fn(String) + Send + Sync + Clone + 'static,
 ) -> Pool {
     let sockets = Arc::new(Semaphore::new(size as usize));
+    let size = for_requests(size);
     let links = Arc::default();
     let opening = Arc::default();
     let connections = Connections {

@@ -109,8 +109,9 @@ impl Trouble {
 /// Whether waiting mends this: a wrong password, a missing database, a certificate that is not
 /// trusted, a schema that cannot be made are there to stay.
 fn is_final(error: &tokio_postgres::Error) -> bool {
-    if error.code().is_some() {
-        return !is_lost(error);
+    if let Some(code) = error.code() {
+        // XX000 is what a proxy in between says that has troubles of its own.
+        return !is_lost(error) && *code != SqlState::INTERNAL_ERROR;
     }
     let text = error.to_string();
     // tokio-postgres tells these kinds apart by their text alone.
@@ -174,8 +175,8 @@ impl Target {
         PostgresConnectionManager::new(self.config.clone(), self.tls.clone())
     }
 
-    /// A connection outside of the pool, for the commands that run without serving.
-    pub(crate) async fn visit(&self) -> Result<Client, Trouble> {
+    /// A connection outside of the pool.
+    async fn visit(&self) -> Result<Client, Trouble> {
         within(CONTACT_BOUND, self.single().connect()).await
     }
 
@@ -197,19 +198,29 @@ impl Target {
         const QUESTION: &str = "select current_setting('server_version_num')::integer,
                 current_setting('server_version'),
                 coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false),
-                extract(epoch from clock_timestamp())::float8";
+                extract(epoch from clock_timestamp())::float8,
+                current_setting('server_encoding')";
         let asked = Timestamp::now();
         let row = within(CONTACT_BOUND, client.query_typed_one(QUESTION, &[])).await?;
-        let (number, version): (i32, String) = (row.get(0), row.get(1));
+        let answered = Timestamp::now();
+        let (number, version, encoding): (i32, String, String) =
+            (row.get(0), row.get(1), row.get(4));
         if number < OLDEST {
             return Err(Trouble::refused(format!(
                 "the database is PostgreSQL {version}; 13 or later is needed"
             )));
         }
+        if encoding != "UTF8" {
+            return Err(Trouble::refused(format!(
+                "the database has the encoding {encoding}; UTF8 is needed"
+            )));
+        }
+        // Theirs was read half-way.
+        let ours = (asked.as_microsecond() + answered.as_microsecond()) as f64 / 2e6;
         Ok(Found {
             version,
             tls: row.get(2),
-            clock_difference: row.get::<_, f64>(3) - asked.as_microsecond() as f64 / 1e6,
+            clock_difference: row.get::<_, f64>(3) - ours,
             migrations: within(CONTACT_BOUND, migrations::due(client)).await?,
             pooler: if self.direct {
                 Pooler::None

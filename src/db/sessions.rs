@@ -61,28 +61,29 @@ pub(crate) async fn refresh(
     Ok(rows.first().map(|row| (user(row), row.get(4))))
 }
 
-/// Ends the session of a refresh token that was used before; gives whose it was.
+/// Ends the session of a refresh token that was used before; whether there was one.
 pub(crate) async fn end_reused(
     db: &Database,
     deadline: Deadline,
     id: Uuid,
     generation: i32,
-) -> Result<Option<Uuid>, DbError> {
+) -> Result<bool, DbError> {
     let rows = db
         .write(deadline, Sql::SessionsEndReused, &[&id, &generation])
         .await?;
-    Ok(rows.first().map(|row| row.get(0)))
+    Ok(!rows.is_empty())
 }
 
-/// Ends the session that a refresh token belongs to, if it is alive.
+/// Ends the session that a refresh token belongs to; whether there was one.
 pub(crate) async fn end_by_refresh_token(
     db: &Database,
     deadline: Deadline,
     id: Uuid,
-) -> Result<(), DbError> {
-    db.write(deadline, Sql::SessionsEndByRefreshToken, &[&id])
-        .await
-        .map(drop)
+) -> Result<bool, DbError> {
+    let rows = db
+        .write(deadline, Sql::SessionsEndByRefreshToken, &[&id])
+        .await?;
+    Ok(!rows.is_empty())
 }
 
 /// The sessions of a user that are alive, newest first.

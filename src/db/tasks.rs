@@ -134,9 +134,9 @@ pub(crate) async fn list(
         Sql::TasksListNewest
     };
     let params: super::Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
-    let rows = if filter.text.is_some() {
+    let rows = if filter.text.is_some() || filter.completed.is_some() {
         db.search(deadline, sql, params).await?
-    } else if filter.completed.is_some() || limit > SHORT_PAGE {
+    } else if limit > SHORT_PAGE {
         db.read_alone(deadline, sql, params).await?
     } else {
         db.read(deadline, sql, params).await?

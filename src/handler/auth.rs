@@ -141,7 +141,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
     let (database, lifetimes) = (&call.app.database, call.app.config.lifetimes);
     let used = sessions::refresh(
         database,
-        call.deadline,
+        Deadline::start(),
         claims.sid,
         claims.generation,
         lifetimes,
@@ -149,9 +149,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
     .await?;
     let Some((user, expires_in)) = used else {
         // Either its session is over, or it was used before: then somebody else has it, too.
-        if sessions::end_reused(database, call.deadline, claims.sid, claims.generation)
-            .await?
-            .is_none()
+        if !sessions::end_reused(database, Deadline::start(), claims.sid, claims.generation).await?
         {
             return Err(refused("ended_session"));
         }
@@ -178,8 +176,8 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
             .tokens
             .verify_expired_access(token)
             .map_err(refused)?;
-        sessions::end(database, call.deadline, claims.user_id, claims.sid).await?;
-        call.app.ended("logout", &[claims.sid]);
+        let ended = sessions::end(database, call.deadline, claims.user_id, claims.sid).await?;
+        call.app.signed_out(claims.sid, ended);
         return Ok(response::no_content());
     }
     let mut members = body.object_if_any().await?.unwrap_or_else(Members::none);
@@ -190,8 +188,8 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
     let token = members.end_with(token)?;
     // RFC 7009 section 2.2: a token that is none is as good as revoked.
     if let Ok(claims) = call.app.tokens.verify_refresh(&token) {
-        sessions::end_by_refresh_token(database, call.deadline, claims.sid).await?;
-        call.app.ended("logout", &[claims.sid]);
+        let ended = sessions::end_by_refresh_token(database, Deadline::start(), claims.sid).await?;
+        call.app.signed_out(claims.sid, ended);
     }
     Ok(response::no_content())
 }
