@@ -46,17 +46,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout_at;
 use uuid::Uuid;
 
 use auth::password::Passwords;
 use auth::revocations::Revocations;
-use auth::throttle::{Accounts, Addresses};
+use auth::throttle::{ATTEMPTS_AT_ONCE, Addresses, Turn, Turns};
 use auth::token::Tokens;
 use config::{Config, Secret};
 use cors::Cors;
-use db::Database;
 use db::sweep::Sweeper;
 use db::users::NewSession;
+use db::{Database, Deadline};
 use error::Error;
 use logging::Complaints;
 use metrics::Metrics;
@@ -68,21 +69,28 @@ pub struct App {
     tokens: Tokens,
     revocations: Revocations,
     passwords: Passwords,
-    accounts: Accounts,
+    /// Sign-ins by address.
+    accounts: Turns<String>,
     addresses: Addresses,
     cors: Cors,
     metrics: Arc<Metrics>,
     complaints: Complaints,
     sweeper: Arc<Sweeper>,
     large_answers: Arc<Semaphore>,
+    large_by_user: Turns<Uuid>,
     stopping: AtomicBool,
 }
 
 /// How long ago a database that is awake has answered somebody.
 const AWAKE: Duration = Duration::from_secs(1);
 
-/// Large answers that are not read yet; at a MiB each, what they may take of the memory.
+/// Large answers that are not read yet; at a MiB each, what they may take of the memory …
 const LARGE_ANSWERS: usize = 128;
+/// … and how many of them one user may leave unread.
+const LARGE_ANSWERS_PER_USER: usize = 4;
+
+/// A place among the large answers of all and of one user.
+type LargePlace = (OwnedSemaphorePermit, Turn<Uuid>);
 
 impl App {
     /// Everything in its place; the error is one line for the operator.
@@ -105,12 +113,13 @@ impl App {
             tokens,
             passwords,
             revocations: Revocations::new(lifetimes.access),
-            accounts: Accounts::default(),
+            accounts: Turns::new(ATTEMPTS_AT_ONCE),
             addresses: Addresses::new(config.auth_rate_per_minute),
             cors: Cors::new(&config.cors_origins),
             complaints: Complaints::default(),
             sweeper: Arc::default(),
             large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
+            large_by_user: Turns::new(LARGE_ANSWERS_PER_USER),
             stopping: AtomicBool::new(false),
             database,
             metrics,
@@ -136,10 +145,18 @@ impl App {
         }
     }
 
-    /// A place for one more large answer.
-    fn place_for_large(&self) -> Result<OwnedSemaphorePermit, Error> {
-        let place = self.large_answers.clone().try_acquire_owned();
-        place.map_err(|_| Error::Overloaded)
+    /// Waits for a place for one more large answer to this user.
+    async fn place_for_large(
+        &self,
+        user_id: Uuid,
+        deadline: Deadline,
+    ) -> Result<LargePlace, Error> {
+        let turn = self.large_by_user.wait(user_id, deadline).await?;
+        let place = self.large_answers.clone().acquire_owned();
+        match timeout_at(deadline.at(), place).await {
+            Ok(Ok(place)) => Ok((place, turn)),
+            _ => Err(Error::Overloaded),
+        }
     }
 
     /// Sessions that this instance has just ended: their access tokens are refused here at once.

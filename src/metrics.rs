@@ -28,8 +28,7 @@ pub struct Metrics {
     pub(crate) db_query: Histogram,
     db_waiting: IntGauge,
     db_connections: IntGaugeVec,
-    /// Hashes that wait for a thread or have one.
-    pub(crate) hash_queue: IntGauge,
+    hash_queue: IntGauge,
     /// Seconds that a hash took, waiting included.
     pub(crate) hash_time: Histogram,
     /// Sign-ins by what came of them.
@@ -173,9 +172,13 @@ impl Metrics {
     }
 
     /// Counts somebody who waits for a connection, until it is dropped.
-    pub(crate) fn db_waiting(&self) -> Waiting {
-        self.db_waiting.inc();
-        Waiting(self.db_waiting.clone())
+    pub(crate) fn db_waiting(&self) -> Counted {
+        Counted::among(&self.db_waiting)
+    }
+
+    /// Counts a hash that waits for a thread or has one, until it is dropped.
+    pub(crate) fn hash_queued(&self) -> Counted {
+        Counted::among(&self.hash_queue)
     }
 
     /// Everything as Prometheus text, with the state of the pool as it is now.
@@ -205,10 +208,17 @@ impl Metrics {
     }
 }
 
-/// Somebody who waits.
-pub(crate) struct Waiting(IntGauge);
+/// One of those that a gauge counts.
+pub(crate) struct Counted(IntGauge);
 
-impl Drop for Waiting {
+impl Counted {
+    fn among(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         self.0.dec();
     }

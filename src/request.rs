@@ -313,13 +313,9 @@ impl Body<'_> {
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(members)) => Ok(Some(Members {
                 members,
-                faults: Vec::new(),
+                ..Members::none()
             })),
-            Ok(_) => Err(Error::Validation(vec![Fault::at(
-                "",
-                "wrong_type",
-                "the body must be a JSON object",
-            )])),
+            Ok(_) => Ok(Some(Members::of_no_object())),
             Err(error) => Err(Error::MalformedJson(format!(
                 "the body is not JSON in UTF-8: {error}"
             ))),
@@ -359,6 +355,8 @@ fn announced_length(head: &Parts) -> Option<u64> {
 pub(crate) struct Members {
     members: Map<String, Value>,
     faults: Vec<Fault>,
+    /// What is no object has no members that could be wrong besides.
+    is_object: bool,
 }
 
 impl Members {
@@ -367,6 +365,17 @@ impl Members {
         Self {
             members: Map::new(),
             faults: Vec::new(),
+            is_object: true,
+        }
+    }
+
+    /// JSON, but no object: a fault among those of validation, which come after all others.
+    fn of_no_object() -> Self {
+        let fault = Fault::at("", "wrong_type", "the body must be a JSON object");
+        Self {
+            members: Map::new(),
+            faults: vec![fault],
+            is_object: false,
         }
     }
 
@@ -419,7 +428,9 @@ impl Members {
 
     /// Adds a fault that somebody else found.
     pub(crate) fn add(&mut self, fault: Fault) {
-        self.faults.push(fault);
+        if self.is_object {
+            self.faults.push(fault);
+        }
     }
 
     /// All faults at once, if there are any.
@@ -444,11 +455,8 @@ impl Members {
     }
 
     fn fault<T>(&mut self, pointer: &'static str, code: &'static str, rule: &str) -> Option<T> {
-        self.faults.push(Fault::at(
-            pointer,
-            code,
-            format!("{} {rule}", name(pointer)),
-        ));
+        let detail = format!("{} {rule}", name(pointer));
+        self.add(Fault::at(pointer, code, detail));
         None
     }
 }

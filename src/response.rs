@@ -8,8 +8,8 @@ use hyper::header::{
     RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use serde::Serialize;
-use tokio::sync::OwnedSemaphorePermit;
 
+use crate::LargePlace;
 use crate::error::{Error, Fault};
 use crate::model::Task;
 use crate::request::entity_tag;
@@ -42,14 +42,10 @@ pub(crate) fn bytes(
 
 /// An answer so large that it keeps its place among the few of them until it is written or given
 /// up: whoever asks for many and reads none must not fill the memory.
-pub(crate) fn large(
-    content_type: &'static str,
-    mut body: Vec<u8>,
-    place: OwnedSemaphorePermit,
-) -> Response {
+pub(crate) fn large(content_type: &'static str, mut body: Vec<u8>, place: LargePlace) -> Response {
     struct Placed {
         body: Vec<u8>,
-        _place: OwnedSemaphorePermit,
+        _place: LargePlace,
     }
     impl AsRef<[u8]> for Placed {
         fn as_ref(&self) -> &[u8] {

@@ -169,8 +169,7 @@ impl Passwords {
     ) -> Result<T, Error> {
         let started = Instant::now();
         let (sender, receiver) = oneshot::channel();
-        let queued = self.metrics.hash_queue.clone();
-        queued.inc();
+        let queued = self.metrics.hash_queued();
         let job = Box::new(move || {
             // Whoever asked may have gone, or waited too long.
             if !sender.is_closed() {
@@ -178,11 +177,10 @@ impl Passwords {
                 // The receiver may be gone by now; nobody is left to tell.
                 sender.send(result).ok();
             }
-            queued.dec();
+            drop(queued);
         });
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.queue.try_send(job)
         {
-            self.metrics.hash_queue.dec();
             return Err(Error::Overloaded);
         }
         let result = match timeout(BOUND, receiver).await {

@@ -3,6 +3,7 @@
 //! many requests a minute from one address.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,64 +20,66 @@ use crate::error::Error;
 
 /// Attempts on one account that are checked at the same time on one instance. With ten failures
 /// to the block, two instances check no more than 10 + 4 + 5 of any number of guesses at once.
-const ATTEMPTS_AT_ONCE: usize = 5;
+pub(crate) const ATTEMPTS_AT_ONCE: usize = 5;
 /// Addresses that are told apart, at some 100 bytes each; beyond, whole regions share an allowance.
 const MAX_ADDRESSES: usize = 50_000;
 
-/// Lets few attempts on one account through at a time.
-#[derive(Default)]
-pub(crate) struct Accounts {
-    under_way: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
+/// Lets few through at a time that have the same key: sign-ins on one account, large answers to
+/// one user.
+pub(crate) struct Turns<K: Clone + Eq + Hash> {
+    at_once: usize,
+    taken: Arc<Mutex<HashMap<K, Arc<Semaphore>>>>,
 }
 
-/// One attempt on an account, until it is dropped.
-pub(crate) struct Attempt {
-    under_way: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
-    email: String,
+/// One of the few, until it is dropped.
+pub(crate) struct Turn<K: Clone + Eq + Hash> {
+    taken: Arc<Mutex<HashMap<K, Arc<Semaphore>>>>,
+    key: K,
     permit: Option<OwnedSemaphorePermit>,
 }
 
-impl Accounts {
-    /// Waits for a turn at this account.
-    pub(crate) async fn enter(&self, email: &str, deadline: Deadline) -> Result<Attempt, Error> {
-        let turns = {
-            let mut under_way = self
-                .under_way
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let new = || Arc::new(Semaphore::new(ATTEMPTS_AT_ONCE));
-            under_way
-                .entry(email.to_owned())
-                .or_insert_with(new)
-                .clone()
-        };
+impl<K: Clone + Eq + Hash> Turns<K> {
+    pub(crate) fn new(at_once: usize) -> Self {
+        Self {
+            at_once,
+            taken: Arc::default(),
+        }
+    }
+
+    /// Waits for a turn until the deadline.
+    pub(crate) async fn wait(&self, key: K, deadline: Deadline) -> Result<Turn<K>, Error> {
         // Made before waiting: whoever gives up waiting has to clear up as well.
-        let mut attempt = Attempt {
-            under_way: self.under_way.clone(),
-            email: email.to_owned(),
-            permit: None,
-        };
-        match timeout_at(deadline.at(), turns.acquire_owned()).await {
-            Ok(Ok(permit)) => attempt.permit = Some(permit),
+        let (mut turn, semaphore) = self.queue(key);
+        match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
+            Ok(Ok(permit)) => turn.permit = Some(permit),
             _ => return Err(Error::Overloaded),
         }
-        Ok(attempt)
+        Ok(turn)
+    }
+
+    fn queue(&self, key: K) -> (Turn<K>, Arc<Semaphore>) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || Arc::new(Semaphore::new(self.at_once));
+        let semaphore = taken.entry(key.clone()).or_insert_with(new).clone();
+        let turn = Turn {
+            taken: self.taken.clone(),
+            key,
+            permit: None,
+        };
+        (turn, semaphore)
     }
 }
 
-impl Drop for Attempt {
+impl<K: Clone + Eq + Hash> Drop for Turn<K> {
     fn drop(&mut self) {
-        let mut under_way = self
-            .under_way
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         // The permit holds the semaphore, too; the map's own reference is the last one.
         self.permit = None;
-        if under_way
-            .get(&self.email)
-            .is_some_and(|turns| Arc::strong_count(turns) == 1)
+        if taken
+            .get(&self.key)
+            .is_some_and(|semaphore| Arc::strong_count(semaphore) == 1)
         {
-            under_way.remove(&self.email);
+            taken.remove(&self.key);
         }
     }
 }

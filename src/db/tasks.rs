@@ -10,7 +10,7 @@ use super::{Database, DbError, Deadline};
 use crate::model::{Completion, Description, NewTask, Task, TaskChange, Time, Title};
 
 /// A page that many can read over one connection; a longer one has a connection of its own.
-const SHORT_PAGE: i64 = 100;
+pub(crate) const SHORT_PAGE: i64 = 100;
 
 /// Which tasks a list has, and in which order.
 #[derive(Clone, Debug, Default)]

@@ -102,7 +102,7 @@ async fn sign_in(
     let _turn = call
         .app
         .accounts
-        .enter(email.as_str(), Deadline::for_passwords())
+        .wait(email.as_str().to_owned(), Deadline::for_passwords())
         .await?;
     for _ in 0..CHECKS {
         let attempt = users::for_sign_in(database, Deadline::start(), email).await?;
@@ -270,7 +270,7 @@ async fn confirm(
     let _turn = call
         .app
         .accounts
-        .enter(&check.email, Deadline::for_passwords())
+        .wait(check.email.clone(), Deadline::for_passwords())
         .await?;
     // Only now: while this waited for its turn the others may have failed.
     let check = users::for_password_check(database, Deadline::start(), user.id)

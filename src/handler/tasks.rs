@@ -24,6 +24,11 @@ const LARGE: usize = 64 * 1024;
 /// `GET /api/v1/{user_id}/tasks`
 pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
     let page = Page::of(call)?;
+    // A page that is likely to be large waits for its place before it fills the memory.
+    let place = match page.limit > tasks::SHORT_PAGE {
+        true => Some(call.app.place_for_large(user.id, call.deadline).await?),
+        false => None,
+    };
     let database = &call.app.database;
     let total = match page.total {
         true => Some(tasks::count(database, call.deadline, user.id, &page.filter).await?),
@@ -40,10 +45,14 @@ pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Er
     )
     .await?;
     let (body, last) = write_page(&found, page.limit as usize)?;
-    let mut response = if body.len() > LARGE {
-        response::large("application/json", body, call.app.place_for_large()?)
-    } else {
+    let mut response = if body.len() <= LARGE {
         response::bytes(StatusCode::OK, "application/json", body)
+    } else {
+        let place = match place {
+            Some(place) => place,
+            None => call.app.place_for_large(user.id, call.deadline).await?,
+        };
+        response::large("application/json", body, place)
     };
     if let Some(last) = last {
         response = response::linked(response, &page.next(user.id, last));
