@@ -60,7 +60,7 @@ def before_call(context, case, kwargs):
     if right and isinstance(case.body, dict):
         # Every other body stays wrong in what only the service can tell: the same ones whenever they
         # are sent again, or scenarios could not be replayed.
-        truthful = zlib.crc32(json.dumps(case.body, sort_keys=True).encode()) % 2 == 0
+        truthful = zlib.crc32(json.dumps(case.body, sort_keys=True).encode()) % 4 > 0
         complete(operation, case.body, truthful)
 
 
@@ -105,6 +105,9 @@ def after_call(context, case, response):
         guest = Guest()
     elif response.status_code in (401, 429) and case.headers.get("Authorization") == guest.authorization:
         # Its session is over, or it has failed too often.
+        guest = Guest()
+    elif response.status_code == 429 and isinstance(case.body, dict) and case.body.get("email") == guest.email:
+        # Its address was seen in an answer, and tried with other passwords.
         guest = Guest()
 
 
