@@ -52,7 +52,7 @@ problems! {
         "Sign in again.";
     FORBIDDEN = 403 "forbidden" "Not yours"
         "The user in the path is not the one who is signed in."
-        "Use the id of the signed-in user. Another token of the same user changes nothing.";
+        "Use the id of the signed-in user. A new token does not help.";
     WRONG_PASSWORD = 403 "wrong_password" "Wrong password"
         "The password that confirms this change is not the account's."
         "Ask for the password again. Nothing was changed.";

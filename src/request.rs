@@ -405,9 +405,9 @@ impl Members {
         }
     }
 
-    /// Whether there is such a member.
+    /// Whether there is such a member, or might be: what is no object has its fault already.
     pub(crate) fn has(&self, pointer: &'static str) -> bool {
-        self.members.contains_key(name(pointer))
+        !self.is_object || self.members.contains_key(name(pointer))
     }
 
     /// A value of the model, or the reason why it is none among the faults.

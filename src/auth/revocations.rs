@@ -68,12 +68,6 @@ impl Revocations {
         Ok(ended.contains(&session) || self.look_up(session).unwrap_or(false))
     }
 
-    /// Whether a session is known to have ended, without asking anybody.
-    pub(crate) fn knows(&self, session: Uuid) -> bool {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.ended.contains_key(&session)
-    }
-
     /// Notes sessions that this instance itself has just ended.
     pub(crate) fn note(&self, ended: &[Uuid]) {
         self.learn(ended, None);

@@ -201,6 +201,9 @@ impl Database {
                 Ok(found) => {
                     self.0.state.send_replace(State::Up);
                     self.answered();
+                    // The first request finds a connection; if this one fails it makes its own.
+                    let database = self.clone();
+                    tokio::spawn(async move { database.ask(Deadline::start()).await.ok() });
                     return Ok(found);
                 }
                 Err(reach::Trouble::Refused(refusal)) => return Err(refusal),
@@ -230,12 +233,17 @@ impl Database {
         if since < 5000 {
             return true;
         }
-        let deadline = Deadline(Instant::now() + CONNECTION_BOUND);
+        self.ask(Deadline(Instant::now() + CONNECTION_BOUND))
+            .await
+            .is_ok()
+    }
+
+    /// One round trip over a connection of the pool.
+    async fn ask(&self, deadline: Deadline) -> Result<(), DbError> {
         self.borrow(deadline, |link| async move {
             link.client().check_connection().await
         })
         .await
-        .is_ok()
     }
 
     /// Asks a cheap question over a shared connection, again over a fresh one if that is lost.

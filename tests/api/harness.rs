@@ -524,7 +524,7 @@ impl Server {
                 ("LISTEN_ADDR", "127.0.0.1:0"),
                 ("BCRYPT_COST", "10"),
                 ("AUTH_RATE_PER_MINUTE", "0"),
-                ("DB_POOL_SIZE", "4"),
+                ("DB_POOL_SIZE", "5"),
                 ("RUST_LOG", "info"),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),

@@ -79,8 +79,8 @@ async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() 
 
 #[tokio::test]
 async fn twenty_copies_at_the_same_instant_over_two_instances_make_one_task() {
-    let server = Server::with(&[("DB_POOL_SIZE", "10")]).await;
-    let sibling = server.sibling(&[("DB_POOL_SIZE", "10")]).await;
+    let server = Server::with(&[("DB_POOL_SIZE", "11")]).await;
+    let sibling = server.sibling(&[("DB_POOL_SIZE", "11")]).await;
     let ann = server.user().await;
     let mut holder = server.sql().await;
     let control = server.sql().await;
