@@ -478,4 +478,47 @@ mod tests {
         assert_eq!(tracker.follow(&stream), stream.len());
         assert!(line.malformed.load(Ordering::Relaxed));
     }
+
+    /// Where heads end in a stream that comes in these pieces, and whether each was malformed.
+    fn heads(stream: &[u8], pieces: &[usize], body: u64) -> Vec<(usize, bool)> {
+        let line = Arc::new(Line::default());
+        line.body.store(body, Ordering::Relaxed);
+        let mut tracker = Tracker {
+            line: line.clone(),
+            place: Place::Head(Head::default()),
+        };
+        let mut ends = Vec::new();
+        let (mut at, mut pieces) = (0, pieces.iter().cycle());
+        while at < stream.len() {
+            let piece = pieces.next().map_or(1, |piece| *piece);
+            let mut rest = &stream[at..stream.len().min(at + piece)];
+            while !rest.is_empty() {
+                let seen = tracker.follow(rest);
+                assert!(0 < seen && seen <= rest.len());
+                at += seen;
+                rest = &rest[seen..];
+                if matches!(tracker.place, Place::AfterHead) {
+                    ends.push((at, line.malformed.swap(false, Ordering::Relaxed)));
+                }
+            }
+        }
+        ends
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn how_a_stream_is_cut_changes_nothing(
+            stream in "(GET / HTTP/1.1|Content-Length: 1|[0-9a-f]{1,2}|a: b|\r\n|\r\n|\r\n\r\n|\r|\n){0,40}",
+            pieces in proptest::collection::vec(1_usize..9, 1..9),
+            body in proptest::prelude::prop_oneof![
+                proptest::prelude::Just(0),
+                1_u64..9,
+                proptest::prelude::Just(u64::MAX),
+            ],
+        ) {
+            let stream = stream.as_bytes();
+            let whole = heads(stream, &[stream.len().max(1)], body);
+            proptest::prop_assert_eq!(heads(stream, &pieces, body), whole);
+        }
+    }
 }
