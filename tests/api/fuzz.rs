@@ -516,12 +516,13 @@ async fn any_bytes_are_answered() {
         |_, (whole, changes)| {
             let mut bytes = whole.into_bytes();
             for (at, what, byte) in changes {
-                let at = at.index(bytes.len());
+                let at = at.index(bytes.len().max(1));
                 match what {
-                    0 => bytes[at] = byte,
-                    1 => bytes.insert(at, byte),
+                    0 => bytes.insert(at, byte),
+                    1 => bytes.truncate(at),
+                    _ if bytes.is_empty() => {}
                     2 => drop(bytes.remove(at)),
-                    _ => bytes.truncate(at.max(1)),
+                    _ => bytes[at] = byte,
                 }
             }
             // Whatever it is now, it has an end: a head that ends, and whoever counts on more
