@@ -51,7 +51,6 @@ async fn a_database_that_fell_asleep_is_woken_by_the_first_request() {
         });
         let fates = futures_util::future::join_all(asks).await;
         let took = begin.elapsed();
-        assert!(took >= waking, "nobody had to wait");
         assert!(took < ANSWERED, "answered after {took:?}");
         assert!(
             fates
@@ -62,6 +61,7 @@ async fn a_database_that_fell_asleep_is_woken_by_the_first_request() {
         slowest = slowest.max(took);
         rig.proxy().turns(Weather::Fair);
     }
+    assert!(slowest >= waking, "nobody had to wait");
     report(
         "asleep",
         format!(
@@ -76,7 +76,8 @@ async fn a_database_that_wakes_slowly_is_refused_and_then_served() {
     let _turn = alone().await;
     let rig = Rig::proxied(&[]).await;
     // Longer than a request can wait for a connection.
-    rig.proxy().turns(Weather::Asleep(Duration::from_secs(4)));
+    let waking = Duration::from_secs(4);
+    rig.proxy().turns(Weather::Asleep(2 * waking));
     let begin = Instant::now();
     let mut refused = 0;
     loop {
@@ -98,10 +99,10 @@ async fn a_database_that_wakes_slowly_is_refused_and_then_served() {
         answer.problem(503, "database_unavailable");
         answer.header("retry-after");
         refused += 1;
-        assert!(
-            begin.elapsed() < Duration::from_secs(4) + HEALED,
-            "still refused"
-        );
+        assert!(begin.elapsed() < waking + HEALED, "still refused");
+        if begin.elapsed() > waking {
+            rig.proxy().turns(Weather::Fair);
+        }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let took = begin.elapsed();
@@ -321,11 +322,9 @@ impl Tls {
         .unwrap();
         first.stop().await;
         let cluster = directory.path().join("cluster");
-        let rules = cluster.join("pg_hba.conf");
-        let trusting = fs::read_to_string(&rules).unwrap();
         fs::write(
-            &rules,
-            format!("hostssl all all 127.0.0.0/8 scram-sha-256\n{trusting}"),
+            cluster.join("pg_hba.conf"),
+            "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n",
         )
         .unwrap();
         present(&certificates, &cluster, "server");
@@ -410,8 +409,9 @@ async fn tls_is_verified_as_the_url_asks() {
         let (code, said) = tls.check(host, options, authority).await;
         assert_eq!(code, 1, "{host} {options} {authority:?}: {said}");
         assert!(!said.contains(PASSWORD), "{said}");
-        let reason = said.lines().find(|line| line.contains("certificate"));
+        let reason = said.lines().find(|line| line.contains("cannot be used"));
         let reason = reason.unwrap_or_else(|| panic!("{host} {options}: {said}"));
+        assert!(reason.contains("certificate"), "{host} {options}: {reason}");
         reasons.push(reason.trim().to_owned());
     }
 

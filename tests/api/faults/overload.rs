@@ -1,6 +1,7 @@
 //! More of everything than there should be: connections, requests, and clients without manners.
 
 use std::{
+    collections::HashSet,
     fs,
     net::SocketAddr,
     sync::{
@@ -287,8 +288,33 @@ impl Rude {
     }
 }
 
-fn open_files(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+/// The connections that the service holds, as the kernel counts them.
+fn connections(address: SocketAddr) -> usize {
+    let port = format!(":{:04X}", address.port());
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let is_held = |line: &&str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (local, state, inode) = (fields[1], fields[3], fields[9]);
+        // Not the listener, and not what only the kernel still remembers.
+        local.ends_with(&port) && state != "0A" && inode != "0"
+    };
+    table.lines().skip(1).filter(is_held).count()
+}
+
+/// So many tasks that their list has a megabyte and a bit.
+const MEGABYTE: usize = 260;
+
+async fn fill_a_megabyte(sql: &Sql, user: &User) {
+    let filled = sql
+        .execute(
+            "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+             select $1::text::uuid, gen_random_uuid(), 'leaf', repeat('🌿', 1000), false, now(), now()
+             from generate_series(1, $2::bigint)",
+            &[&user.id, &(MEGABYTE as i64)],
+        )
+        .await
+        .unwrap();
+    assert_eq!(filled, MEGABYTE as u64);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -298,16 +324,7 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let user = Arc::new(server.user().await);
     let sql = server.sql().await;
-    let filled = sql
-        .execute(
-            "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
-             select $1::text::uuid, gen_random_uuid(), 'leaf', repeat('🌿', 1000), false, now(), now()
-             from generate_series(1, 260)",
-            &[&user.id],
-        )
-        .await
-        .unwrap();
-    assert_eq!(filled, 260);
+    fill_a_megabyte(&sql, &user).await;
     let polite = server.user().await;
     let task = polite.create_task(&server, "read me").await;
     let load = Load::on(&Addresses::of(&[server.addr()]))
@@ -321,7 +338,7 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
     .await;
 
     let pid = server.pid();
-    let (files, idle) = (open_files(pid), memory(pid).0);
+    let (before, idle) = (connections(server.addr()), memory(pid).0);
     let rude = either(160, 1000);
     let lists = Arc::new(Semaphore::new(2));
     let begin = Instant::now();
@@ -338,14 +355,14 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
         while let Some(stream) = rude_ones.try_join_next() {
             streams.push(stream.unwrap());
         }
-        most = most.max(open_files(pid));
-        if streams.len() == rude && open_files(pid) <= files {
+        most = most.max(connections(server.addr()));
+        if streams.len() == rude && connections(server.addr()) <= before {
             break;
         }
         assert!(
             begin.elapsed() < bound,
             "{} of {} still hold a connection; {} have been cut off or gave up",
-            open_files(pid).saturating_sub(files),
+            connections(server.addr()).saturating_sub(before),
             rude,
             streams.len()
         );
@@ -359,12 +376,12 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
         "rude clients",
         format!(
             "{rude}, at most {} at once, all cut off after {cut:.0?}; others: {}; {idle} KiB resident before, {peak} KiB at most, {resident} KiB after",
-            most - files,
+            most - before,
             summary(&during)
         ),
     );
     assert!(
-        most - files > rude / 2,
+        most - before > rude / 2,
         "never more than {most} connections"
     );
     assert!(during.len() > 500, "{}", summary(&during));
@@ -376,6 +393,68 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
     );
     // What unread answers may take, and the connections themselves.
     let grown = peak.saturating_sub(idle);
-    assert!(grown < 160 * 1024 + 64 * rude as u64, "{grown} KiB more");
+    assert!(grown < 256 * 1024 + 64 * rude as u64, "{grown} KiB more");
+    assert_eq!(server.stop().await.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_many_clients_leave_unread_makes_pages_shorter_and_cuts_none() {
+    raise_file_limit();
+    let _turn = alone().await;
+    let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
+    let user = Arc::new(server.user().await);
+    fill_a_megabyte(&server.sql().await, &user).await;
+    let first = async || {
+        let list = server.get(user.tasks()).bearer(&user.access_token);
+        list.send().await.expect(200)
+    };
+    let whole = first().await;
+    assert!(whole.body.len() > 1024 * 1024, "{} bytes", whole.body.len());
+
+    let idle = memory(server.pid()).0;
+    let deaf = either(160, 1000);
+    let lists = Arc::new(Semaphore::new(4));
+    let mut rude_ones = JoinSet::new();
+    for _ in 0..deaf {
+        rude_ones.spawn(Rude::Deaf.behave(server.addr(), user.clone(), lists.clone()));
+    }
+    let streams = rude_ones.join_all().await;
+    until("pages are short", async || {
+        first().await.body.len() < 128 * 1024
+    })
+    .await;
+
+    // Whoever follows the links gets every task, as ever.
+    let (mut next, mut pages, mut seen) = (Some(user.tasks()), 0, HashSet::new());
+    while let Some(path) = next {
+        let page = server
+            .get(path)
+            .bearer(&user.access_token)
+            .send()
+            .await
+            .expect(200);
+        for task in page.json().as_array().unwrap() {
+            assert!(seen.insert(task["id"].to_string()), "{task} twice");
+        }
+        let link = page.headers.get("link").map(|link| link.to_str().unwrap());
+        next = link.map(|link| link[1..link.find('>').unwrap()].to_owned());
+        pages += 1;
+    }
+    assert_eq!(seen.len(), MEGABYTE);
+    let peak = memory(server.pid()).1;
+    drop(streams);
+    until("pages are whole again", async || {
+        first().await.body.len() == whole.body.len()
+    })
+    .await;
+    report(
+        "unread pages",
+        format!(
+            "{deaf} clients with 8 MiB each before them; {idle} KiB resident before, {peak} KiB at most; {MEGABYTE} tasks listed in {pages} pages meanwhile",
+        ),
+    );
+    assert!(pages > 10, "{pages} pages");
+    let grown = peak.saturating_sub(idle);
+    assert!(grown < 256 * 1024 + 128 * deaf as u64, "{grown} KiB more");
     assert_eq!(server.stop().await.code(), Some(0));
 }

@@ -12,7 +12,7 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixStream},
     sync::{mpsc, watch},
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 
 /// What the network does with what passes.
@@ -26,7 +26,8 @@ pub(super) enum Weather {
     Blackhole,
     /// Half of an answer passes, then the connection is reset.
     Reset,
-    /// Connections are closed; the next one is accepted, but answered only after this time.
+    /// Connections are closed; the next ones are accepted, but answered only after this time or
+    /// when the weather turns.
     Asleep(Duration),
 }
 
@@ -34,6 +35,8 @@ pub(super) enum Weather {
 pub(super) struct Proxy {
     address: SocketAddr,
     weather: watch::Sender<Weather>,
+    /// Connections before this moment are closed.
+    closed: watch::Sender<Instant>,
     /// Connections before this moment are half-open: the other side has forgotten them.
     forgotten: watch::Sender<Instant>,
     acceptor: JoinHandle<()>,
@@ -50,6 +53,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (weather, seen) = watch::channel(Weather::Fair);
+        let (closed, closing) = watch::channel(Instant::now());
         let (forgotten, forgetting) = watch::channel(Instant::now());
         let upstream = socket_directory.join(".s.PGSQL.5432");
         let acceptor = tokio::spawn(async move {
@@ -59,6 +63,7 @@ impl Proxy {
                     stream,
                     upstream.clone(),
                     seen.clone(),
+                    closing.clone(),
                     forgetting.clone(),
                 ));
             }
@@ -66,6 +71,7 @@ impl Proxy {
         Proxy {
             address,
             weather,
+            closed,
             forgotten,
             acceptor,
         }
@@ -77,6 +83,9 @@ impl Proxy {
 
     pub(super) fn turns(&self, weather: Weather) {
         self.weather.send_replace(weather);
+        if matches!(weather, Weather::Asleep(_)) {
+            self.closed.send_replace(Instant::now());
+        }
     }
 
     /// The database forgets today's connections, and the service is not told.
@@ -90,12 +99,16 @@ async fn pass(
     mut stream: TcpStream,
     upstream: PathBuf,
     mut weather: watch::Receiver<Weather>,
+    mut closed: watch::Receiver<Instant>,
     mut forgotten: watch::Receiver<Instant>,
 ) {
     let opened = Instant::now();
-    let at_first = *weather.borrow();
-    match at_first {
-        Weather::Asleep(waking) => sleep(waking).await,
+    let now = *weather.borrow();
+    match now {
+        Weather::Asleep(waking) => {
+            let awake = weather.wait_for(|weather| !matches!(weather, Weather::Asleep(_)));
+            timeout(waking, awake).await.ok();
+        }
         _ => blackhole_over(&mut weather).await,
     }
     let Ok(mut server) = UnixStream::connect(upstream).await else {
@@ -104,15 +117,11 @@ async fn pass(
     stream.set_nodelay(true).unwrap();
     let (mut from_client, mut to_client) = stream.split();
     let (mut from_server, mut to_server) = server.split();
-    let mut skies = weather.clone();
-    let falls_asleep = |weather: &Weather| {
-        matches!(weather, Weather::Asleep(_)) && !matches!(at_first, Weather::Asleep(_))
-    };
     let ending = tokio::select! {
         ending = carry(&mut from_client, &mut to_server, weather.clone(), false) => ending,
         ending = carry(&mut from_server, &mut to_client, weather.clone(), true) => ending,
         _ = forgotten.wait_for(|at| *at > opened) => Ending::Forgotten,
-        _ = skies.wait_for(falls_asleep) => Ending::Closed,
+        _ = closed.wait_for(|at| *at > opened) => Ending::Closed,
     };
     drop(server);
     match ending {
