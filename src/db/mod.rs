@@ -577,7 +577,9 @@ impl Database {
 
     /// Whether the database has answered somebody within this time: it is awake.
     pub(crate) fn answered_within(&self, time: Duration) -> bool {
-        let since = self.millis() - self.0.answered.load(Ordering::Relaxed).min(self.millis());
+        // An answer may come between the two looks.
+        let answered = self.0.answered.load(Ordering::Relaxed);
+        let since = self.millis().saturating_sub(answered);
         self.is_up() && Duration::from_millis(since) < time
     }
 
