@@ -865,11 +865,6 @@ pub(crate) struct Response {
 }
 
 impl Response {
-    /// The body as text.
-    pub(crate) fn text(&self) -> &str {
-        std::str::from_utf8(&self.body).unwrap()
-    }
-
     pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body)
             .unwrap_or_else(|error| panic!("no JSON ({error}): {} {:?}", self.status, self.body))
