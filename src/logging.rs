@@ -2,14 +2,16 @@
 //! its priority (`sd-daemon(3)`) and leaves the time to the journal.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use jiff::fmt::temporal::DateTimePrinter;
-use log::{Level, warn};
+use log::{Level, error, warn};
 
 /// The target of the access line.
 pub const ACCESS: &str = "access";
@@ -41,6 +43,38 @@ pub fn init(filter: &str) {
             writeln!(out, "{now} {:<5} {message}", record.level())
         })
         .init();
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        if CATCHING.get() {
+            PLACE.set(place);
+        } else {
+            error!("panic: {}", field(&panic.to_string()));
+        }
+    }));
+}
+
+thread_local! {
+    /// Whether somebody will report a panic of this thread.
+    static CATCHING: Cell<bool> = const { Cell::new(false) };
+    /// Where it was.
+    static PLACE: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// Runs something that may panic; a panic is one line, the caller's, who is given its text.
+pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    CATCHING.set(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    CATCHING.set(false);
+    result.map_err(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        let place = PLACE.take().map(|place| format!(" at {place}"));
+        format!(
+            "panic: {}{}",
+            text.unwrap_or_default(),
+            place.unwrap_or_default()
+        )
+    })
 }
 
 /// A value for a log line: as it is where it is plain, else quoted and escaped, so that nobody can

@@ -289,7 +289,7 @@ impl Body<'_> {
             return Ok(None);
         }
         self.check_type()?;
-        if announced_length(self.head).is_some_and(|length| length > MAX_BODY_BYTES as u64) {
+        if is_oversized(self.head) {
             return Err(Error::BodyTooLarge);
         }
         let bytes = match timeout(
@@ -342,13 +342,11 @@ impl Body<'_> {
     }
 }
 
-fn announced_length(head: &Parts) -> Option<u64> {
-    head.headers
-        .get(CONTENT_LENGTH)?
-        .to_str()
-        .ok()?
-        .parse()
-        .ok()
+/// Whether a body is announced that is larger than any that is read.
+pub(crate) fn is_oversized(head: &Parts) -> bool {
+    let length = head.headers.get(CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+    length.is_some_and(|length: u64| length > MAX_BODY_BYTES as u64)
 }
 
 /// The members of a JSON object, and every fault found in them so far.

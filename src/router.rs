@@ -2,11 +2,12 @@
 //! becomes an answer and a line in the log.
 
 use std::borrow::Cow;
+use std::future::poll_fn;
 use std::net::IpAddr;
-use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
 use hyper::body::Incoming;
 use hyper::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
@@ -18,8 +19,8 @@ use crate::App;
 use crate::error::Error;
 use crate::guard::{owner, signed_in};
 use crate::handler::{auth, pages, sessions, tasks};
-use crate::logging::{ACCESS, field};
-use crate::request::{Body, Call, REQUEST_ID, check_host};
+use crate::logging::{self, ACCESS, field};
+use crate::request::{Body, Call, REQUEST_ID, check_host, is_oversized};
 use crate::response::{self, Response};
 
 const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
@@ -206,7 +207,8 @@ pub(crate) async fn respond(
     if path_is_api {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
-    if app.is_stopping() {
+    // A body that is too large is never read to its end, whoever was asked.
+    if app.is_stopping() || is_oversized(&head) {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     app.cors.apply(&head, headers);
@@ -219,10 +221,12 @@ pub(crate) async fn respond(
 
 /// A panic is a bug, and the end of this request alone.
 async fn caught(answer: impl Future<Output = Result<Response, Error>>) -> Result<Response, Error> {
-    AssertUnwindSafe(answer)
-        .catch_unwind()
-        .await
-        .unwrap_or_else(|panic| Err(Error::Internal(panic_text(panic.as_ref()))))
+    let mut answer = pin!(answer);
+    poll_fn(|context| {
+        let polled = logging::caught(|| answer.as_mut().poll(context));
+        polled.unwrap_or_else(|panic| Poll::Ready(Err(Error::Internal(panic))))
+    })
+    .await
 }
 
 /// After these nobody knows where the next request would begin.
@@ -301,12 +305,6 @@ fn account_for(call: &Call<'_>, response: &Response, took: Duration) {
         call.client,
         call.id.to_str().unwrap_or_default(),
     );
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    format!("panic: {}", text.unwrap_or_default())
 }
 
 #[cfg(test)]

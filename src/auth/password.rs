@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::error::{Error, Fault};
+use crate::logging::caught;
 use crate::metrics::Metrics;
 use crate::model::Email;
 
@@ -201,8 +202,8 @@ fn work(jobs: &Mutex<Receiver<Job>>) {
         let Ok(job) = job else {
             return;
         };
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
-            error!("a password hash panicked");
+        if let Err(panic) = caught(job) {
+            error!("hashing a password failed: {panic}");
         }
     }
 }
