@@ -186,3 +186,14 @@ impl App {
         tokio::spawn(async move { sweeper.sweep(&database).await });
     }
 }
+
+/// How thoroughly the tests try what parses a client's bytes: as many cases as `FUZZ_CASES` says.
+#[cfg(test)]
+fn fuzz() -> proptest::test_runner::Config {
+    let cases = std::env::var("FUZZ_CASES").ok();
+    proptest::test_runner::Config {
+        cases: cases.and_then(|cases| cases.parse().ok()).unwrap_or(2000),
+        failure_persistence: None,
+        ..Default::default()
+    }
+}

@@ -539,3 +539,68 @@ fn is_authority(host: &HeaderValue) -> bool {
     let port = port.map(|rest| rest.strip_prefix(':').unwrap_or(rest));
     !name.is_empty() && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Anything, and what looks like a query or a list of tags but for a slip.
+    fn text() -> impl Strategy<Value = String> {
+        prop_oneof![
+            any::<String>(),
+            "[a-z=&%+0-9A-F]{0,40}",
+            "(W/)?\"[0-9a-f]{0,16}\"?[, ]{0,3}(W/)?\"?[0-9a-f]{0,16}\"",
+            "[0-9.:,\\[\\] ]{0,60}",
+        ]
+    }
+
+    fn headers(name: HeaderName, values: &[String]) -> HeaderMap {
+        let values = values
+            .iter()
+            .filter_map(|value| HeaderValue::from_str(value).ok());
+        values.map(|value| (name.clone(), value)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(crate::fuzz())]
+
+        #[test]
+        fn no_query_is_more_than_a_fault(query in text()) {
+            let mut faults = Vec::new();
+            let query = Query::parse(&query);
+            for name in ["completed", "q", "limit", "after", ""] {
+                let value = query.parameter(name, "no", &mut faults, |text| Some(text.to_owned()));
+                prop_assert!(value.is_none_or(|value| !value.contains('\0')));
+            }
+        }
+
+        #[test]
+        fn no_list_of_tags_is_more_than_a_list(values in prop::collection::vec(text(), 0..3)) {
+            let headers = headers(IF_MATCH, &values);
+            if let Some(EntityTags::These(tags)) = EntityTags::of(&headers, &IF_MATCH) {
+                for version in tags.iter().filter_map(Tag::version) {
+                    let tag = entity_tag(version);
+                    prop_assert!(values.iter().any(|value| value.contains(&tag)));
+                }
+            }
+        }
+
+        #[test]
+        fn nobody_becomes_somebody_else_by_what_they_forward(values in prop::collection::vec(text(), 0..3)) {
+            let peer = IpAddr::from([192, 0, 2, 1]);
+            let headers = headers(FORWARDED_FOR, &values);
+            prop_assert_eq!(client_address(&headers, peer, &[]), peer);
+            // Whoever is trusted says who asks; that must be an address, and no panic.
+            client_address(&headers, peer, &["192.0.2.0/24".parse().unwrap()]);
+        }
+
+        #[test]
+        fn a_request_id_is_sane_whatever_was_sent(value in text()) {
+            let id = request_id(&headers(REQUEST_ID, &[value]));
+            prop_assert!((1..=128).contains(&id.len()));
+            prop_assert!(id.as_bytes().iter().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(byte)));
+        }
+    }
+}

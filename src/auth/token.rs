@@ -229,3 +229,43 @@ fn now() -> u64 {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tokens() -> Tokens {
+        let secret = Secret::from("a secret of the tests, 32 bytes at least".to_owned());
+        Tokens::new(&secret, None, Duration::from_secs(60)).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(crate::fuzz())]
+
+        #[test]
+        fn what_we_did_not_sign_is_no_token(text in prop_oneof![
+            any::<String>(),
+            "[A-Za-z0-9_-]{0,80}\\.[A-Za-z0-9_-]{0,80}\\.[A-Za-z0-9_-]{0,43}",
+        ]) {
+            let tokens = tokens();
+            prop_assert!(tokens.verify_access(&text).is_err());
+            prop_assert!(tokens.verify_refresh(&text).is_err());
+        }
+
+        #[test]
+        fn a_token_with_another_byte_is_no_token(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let tokens = tokens();
+            let token = tokens.issue_refresh(Uuid::nil(), 1).unwrap();
+            let at = at.index(token.len());
+            let mut bytes = token.clone().into_bytes();
+            bytes[at] = byte;
+            if let Ok(changed) = String::from_utf8(bytes)
+                && changed != token
+            {
+                prop_assert!(tokens.verify_refresh(&changed).is_err());
+            }
+        }
+    }
+}
