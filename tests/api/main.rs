@@ -19,6 +19,7 @@ mod acceptance;
 mod cors;
 mod http;
 mod idempotency;
+mod metrics;
 mod openapi;
 mod pages;
 mod preconditions;
