@@ -16,6 +16,8 @@
 //! | | `BENCH_ROUNDS` | 3; the table has medians |
 //! | `--quick` | | one round of one second: does it all work? |
 //! | `--growth` | | ten million tasks more (minutes, and 4 GB of disk in `/var/tmp`) |
+//! | `--only WORK` | | one kind of work by its name in the table, and nothing else; may be given several times |
+//! | `--against PATH` | | a third in every round: another build of the service, on the same database |
 //!
 //! CPU and memory come from `/proc`; elsewhere than on Linux those columns are empty.
 
@@ -26,8 +28,15 @@ mod report;
 mod work;
 
 use std::{
-    cell::Cell, env, error::Error, fs, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path,
-    process::Command, time::Duration,
+    cell::Cell,
+    env,
+    error::Error,
+    fs,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -67,6 +76,10 @@ struct Options {
     rounds: usize,
     quick: bool,
     growth: bool,
+    /// Empty for all of them, and all that comes after them.
+    only: Vec<Work>,
+    /// Another build of the service.
+    against: Option<PathBuf>,
     /// The bench runs itself with this as the server that it compares its own client with.
     bare: Option<SocketAddr>,
 }
@@ -75,6 +88,15 @@ impl Options {
     fn read() -> Result<Self> {
         let given = |flag: &str| env::args().any(|argument| argument == flag);
         let quick = given("--quick");
+        let arguments: Vec<String> = env::args().collect();
+        let values = |flag: &str| {
+            let pairs = arguments.windows(2).filter(|pair| pair[0] == flag);
+            pairs.map(|pair| pair[1].clone()).collect::<Vec<_>>()
+        };
+        let only = values("--only").into_iter().map(|name| {
+            let work = Work::ALL.into_iter().find(|work| work.name() == name);
+            work.ok_or_else(|| format!("there is no work `{name}`"))
+        });
         let number = |name: &str, default: u64| match env::var(name) {
             Ok(text) => text
                 .parse()
@@ -88,12 +110,35 @@ impl Options {
             rounds: number("BENCH_ROUNDS", if quick { 1 } else { 3 })?.max(1) as usize,
             quick,
             growth: given("--growth"),
-            bare: env::args()
-                .skip_while(|argument| argument != "--bare")
-                .nth(1)
+            only: only.collect::<std::result::Result<_, _>>()?,
+            against: values("--against").pop().map(PathBuf::from),
+            bare: values("--bare")
+                .pop()
                 .map(|address| address.parse())
                 .transpose()?,
         })
+    }
+}
+
+impl Options {
+    fn work(&self) -> Vec<Work> {
+        match self.only.as_slice() {
+            [] => Work::ALL.to_vec(),
+            only => only.to_vec(),
+        }
+    }
+
+    /// How many measurements there will be.
+    fn steps(&self) -> usize {
+        let parts = if self.against.is_some() { 3 } else { 2 };
+        let rounds = self.rounds * self.work().len() * parts;
+        let burdens = match (self.only.is_empty(), self.growth) {
+            (false, _) => 0,
+            (true, false) => 7,
+            (true, true) => 8,
+        };
+        // Filling comes first.
+        1 + rounds + burdens
     }
 }
 
@@ -110,6 +155,7 @@ struct Bench {
     victims: u64,
     // In the order in which they end.
     server: Process,
+    other: Option<(Process, SocketAddr)>,
     database: Database,
     directory: tempfile::TempDir,
 }
@@ -125,27 +171,37 @@ impl Bench {
         let database = Database::start(&directory.path().join("data"))?;
         let address = free_address()?;
         // The first start migrates and is not the one that is measured.
-        drop(start_server(&database, address, directory.path())?);
+        let ours = Path::new(env!("CARGO_BIN_EXE_todo-api"));
+        drop(start_server(ours, &database, address, directory.path())?);
         let mut start_ups = Vec::new();
-        let mut started = start_server(&database, address, directory.path())?;
+        let mut started = start_server(ours, &database, address, directory.path())?;
         for _ in 0..4 {
             start_ups.push(started.1);
             let (process, _) = started;
             drop(process);
-            started = start_server(&database, address, directory.path())?;
+            started = start_server(ours, &database, address, directory.path())?;
         }
         let (server, last) = started;
         start_ups.push(last);
+        let other = match &options.against {
+            None => None,
+            Some(build) => {
+                let address = free_address()?;
+                let (process, _) = start_server(build, &database, address, directory.path())?;
+                Some((process, address))
+            }
+        };
         let mut bench = Self {
             memory_idle: resident(server.id()),
             people: (0..USERS).map(Person::new).collect::<Result<_>>()?,
             step: Cell::new(0),
-            steps: options.rounds * Work::ALL.len() * 2 + if options.growth { 9 } else { 8 },
+            steps: options.steps(),
             victims: 1_000_000_000,
             options,
             address,
             start_ups,
             server,
+            other,
             database,
             directory,
         };
@@ -165,16 +221,19 @@ impl Bench {
     }
 
     fn run(&mut self) -> Result<Value> {
-        let constant = self.constant()?;
+        let all = self.options.only.is_empty();
+        let constant = if all { Some(self.constant()?) } else { None };
         let mut rows = Vec::new();
         for round in 0..self.options.rounds {
-            for (at, work) in Work::ALL.into_iter().enumerate() {
-                // Neither is always the one that comes second.
-                let row = self.round(work, round % 2 == at % 2)?;
+            for (at, work) in self.options.work().into_iter().enumerate() {
+                // Nobody is always the one that comes first.
+                let row = self.round(work, round + at)?;
                 rows.push((work, row));
             }
         }
-        let work: Vec<Value> = Work::ALL
+        let work: Vec<Value> = self
+            .options
+            .work()
             .iter()
             .map(|work| {
                 let rounds: Vec<&Value> = rows
@@ -185,24 +244,29 @@ impl Bench {
                 json!({"work": work.name(), "median": medians(&rounds), "rounds": rounds})
             })
             .collect();
-        let memory_loaded = resident(self.server.id());
-        let sign_ins = self.sign_ins()?;
-        let memory_connected = self.idle_connections()?;
-        let growth = self.growth()?;
-        eprint!("\r\x1b[K");
-        Ok(json!({
+        let mut report = json!({
             "machine": machine(),
             "postgresql": self.database.version(),
             "seconds": self.options.seconds.as_secs(),
             "rounds": self.options.rounds,
-            "constant_answer": constant,
             "work": work,
-            "sign_ins": sign_ins,
-            "memory_mib": {"idle": self.memory_idle, "after_the_load": memory_loaded,
-                           "idle_connections_2000": memory_connected},
-            "start_up_ms": median(&self.start_ups),
-            "growth": growth,
-        }))
+        });
+        if let Some(constant) = constant {
+            let memory_loaded = resident(self.server.id());
+            let sign_ins = self.sign_ins()?;
+            let memory_connected = self.idle_connections()?;
+            let growth = self.growth()?;
+            report["burdens"] = json!({
+                "constant_answer": constant,
+                "sign_ins": sign_ins,
+                "memory_mib": {"idle": self.memory_idle, "after_the_load": memory_loaded,
+                               "idle_connections_2000": memory_connected},
+                "start_up_ms": median(&self.start_ups),
+                "growth": growth,
+            });
+        }
+        eprint!("\r\x1b[K");
+        Ok(report)
     }
 
     /// The progress line.
@@ -245,29 +309,44 @@ impl Bench {
         }))
     }
 
-    /// One kind of work, by both.
-    fn round(&mut self, work: Work, service_first: bool) -> Result<Value> {
-        let (service, pgbench);
-        if service_first {
-            service = self.service(work)?;
-            pgbench = self.pgbench(work)?;
-        } else {
-            pgbench = self.pgbench(work)?;
-            service = self.service(work)?;
+    /// One kind of work, by everybody; `first` says who begins.
+    fn round(&mut self, work: Work, first: usize) -> Result<Value> {
+        let (mut service, mut pgbench, mut other) = (None, None, None);
+        for turn in first..first + 3 {
+            match turn % 3 {
+                0 => service = Some(self.service(work, self.server.id(), self.address)?),
+                1 => pgbench = Some(self.pgbench(work)?),
+                _ => {
+                    if let Some((process, address)) = &self.other {
+                        other = Some(self.service(work, process.id(), *address)?);
+                    }
+                }
+            }
         }
-        Ok(json!({
-            "ratio": service.rate() / pgbench.0,
-            "requests_per_second": service.rate(),
-            "pgbench_per_second": pgbench.0,
-            "p50_ms": service.percentile(50),
-            "p95_ms": service.percentile(95),
-            "p99_ms": service.percentile(99),
-            "server_us": service.cost(service.cpu.server),
-            "postgres_us": service.cost(service.cpu.postgres),
-            "pgbench_postgres_us": pgbench.1,
-            "client_us": service.cost(service.cpu.client),
-            "failed": service.failed,
-        }))
+        let (Some(service), Some(pgbench)) = (service, pgbench) else {
+            return Err("a round without one of its parts".into());
+        };
+        let figures = |load: &Load| {
+            json!({
+                "ratio": load.rate() / pgbench.0,
+                "requests_per_second": load.rate(),
+                "pgbench_per_second": pgbench.0,
+                "p50_ms": load.percentile(50),
+                "p95_ms": load.percentile(95),
+                "p99_ms": load.percentile(99),
+                "server_us": load.cost(load.cpu.server),
+                "postgres_us": load.cost(load.cpu.postgres),
+                "pgbench_postgres_us": pgbench.1,
+                "client_us": load.cost(load.cpu.client),
+                "failed": load.failed,
+            })
+        };
+        let mut row = figures(&service);
+        if let Some(other) = &other {
+            row["to_other"] = json!(service.rate() / other.rate());
+            row["other"] = figures(other);
+        }
+        Ok(row)
     }
 
     /// Both begin with the same work behind them and none of its cost ahead. Returns how many
@@ -286,17 +365,22 @@ impl Bench {
         Ok(share)
     }
 
-    fn service(&mut self, work: Work) -> Result<Load> {
+    /// One kind of work, by the server with this process id.
+    fn service(&mut self, work: Work, server: u32, address: SocketAddr) -> Result<Load> {
         self.step(&format!("{}: the service", work.name()));
         let length = self.options.seconds;
         let share = self.prepare(work, CONNECTIONS as u64, length)?;
         let (people, victims) = (&self.people, self.victims);
+        let watched = Watched {
+            server: Some(server),
+            postmaster: self.database.postmaster,
+        };
         load(
-            self.address,
+            address,
             CONNECTIONS,
             length,
             share,
-            &self.watched(),
+            &watched,
             &|draw, out| work.request(people, victims, draw, out),
         )
     }

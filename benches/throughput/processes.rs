@@ -1,7 +1,7 @@
 //! The processes, and what they cost.
 
 use std::{
-    env, fs,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -238,6 +238,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 /// Starts the server and waits for its first good answer; returns how many milliseconds that took.
 pub(crate) fn start_server(
+    build: &Path,
     database: &Database,
     address: SocketAddr,
     directory: &Path,
@@ -245,7 +246,7 @@ pub(crate) fn start_server(
     let log_path = directory.join("server.log");
     let log = fs::File::create(&log_path)?;
     let begin = Instant::now();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_todo-api"));
+    let mut command = Command::new(build);
     command
         .env_clear()
         .env(

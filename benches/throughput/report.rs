@@ -14,18 +14,18 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
 
 /// The median of each figure over the rounds.
 pub(crate) fn medians(rounds: &[&Value]) -> Value {
-    let figures = rounds[0]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .map(|(name, _)| {
-            let values: Vec<f64> = rounds
-                .iter()
-                .filter_map(|round| round[name].as_f64())
-                .collect();
-            (name.clone(), json!(median(&values)))
-        });
-    Value::Object(figures.collect())
+    let figures = rounds[0].as_object().into_iter().flatten();
+    let medians = figures.map(|(name, first)| {
+        let values = rounds.iter().map(|round| &round[name]);
+        let median = match first {
+            Value::Object(_) => medians(&values.collect::<Vec<_>>()),
+            _ => json!(median(
+                &values.filter_map(Value::as_f64).collect::<Vec<_>>()
+            )),
+        };
+        (name.clone(), median)
+    });
+    Value::Object(medians.collect())
 }
 
 pub(crate) fn machine() -> Value {
@@ -42,11 +42,6 @@ pub(crate) fn machine() -> Value {
 }
 
 pub(crate) fn print_report(report: &Value) {
-    // A figure with so many decimals, or a dash where there is none.
-    let show = |value: &Value, decimals: usize| match value.as_f64() {
-        Some(number) => format!("{number:.decimals$}"),
-        None => "–".to_owned(),
-    };
     let machine = &report["machine"];
     println!(
         "{} cores, {}, Linux {}; PostgreSQL {}; medians of {} rounds of {} s; {CONNECTIONS} connections\n",
@@ -57,7 +52,23 @@ pub(crate) fn print_report(report: &Value) {
         report["rounds"],
         report["seconds"],
     );
+    print_work(&report["work"]);
+    if report["burdens"].is_object() {
+        print_burdens(&report["burdens"]);
+    }
+}
+
+/// A figure with so many decimals, or a dash where there is none.
+fn show(value: &Value, decimals: usize) -> String {
+    match value.as_f64() {
+        Some(number) => format!("{number:.decimals$}"),
+        None => "–".to_owned(),
+    }
+}
+
+fn print_work(work: &Value) {
     let columns = [
+        ("to_other", "to other", 2),
         ("ratio", "ratio", 2),
         ("requests_per_second", "req/s", 0),
         ("pgbench_per_second", "pgbench/s", 0),
@@ -75,14 +86,24 @@ pub(crate) fn print_report(report: &Value) {
         print!(" {title:>6} |");
     }
     println!("\n|---|{}", "---:|".repeat(columns.len()));
-    for row in report["work"].as_array().into_iter().flatten() {
-        print!("| {:<10} |", row["work"].as_str().unwrap_or_default());
-        for (name, title, decimals) in columns {
-            let width = title.chars().count().max(6);
-            print!(" {:>width$} |", show(&row["median"][name], decimals));
+    for row in work.as_array().into_iter().flatten() {
+        let name = row["work"].as_str().unwrap_or_default();
+        let median = &row["median"];
+        for (name, figures) in [(name, median), ("  other", &median["other"])] {
+            if !figures.is_object() {
+                continue;
+            }
+            print!("| {name:<10} |");
+            for (figure, title, decimals) in columns {
+                let width = title.chars().count().max(6);
+                print!(" {:>width$} |", show(&figures[figure], decimals));
+            }
+            println!();
         }
-        println!();
     }
+}
+
+fn print_burdens(report: &Value) {
     let constant = &report["constant_answer"];
     println!(
         "\nThe client against a constant answer: {}/s, {} µs of CPU for each in that server, {} in the client.",
