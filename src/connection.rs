@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::body::{Body as _, Incoming};
+use memchr::memchr2;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -83,7 +84,7 @@ enum Place {
     Trailer(Head),
 }
 
-/// A head, byte by byte: nothing may look like an end of line to one reader and not to another
+/// A head, line by line: nothing may look like an end of line to one reader and not to another
 /// (RFC 9112 section 2.2; request smuggling lives on such differences).
 #[derive(Default)]
 struct Head {
@@ -121,38 +122,59 @@ impl ChunkSize {
 const CONTENT_LENGTH: &[u8] = b"content-length:";
 
 impl Head {
-    /// Takes a byte; says whether it was the last of the head.
-    fn take(&mut self, byte: u8) -> bool {
-        if self.after_cr && byte != b'\n' {
-            self.malformed = true;
-        }
-        match byte {
-            b'\n' => {
-                self.malformed |= !self.after_cr;
-                self.after_cr = false;
-                let empty = self.line == 0;
-                self.line = 0;
-                self.matched = 0;
-                // Empty lines before a head are skipped (RFC 9112 section 2.2).
-                return empty && self.started;
+    /// Takes bytes up to the end of the head; says how many those are, if the end is among them.
+    fn take(&mut self, bytes: &[u8]) -> Option<usize> {
+        let mut at = 0;
+        while let Some(&byte) = bytes.get(at) {
+            if self.after_cr && byte != b'\n' {
+                self.malformed = true;
             }
-            b'\r' => self.after_cr = true,
-            _ => {
-                self.after_cr = false;
-                self.started = true;
-                if self.matched == self.line
-                    && CONTENT_LENGTH.get(self.line) == Some(&byte.to_ascii_lowercase())
-                {
-                    self.matched += 1;
-                    if self.matched == CONTENT_LENGTH.len() {
-                        self.lengths += 1;
-                        self.malformed |= self.lengths > 1;
+            match byte {
+                b'\n' => {
+                    at += 1;
+                    self.malformed |= !self.after_cr;
+                    self.after_cr = false;
+                    let empty = self.line == 0;
+                    self.line = 0;
+                    self.matched = 0;
+                    // Empty lines before a head are skipped (RFC 9112 section 2.2).
+                    if empty && self.started {
+                        return Some(at);
                     }
                 }
-                self.line += 1;
+                b'\r' => {
+                    at += 1;
+                    self.after_cr = true;
+                }
+                _ => {
+                    self.after_cr = false;
+                    self.started = true;
+                    let rest = &bytes[at..];
+                    let text = &rest[..memchr2(b'\r', b'\n', rest).unwrap_or(rest.len())];
+                    self.look_for_length(text);
+                    self.line += text.len();
+                    at += text.len();
+                }
             }
         }
-        false
+        None
+    }
+
+    /// Goes on matching the beginning of a line with `content-length:`.
+    fn look_for_length(&mut self, text: &[u8]) {
+        if self.matched != self.line {
+            return;
+        }
+        let wanted = CONTENT_LENGTH[self.matched..].iter();
+        let same = wanted
+            .zip(text)
+            .take_while(|(a, b)| a.eq_ignore_ascii_case(b));
+        let same = same.count();
+        self.matched += same;
+        if same > 0 && self.matched == CONTENT_LENGTH.len() {
+            self.lengths += 1;
+            self.malformed |= self.lengths > 1;
+        }
     }
 }
 
@@ -225,24 +247,24 @@ impl Tracker {
                     at += 1;
                 }
                 Place::Trailer(trailer) => {
-                    if trailer.take(bytes[at]) {
-                        if trailer.malformed {
-                            self.line.malformed.store(true, Ordering::Relaxed);
-                        }
-                        self.place = Place::Head(Head::default());
+                    let Some(end) = trailer.take(&bytes[at..]) else {
+                        return bytes.len();
+                    };
+                    if trailer.malformed {
+                        self.line.malformed.store(true, Ordering::Relaxed);
                     }
-                    at += 1;
+                    self.place = Place::Head(Head::default());
+                    at += end;
                 }
                 Place::Head(head) => {
-                    let end = bytes[at..].iter().position(|byte| head.take(*byte));
-                    let Some(end) = end else {
+                    let Some(end) = head.take(&bytes[at..]) else {
                         return bytes.len();
                     };
                     if head.malformed {
                         self.line.malformed.store(true, Ordering::Relaxed);
                     }
                     self.place = Place::AfterHead;
-                    return at + end + 1;
+                    return at + end;
                 }
             }
         }
@@ -426,8 +448,7 @@ mod tests {
 
     fn head(text: &str) -> (Option<usize>, bool) {
         let mut head = Head::default();
-        let end = text.bytes().position(|byte| head.take(byte));
-        (end.map(|end| end + 1), head.malformed)
+        (head.take(text.as_bytes()), head.malformed)
     }
 
     #[test]

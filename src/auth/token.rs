@@ -1,13 +1,14 @@
 //! Access tokens and refresh tokens: both HS256, under keys of their own, so that neither passes
 //! for the other.
 
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{
     Algorithm, DecodingKey, EncodingKey, Header, Validation, crypto, decode, encode,
 };
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
@@ -45,13 +46,26 @@ pub(crate) struct RefreshClaims {
 
 /// An id in the one spelling that we write.
 fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    model::id(&text).ok_or_else(|| serde::de::Error::custom("no id"))
+    struct Id;
+    impl Visitor<'_> for Id {
+        type Value = Uuid;
+
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("an id")
+        }
+
+        fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Uuid, E> {
+            model::id(text).ok_or_else(|| E::custom("no id"))
+        }
+    }
+    deserializer.deserialize_str(Id)
 }
 
 /// Signs with one key, verifies with that and the one before.
 struct KeyRing {
-    typ: &'static str,
+    /// RFC 8725 sections 3.1 and 3.10: nothing in a header chooses a key or an algorithm. Ours
+    /// have `alg` and `typ` and no more.
+    header: Header,
     signing: EncodingKey,
     verifying: Vec<DecodingKey>,
     validation: Validation,
@@ -152,9 +166,11 @@ fn check(claims: AccessClaims) -> Result<AccessClaims, &'static str> {
 }
 
 impl KeyRing {
-    fn new(typ: &'static str, secrets: &[&[u8]], validation: Validation) -> Self {
+    fn new(typ: &str, secrets: &[&[u8]], validation: Validation) -> Self {
+        let mut header = Header::new(Algorithm::HS256);
+        header.typ = Some(typ.to_owned());
         Self {
-            typ,
+            header,
             signing: EncodingKey::from_secret(secrets.first().copied().unwrap_or_default()),
             verifying: secrets
                 .iter()
@@ -165,9 +181,7 @@ impl KeyRing {
     }
 
     fn sign<T: Serialize>(&self, claims: &T) -> Result<String, Error> {
-        let mut header = Header::new(Algorithm::HS256);
-        header.typ = Some(self.typ.to_owned());
-        encode(&header, claims, &self.signing).map_err(internal)
+        encode(&self.header, claims, &self.signing).map_err(internal)
     }
 
     fn verify<T: DeserializeOwned>(&self, token: &str) -> Result<T, &'static str> {
@@ -177,7 +191,7 @@ impl KeyRing {
         let mut refusal = "malformed_token";
         for key in &self.verifying {
             match decode::<T>(token, key, &self.validation) {
-                Ok(data) if self.is_plain(&data.header) => return Ok(data.claims),
+                Ok(data) if data.header == self.header => return Ok(data.claims),
                 Ok(_) => return Err("unexpected_header"),
                 Err(error) => {
                     refusal = reason(error.kind());
@@ -188,14 +202,6 @@ impl KeyRing {
             }
         }
         Err(refusal)
-    }
-
-    /// RFC 8725 sections 3.1 and 3.10: nothing in a header chooses a key or an algorithm. Ours
-    /// have `alg` and `typ` and no more.
-    fn is_plain(&self, header: &Header) -> bool {
-        let mut plain = Header::new(Algorithm::HS256);
-        plain.typ = Some(self.typ.to_owned());
-        *header == plain
     }
 }
 

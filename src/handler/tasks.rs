@@ -18,6 +18,8 @@ const MAX_PAGE: i64 = 1000;
 /// A page ends early where its JSON passes this.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
+/// What a task takes of a page, roughly.
+const LIKELY_BYTES: usize = 400;
 /// An answer of this size or more counts among the large ones until it is written.
 const LARGE: usize = 64 * 1024;
 
@@ -338,7 +340,8 @@ fn cursor(text: &str) -> Option<Uuid> {
 /// Up to `limit` tasks as a JSON array, fewer where they grow too large, and the id to go on
 /// after where that was not all.
 fn write_page(found: &[Task], limit: usize) -> Result<(Vec<u8>, Option<Uuid>), Error> {
-    let mut body = vec![b'['];
+    let mut body = Vec::with_capacity((found.len() * LIKELY_BYTES).min(LARGE));
+    body.push(b'[');
     let mut last = None;
     for task in found.iter().take(limit) {
         if body.len() > MAX_PAGE_BYTES {
