@@ -17,6 +17,7 @@ mod sweeping;
 // What the API promises.
 mod acceptance;
 mod cors;
+mod explain;
 mod http;
 mod idempotency;
 mod metrics;

@@ -37,7 +37,7 @@ fn sql() -> PathBuf {
 }
 
 /// Every file below `sql/`: its path there, and its text.
-fn files() -> Vec<(String, String)> {
+pub(crate) fn files() -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders = vec![sql()];
     while let Some(folder) = folders.pop() {

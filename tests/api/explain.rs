@@ -1,0 +1,627 @@
+//! What the statements under `sql/` cost where many rows are: each touches what it gives back and
+//! little more, whichever plan PostgreSQL makes of it.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+use crate::harness::Server;
+use crate::sql::files;
+
+/// 100 people with 1,000 tasks each, who all write at the same time: on a page of the table hardly
+/// two tasks are of the same person. The n-th user, task and session has the id `nth(n)`; user 7
+/// has the tasks 6, 106 to 99906, and user 5000 a quarter of all sessions. Nothing is due to be
+/// swept.
+const ROWS: &str = "
+create function nth(n bigint) returns uuid immutable language sql as
+$$ select lpad(to_hex(n), 32, '0')::uuid $$;
+create function hash(n bigint) returns text immutable language sql as
+$$ select rpad('$2b$12$' || n || '.', 60, 'x') $$;
+create function moment(n bigint) returns timestamptz immutable language sql as
+$$ select timestamptz '2025-01-01 00:00:00z' + n * interval '1 second' $$;
+
+insert into users (id, email, password_hash, created_at, updated_at)
+select nth(n), 'user' || n || '@example.com', hash(n), moment(n), moment(n)
+from generate_series(1, 5000) n;
+
+insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+select nth(1 + n % 100), nth(n),
+       case n / 100 % 100 when 3 then 'water the plants ' else 'sweep the floor ' end || n,
+       repeat('and then ', 8) || 'rest', n / 100 % 40 = 0, moment(n), moment(n)
+from generate_series(0, 99999) n;
+
+insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at,
+                      user_agent)
+select nth(n), nth(case when n % 13 < 3 then 5000 else 1 + n % 4999 end), 3, now(), now(), now(),
+       now() + interval '1 day' + n * interval '1 second',
+       'Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0'
+from generate_series(1, 13000) n;
+
+insert into revocations (session_id, ended_at)
+select nth(1000000 + n), now() - interval '1 hour' - n * interval '7 seconds'
+from generate_series(1, 10000) n;
+
+insert into sign_in_failures (email, failures, last_failure_at)
+select 'user' || n || '@example.com', 3, now() - n * interval '8 seconds'
+from generate_series(1, 10000) n;
+
+insert into idempotency_keys (user_id, key, task_id, title, description, completed, created_at)
+select nth(1 + n % 5000), 'key ' || n, nth(n), 'sweep the floor', null, false,
+       now() - n * interval '8 seconds'
+from generate_series(1, 10000) n";
+
+/// All of them.
+const TABLES: [&str; 6] = [
+    "users",
+    "tasks",
+    "sessions",
+    "revocations",
+    "sign_in_failures",
+    "idempotency_keys",
+];
+
+/// PostgreSQL plans a prepared statement for the parameters at hand at first, and after five times
+/// for any parameters if that looks no dearer. A connection may come to run either.
+const PLANS: [&str; 2] = ["force_generic_plan", "force_custom_plan"];
+
+/// A statement at one of its tasks, and what that may cost.
+struct Case {
+    /// The statement's path below `sql/`.
+    file: &'static str,
+    /// What is asked of it.
+    what: &'static str,
+    /// The parameters, as a list of SQL expressions.
+    with: &'static str,
+    /// Statements that make the case, in the same transaction.
+    given: &'static str,
+    /// Rows that it gives back, or changes where it gives none back.
+    rows: u64,
+    /// Pages of our tables and indexes that it may touch, each as often as it does; those that its
+    /// triggers and cascades touch count.
+    pages: u64,
+    /// Rows that it may read and not give back.
+    in_vain: u64,
+    /// Why it may read a table from its beginning, if it may.
+    reads_all: &'static str,
+}
+
+const NOTHING: Case = Case {
+    file: "",
+    what: "",
+    with: "",
+    given: "",
+    rows: 0,
+    pages: 0,
+    in_vain: 0,
+    reads_all: "",
+};
+
+macro_rules! cases {
+    ($($file:literal { $($what:literal: $with:literal => $($field:ident $value:expr),+;)+ })+) => {
+        const CASES: &[Case] = &[$($(
+            Case { file: $file, what: $what, with: $with, $($field: $value,)+ ..NOTHING },
+        )+)+];
+    };
+}
+
+/// Down an index and into the table: up to 4 pages.
+const A_ROW: u64 = 8;
+/// A row made or changed in all its indexes, or deleted, with the row that a foreign key asks for
+/// or a trigger writes: 9 to 16 pages.
+const A_WRITE: u64 = 30;
+/// Rows that lie far apart cost a page each, besides those of the index: 3 to 6.
+const FIFTY_ONE: u64 = 70;
+/// The same for all tasks of a user, where the index has up to 26.
+const THOUSAND: u64 = 1100;
+/// A batch of a sweep. Each row is found, locked and deleted.
+const A_BATCH: u64 = 500 * 6;
+
+// About twice what is measured, unless the rows that are read account for it.
+cases! {
+    "idempotency_keys/sweep.sql" {
+        "nothing is due": "" => rows 0, pages A_ROW;
+        "twenty are due": "" => rows 20, pages 130,
+            given "update idempotency_keys set created_at = now() - interval '2 days'
+                   where user_id between nth(11) and nth(20)";
+        "thousands are due": "" => rows 500, pages A_BATCH,
+            given "update idempotency_keys set created_at = now() - interval '2 days'
+                   where user_id <= nth(2000)";
+    }
+    "revocations/since.sql" {
+        "for the first time": "null" => rows 10_001, pages 230,
+            reads_all "every row is asked for";
+        "nothing has ended": "now()" => rows 1, pages A_ROW;
+        "five have ended": "now()" => rows 6, pages A_ROW,
+            given "insert into revocations (session_id, ended_at)
+                   select nth(n), now() from generate_series(1, 5) n";
+    }
+    "revocations/sweep.sql" {
+        "nothing is due": "" => rows 0, pages A_ROW;
+        "twenty are due": "" => rows 20, pages 130,
+            given "update revocations set ended_at = now() - interval '2 days'
+                   where session_id <= nth(1000020)";
+        "thousands are due": "" => rows 500, pages A_BATCH,
+            given "update revocations set ended_at = now() - interval '2 days'
+                   where session_id <= nth(1004000)";
+    }
+    "sessions/end.sql" {
+        "one's own": "nth(7), nth(6)" => rows 1, pages A_WRITE;
+        "somebody else's": "nth(7), nth(7)" => rows 0, pages A_ROW;
+    }
+    "sessions/end_by_refresh_token.sql" {
+        "alive": "nth(6)" => rows 1, pages A_WRITE;
+        "gone": "nth(500000)" => rows 0, pages A_ROW;
+    }
+    "sessions/end_others.sql" {
+        "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, in_vain 1;
+        // Three pages for a session, nine for its revocation.
+        "thousands of others": "nth(5000), nth(13)" => rows 2999, pages 2999 * 20, in_vain 1;
+    }
+    "sessions/end_reused.sql" {
+        "a token that was used": "nth(6), 2" => rows 1, pages A_WRITE;
+        "one that was not": "nth(6), 3" => rows 0, pages A_ROW, in_vain 1;
+        "gone": "nth(500000), 2" => rows 0, pages A_ROW;
+    }
+    "sessions/list.sql" {
+        "two": "nth(7)" => rows 2, pages A_ROW;
+        // Of one who has a quarter of all: to go through everybody's by id costs hardly more pages.
+        "a thousand of three": "nth(5000)" => rows 1000, pages 250, in_vain 4000;
+    }
+    "sessions/refresh.sql" {
+        // A new version of the row, which goes into three indexes.
+        "the newest token": "nth(6), 3, 1e6, 1e6, 1e7" => rows 1, pages 40;
+        "the one before": "nth(6), 2, 1e6, 1e6, 1e7" => rows 1, pages 40;
+        "an older one": "nth(6), 1, 1e6, 1e6, 1e7" => rows 0, pages A_ROW, in_vain 1;
+        "gone": "nth(500000), 1, 1e6, 1e6, 1e7" => rows 0, pages A_ROW;
+    }
+    "sessions/sign_in.sql" {
+        "after wrong attempts": "nth(7), hash(7), hash(7), nth(500000), 1e6, 'Firefox'" =>
+            rows 1, pages 2 * A_WRITE;
+        "with an old hash": "nth(7), hash(7), hash(70000), nth(500000), 1e6, 'Firefox'" =>
+            rows 1, pages 3 * A_WRITE;
+        "the password was changed": "nth(7), hash(8), hash(8), nth(500000), 1e6, 'Firefox'" =>
+            rows 0, pages A_ROW, in_vain 1;
+        "nobody": "nth(500000), hash(8), hash(8), nth(500000), 1e6, 'Firefox'" =>
+            rows 0, pages A_ROW;
+    }
+    "sessions/sweep.sql" {
+        "nothing is due": "" => rows 0, pages A_ROW;
+        // Here and below, the trigger wants each row as it was: one page more.
+        "twenty are due": "" => rows 20, pages 170,
+            given "update sessions set expires_at = now() - interval '2 days'
+                   where id between nth(11) and nth(30)";
+        "thousands are due": "" => rows 500, pages A_BATCH + 1000,
+            given "update sessions set expires_at = now() - interval '2 days'
+                   where id <= nth(3000)";
+    }
+    "sign_in_failures/count.sql" {
+        "the first": "'nobody@example.com'" => rows 1, pages A_WRITE;
+        "one more": "'user7@example.com'" => rows 1, pages A_WRITE;
+        "one while blocked": "'user7@example.com'" => rows 0, pages 2 * A_ROW,
+            given "update sign_in_failures set blocked_until = now() + interval '1 hour'
+                   where email = 'user7@example.com'";
+    }
+    "sign_in_failures/sweep.sql" {
+        "nothing is due": "" => rows 0, pages A_ROW;
+        "twenty are due": "" => rows 20, pages 130,
+            given "update sign_in_failures set last_failure_at = now() - interval '2 days'
+                   where email ~ '^user77[67][0-9]@'";
+        "thousands are due": "" => rows 500, pages A_BATCH,
+            given "update sign_in_failures set last_failure_at = now() - interval '2 days'
+                   where email ~ '^user[1-3]'";
+    }
+    "tasks/count.sql" {
+        // The index alone.
+        "all": "nth(7), null, null" => rows 1, pages 30;
+        // A filter looks at all tasks of the user, and at nobody else's.
+        "the completed": "nth(7), true, null" => rows 1, pages THOUSAND, in_vain 975;
+        "a search": "nth(7), null, 'PLANTS'" => rows 1, pages THOUSAND, in_vain 990;
+    }
+    "tasks/create.sql" {
+        "a task": "nth(7), nth(500000), 'dust the shelf', null, false, moment(500000)" =>
+            rows 1, pages A_WRITE;
+    }
+    "tasks/create_once.sql" {
+        "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'new'" =>
+            rows 1, pages 2 * A_WRITE;
+        "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'key 6'" =>
+            rows 1, pages A_WRITE, in_vain 1;
+        "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'key 6'" =>
+            rows 1, pages 2 * A_WRITE,
+            given "update idempotency_keys set created_at = now() - interval '2 days'
+                   where user_id = nth(7)";
+    }
+    "tasks/delete.sql" {
+        "any version": "nth(7), nth(50006), null" => rows 1, pages 2 * A_ROW;
+        "this version": "nth(7), nth(50006), array[moment(1), moment(50006)]" =>
+            rows 1, pages 2 * A_ROW;
+        "another version": "nth(7), nth(50006), array[moment(1)]" =>
+            rows 1, pages 2 * A_ROW, in_vain 1;
+        "somebody else's": "nth(7), nth(50007), array[moment(50007)]" =>
+            rows 1, pages 2 * A_ROW;
+    }
+    "tasks/delete_completed.sql" {
+        // Looks at all tasks of the user, and at nobody else's.
+        "25 of 1,000": "nth(7)" => rows 25, pages THOUSAND + 100, in_vain 975;
+        "no tasks": "nth(4000)" => rows 0, pages A_ROW;
+    }
+    "tasks/get.sql" {
+        "a task": "nth(7), nth(50006)" => rows 1, pages A_ROW;
+        "none": "nth(7), nth(500000)" => rows 0, pages A_ROW;
+        "somebody else's": "nth(7), nth(50007)" => rows 0, pages A_ROW;
+    }
+    "tasks/list_newest.sql" {
+        "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
+        "one amid": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
+        "the last": "nth(7), null, null, nth(3006), 51" => rows 30, pages FIFTY_ONE;
+        "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
+        "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
+        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, in_vain 1;
+        // A filter that few match looks at all tasks of the user, and at nobody else's.
+        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, in_vain 975;
+        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, in_vain 990;
+    }
+    "tasks/list_oldest.sql" {
+        "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
+        "one amid": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
+        "the last": "nth(7), null, null, nth(96906), 51" => rows 30, pages FIFTY_ONE;
+        "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
+        "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
+        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, in_vain 2;
+        // As above.
+        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, in_vain 975;
+        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, in_vain 990;
+    }
+    "tasks/update.sql" {
+        "any version": "nth(7), nth(50006), null, false, null, true, null, null" =>
+            rows 1, pages A_WRITE;
+        "this version":
+            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1), moment(50006)]" =>
+            rows 1, pages A_WRITE;
+        "another version":
+            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)]" =>
+            rows 1, pages 2 * A_ROW, in_vain 1;
+        "somebody else's":
+            "nth(7), nth(50007), 'dust', true, null, false, true, array[moment(50007)]" =>
+            rows 1, pages 2 * A_ROW;
+    }
+    "users/delete.sql" {
+        // Two pages a task: one to find it, one to delete it.
+        "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 3000;
+        // The account, a session with its revocation, two keys.
+        "without tasks": "nth(4000), hash(4000)" => rows 1, pages 3 * A_WRITE;
+        "the password was changed": "nth(7), hash(8)" => rows 0, pages A_ROW, in_vain 1;
+    }
+    "users/for_password_check.sql" {
+        "somebody": "nth(7)" => rows 1, pages 2 * A_ROW;
+        "nobody": "nth(500000)" => rows 0, pages A_ROW;
+    }
+    "users/for_sign_in.sql" {
+        "somebody": "'user7@example.com'" => rows 1, pages 2 * A_ROW;
+        "nobody": "'nobody@example.com'" => rows 1, pages A_ROW;
+    }
+    "users/get.sql" {
+        "somebody": "nth(7)" => rows 1, pages A_ROW;
+        "nobody": "nth(500000)" => rows 0, pages A_ROW;
+    }
+    "users/register.sql" {
+        "a new address":
+            "nth(500000), 'nobody@example.com', hash(1), nth(500000), 1e6, 'Firefox'" =>
+            rows 1, pages 2 * A_WRITE;
+        "a known address":
+            "nth(500000), 'user7@example.com', hash(1), nth(500000), 1e6, 'Firefox'" =>
+            rows 0, pages A_ROW;
+    }
+    "users/set_password.sql" {
+        "as verified": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE;
+        "changed meanwhile": "nth(7), hash(8), hash(70000)" => rows 0, pages A_ROW, in_vain 1;
+    }
+}
+
+const READS_ALL: &str = "reads a table from its beginning";
+
+/// What a statement did.
+struct Reading {
+    /// Whether the plan was for any parameters.
+    generic: bool,
+    rows: u64,
+    pages: u64,
+    /// Rows that a filter removed.
+    removed: u64,
+    /// The most rows that were sorted.
+    sorted: u64,
+    /// How often a table was read from its beginning.
+    scans: u64,
+    /// The plan, a word or two for each node.
+    plan: Vec<String>,
+}
+
+impl Reading {
+    /// Where this is more than the case allows.
+    fn complaints(&self, case: &Case) -> Vec<String> {
+        let mut complaints = Vec::new();
+        if self.rows != case.rows {
+            complaints.push(format!("gives {} rows, not {}", self.rows, case.rows));
+        }
+        if self.pages > case.pages {
+            complaints.push(format!(
+                "touches {} pages, more than {}",
+                self.pages, case.pages
+            ));
+        }
+        if self.removed > case.in_vain {
+            complaints.push(format!(
+                "removes {} rows, more than {}",
+                self.removed, case.in_vain
+            ));
+        }
+        // An index has the order. Where it is known how few rows that spares, to put in order what
+        // is given back anyway may be cheaper.
+        let sorted = match self.generic {
+            true => 0,
+            false => case.rows + case.in_vain,
+        };
+        if self.sorted > sorted {
+            complaints.push(format!("sorts {} rows, more than {sorted}", self.sorted));
+        }
+        // A scan may stand in the plan and not be run this time; one in a cascade is in no plan.
+        let planned = self.plan.iter().any(|node| node.contains("Seq Scan"));
+        if (self.scans > 0 || planned) && case.reads_all.is_empty() {
+            complaints.push(READS_ALL.to_owned());
+        }
+        complaints
+    }
+
+    fn look_at(&mut self, node: &Value) {
+        let kind = node["Node Type"].as_str().expect("a node");
+        let of = node["Index Name"]
+            .as_str()
+            .or(node["Relation Name"].as_str());
+        self.plan.push(match of {
+            Some(of) => format!("{kind} of {of}"),
+            None => kind.to_owned(),
+        });
+        // Both numbers are means over the loops.
+        let times = |node: &Value, what: &str| {
+            let number = |what: &str| node[what].as_f64().unwrap_or(0.0);
+            (number(what) * number("Actual Loops")).round() as u64
+        };
+        self.removed += times(node, "Rows Removed by Filter")
+            + times(node, "Rows Removed by Join Filter")
+            + times(node, "Rows Removed by Index Recheck");
+        for child in node["Plans"].as_array().into_iter().flatten() {
+            if kind.ends_with("Sort") {
+                self.sorted = self.sorted.max(times(child, "Actual Rows"));
+            }
+            self.look_at(child);
+        }
+    }
+}
+
+/// A database of the usual schema with these rows.
+async fn filled() -> (Server, Client) {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    sql.batch_execute(ROWS).await.expect("rows");
+    sql.batch_execute("vacuum analyze")
+        .await
+        .expect("statistics");
+    (server, sql)
+}
+
+/// Runs a statement twice, each time in a transaction that is rolled back: once for what it gives,
+/// once for what it reads.
+async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> Reading {
+    let prepare = format!("deallocate all; set plan_cache_mode = {plan}; prepare s as {text}");
+    sql.batch_execute(&prepare).await.expect(text);
+    let execute = match with {
+        "" => "execute s".to_owned(),
+        with => format!("execute s({with})"),
+    };
+    let begin = format!("begin; {given}");
+
+    sql.batch_execute(&begin).await.expect(given);
+    let messages = sql.simple_query(&execute).await.expect(text);
+    let Some(SimpleQueryMessage::CommandComplete(rows)) = messages.last() else {
+        panic!("no end of {text}");
+    };
+    sql.batch_execute("rollback").await.expect("rollback");
+
+    sql.batch_execute(&begin).await.expect(given);
+    let before = touched(sql).await;
+    let explain = format!("explain (analyze, buffers, timing off, format json) {execute}");
+    let explained = row(sql, &explain).await;
+    let after = touched(sql).await;
+    sql.batch_execute("rollback").await.expect("rollback");
+
+    let explained: Value = serde_json::from_str(&explained[0]).expect("JSON");
+    let explained = &explained[0];
+    // The planner reads, too: the ends of an index tell it how far its statistics have been left
+    // behind.
+    let planning = ["Shared Hit Blocks", "Shared Read Blocks"]
+        .map(|kind| explained["Planning"][kind].as_u64().unwrap_or(0));
+    let mut reading = Reading {
+        generic: plan == PLANS[0],
+        rows: *rows,
+        pages: (after.pages - before.pages).saturating_sub(planning.iter().sum()),
+        removed: 0,
+        sorted: 0,
+        scans: after.scans - before.scans,
+        plan: Vec::new(),
+    };
+    reading.look_at(&explained["Plan"]);
+    reading
+}
+
+/// What this transaction has touched of all that is not PostgreSQL's own.
+struct Touched {
+    pages: u64,
+    scans: u64,
+}
+
+/// By the counters rather than the plan, which says nothing of triggers and cascades, and sums up
+/// only what its first node waits for.
+async fn touched(sql: &Client) -> Touched {
+    let counters = row(
+        sql,
+        "select sum(pg_stat_get_xact_blocks_fetched(oid)),
+                sum(pg_stat_get_xact_numscans(oid)) filter (where relkind = 'r')
+         from pg_class where oid >= 16384",
+    )
+    .await;
+    let counter = |n: usize| counters[n].parse().expect("a number");
+    Touched {
+        pages: counter(0),
+        scans: counter(1),
+    }
+}
+
+/// The first row of what a query gives.
+async fn row(sql: &Client, query: &str) -> Vec<String> {
+    let messages = sql.simple_query(query).await.expect(query);
+    let row = messages.iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let row = row.expect("a row");
+    let text = |n| row.get(n).expect("not null").to_owned();
+    (0..row.len()).map(text).collect()
+}
+
+/// Every statement: its path below `sql/`, and its text.
+fn statements() -> Vec<(String, String)> {
+    let mut files = files();
+    files.retain(|(name, _)| !name.starts_with("migrations/"));
+    files
+}
+
+fn text<'a>(statements: &'a [(String, String)], file: &str) -> &'a str {
+    let found = statements.iter().find(|(name, _)| name == file);
+    &found.unwrap_or_else(|| panic!("there is no sql/{file}")).1
+}
+
+#[test]
+fn every_statement_says_what_it_may_read() {
+    let cases: BTreeSet<_> = CASES.iter().map(|case| case.file.to_owned()).collect();
+    let files: BTreeSet<_> = statements().into_iter().map(|(name, _)| name).collect();
+    let silent: Vec<_> = files.difference(&cases).collect();
+    let gone: Vec<_> = cases.difference(&files).collect();
+    assert!(silent.is_empty(), "no case has {silent:?}");
+    assert!(gone.is_empty(), "there are no files {gone:?}");
+}
+
+#[tokio::test]
+async fn a_statement_reads_what_it_gives_back_and_little_more() {
+    let (_server, sql) = filled().await;
+    let statements = statements();
+    let mut complaints = Vec::new();
+    for case in CASES {
+        // The cases before have left row versions that nobody wants.
+        sql.batch_execute(&format!("vacuum (index_cleanup on) {}", TABLES.join(", ")))
+            .await
+            .expect("vacuum");
+        let text = text(&statements, case.file);
+        for plan in PLANS {
+            let reading = read(&sql, plan, text, case.given, case.with).await;
+            let what = format!("sql/{} ({}, {plan})", case.file, case.what);
+            println!(
+                "{what}: {} rows, {} pages, {} removed, {:?}",
+                reading.rows, reading.pages, reading.removed, reading.plan
+            );
+            for complaint in reading.complaints(case) {
+                complaints.push(format!("{what} {complaint}: {:?}", reading.plan));
+            }
+        }
+    }
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+}
+
+#[tokio::test]
+async fn a_page_deep_in_a_list_costs_no_more_than_the_first() {
+    let (_server, sql) = filled().await;
+    let statements = statements();
+    for file in ["tasks/list_newest.sql", "tasks/list_oldest.sql"] {
+        let text = text(&statements, file);
+        for plan in PLANS {
+            let page = async |after: &str| {
+                let with = format!("nth(7), null, null, {after}, 51");
+                let reading = read(&sql, plan, text, "", &with).await;
+                assert_eq!(reading.rows, 51, "sql/{file} after {after}");
+                reading.pages
+            };
+            let first = page("null").await;
+            for depth in (10_000..=90_000).step_by(10_000) {
+                let pages = page(&format!("nth({depth} + 6)")).await;
+                // It may begin and end elsewhere on the pages of the index.
+                assert!(
+                    pages <= first + 4,
+                    "sql/{file} after {depth}: {pages} pages, the first has {first} ({plan})"
+                );
+            }
+        }
+    }
+}
+
+// An index costs writes, so it has to be of use; and the cases find what they are there for.
+#[tokio::test]
+async fn every_index_saves_some_statement_from_reading_a_whole_table() {
+    let (_server, sql) = filled().await;
+    let statements = statements();
+    let indexes = row(
+        &sql,
+        "select string_agg(indexrelid::regclass::text, ' ')
+         from pg_index i join pg_class c on c.oid = i.indrelid
+         where c.relnamespace = 'public'::regnamespace and not i.indisunique",
+    )
+    .await;
+    'indexes: for index in indexes[0].split(' ') {
+        for case in CASES {
+            let text = text(&statements, case.file);
+            let given = format!("drop index {index}; {}", case.given);
+            let reading = read(&sql, PLANS[0], text, &given, case.with).await;
+            if reading.complaints(case).contains(&READS_ALL.to_owned()) {
+                continue 'indexes;
+            }
+        }
+        panic!("no statement needs {index}");
+    }
+}
+
+#[tokio::test]
+async fn a_statement_that_reads_too_much_is_noticed() {
+    let (_server, sql) = filled().await;
+    let statements = statements();
+    let case = Case {
+        rows: 10,
+        pages: FIFTY_ONE,
+        ..NOTHING
+    };
+    for (rest, expected) in [
+        ("order by user_id, id limit 10", None),
+        ("order by user_id, id limit 9", Some("gives 9 rows")),
+        ("order by user_id, id offset 900 limit 10", Some("touches ")),
+        ("and title like '%plants%'", Some("removes 990 rows")),
+        ("order by title limit 10", Some("sorts 1000 rows")),
+        ("or user_id::text = $1::text limit 10", Some(READS_ALL)),
+    ] {
+        let text = format!("select title from tasks where user_id = $1 {rest}");
+        for plan in PLANS {
+            let reading = read(&sql, plan, &text, "", "nth(7)").await;
+            let complaints = reading.complaints(&case);
+            let noticed = match expected {
+                Some(expected) => complaints.iter().any(|found| found.starts_with(expected)),
+                None => complaints.is_empty(),
+            };
+            assert!(noticed, "{text} ({plan}): {complaints:?}");
+        }
+    }
+
+    // A cascade to a table that has no index for it, which no plan shows.
+    let given = "alter table idempotency_keys drop constraint idempotency_keys_pkey";
+    let text = text(&statements, "users/delete.sql");
+    for plan in PLANS {
+        let reading = read(&sql, plan, text, given, "nth(4000), hash(4000)").await;
+        assert!(reading.complaints(&case).contains(&READS_ALL.to_owned()));
+    }
+}
