@@ -100,7 +100,12 @@ impl Work {
         // Ids are made of text here because pgbench's own variables are 64 bits at most.
         let (user, id) = (sql_id(":u"), sql_id(":n"));
         Ok(match self {
-            Work::Read => task + &owner + &statement("get", &[&user, &id])?,
+            Work::Read => {
+                task + &owner
+                    + &format!(
+                        "select id, user_id, title, description, completed, created_at, updated_at from tasks where user_id = {user} and id = {id};\n"
+                    )
+            }
             Work::List => {
                 task + &owner + &statement("list_newest", &[&user, "null", "null", "null", "20"])?
             }

@@ -1,10 +1,11 @@
 //! The database: one pool, its bounds, and what happens when it does not answer.
 //!
-//! *Reads borrow, writes hold.* A cheap read takes a connection out of the pool, keeps a handle
-//! to it and gives it back at once, so that reads share a connection and travel in one packet.
-//! A write, or a read that can be slow, keeps its connection to itself until it is answered:
-//! whatever shared it would wait for its fsync.
+//! *Reads gather, writes go alone.* The two reads that everybody makes all the time, one task and
+//! a short page of the newest, travel with whatever else of their kind is asked at the same moment
+//! (`gather`). Every statement has a connection to itself until it is answered: what shared one with
+//! a write would wait for its fsync.
 
+mod gather;
 pub mod local;
 mod migrations;
 mod pool;
@@ -48,9 +49,6 @@ const STANDING: Duration = Duration::from_millis(500);
 /// … and whoever joins it then waits no longer than this before being shed ("controlled delay":
 /// a standing queue makes everybody late and nothing faster).
 const STANDING_WAIT: Duration = Duration::from_millis(50);
-/// How many reads share a connection before it stays checked out until one is answered: few busy
-/// backends beat many half-idle ones, and a slow query's neighbours stay few.
-const READS_PER_CONNECTION: usize = 16;
 /// Searches at a time, so that nobody's searches take the pool.
 const SEARCHES: usize = 5;
 
@@ -76,7 +74,7 @@ impl Deadline {
 }
 
 /// Why there is no answer from the database.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum DbError {
     /// The connection was lost; another may do better.
     Lost(String),
@@ -85,7 +83,7 @@ pub(crate) enum DbError {
     /// All connections are busy and have been for too long.
     Overloaded,
     /// It refused the statement.
-    Refused(tokio_postgres::Error),
+    Refused(Arc<tokio_postgres::Error>),
 }
 
 impl DbError {
@@ -164,6 +162,7 @@ struct Inner {
     answered: AtomicU64,
     /// Milliseconds since `epoch`: when somebody last got a connection without waiting.
     unhindered: AtomicU64,
+    gathered: tasks::Gathered,
     metrics: Arc<Metrics>,
 }
 
@@ -187,6 +186,7 @@ impl Database {
                 epoch: Instant::now(),
                 answered: AtomicU64::new(0),
                 unhindered: AtomicU64::new(0),
+                gathered: tasks::Gathered::default(),
                 metrics,
             }
         }))
@@ -240,29 +240,15 @@ impl Database {
 
     /// One round trip over a connection of the pool.
     async fn ask(&self, deadline: Deadline) -> Result<(), DbError> {
-        self.borrow(deadline, |link| async move {
+        let mut held = self.hold(deadline).await?;
+        held.run(deadline, |link| async move {
             link.client().check_connection().await
         })
         .await
     }
 
-    /// Asks a cheap question over a shared connection, again over a fresh one if that is lost.
+    /// Asks a question, again over a fresh connection if its own is lost.
     pub(crate) async fn read(
-        &self,
-        deadline: Deadline,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
-        self.again_if_lost(deadline, || {
-            self.borrow(deadline, |link| async move {
-                link.client().query(link.statement(sql), params).await
-            })
-        })
-        .await
-    }
-
-    /// Asks a question that can take long over a connection of its own.
-    pub(crate) async fn read_alone(
         &self,
         deadline: Deadline,
         sql: Sql,
@@ -339,25 +325,6 @@ impl Database {
                 result => return result,
             }
         }
-    }
-
-    /// A connection to share: given back before the query is even sent.
-    async fn borrow<T, F>(
-        &self,
-        deadline: Deadline,
-        query: impl FnOnce(Arc<Link>) -> F,
-    ) -> Result<T, DbError>
-    where
-        F: Future<Output = Result<T, tokio_postgres::Error>>,
-    {
-        let (place, pooled) = self.checkout(deadline).await?;
-        let link = pooled.link();
-        let reading = link.read();
-        let kept = (reading.company() >= READS_PER_CONNECTION).then_some((place, pooled));
-        let result = self.answer(deadline, &link, query(link.clone())).await;
-        drop(reading);
-        drop(kept);
-        result
     }
 
     /// A connection to keep until it is answered.
@@ -500,7 +467,7 @@ impl Database {
                 link.retire();
                 Err(DbError::Lost(describe(&error)))
             }
-            Err(error) => Err(DbError::Refused(error)),
+            Err(error) => Err(DbError::Refused(Arc::new(error))),
         }
     }
 

@@ -30,7 +30,6 @@ pub(super) struct Link {
     /// The task that owns the socket. Dropping a client does not close a socket on which answers
     /// are outstanding; aborting this does.
     driver: AbortHandle,
-    reads: AtomicUsize,
     retired: AtomicBool,
     opened: Instant,
     /// Milliseconds since `opened`: when it last answered.
@@ -65,15 +64,6 @@ impl Link {
         let answered = Duration::from_millis(self.answered.load(Ordering::Relaxed));
         self.opened + answered < moment
     }
-
-    /// Counts a read that shares this connection, until it is dropped.
-    pub(super) fn read(self: &Arc<Self>) -> Reading {
-        let company = self.reads.fetch_add(1, Ordering::Relaxed) + 1;
-        Reading {
-            link: self.clone(),
-            company,
-        }
-    }
 }
 
 impl Drop for Link {
@@ -84,26 +74,7 @@ impl Drop for Link {
     }
 }
 
-/// A read under way.
-pub(super) struct Reading {
-    link: Arc<Link>,
-    company: usize,
-}
-
-impl Reading {
-    /// How many reads shared the connection when this one began, itself included.
-    pub(super) fn company(&self) -> usize {
-        self.company
-    }
-}
-
-impl Drop for Reading {
-    fn drop(&mut self) {
-        self.link.reads.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// What the pool keeps: a handle that readers can copy.
+/// What the pool keeps: a handle that whoever uses the connection can copy.
 pub(super) struct Handle(Arc<Link>);
 
 impl Handle {
@@ -162,7 +133,6 @@ impl Connections {
             client,
             statements,
             driver: driver.abort_handle(),
-            reads: AtomicUsize::new(0),
             retired: AtomicBool::new(false),
             opened: Instant::now(),
             answered: AtomicU64::new(0),

@@ -39,6 +39,7 @@ statements! {
     TasksGet = "tasks/get.sql",
     TasksListNewest = "tasks/list_newest.sql",
     TasksListOldest = "tasks/list_oldest.sql",
+    TasksNewest = "tasks/newest.sql",
     TasksUpdate = "tasks/update.sql",
     UsersDelete = "users/delete.sql",
     UsersForPasswordCheck = "users/for_password_check.sql",

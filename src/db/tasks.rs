@@ -5,11 +5,12 @@ use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
+use super::gather::{Gathering, Question};
 use super::statements::Sql;
 use super::{Database, DbError, Deadline};
 use crate::model::{Completion, Description, NewTask, Task, TaskChange, Time, Title};
 
-/// A page that many can read over one connection; a longer one has a connection of its own.
+/// A page that travels with those of others; a longer one goes alone.
 pub(crate) const SHORT_PAGE: i64 = 100;
 
 /// Which tasks a list has, and in which order.
@@ -115,7 +116,7 @@ pub(crate) async fn get(
     user_id: Uuid,
     id: Uuid,
 ) -> Result<Option<Task>, DbError> {
-    let rows = db.read(deadline, Sql::TasksGet, &[&user_id, &id]).await?;
+    let rows = db.gather(deadline, One { user_id, id }).await?;
     Ok(rows.first().map(task))
 }
 
@@ -136,12 +137,80 @@ pub(crate) async fn list(
     let params: super::Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
     let rows = if filter.text.is_some() || filter.completed.is_some() {
         db.search(deadline, sql, params).await?
-    } else if limit > SHORT_PAGE {
-        db.read_alone(deadline, sql, params).await?
-    } else {
+    } else if filter.oldest_first || limit > Newest::LONGEST {
         db.read(deadline, sql, params).await?
+    } else {
+        let page = Newest {
+            user_id,
+            after,
+            limit,
+        };
+        db.gather(deadline, page).await?
     };
     Ok(rows.iter().map(task).collect())
+}
+
+/// What many ask at the same moment.
+#[derive(Default)]
+pub(super) struct Gathered {
+    one: Gathering<One>,
+    newest: Gathering<Newest>,
+}
+
+/// A task of a user.
+struct One {
+    user_id: Uuid,
+    id: Uuid,
+}
+
+impl Question for One {
+    const MOST: usize = 64;
+
+    fn gathering(db: &Database) -> &Gathering<Self> {
+        &db.0.gathered.one
+    }
+
+    async fn ask(
+        db: &Database,
+        deadline: Deadline,
+        questions: &[Self],
+    ) -> Result<Vec<Row>, DbError> {
+        let user_ids: Vec<Uuid> = questions.iter().map(|one| one.user_id).collect();
+        let ids: Vec<Uuid> = questions.iter().map(|one| one.id).collect();
+        db.read(deadline, Sql::TasksGet, &[&user_ids, &ids]).await
+    }
+}
+
+/// A short page of a user's tasks, newest first.
+struct Newest {
+    user_id: Uuid,
+    after: Option<Uuid>,
+    limit: i64,
+}
+
+impl Newest {
+    /// The most of `limit`: a short page, and one more to see whether there is more.
+    const LONGEST: i64 = SHORT_PAGE + 1;
+}
+
+impl Question for Newest {
+    const MOST: usize = 32;
+
+    fn gathering(db: &Database) -> &Gathering<Self> {
+        &db.0.gathered.newest
+    }
+
+    async fn ask(
+        db: &Database,
+        deadline: Deadline,
+        questions: &[Self],
+    ) -> Result<Vec<Row>, DbError> {
+        let user_ids: Vec<Uuid> = questions.iter().map(|page| page.user_id).collect();
+        let after: Vec<Option<Uuid>> = questions.iter().map(|page| page.after).collect();
+        let limits: Vec<i64> = questions.iter().map(|page| page.limit).collect();
+        db.read(deadline, Sql::TasksNewest, &[&user_ids, &after, &limits])
+            .await
+    }
 }
 
 /// How many tasks a list has over all its pages.

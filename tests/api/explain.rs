@@ -247,9 +247,11 @@ cases! {
         "no tasks": "nth(4000)" => rows 0, pages A_ROW;
     }
     "tasks/get.sql" {
-        "a task": "nth(7), nth(50006)" => rows 1, pages A_ROW;
-        "none": "nth(7), nth(500000)" => rows 0, pages A_ROW;
-        "somebody else's": "nth(7), nth(50007)" => rows 0, pages A_ROW;
+        "a task": "array[nth(7)], array[nth(50006)]" => rows 1, pages A_ROW;
+        "none": "array[nth(7)], array[nth(500000)]" => rows 0, pages A_ROW;
+        "somebody else's": "array[nth(7)], array[nth(50007)]" => rows 0, pages A_ROW;
+        "three at once": "array[nth(7), nth(8), nth(9)], array[nth(50006), nth(50006), nth(50008)]"
+            => rows 2, pages 3 * A_ROW;
     }
     "tasks/list_newest.sql" {
         "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
@@ -272,6 +274,15 @@ cases! {
         // As above.
         "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, in_vain 975;
         "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, in_vain 990;
+    }
+    "tasks/newest.sql" {
+        "the first page": "array[nth(7)], array[null]::uuid[], array[51]" => rows 51, pages FIFTY_ONE;
+        "one amid": "array[nth(7)], array[nth(50006)], array[51]" => rows 51, pages FIFTY_ONE;
+        "the last": "array[nth(7)], array[nth(3006)], array[51]" => rows 30, pages FIFTY_ONE;
+        "no tasks": "array[nth(4000)], array[null]::uuid[], array[51]" => rows 0, pages A_ROW;
+        "three at once":
+            "array[nth(7), nth(8), nth(9)], array[null, nth(50007), null]::uuid[], array[51, 51, 1]"
+            => rows 103, pages 2 * FIFTY_ONE + A_ROW;
     }
     "tasks/update.sql" {
         "any version": "nth(7), nth(50006), null, false, null, true, null, null" =>
@@ -541,11 +552,18 @@ async fn a_statement_reads_what_it_gives_back_and_little_more() {
 async fn a_page_deep_in_a_list_costs_no_more_than_the_first() {
     let (_server, sql) = filled().await;
     let statements = statements();
-    for file in ["tasks/list_newest.sql", "tasks/list_oldest.sql"] {
+    for (file, with) in [
+        ("tasks/list_newest.sql", "nth(7), null, null, AFTER, 51"),
+        ("tasks/list_oldest.sql", "nth(7), null, null, AFTER, 51"),
+        (
+            "tasks/newest.sql",
+            "array[nth(7)], array[AFTER]::uuid[], array[51]",
+        ),
+    ] {
         let text = text(&statements, file);
         for plan in PLANS {
             let page = async |after: &str| {
-                let with = format!("nth(7), null, null, {after}, 51");
+                let with = with.replace("AFTER", after);
                 let reading = read(&sql, plan, text, "", &with).await;
                 assert_eq!(reading.rows, 51, "sql/{file} after {after}");
                 reading.pages

@@ -18,6 +18,7 @@ mod sweeping;
 mod acceptance;
 mod cors;
 mod explain;
+mod gathering;
 mod http;
 mod idempotency;
 mod metrics;

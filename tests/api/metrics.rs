@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use crate::harness::{PASSWORD, Server};
 
 /// The text at `/metrics` of the address that the log names.
-async fn scrape(server: &Server) -> String {
+pub(crate) async fn scrape(server: &Server) -> String {
     server.wait_for_log("metrics at http://").await;
     let log = server.log();
     let address = log

@@ -108,14 +108,22 @@ fn words(bare: &str) -> Vec<String> {
 }
 
 /// Whether every read, change or deletion of `table` in the statement stands in a query that says
-/// `user_id = $1`, and every insertion takes `user_id` from `$1`. A query within parentheses is
+/// `user_id = $1`, and every insertion takes `user_id` from `$1`; where `$1` is several owners, each
+/// is held to its own. A query within parentheses is
 /// one of its own: the scope of its neighbour does not count for it.
 fn is_scoped(statement: &str, table: &str) -> bool {
+    // Several owners at once, each with a row of `asked` to itself.
+    let owners = match statement.contains("from unnest($1::uuid[],")
+        && statement.contains(" with ordinality as asked (user_id, ")
+    {
+        true => &["$1", "asked.user_id"][..],
+        false => &["$1"],
+    };
     // (words of this query, whether it reaches the table unscoped so far)
     let mut open: Vec<Vec<String>> = vec![Vec::new()];
     let mut scoped = true;
     let mut close = |query: Vec<String>| {
-        scoped &= query_is_scoped(&query, table);
+        scoped &= query_is_scoped(&query, table, owners);
         let is_query = query.first().is_some_and(|first| {
             ["select", "with", "insert", "update", "delete"].contains(&first.as_str())
         });
@@ -141,7 +149,7 @@ fn is_scoped(statement: &str, table: &str) -> bool {
     scoped
 }
 
-fn query_is_scoped(query: &[String], table: &str) -> bool {
+fn query_is_scoped(query: &[String], table: &str, owners: &[&str]) -> bool {
     let after = |n: usize| query.get(n + 1).map(String::as_str);
     for (n, word) in query.iter().enumerate() {
         if word != table {
@@ -158,7 +166,7 @@ fn query_is_scoped(query: &[String], table: &str) -> bool {
                 let scope = query.windows(3).any(|three| {
                     (three[0] == "user_id" || three[0].ends_with(".user_id"))
                         && three[1] == "="
-                        && three[2] == "$1"
+                        && owners.contains(&three[2].as_str())
                 });
                 if !scope {
                     return false;
@@ -254,6 +262,8 @@ fn a_statement_without_its_owner_is_noticed() {
         "insert into tasks (id, user_id) select $2, $1::uuid from claim",
         "select count(*) from (select 1 from tasks where user_id = $1) x",
         "select ''tasks'' from users",
+        "select task.* from unnest($1::uuid[], $2::uuid[]) with ordinality as asked (user_id, id, n) \
+         cross join lateral (select id from tasks t where t.user_id = asked.user_id) task",
     ] {
         assert!(is_scoped(&bare(sound), "tasks"), "{sound}");
     }
@@ -274,6 +284,13 @@ fn a_statement_without_its_owner_is_noticed() {
         "insert into tasks (id, user_id) select $1, $2 from claim",
         "insert into tasks values ($1, $2)",
         "select 1 from users, tasks",
+        "select id from tasks t where t.user_id = asked.user_id",
+        "select task.* from unnest($2::uuid[], $1::uuid[]) with ordinality as asked (user_id, id, n) \
+         cross join lateral (select id from tasks t where t.user_id = asked.user_id) task",
+        "select task.* from unnest($1::uuid[], $2::uuid[]) with ordinality as asked (id, user_id, n) \
+         cross join lateral (select id from tasks t where t.user_id = asked.user_id) task",
+        "select task.* from unnest($1::uuid[], $2::uuid[]) with ordinality as asked (user_id, id, n) \
+         cross join lateral (select id from tasks t where t.id = asked.id) task",
     ] {
         assert!(!is_scoped(&bare(unsound), "tasks"), "{unsound}");
     }

@@ -1,0 +1,165 @@
+//! Questions of one kind that are asked at the same moment travel as one statement: a busy service
+//! makes PostgreSQL work less for each of them, and an idle one asks each at once.
+//!
+//! Two tasks send what gathers, each the next statement when its last is answered, so that under
+//! load what comes in the meantime goes together. One that is not answered soon, be it far away or
+//! stuck, holds nobody up: another takes its place.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::task::yield_now;
+use tokio::time::timeout;
+use tokio_postgres::Row;
+
+use super::{Database, DbError, Deadline};
+
+/// Statements of one kind under way that keep others waiting: few busy backends beat many
+/// half-idle ones.
+const SENDERS: usize = 2;
+/// A statement that takes longer than this keeps nobody waiting any more.
+const SOON: Duration = Duration::from_millis(10);
+
+/// What several can ask for in one statement.
+pub(super) trait Question: Sized + Send + Sync + 'static {
+    /// So many in one statement at most.
+    const MOST: usize;
+
+    /// Where the questions of this kind come together.
+    fn gathering(database: &Database) -> &Gathering<Self>;
+
+    /// Asks them all. The last column of a row says which question it answers, counted from 1.
+    fn ask(
+        database: &Database,
+        deadline: Deadline,
+        questions: &[Self],
+    ) -> impl Future<Output = Result<Vec<Row>, DbError>> + Send;
+}
+
+type Answer = Result<Vec<Row>, DbError>;
+
+/// A question, and who waits for its answer.
+struct Asked<Q> {
+    question: Q,
+    deadline: Deadline,
+    answer: oneshot::Sender<Answer>,
+}
+
+/// Questions of one kind that have not been sent yet.
+pub(super) struct Gathering<Q>(Mutex<Waiting<Q>>);
+
+struct Waiting<Q> {
+    asked: Vec<Asked<Q>>,
+    senders: usize,
+}
+
+impl<Q> Default for Gathering<Q> {
+    fn default() -> Self {
+        Self(Mutex::new(Waiting {
+            asked: Vec::new(),
+            senders: 0,
+        }))
+    }
+}
+
+impl<Q: Question> Gathering<Q> {
+    fn with<T>(&self, change: impl FnOnce(&mut Waiting<Q>) -> T) -> T {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Adds a question; says whether it takes one more to send it.
+    fn add(&self, asked: Asked<Q>) -> bool {
+        self.with(|waiting| {
+            waiting.asked.push(asked);
+            let one_more = waiting.senders < SENDERS;
+            waiting.senders += usize::from(one_more);
+            one_more
+        })
+    }
+
+    /// The next questions to send. Who gets none is no sender any more.
+    fn next(&self) -> Vec<Asked<Q>> {
+        self.with(|waiting| {
+            let rest = waiting.asked.split_off(waiting.asked.len().min(Q::MOST));
+            let next = std::mem::replace(&mut waiting.asked, rest);
+            waiting.senders -= usize::from(next.is_empty());
+            next
+        })
+    }
+
+    /// Takes a sender that is stuck from among those that count; says whether another has to come
+    /// in its place.
+    fn replace(&self) -> bool {
+        self.with(|waiting| {
+            let needed = !waiting.asked.is_empty();
+            waiting.senders -= usize::from(!needed);
+            needed
+        })
+    }
+}
+
+impl Database {
+    /// Asks a question together with all others of its kind that are asked at the same moment, and
+    /// gives the rows that are its answer.
+    pub(super) async fn gather<Q: Question>(&self, deadline: Deadline, question: Q) -> Answer {
+        let (answer, answered) = oneshot::channel();
+        let asked = Asked {
+            question,
+            deadline,
+            answer,
+        };
+        if Q::gathering(self).add(asked) {
+            self.send::<Q>();
+        }
+        // Whoever asks for us has a bound: that of the first of those who ask with us.
+        answered
+            .await
+            .unwrap_or_else(|_| Err(DbError::Unavailable("a read was given up".into())))
+    }
+
+    /// A sender: a task of its own, so that a client that goes away takes nobody's answer with it.
+    fn send<Q: Question>(&self) {
+        let database = self.clone();
+        tokio::spawn(async move {
+            loop {
+                // Whatever else is ready to run may ask, too.
+                yield_now().await;
+                let asked = Q::gathering(&database).next();
+                let Some(first) = asked.first() else { return };
+                let mut asking = pin!(database.ask_all(first.deadline, asked));
+                if timeout(SOON, asking.as_mut()).await.is_err() {
+                    if Q::gathering(&database).replace() {
+                        database.send::<Q>();
+                    }
+                    return asking.await;
+                }
+            }
+        });
+    }
+
+    async fn ask_all<Q: Question>(&self, deadline: Deadline, asked: Vec<Asked<Q>>) {
+        let (questions, waiting): (Vec<Q>, Vec<_>) = asked
+            .into_iter()
+            .map(|asked| (asked.question, asked.answer))
+            .unzip();
+        match Q::ask(self, deadline, &questions).await {
+            Ok(rows) => {
+                let mut rows = rows.into_iter().peekable();
+                for (number, waiting) in (1_i64..).zip(waiting) {
+                    let is_its = |row: &Row| row.get::<_, i64>(row.len() - 1) == number;
+                    let answer = std::iter::from_fn(|| rows.next_if(is_its)).collect();
+                    // Who went away needs none.
+                    waiting.send(Ok(answer)).ok();
+                }
+            }
+            Err(error) => {
+                for waiting in waiting {
+                    waiting.send(Err(error.clone())).ok();
+                }
+            }
+        }
+    }
+}
