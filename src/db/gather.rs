@@ -6,13 +6,14 @@
 //! stuck, holds nobody up: another takes its place.
 
 use std::future::Future;
+use std::marker::PhantomData;
 use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::yield_now;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
 
 use super::{Database, DbError, Deadline};
@@ -80,24 +81,76 @@ impl<Q: Question> Gathering<Q> {
         })
     }
 
-    /// The next questions to send. Who gets none is no sender any more.
-    fn next(&self) -> Vec<Asked<Q>> {
+    /// The next questions to send.
+    fn next(&self, sender: &mut Sender<Q>) -> Vec<Asked<Q>> {
         self.with(|waiting| {
             let rest = waiting.asked.split_off(waiting.asked.len().min(Q::MOST));
             let next = std::mem::replace(&mut waiting.asked, rest);
-            waiting.senders -= usize::from(next.is_empty());
+            if next.is_empty() {
+                sender.leave(waiting);
+            }
             next
         })
     }
 
-    /// Takes a sender that is stuck from among those that count; says whether another has to come
-    /// in its place.
-    fn replace(&self) -> bool {
+    /// Whether another has to come in the place of this sender, which is stuck.
+    fn replace(&self, sender: &mut Sender<Q>) -> bool {
         self.with(|waiting| {
-            let needed = !waiting.asked.is_empty();
-            waiting.senders -= usize::from(!needed);
-            needed
+            sender.leave(waiting);
+            let one_more = !waiting.asked.is_empty();
+            waiting.senders += usize::from(one_more);
+            one_more
         })
+    }
+}
+
+/// One of those that count, until it leaves or ends in a panic.
+struct Sender<Q: Question> {
+    database: Database,
+    counts: bool,
+    kind: PhantomData<Q>,
+}
+
+impl<Q: Question> Sender<Q> {
+    /// Starts one that is counted already. It is a task of its own, so that a client that goes away
+    /// takes nobody's answer with it.
+    fn start(database: Database) {
+        let mut sender = Self {
+            database,
+            counts: true,
+            kind: PhantomData,
+        };
+        tokio::spawn(async move { sender.send().await });
+    }
+
+    async fn send(&mut self) {
+        let database = self.database.clone();
+        let gathering = Q::gathering(&database);
+        loop {
+            // Whatever else is ready to run may ask, too.
+            yield_now().await;
+            let asked = gathering.next(self);
+            let Some(first) = asked.first() else { return };
+            let mut asking = pin!(database.ask_all(first.deadline, asked));
+            if timeout(SOON, asking.as_mut()).await.is_err() {
+                if gathering.replace(self) {
+                    Self::start(database.clone());
+                }
+                return asking.await;
+            }
+        }
+    }
+
+    fn leave(&mut self, waiting: &mut Waiting<Q>) {
+        waiting.senders -= usize::from(self.counts);
+        self.counts = false;
+    }
+}
+
+impl<Q: Question> Drop for Sender<Q> {
+    fn drop(&mut self) {
+        let database = self.database.clone();
+        Q::gathering(&database).with(|waiting| self.leave(waiting));
     }
 }
 
@@ -112,32 +165,12 @@ impl Database {
             answer,
         };
         if Q::gathering(self).add(asked) {
-            self.send::<Q>();
+            Sender::<Q>::start(self.clone());
         }
-        // Whoever asks for us has a bound: that of the first of those who ask with us.
-        answered
-            .await
-            .unwrap_or_else(|_| Err(DbError::Unavailable("a read was given up".into())))
-    }
-
-    /// A sender: a task of its own, so that a client that goes away takes nobody's answer with it.
-    fn send<Q: Question>(&self) {
-        let database = self.clone();
-        tokio::spawn(async move {
-            loop {
-                // Whatever else is ready to run may ask, too.
-                yield_now().await;
-                let asked = Q::gathering(&database).next();
-                let Some(first) = asked.first() else { return };
-                let mut asking = pin!(database.ask_all(first.deadline, asked));
-                if timeout(SOON, asking.as_mut()).await.is_err() {
-                    if Q::gathering(&database).replace() {
-                        database.send::<Q>();
-                    }
-                    return asking.await;
-                }
-            }
-        });
+        match timeout_at(deadline.at(), answered).await {
+            Ok(Ok(answer)) => answer,
+            _ => Err(DbError::Unavailable("a read was given up".into())),
+        }
     }
 
     async fn ask_all<Q: Question>(&self, deadline: Deadline, asked: Vec<Asked<Q>>) {
