@@ -5,7 +5,7 @@
 //! prepared statements, TCP) and 64 keep-alive HTTP connections have the database one after the
 //! other. What counts is the ratio of one round: the figures of a shared machine come and go, but
 //! for both alike. Where the service passes a parameter, pgbench's script has a constant: that is
-//! in its favour.
+//! in its favour. It reads one task, or page, a statement, as one client does.
 //!
 //! Then: reads while 16 clients sign in, memory, start-up, and what a user with a million tasks
 //! pays. The table goes to stdout, all figures to `target/throughput.json`.

@@ -100,11 +100,11 @@ impl Work {
         // Ids are made of text here because pgbench's own variables are 64 bits at most.
         let (user, id) = (sql_id(":u"), sql_id(":n"));
         Ok(match self {
+            // The service asks for several tasks at once where it can; one client asks for one.
             Work::Read => {
-                task + &owner
-                    + &format!(
-                        "select id, user_id, title, description, completed, created_at, updated_at from tasks where user_id = {user} and id = {id};\n"
-                    )
+                let columns = "id, user_id, title, description, completed, created_at, updated_at";
+                let one = format!("from tasks where user_id = {user} and id = {id};\n");
+                format!("{task}{owner}select {columns} {one}")
             }
             Work::List => {
                 task + &owner + &statement("list_newest", &[&user, "null", "null", "null", "20"])?
