@@ -22,7 +22,7 @@ use super::{Database, DbError, Deadline};
 /// half-idle ones.
 const SENDERS: usize = 2;
 /// A statement that takes longer than this keeps nobody waiting any more.
-const SOON: Duration = Duration::from_millis(10);
+const SOON: Duration = Duration::from_millis(2);
 
 /// What several can ask for in one statement.
 pub(super) trait Question: Sized + Send + Sync + 'static {
