@@ -81,12 +81,15 @@ fn print_work(work: &Value) {
         ("client_us", "client µs", 0),
         ("failed", "failed", 0),
     ];
+    let rows: Vec<&Value> = work.as_array().into_iter().flatten().collect();
+    let alone = rows.iter().all(|row| row["median"]["other"].is_null());
+    let columns = &columns[usize::from(alone)..];
     print!("| {:<10} |", "work");
     for (_, title, _) in columns {
         print!(" {title:>6} |");
     }
     println!("\n|---|{}", "---:|".repeat(columns.len()));
-    for row in work.as_array().into_iter().flatten() {
+    for row in rows {
         let name = row["work"].as_str().unwrap_or_default();
         let median = &row["median"];
         for (name, figures) in [(name, median), ("  other", &median["other"])] {
@@ -96,7 +99,7 @@ fn print_work(work: &Value) {
             print!("| {name:<10} |");
             for (figure, title, decimals) in columns {
                 let width = title.chars().count().max(6);
-                print!(" {:>width$} |", show(&figures[figure], decimals));
+                print!(" {:>width$} |", show(&figures[*figure], *decimals));
             }
             println!();
         }
