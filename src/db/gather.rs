@@ -16,7 +16,7 @@ use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
 
-use super::{Database, DbError, Deadline};
+use super::{Database, DbError, Deadline, Held};
 
 /// Statements of one kind under way that keep others waiting: few busy backends beat many
 /// half-idle ones.
@@ -34,10 +34,10 @@ pub(super) trait Question: Sized + Send + Sync + 'static {
 
     /// Asks them all. The last column of a row says which question it answers, counted from 1.
     fn ask(
-        database: &Database,
+        held: &mut Held,
         deadline: Deadline,
         questions: &[Self],
-    ) -> impl Future<Output = Result<Vec<Row>, DbError>> + Send;
+    ) -> impl Future<Output = Answer> + Send;
 }
 
 type Answer = Result<Vec<Row>, DbError>;
@@ -81,15 +81,22 @@ impl<Q: Question> Gathering<Q> {
         })
     }
 
-    /// The next questions to send.
-    fn next(&self, sender: &mut Sender<Q>) -> Vec<Asked<Q>> {
+    /// The deadline of the first question that waits; a sender that finds none leaves.
+    fn first(&self, sender: &mut Sender<Q>) -> Option<Deadline> {
         self.with(|waiting| {
-            let rest = waiting.asked.split_off(waiting.asked.len().min(Q::MOST));
-            let next = std::mem::replace(&mut waiting.asked, rest);
-            if next.is_empty() {
+            let first = waiting.asked.first().map(|asked| asked.deadline);
+            if first.is_none() {
                 sender.leave(waiting);
             }
-            next
+            first
+        })
+    }
+
+    /// The next questions, so many at most.
+    fn take(&self, most: usize) -> Vec<Asked<Q>> {
+        self.with(|waiting| {
+            let rest = waiting.asked.split_off(waiting.asked.len().min(most));
+            std::mem::replace(&mut waiting.asked, rest)
         })
     }
 
@@ -129,9 +136,14 @@ impl<Q: Question> Sender<Q> {
         loop {
             // Whatever else is ready to run may ask, too.
             yield_now().await;
-            let asked = gathering.next(self);
-            let Some(first) = asked.first() else { return };
-            let mut asking = pin!(database.ask_all(first.deadline, asked));
+            let Some(deadline) = gathering.first(self) else {
+                return;
+            };
+            // First the connection: what is asked while it is waited for goes along.
+            let held = database.hold(deadline).await;
+            // Where there is none, there is none for anybody.
+            let most = held.as_ref().map_or(usize::MAX, |_| Q::MOST);
+            let mut asking = pin!(database.ask_all(held, gathering.take(most)));
             if timeout(SOON, asking.as_mut()).await.is_err() {
                 if gathering.replace(self) {
                     Self::start(database.clone());
@@ -173,12 +185,27 @@ impl Database {
         }
     }
 
-    async fn ask_all<Q: Question>(&self, deadline: Deadline, asked: Vec<Asked<Q>>) {
+    async fn ask_all<Q: Question>(&self, held: Result<Held, DbError>, asked: Vec<Asked<Q>>) {
+        // Another sender may have been quicker.
+        let Some(deadline) = asked.first().map(|asked| asked.deadline) else {
+            return;
+        };
         let (questions, waiting): (Vec<Q>, Vec<_>) = asked
             .into_iter()
             .map(|asked| (asked.question, asked.answer))
             .unzip();
-        match Q::ask(self, deadline, &questions).await {
+        let questions = &questions;
+        let ask = |held: Result<Held, DbError>| async move {
+            Q::ask(&mut held?, deadline, questions).await
+        };
+        let answer = match ask(held).await {
+            Err(DbError::Lost(_)) => {
+                self.again_if_lost(deadline, || async { ask(self.hold(deadline).await).await })
+                    .await
+            }
+            answer => answer,
+        };
+        match answer {
             Ok(rows) => {
                 let mut rows = rows.into_iter().peekable();
                 for (number, waiting) in (1_i64..).zip(waiting) {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::gather::{Gathering, Question};
 use super::statements::Sql;
-use super::{Database, DbError, Deadline};
+use super::{Database, DbError, Deadline, Held};
 use crate::model::{Completion, Description, NewTask, Task, TaskChange, Time, Title};
 
 /// A page that travels with those of others; a longer one goes alone.
@@ -171,13 +171,14 @@ impl Question for One {
     }
 
     async fn ask(
-        db: &Database,
+        held: &mut Held,
         deadline: Deadline,
         questions: &[Self],
     ) -> Result<Vec<Row>, DbError> {
         let user_ids: Vec<Uuid> = questions.iter().map(|one| one.user_id).collect();
         let ids: Vec<Uuid> = questions.iter().map(|one| one.id).collect();
-        db.read(deadline, Sql::TasksGet, &[&user_ids, &ids]).await
+        held.query(deadline, Sql::TasksGet, &[&user_ids, &ids])
+            .await
     }
 }
 
@@ -201,14 +202,14 @@ impl Question for Newest {
     }
 
     async fn ask(
-        db: &Database,
+        held: &mut Held,
         deadline: Deadline,
         questions: &[Self],
     ) -> Result<Vec<Row>, DbError> {
         let user_ids: Vec<Uuid> = questions.iter().map(|page| page.user_id).collect();
         let after: Vec<Option<Uuid>> = questions.iter().map(|page| page.after).collect();
         let limits: Vec<i64> = questions.iter().map(|page| page.limit).collect();
-        db.read(deadline, Sql::TasksNewest, &[&user_ids, &after, &limits])
+        held.query(deadline, Sql::TasksNewest, &[&user_ids, &after, &limits])
             .await
     }
 }
