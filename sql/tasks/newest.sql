@@ -3,7 +3,9 @@
 -- $1 user ids, $2 the ids that the pages before ended with or nulls, $3 how many, up to 101: one of
 -- each for every asker
 select page.*, asked.n
-from unnest($1::uuid[], $2::uuid[], $3::bigint[]) with ordinality
+-- How many askers there are is hidden in queries: PostgreSQL would make a plan for their number anew
+-- each time rather than keep one for any.
+from unnest((select $1::uuid[]), (select $2::uuid[]), (select $3::bigint[])) with ordinality
     as asked (user_id, after, most, n)
 cross join lateral (
     select *

@@ -1,9 +1,9 @@
 //! Questions of one kind that are asked at the same moment travel as one statement: a busy service
 //! makes PostgreSQL work less for each of them, and an idle one asks each at once.
 //!
-//! Two tasks send what gathers, each the next statement when its last is answered, so that under
-//! load what comes in the meantime goes together. One that is not answered soon, be it far away or
-//! stuck, holds nobody up: another takes its place.
+//! Two senders of each kind send what gathers, each the next statement when its last is answered,
+//! so that under load what is asked in the meantime goes together. One whose answer is late, be the
+//! database far away or the connection stuck, holds nobody up: another takes its place.
 
 use std::future::Future;
 use std::marker::PhantomData;
@@ -20,9 +20,11 @@ use super::{Database, DbError, Deadline, Held};
 
 /// Statements of one kind under way that keep others waiting: few busy backends beat many
 /// half-idle ones.
-const SENDERS: usize = 2;
-/// A statement that takes longer than this keeps nobody waiting any more.
-const SOON: Duration = Duration::from_millis(2);
+const PROMPT_SENDERS: usize = 2;
+/// A statement that takes longer than this keeps nobody waiting any more …
+const PROMPT: Duration = Duration::from_millis(2);
+/// … until there are so many of one kind: the pool is not theirs alone.
+const SENDERS: usize = 8;
 
 /// What several can ask for in one statement.
 pub(super) trait Question: Sized + Send + Sync + 'static {
@@ -42,89 +44,85 @@ pub(super) trait Question: Sized + Send + Sync + 'static {
 
 type Answer = Result<Vec<Row>, DbError>;
 
-/// A question, and who waits for its answer.
+/// A question, and where its answer goes.
 struct Asked<Q> {
     question: Q,
     deadline: Deadline,
-    answer: oneshot::Sender<Answer>,
+    asker: oneshot::Sender<Answer>,
 }
 
 /// Questions of one kind that have not been sent yet.
-pub(super) struct Gathering<Q>(Mutex<Waiting<Q>>);
+pub(super) struct Gathering<Q>(Mutex<Queue<Q>>);
 
-struct Waiting<Q> {
+struct Queue<Q> {
     asked: Vec<Asked<Q>>,
-    senders: usize,
+    prompt: usize,
+    late: usize,
 }
 
 impl<Q> Default for Gathering<Q> {
     fn default() -> Self {
-        Self(Mutex::new(Waiting {
+        Self(Mutex::new(Queue {
             asked: Vec::new(),
-            senders: 0,
+            prompt: 0,
+            late: 0,
         }))
     }
 }
 
+impl<Q> Queue<Q> {
+    /// Forgets who went away or ran out of time.
+    fn tidy(&mut self) {
+        self.asked.retain(|asked| !asked.asker.is_closed());
+    }
+
+    /// Makes room for one more sender, if it takes one to send what waits.
+    fn takes_one_more(&mut self) -> bool {
+        let one_more = !self.asked.is_empty()
+            && self.prompt < PROMPT_SENDERS
+            && self.prompt + self.late < SENDERS;
+        self.prompt += usize::from(one_more);
+        one_more
+    }
+}
+
 impl<Q: Question> Gathering<Q> {
-    fn with<T>(&self, change: impl FnOnce(&mut Waiting<Q>) -> T) -> T {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Adds a question; says whether it takes one more to send it.
-    fn add(&self, asked: Asked<Q>) -> bool {
-        self.with(|waiting| {
-            waiting.asked.push(asked);
-            let one_more = waiting.senders < SENDERS;
-            waiting.senders += usize::from(one_more);
-            one_more
-        })
-    }
-
-    /// The deadline of the first question that waits; a sender that finds none leaves.
-    fn first(&self, sender: &mut Sender<Q>) -> Option<Deadline> {
-        self.with(|waiting| {
-            let first = waiting.asked.first().map(|asked| asked.deadline);
-            if first.is_none() {
-                sender.leave(waiting);
-            }
-            first
-        })
+    fn with<T>(&self, work: impl FnOnce(&mut Queue<Q>) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The next questions, so many at most.
     fn take(&self, most: usize) -> Vec<Asked<Q>> {
-        self.with(|waiting| {
-            let rest = waiting.asked.split_off(waiting.asked.len().min(most));
-            std::mem::replace(&mut waiting.asked, rest)
-        })
-    }
-
-    /// Whether another has to come in the place of this sender, which is stuck.
-    fn replace(&self, sender: &mut Sender<Q>) -> bool {
-        self.with(|waiting| {
-            sender.leave(waiting);
-            let one_more = !waiting.asked.is_empty();
-            waiting.senders += usize::from(one_more);
-            one_more
+        self.with(|queue| {
+            queue.tidy();
+            let rest = queue.asked.split_off(queue.asked.len().min(most));
+            std::mem::replace(&mut queue.asked, rest)
         })
     }
 }
 
-/// One of those that count, until it leaves or ends in a panic.
+/// What the queue counts a sender as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Prompt,
+    Late,
+    Gone,
+}
+
+/// One that sends what gathers, until there is nothing left.
 struct Sender<Q: Question> {
     database: Database,
-    counts: bool,
+    standing: Standing,
     kind: PhantomData<Q>,
 }
 
 impl<Q: Question> Sender<Q> {
-    /// Starts one that is counted already. It is a task of its own, so that a client that goes away
-    /// takes nobody's answer with it.
+    /// Starts one that the queue has made room for. It is a task of its own, so that a client that
+    /// goes away takes nobody's answer with it.
     fn start(database: Database) {
         let mut sender = Self {
             database,
-            counts: true,
+            standing: Standing::Prompt,
             kind: PhantomData,
         };
         tokio::spawn(async move { sender.send().await });
@@ -132,37 +130,77 @@ impl<Q: Question> Sender<Q> {
 
     async fn send(&mut self) {
         let database = self.database.clone();
-        let gathering = Q::gathering(&database);
         loop {
             // Whatever else is ready to run may ask, too.
             yield_now().await;
-            let Some(deadline) = gathering.first(self) else {
+            let Some((deadline, count)) = self.look() else {
                 return;
             };
-            // First the connection: what is asked while it is waited for goes along.
-            let held = database.hold(deadline).await;
-            // Where there is none, there is none for anybody.
-            let most = held.as_ref().map_or(usize::MAX, |_| Q::MOST);
-            let mut asking = pin!(database.ask_all(held, gathering.take(most)));
-            if timeout(SOON, asking.as_mut()).await.is_err() {
-                if gathering.replace(self) {
+            // First the connection: what is asked while it is waited for goes along. If there is
+            // none, those have waited in vain who have waited all the time.
+            let hold = || database.hold(deadline);
+            let held = database.again_if_lost(deadline, hold).await;
+            let most = held.as_ref().map_or(count, |_| Q::MOST);
+            let asked = Q::gathering(&database).take(most);
+            let mut asking = pin!(database.ask_all(held, asked));
+            if timeout(PROMPT, asking.as_mut()).await.is_err() {
+                let replaced = self.change(|queue| {
+                    queue.late += 1;
+                    (Standing::Late, queue.takes_one_more())
+                });
+                if replaced {
                     Self::start(database.clone());
                 }
-                return asking.await;
+                asking.await;
+                self.change(|queue| match queue.prompt < PROMPT_SENDERS {
+                    true => {
+                        queue.prompt += 1;
+                        (Standing::Prompt, ())
+                    }
+                    false => (Standing::Gone, ()),
+                });
+                if self.standing == Standing::Gone {
+                    return;
+                }
             }
         }
     }
 
-    fn leave(&mut self, waiting: &mut Waiting<Q>) {
-        waiting.senders -= usize::from(self.counts);
-        self.counts = false;
+    /// The last deadline of those who wait, and how many they are; a sender that finds none goes.
+    fn look(&mut self) -> Option<(Deadline, usize)> {
+        self.change(|queue| {
+            queue.tidy();
+            let deadline = queue.asked.iter().map(|asked| asked.deadline).max();
+            match deadline {
+                Some(deadline) => {
+                    queue.prompt += 1;
+                    (Standing::Prompt, Some((deadline, queue.asked.len())))
+                }
+                None => (Standing::Gone, None),
+            }
+        })
+    }
+
+    /// Takes this sender out of the count; `work` says what it is from now on, and counts that.
+    fn change<T>(&mut self, work: impl FnOnce(&mut Queue<Q>) -> (Standing, T)) -> T {
+        let before = self.standing;
+        let (standing, result) = Q::gathering(&self.database).with(|queue| {
+            match before {
+                Standing::Prompt => queue.prompt -= 1,
+                Standing::Late => queue.late -= 1,
+                Standing::Gone => {}
+            }
+            work(queue)
+        });
+        self.standing = standing;
+        result
     }
 }
 
 impl<Q: Question> Drop for Sender<Q> {
+    /// After a panic it must not count on.
     fn drop(&mut self) {
-        let database = self.database.clone();
-        Q::gathering(&database).with(|waiting| self.leave(waiting));
+        self.change(|_| (Standing::Gone, ()));
     }
 }
 
@@ -170,56 +208,72 @@ impl Database {
     /// Asks a question together with all others of its kind that are asked at the same moment, and
     /// gives the rows that are its answer.
     pub(super) async fn gather<Q: Question>(&self, deadline: Deadline, question: Q) -> Answer {
-        let (answer, answered) = oneshot::channel();
+        let (asker, answered) = oneshot::channel();
         let asked = Asked {
             question,
             deadline,
-            answer,
+            asker,
         };
-        if Q::gathering(self).add(asked) {
+        let one_more = Q::gathering(self).with(|queue| {
+            queue.asked.push(asked);
+            queue.takes_one_more()
+        });
+        if one_more {
             Sender::<Q>::start(self.clone());
         }
         match timeout_at(deadline.at(), answered).await {
             Ok(Ok(answer)) => answer,
-            _ => Err(DbError::Unavailable("a read was given up".into())),
+            _ => Err(DbError::Unavailable("a read ran out of time".into())),
         }
     }
 
     async fn ask_all<Q: Question>(&self, held: Result<Held, DbError>, asked: Vec<Asked<Q>>) {
         // Another sender may have been quicker.
-        let Some(deadline) = asked.first().map(|asked| asked.deadline) else {
+        let Some(deadline) = asked.iter().map(|asked| asked.deadline).max() else {
             return;
         };
-        let (questions, waiting): (Vec<Q>, Vec<_>) = asked
+        let (questions, askers): (Vec<Q>, Vec<_>) = asked
             .into_iter()
-            .map(|asked| (asked.question, asked.answer))
+            .map(|asked| (asked.question, asked.asker))
             .unzip();
-        let questions = &questions;
-        let ask = |held: Result<Held, DbError>| async move {
-            Q::ask(&mut held?, deadline, questions).await
-        };
-        let answer = match ask(held).await {
-            Err(DbError::Lost(_)) => {
-                self.again_if_lost(deadline, || async { ask(self.hold(deadline).await).await })
-                    .await
-            }
-            answer => answer,
+        let answer = match held {
+            Ok(held) => self.ask_together(held, deadline, &questions).await,
+            Err(error) => Err(error),
         };
         match answer {
             Ok(rows) => {
                 let mut rows = rows.into_iter().peekable();
-                for (number, waiting) in (1_i64..).zip(waiting) {
+                for (number, asker) in (1_i64..).zip(askers) {
                     let is_its = |row: &Row| row.get::<_, i64>(row.len() - 1) == number;
                     let answer = std::iter::from_fn(|| rows.next_if(is_its)).collect();
                     // Who went away needs none.
-                    waiting.send(Ok(answer)).ok();
+                    asker.send(Ok(answer)).ok();
                 }
             }
             Err(error) => {
-                for waiting in waiting {
-                    waiting.send(Err(error.clone())).ok();
+                for asker in askers {
+                    asker.send(Err(error.clone())).ok();
                 }
             }
+        }
+    }
+
+    /// Asks over this connection; if it is lost, over a fresh one.
+    async fn ask_together<Q: Question>(
+        &self,
+        mut held: Held,
+        deadline: Deadline,
+        questions: &[Q],
+    ) -> Answer {
+        match Q::ask(&mut held, deadline, questions).await {
+            Err(DbError::Lost(_)) => {
+                drop(held);
+                self.again_if_lost(deadline, || async {
+                    Q::ask(&mut self.hold(deadline).await?, deadline, questions).await
+                })
+                .await
+            }
+            answer => answer,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! *Reads gather, writes go alone.* The two reads that everybody makes all the time, one task and
 //! a short page of the newest, travel with whatever else of their kind is asked at the same moment
 //! (`gather`). Every statement has a connection to itself until it is answered: what shared one with
-//! a write would wait for its fsync.
+//! a write would wait for its fsync, and what travels together gains nothing by sharing.
 
 mod gather;
 pub mod local;
@@ -53,7 +53,7 @@ const STANDING_WAIT: Duration = Duration::from_millis(50);
 const SEARCHES: usize = 5;
 
 /// The moment by which a request has its answer from the database, or none.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 
 impl Deadline {
@@ -354,7 +354,7 @@ impl Database {
         if *state.borrow() != State::Up {
             return Err(DbError::Unavailable("the database is away".into()));
         }
-        let place = self.place(started).await?;
+        let place = self.place(started, bound).await?;
         let pooled = tokio::select! {
             biased;
             pooled = self.0.pool.get_owned() => pooled,
@@ -378,7 +378,7 @@ impl Database {
     }
 
     /// A turn at the pool, in the order of arrival.
-    async fn place(&self, now: Instant) -> Result<OwnedSemaphorePermit, DbError> {
+    async fn place(&self, now: Instant, bound: Instant) -> Result<OwnedSemaphorePermit, DbError> {
         if let Ok(place) = self.0.places.clone().try_acquire_owned() {
             self.0
                 .unhindered
@@ -406,7 +406,7 @@ impl Database {
             _ = state.wait_for(|state| *state == State::Away) => {
                 Err(DbError::Unavailable("the database went away".into()))
             }
-            () = sleep(patience) => Err(DbError::Overloaded),
+            () = sleep_until(bound.min(now + patience)) => Err(DbError::Overloaded),
         }
     }
 
@@ -433,13 +433,15 @@ impl Database {
                     biased;
                     result = &mut query => result,
                     _ = state.wait_for(|state| *state == State::Away) => {
-                        link.retire();
+                        self.give_up(link);
                         return Err(DbError::Unavailable("the database went away".into()));
                     }
                     () = sleep_until(deadline.at()) => {
-                        link.retire();
+                        self.give_up(link);
                         // If it was the connection that failed, those opened with it may have.
-                        self.0.pool.retire_silent_since(started);
+                        if started.elapsed() >= SUSPICIOUS {
+                            self.0.pool.retire_silent_since(started);
+                        }
                         return Err(DbError::Unavailable("a query ran out of time".into()));
                     }
                 }
@@ -469,6 +471,12 @@ impl Database {
             }
             Err(error) => Err(DbError::Refused(Arc::new(error))),
         }
+    }
+
+    /// The answer on this connection comes too late for anybody: it is not wanted any more.
+    fn give_up(&self, link: &Link) {
+        link.retire();
+        self.0.target.cancel(link.client());
     }
 
     fn answered(&self) {
@@ -601,10 +609,6 @@ impl Held {
             .database
             .answer(deadline, &link, query(link.clone()))
             .await;
-        if link.is_retired() {
-            // It ran out of time on a connection that is ours alone: nobody else can be hit.
-            self.database.0.target.cancel(link.client());
-        }
         self.unfinished = was_unfinished;
         result
     }

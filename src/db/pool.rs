@@ -45,7 +45,7 @@ impl Link {
         &self.statements[sql]
     }
 
-    /// Nobody gets this connection again; it closes when the last who uses it is done.
+    /// Nobody gets this connection again; it closes when who uses it is done.
     pub(super) fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }
@@ -74,7 +74,7 @@ impl Drop for Link {
     }
 }
 
-/// What the pool keeps: a handle that whoever uses the connection can copy.
+/// What the pool keeps.
 pub(super) struct Handle(Arc<Link>);
 
 impl Handle {

@@ -1,4 +1,7 @@
-//! Statements on tasks. Each is told the owner first and touches no row of anybody else.
+//! Statements on tasks. Each is told the owner first, or several owners, and touches no row of
+//! anybody else.
+
+use std::cmp::Reverse;
 
 use jiff::Timestamp;
 use tokio_postgres::Row;
@@ -145,7 +148,11 @@ pub(crate) async fn list(
             after,
             limit,
         };
-        db.gather(deadline, page).await?
+        let rows = db.gather(deadline, page).await?;
+        let mut page: Vec<Task> = rows.iter().map(task).collect();
+        // They are in order as PostgreSQL goes about it; what the statement promises is the askers'.
+        page.sort_unstable_by_key(|task| Reverse(task.id));
+        return Ok(page);
     };
     Ok(rows.iter().map(task).collect())
 }

@@ -585,6 +585,8 @@ async fn a_page_holds_as_many_as_asked_for_and_a_thousand_unasked() {
         ("?limit=1000", 1000),
         ("?limit=1", 1),
         ("?limit=7", 7),
+        ("?limit=100", 100),
+        ("?limit=101", 101),
     ] {
         let answer = server
             .get(format!("{path}{query}"))
