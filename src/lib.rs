@@ -9,8 +9,9 @@
 //! 3. `guard` turns the bearer token into a signed-in user, before the body is read.
 //! 4. `handler` has one function a route: parse (`request`), one call to the database, respond
 //!    (`response`). `cors` adds what browsers of other origins need.
-//! 5. `db` runs one statement out of `sql/` over a pool of at most 20 connections; `db::local`
-//!    is the private PostgreSQL of who names no other.
+//! 5. `db` runs one statement out of `sql/` over a pool of at most 20 connections; reads that are
+//!    asked at the same moment share one (`db::gather`). `db::local` is the private PostgreSQL of
+//!    who names no other.
 //!
 //! `auth` knows tokens, passwords, ended sessions and the brakes on guessing; `model` the values
 //! that are valid because they exist; [`config`] every setting; `error` everything that can go

@@ -77,7 +77,10 @@ impl Metrics {
                 "Seconds waited for a database connection",
             ),
             db_query: histogram("db_query_seconds", "Seconds until a statement was answered"),
-            db_waiting: gauge("db_waiting", "Requests that wait for a database connection"),
+            db_waiting: gauge(
+                "db_waiting",
+                "Statements that wait for a database connection",
+            ),
             db_connections: IntGaugeVec::new(
                 Opts::new("todo_api_db_connections", "Connections to the database"),
                 &["state"],

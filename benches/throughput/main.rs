@@ -1,4 +1,4 @@
-//! `cargo bench`: the service beside pgbench, PostgreSQL's own client, on the same statements.
+//! `cargo bench`: the service beside pgbench, PostgreSQL's own client, at the same work.
 //!
 //! Starts a private PostgreSQL with full durability and the release server, fills 1,000 users with
 //! 100 tasks each, and then in every round, for every kind of work, lets pgbench (20 clients,
@@ -88,6 +88,10 @@ impl Options {
     fn read() -> Result<Self> {
         let given = |flag: &str| env::args().any(|argument| argument == flag);
         let quick = given("--quick");
+        let last = env::args().next_back().unwrap_or_default();
+        if ["--only", "--against"].contains(&last.as_str()) {
+            return Err(format!("{last} needs a value").into());
+        }
         let arguments: Vec<String> = env::args().collect();
         let values = |flag: &str| {
             let pairs = arguments.windows(2).filter(|pair| pair[0] == flag);
@@ -312,8 +316,9 @@ impl Bench {
     /// One kind of work, by everybody; `first` says who begins.
     fn round(&mut self, work: Work, first: usize) -> Result<Value> {
         let (mut service, mut pgbench, mut other) = (None, None, None);
-        for turn in first..first + 3 {
-            match turn % 3 {
+        let parts = if self.other.is_some() { 3 } else { 2 };
+        for turn in first..first + parts {
+            match turn % parts {
                 0 => service = Some(self.service(work, self.server.id(), self.address)?),
                 1 => pgbench = Some(self.pgbench(work)?),
                 _ => {

@@ -243,7 +243,7 @@ pub(crate) fn start_server(
     address: SocketAddr,
     directory: &Path,
 ) -> Result<(Process, f64)> {
-    let log_path = directory.join("server.log");
+    let log_path = directory.join(format!("server-{}.log", address.port()));
     let log = fs::File::create(&log_path)?;
     let begin = Instant::now();
     let mut command = Command::new(build);

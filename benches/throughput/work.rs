@@ -93,7 +93,7 @@ impl Work {
         }
     }
 
-    /// The same as a script for pgbench, around the service's own statement.
+    /// The same as a script for pgbench, around the service's own statement where that is for one.
     pub(crate) fn script(self, victims: u64, share: u64) -> Result<String> {
         let task = format!("\\set n {OFFSET} + random(0, {})\n", TASKS - 1);
         let owner = format!("\\set u {OFFSET} + :n % {USERS}\n");

@@ -28,6 +28,7 @@ async fn people(server: &Server) -> Vec<Person> {
         }
         people.push(Person { user, tasks });
     }
+    open_connections(server).await;
     people
 }
 
@@ -84,13 +85,17 @@ fn assert_answered(answer: &Response, expected: Option<&Value>) {
     }
 }
 
-/// Statements that the service has had answers to so far.
-async fn statements(server: &Server) -> u64 {
+async fn metric(server: &Server, name: &str) -> usize {
     let text = scrape(server).await;
-    let count = text
+    let value = text
         .lines()
-        .find_map(|line| line.strip_prefix("todo_api_db_query_seconds_count "));
-    count.unwrap().parse().unwrap()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap().parse().unwrap()
+}
+
+/// Statements that the service has had answers to so far.
+async fn statements(server: &Server) -> usize {
+    metric(server, "todo_api_db_query_seconds_count").await
 }
 
 /// Keeps everybody from reading tasks until `commit`.
@@ -102,15 +107,47 @@ async fn hold_tasks(server: &Server) -> Client {
     sql
 }
 
-/// Waits until as many statements wait for the tasks.
+/// Waits until as many reads, whoever asked for how many of them, wait for the tasks.
 async fn waiting(watch: &Client, statements: i64) {
     let question = "select count(*) from pg_stat_activity
-                    where datname = current_database() and wait_event_type = 'Lock'";
+                    where datname = current_database() and wait_event_type = 'Lock'
+                      and query like '%as asked%'";
     until("reads wait for the tasks", async || {
         let waiting: i64 = watch.query_one(question, &[]).await.unwrap().get(0);
         waiting >= statements
     })
     .await;
+}
+
+/// Makes the service open some connections: while the tasks are held it cannot prepare any.
+async fn open_connections(server: &Server) {
+    let user = server.user().await;
+    let task = user.create_task(server, "a").await;
+    let path = path_of(&user, &task);
+    let (sql, watch) = (server.sql().await, server.sql().await);
+    let row = format!(
+        "begin; select from tasks where id = {} for update",
+        task["id"]
+    );
+    sql.batch_execute(&row.replace('"', "'")).await.unwrap();
+    let change = || {
+        let request = server.patch(&*path).bearer(&user.access_token);
+        request.json(json!({"title": "b"})).send()
+    };
+    let release = async {
+        let question = "select count(*) from pg_stat_activity
+                        where datname = current_database() and wait_event_type = 'Lock'";
+        until("all connections are open", async || {
+            let waiting: i64 = watch.query_one(question, &[]).await.unwrap().get(0);
+            waiting >= 4
+        })
+        .await;
+        sql.batch_execute("commit").await.unwrap();
+    };
+    let (answers, ()) = tokio::join!(join_all((0..4).map(|_| change())), release);
+    for answer in answers {
+        answer.expect(200);
+    }
 }
 
 // SC-004
@@ -119,14 +156,16 @@ async fn reads_that_travel_together_each_bring_back_their_own() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
     let people = people(&server).await;
     let (requests, expected): (Vec<_>, Vec<_>) = questions(&server, &people).into_iter().unzip();
-    let asked = requests.len() as u64;
+    let asked = requests.len();
     assert!(asked > 60);
     let before = statements(&server).await;
     let (held, watch) = (hold_tasks(&server).await, server.sql().await);
     let release = async {
         waiting(&watch, 3).await;
-        // Others of them are still on their way.
-        sleep(Duration::from_millis(50)).await;
+        until("all of them have come", async || {
+            metric(&server, "todo_api_http_connections").await >= asked
+        })
+        .await;
         held.batch_execute("commit").await.unwrap();
     };
     let sent = join_all(requests.into_iter().map(Request::send));
@@ -194,6 +233,7 @@ async fn a_read_that_is_stuck_holds_up_no_other() {
     for user in [&ann, &bob] {
         paths.push(path_of(user, &user.create_task(&server, "a").await));
     }
+    open_connections(&server).await;
     let (held, watch) = (hold_tasks(&server).await, server.sql().await);
     let stuck = async {
         let ask = || async {
