@@ -5,7 +5,7 @@
 //! prepared statements, TCP) and 64 keep-alive HTTP connections have the database one after the
 //! other. What counts is the ratio of one round: the figures of a shared machine come and go, but
 //! for both alike. Where the service passes a parameter, pgbench's script has a constant: that is
-//! in its favour. It reads one task, or page, a statement, as one client does.
+//! in its favour. pgbench asks for one task or one page with each statement, as one client does.
 //!
 //! Then: reads while 16 clients sign in, memory, start-up, and what a user with a million tasks
 //! pays. The table goes to stdout, all figures to `target/throughput.json`.
@@ -88,11 +88,10 @@ impl Options {
     fn read() -> Result<Self> {
         let given = |flag: &str| env::args().any(|argument| argument == flag);
         let quick = given("--quick");
-        let last = env::args().next_back().unwrap_or_default();
-        if ["--only", "--against"].contains(&last.as_str()) {
+        let arguments: Vec<String> = env::args().collect();
+        if let Some(last @ ("--only" | "--against")) = arguments.last().map(String::as_str) {
             return Err(format!("{last} needs a value").into());
         }
-        let arguments: Vec<String> = env::args().collect();
         let values = |flag: &str| {
             let pairs = arguments.windows(2).filter(|pair| pair[0] == flag);
             pairs.map(|pair| pair[1].clone()).collect::<Vec<_>>()
@@ -122,9 +121,7 @@ impl Options {
                 .transpose()?,
         })
     }
-}
 
-impl Options {
     fn work(&self) -> Vec<Work> {
         match self.only.as_slice() {
             [] => Work::ALL.to_vec(),

@@ -148,11 +148,10 @@ pub(crate) async fn list(
             after,
             limit,
         };
-        let rows = db.gather(deadline, page).await?;
-        let mut page: Vec<Task> = rows.iter().map(task).collect();
-        // They are in order as PostgreSQL goes about it; what the statement promises is the askers'.
-        page.sort_unstable_by_key(|task| Reverse(task.id));
-        return Ok(page);
+        let mut rows = db.gather(deadline, page).await?;
+        // The statement promises the order of the askers, not that of each one's rows.
+        rows.sort_unstable_by_key(|row| Reverse(row.get::<_, Uuid>(0)));
+        rows
     };
     Ok(rows.iter().map(task).collect())
 }

@@ -109,8 +109,8 @@ fn words(bare: &str) -> Vec<String> {
 
 /// Whether every read, change or deletion of `table` in the statement stands in a query that says
 /// `user_id = $1`, and every insertion takes `user_id` from `$1`; where `$1` is several owners, each
-/// is held to its own. A query within parentheses is
-/// one of its own: the scope of its neighbour does not count for it.
+/// is held to its own. A query within parentheses is one of its own: the scope of its neighbour
+/// does not count for it.
 fn is_scoped(statement: &str, table: &str) -> bool {
     // Several owners at once, each with a row of `asked` to itself.
     let owners = match statement.contains("from unnest((select $1::uuid[]),")
