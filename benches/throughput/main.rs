@@ -89,14 +89,15 @@ impl Options {
         let given = |flag: &str| env::args().any(|argument| argument == flag);
         let quick = given("--quick");
         let arguments: Vec<String> = env::args().collect();
-        if let Some(last @ ("--only" | "--against")) = arguments.last().map(String::as_str) {
-            return Err(format!("{last} needs a value").into());
-        }
         let values = |flag: &str| {
             let pairs = arguments.windows(2).filter(|pair| pair[0] == flag);
-            pairs.map(|pair| pair[1].clone()).collect::<Vec<_>>()
+            let values = pairs.map(|pair| match pair[1].starts_with("--") {
+                true => Err(format!("{flag} needs a value")),
+                false => Ok(pair[1].clone()),
+            });
+            values.collect::<std::result::Result<Vec<_>, _>>()
         };
-        let only = values("--only").into_iter().map(|name| {
+        let only = values("--only")?.into_iter().map(|name| {
             let work = Work::ALL.into_iter().find(|work| work.name() == name);
             work.ok_or_else(|| format!("there is no work `{name}`"))
         });
@@ -114,8 +115,8 @@ impl Options {
             quick,
             growth: given("--growth"),
             only: only.collect::<std::result::Result<_, _>>()?,
-            against: values("--against").pop().map(PathBuf::from),
-            bare: values("--bare")
+            against: values("--against")?.pop().map(PathBuf::from),
+            bare: values("--bare")?
                 .pop()
                 .map(|address| address.parse())
                 .transpose()?,
