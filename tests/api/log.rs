@@ -44,7 +44,7 @@ fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
         .map(|(_, value)| value)
 }
 
-/// What an operator gives to fail2ban as `failregex` (the README prints it), for the journal
+/// What an operator gives to fail2ban as `failregex` (docs/operations.md prints it), for the journal
 /// (`host todo-api[pid]: …`) and for a file alike. Everything from the beginning of the line to the
 /// address is named and none of it can hold white space, so no field can pose as another.
 const FAIL_REGEX: &str = r"^\s*(?:\S+ todo-api\[\d+\]:\s+|\S*\s*WARN\s+)authentication failed reason=\S+ method=\S+ path=\S+ client=<HOST>(?:\s|$)";
@@ -691,10 +691,10 @@ async fn login_from(server: &Server, client: &str) {
 
 /// The filter that an operator copies is the one that was tried here.
 #[test]
-fn the_readme_prints_the_filter_that_was_tried() {
-    let readme = include_str!("../../README.md");
+fn the_documentation_prints_the_filter_that_was_tried() {
+    let documentation = include_str!("../../docs/operations.md");
     assert!(
-        readme.contains(&format!("failregex = {FAIL_REGEX}")),
-        "the README has no such line: failregex = {FAIL_REGEX}"
+        documentation.contains(&format!("failregex = {FAIL_REGEX}")),
+        "docs/operations.md has no such line: failregex = {FAIL_REGEX}"
     );
 }
