@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use serde::Serialize;
 
 use crate::db::{DbError, describe};
+use crate::labels::{AuthFailure, LoginFailure, TokenRejection};
 use crate::model::Refusal;
 
 /// What a kind of problem is, for its clients and for its page under `/problems/`.
@@ -210,8 +211,8 @@ pub(crate) enum Error {
     TooManyAttempts {
         /// Whole seconds, at least 1.
         retry_after: u64,
-        /// `throttled` (the account) or `rate_limited` (the address).
-        reason: &'static str,
+        /// Of the account or of the address.
+        reason: LoginFailure,
     },
     /// A bug; the text is for the log.
     Internal(String),
@@ -229,11 +230,11 @@ pub(crate) enum Refused {
     /// No bearer token.
     MissingToken,
     /// A bearer token that is no good: the reason.
-    AccessToken(&'static str),
+    AccessToken(TokenRejection),
     /// A refresh token that is no good: the reason.
-    RefreshToken(&'static str),
+    RefreshToken(TokenRejection),
     /// A wrong password or no such account: the reason.
-    Credentials(&'static str),
+    Credentials(LoginFailure),
 }
 
 impl Error {
@@ -301,18 +302,19 @@ impl Error {
         }
     }
 
-    /// For a failed authentication, the reason that its WARN line gives.
-    pub(crate) fn authentication_failure(&self) -> Option<&'static str> {
+    /// The reason of a failed authentication, for its WARN line and the metrics.
+    pub(crate) fn authentication_failure(&self) -> Option<AuthFailure> {
+        let token = |reason| Some(AuthFailure::Token(reason));
+        let login = |reason| Some(AuthFailure::Login(reason));
         match self {
-            Self::Unauthenticated(Refused::MissingToken) => Some("missing_token"),
-            Self::Unauthenticated(
-                Refused::AccessToken(reason)
-                | Refused::RefreshToken(reason)
-                | Refused::Credentials(reason),
-            )
-            | Self::TooManyAttempts { reason, .. } => Some(reason),
-            Self::Forbidden => Some("other_user"),
-            Self::WrongPassword => Some("wrong_password"),
+            Self::Unauthenticated(Refused::MissingToken) => token(TokenRejection::MissingToken),
+            Self::Unauthenticated(Refused::AccessToken(reason) | Refused::RefreshToken(reason)) => {
+                token(*reason)
+            }
+            Self::Forbidden => token(TokenRejection::NotOwner),
+            Self::Unauthenticated(Refused::Credentials(reason))
+            | Self::TooManyAttempts { reason, .. } => login(*reason),
+            Self::WrongPassword => login(LoginFailure::WrongPassword),
             _ => None,
         }
     }

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use crate::App;
 use crate::error::{Error, Refused};
+use crate::labels::TokenRejection;
 use crate::request::Call;
 
 /// Somebody with a good access token.
@@ -29,7 +30,7 @@ pub(crate) async fn signed_in(call: &Call<'_>) -> Result<SignedIn, Error> {
         .has_ended(database, call.deadline, claims.sid)
         .await?
     {
-        return Err(refused("ended_session"));
+        return Err(refused(TokenRejection::RevokedSession));
     }
     Ok(SignedIn {
         id: claims.user_id,

@@ -15,7 +15,7 @@
 //!
 //! `auth` knows tokens, passwords, ended sessions and the brakes on guessing; `model` the values
 //! that are valid because they exist; [`config`] every setting; `error` everything that can go
-//! wrong; [`metrics`] what is counted; [`logging`] how a line looks. `main` reads the arguments,
+//! wrong; [`metrics`] what is counted, `labels` the reasons that log and metrics name; [`logging`] how a line looks. `main` reads the arguments,
 //! [`command`] wires.
 //!
 //! Imports point one way: main → command → server → router → guard and handler → auth, request,
@@ -34,6 +34,7 @@ pub mod db;
 mod error;
 mod guard;
 mod handler;
+mod labels;
 pub mod logging;
 pub mod metrics;
 mod model;
@@ -60,6 +61,8 @@ use db::sweep::Sweeper;
 use db::users::NewSession;
 use db::{Database, Deadline};
 use error::Error;
+use handler::pages;
+use labels::RevocationCause;
 use logging::Complaints;
 use metrics::Metrics;
 
@@ -110,6 +113,8 @@ impl App {
         .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
         let passwords = Passwords::new(config.bcrypt_cost, metrics.clone())
             .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
+        pages::declare_responses(&metrics)
+            .map_err(|error| format!("the OpenAPI document is no JSON: {error}"))?;
         Ok(Arc::new(Self {
             tokens,
             passwords,
@@ -161,19 +166,16 @@ impl App {
     }
 
     /// Sessions that this instance has just ended: their access tokens are refused here at once.
-    fn ended(&self, cause: &str, sessions: &[Uuid]) {
+    fn ended(&self, cause: RevocationCause, sessions: &[Uuid]) {
         self.revocations.note(sessions);
-        self.metrics
-            .ended
-            .with_label_values(&[cause])
-            .inc_by(sessions.len() as u64);
+        self.metrics.count_revoked(cause, sessions.len());
     }
 
     /// A session that somebody signed out of, whether or not it was alive: no token of it is let in.
     fn signed_out(&self, session: Uuid, was_alive: bool) {
         self.revocations.note(&[session]);
         if was_alive {
-            self.metrics.ended.with_label_values(&["logout"]).inc();
+            self.metrics.count_revoked(RevocationCause::Logout, 1);
         }
     }
 

@@ -11,7 +11,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
-use crate::error::{Error, Refused};
+use crate::labels::{AuthFailure, LoginFailure, RevocationCause, TokenRejection};
 
 /// What the service counts.
 pub struct Metrics {
@@ -19,9 +19,9 @@ pub struct Metrics {
     /// Seconds since 1970 at the start.
     started: f64,
     /// Requests answered, by route pattern, method and status.
-    pub(crate) requests: IntCounterVec,
+    requests: IntCounterVec,
     /// Seconds from a request's head to its answer, by route pattern.
-    pub(crate) duration: HistogramVec,
+    duration: HistogramVec,
     /// Seconds waited for a connection to the database.
     pub(crate) db_wait: Histogram,
     /// Seconds until a statement was answered.
@@ -31,12 +31,12 @@ pub struct Metrics {
     hash_queue: IntGauge,
     /// Seconds that a hash took, waiting included.
     pub(crate) hash_time: Histogram,
-    /// Sign-ins by what came of them.
-    pub(crate) sign_ins: IntCounterVec,
-    /// Access and refresh tokens refused, by reason.
-    pub(crate) refused: IntCounterVec,
-    /// Sessions ended, by cause.
-    pub(crate) ended: IntCounterVec,
+    /// Logins by their outcome.
+    logins: IntCounterVec,
+    /// Access and refresh tokens rejected, by reason.
+    rejected: IntCounterVec,
+    /// Sessions revoked, by cause.
+    revoked: IntCounterVec,
     /// Sockets of clients.
     pub(crate) connections: IntGauge,
 }
@@ -45,6 +45,12 @@ pub struct Metrics {
 const SECONDS: &[f64] = &[
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
+
+/// The route of a path that the router does not know.
+pub(crate) const UNMATCHED_ROUTE: &str = "none";
+const LOGIN_SUCCESS: &str = "success";
+const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
+const OTHER_METHOD: &str = "other";
 
 impl Metrics {
     /// A registry with everything at zero.
@@ -59,11 +65,11 @@ impl Metrics {
                 .const_label("version", env!("CARGO_PKG_VERSION")),
         );
         let metrics = Self {
-            requests: counters(
-                "http_requests_total",
-                "Requests answered",
+            requests: IntCounterVec::new(
+                Opts::new("todo_api_http_requests_total", "Requests answered"),
                 &["route", "method", "status"],
-            ),
+            )
+            .expect("a well-formed name"),
             duration: HistogramVec::new(
                 histogram_opts(
                     "http_request_duration_seconds",
@@ -94,16 +100,23 @@ impl Metrics {
                 "hash_seconds",
                 "Seconds that a password hash took, waiting included",
             ),
-            sign_ins: counters("sign_ins_total", "Sign-ins by outcome", &["outcome"]),
-            refused: counters(
+            logins: counters(
+                "sign_ins_total",
+                "Sign-ins by outcome",
+                "outcome",
+                &[&[LOGIN_SUCCESS], LoginFailure::LABELS].concat(),
+            ),
+            rejected: counters(
                 "tokens_refused_total",
                 "Tokens refused by reason",
-                &["reason"],
+                "reason",
+                TokenRejection::LABELS,
             ),
-            ended: counters(
+            revoked: counters(
                 "sessions_ended_total",
                 "Sessions ended by cause",
-                &["cause"],
+                "cause",
+                RevocationCause::LABELS,
             ),
             connections: gauge("http_connections", "Open connections of clients"),
             registry,
@@ -111,6 +124,9 @@ impl Metrics {
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .map_or(0.0, |since| since.as_secs_f64()),
         };
+        for method in METHODS.into_iter().chain([OTHER_METHOD]) {
+            metrics.declare_response(UNMATCHED_ROUTE, method, "404");
+        }
         let build = build.expect("a well-formed name");
         build.set(1.0);
         let all: [Box<dyn prometheus::core::Collector>; 13] = [
@@ -123,9 +139,9 @@ impl Metrics {
             Box::new(metrics.db_connections.clone()),
             Box::new(metrics.hash_queue.clone()),
             Box::new(metrics.hash_time.clone()),
-            Box::new(metrics.sign_ins.clone()),
-            Box::new(metrics.refused.clone()),
-            Box::new(metrics.ended.clone()),
+            Box::new(metrics.logins.clone()),
+            Box::new(metrics.rejected.clone()),
+            Box::new(metrics.revoked.clone()),
             Box::new(metrics.connections.clone()),
         ];
         for collector in all {
@@ -144,13 +160,18 @@ impl Metrics {
         Arc::new(metrics)
     }
 
+    /// Creates the series of a documented response at zero.
+    pub(crate) fn declare_response(&self, route: &str, method: &str, status: &str) {
+        self.requests.with_label_values(&[route, method, status]);
+        self.duration.with_label_values(&[route]);
+    }
+
     /// Counts an answered request. A method of a client's own making has no label of its own.
     pub(crate) fn answered(&self, route: &str, method: &Method, status: &str, took: Duration) {
-        let known = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
-        let method = known
+        let method = METHODS
             .into_iter()
             .find(|known| *known == method.as_str())
-            .unwrap_or("other");
+            .unwrap_or(OTHER_METHOD);
         self.requests
             .with_label_values(&[route, method, status])
             .inc();
@@ -159,19 +180,25 @@ impl Metrics {
             .observe(took.as_secs_f64());
     }
 
-    /// Counts a token that was refused, or a sign-in that failed.
-    pub(crate) fn refused(&self, error: &Error) {
-        let Some(reason) = error.authentication_failure() else {
-            return;
+    /// Counts a login.
+    pub(crate) fn count_login(&self) {
+        self.logins.with_label_values(&[LOGIN_SUCCESS]).inc();
+    }
+
+    /// Counts a token that was rejected, or a login that failed.
+    pub(crate) fn count_auth_failure(&self, failure: AuthFailure) {
+        let counters = match failure {
+            AuthFailure::Token(_) => &self.rejected,
+            AuthFailure::Login(_) => &self.logins,
         };
-        match error {
-            Error::Unauthenticated(Refused::Credentials(_))
-            | Error::WrongPassword
-            | Error::TooManyAttempts { .. } => {
-                self.sign_ins.with_label_values(&[reason]).inc();
-            }
-            _ => self.refused.with_label_values(&[reason]).inc(),
-        }
+        counters.with_label_values(&[failure.label()]).inc();
+    }
+
+    /// Counts sessions that were revoked.
+    pub(crate) fn count_revoked(&self, cause: RevocationCause, sessions: usize) {
+        self.revoked
+            .with_label_values(&[cause.label()])
+            .inc_by(sessions as u64);
     }
 
     /// Counts somebody who waits for a connection, until it is dropped.
@@ -236,10 +263,16 @@ fn histogram(name: &str, help: &str) -> Histogram {
     Histogram::with_opts(histogram_opts(name, help)).expect("a well-formed name")
 }
 
+/// A counter with all values of its label at zero: a series that appears with its first event has
+/// no rate then, and what adds it to others has no value at all.
 #[allow(clippy::expect_used)]
-fn counters(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-    IntCounterVec::new(Opts::new(format!("todo_api_{name}"), help), labels)
-        .expect("a well-formed name")
+fn counters(name: &str, help: &str, label: &str, values: &[&str]) -> IntCounterVec {
+    let counters = IntCounterVec::new(Opts::new(format!("todo_api_{name}"), help), &[label])
+        .expect("a well-formed name");
+    for value in values {
+        counters.with_label_values(&[*value]);
+    }
+    counters
 }
 
 #[allow(clippy::expect_used)]

@@ -24,6 +24,7 @@ use uuid::Uuid;
 use crate::App;
 use crate::db::Deadline;
 use crate::error::{Error, Fault};
+use crate::labels::TokenRejection;
 use crate::model::{Email, Refusal, Task};
 
 /// The longest task fits many times over.
@@ -75,15 +76,15 @@ impl<'a> Call<'a> {
     }
 
     /// The bearer token. More than one Authorization header is none that could be trusted.
-    pub(crate) fn bearer_token(&self) -> Result<Option<&str>, &'static str> {
+    pub(crate) fn bearer_token(&self) -> Result<Option<&str>, TokenRejection> {
         let mut values = self.head.headers.get_all(AUTHORIZATION).iter();
         let Some(value) = values.next() else {
             return Ok(None);
         };
         if values.next().is_some() {
-            return Err("several_authorizations");
+            return Err(TokenRejection::MultipleAuthorizationHeaders);
         }
-        let text = value.to_str().map_err(|_| "malformed_token")?;
+        let text = value.to_str().map_err(|_| TokenRejection::Malformed)?;
         match text.split_once(' ') {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
                 Ok(Some(token.trim_matches(' ')))

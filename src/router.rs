@@ -20,14 +20,13 @@ use crate::error::Error;
 use crate::guard::{owner, signed_in};
 use crate::handler::{auth, pages, sessions, tasks};
 use crate::logging::{self, ACCESS, field};
+use crate::metrics::UNMATCHED_ROUTE;
 use crate::request::{Body, Call, REQUEST_ID, check_host, is_oversized};
 use crate::response::{self, Response};
 
 const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
 /// A request that takes longer is worth a line: the target is 95 % within it.
 const SLOW: Duration = Duration::from_secs(1);
-/// What stands in the metrics and the log for a path that no route has.
-const NO_ROUTE: &str = "none";
 
 /// The whole API. Each path ends in an arm for the methods that it does not take.
 async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
@@ -248,8 +247,9 @@ fn log_error(call: &Call<'_>, error: &Error) {
     );
     let request_id = call.id.to_str().unwrap_or_default();
     let place = format_args!("method={method} path={path} client={client} request_id={request_id}");
-    if let Some(reason) = error.authentication_failure() {
-        call.app.metrics.refused(error);
+    if let Some(failure) = error.authentication_failure() {
+        call.app.metrics.count_auth_failure(failure);
+        let reason = failure.label();
         match call.email.get() {
             Some(email) => warn!(
                 "authentication failed reason={reason} {place} email={}",
@@ -282,7 +282,7 @@ fn log_error(call: &Call<'_>, error: &Error) {
 fn account_for(call: &Call<'_>, response: &Response, took: Duration) {
     let head: &Parts = call.head;
     let status = response.status();
-    let route = call.route().unwrap_or(NO_ROUTE);
+    let route = call.route().unwrap_or(UNMATCHED_ROUTE);
     call.app
         .metrics
         .answered(route, &head.method, status.as_str(), took);

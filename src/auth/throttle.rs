@@ -17,6 +17,7 @@ use tokio::time::timeout_at;
 
 use crate::db::Deadline;
 use crate::error::Error;
+use crate::labels::LoginFailure;
 
 /// Attempts on one account that are checked at the same time on one instance. With ten failures
 /// to the block, two instances check no more than 10 + 4 + 5 of any number of guesses at once.
@@ -120,7 +121,7 @@ impl Addresses {
             .check_key(&key)
             .map_err(|until| Error::TooManyAttempts {
                 retry_after: until.wait_time_from(self.clock.now()).as_secs() + 1,
-                reason: "rate_limited",
+                reason: LoginFailure::RateLimited,
             })
     }
 

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::config::Secret;
 use crate::error::Error;
+use crate::labels::TokenRejection;
 use crate::model::{self, Email, User};
 
 /// A token of ours has some 400 bytes; no honest one comes near this.
@@ -131,36 +132,39 @@ impl Tokens {
     }
 
     /// What a good access token says, or the reason why it is none.
-    pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims, &'static str> {
+    pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims, TokenRejection> {
         check(self.access.verify(token)?)
     }
 
     /// The same, whether or not it has expired.
-    pub(crate) fn verify_expired_access(&self, token: &str) -> Result<AccessClaims, &'static str> {
+    pub(crate) fn verify_expired_access(
+        &self,
+        token: &str,
+    ) -> Result<AccessClaims, TokenRejection> {
         check(self.expired_access.verify(token)?)
     }
 
     /// What a refresh token says, or the reason why it is none. Whether it is still good, the
     /// database knows.
-    pub(crate) fn verify_refresh(&self, token: &str) -> Result<RefreshClaims, &'static str> {
+    pub(crate) fn verify_refresh(&self, token: &str) -> Result<RefreshClaims, TokenRejection> {
         let claims: RefreshClaims = self.refresh.verify(token)?;
         if claims.generation < 1 || claims.generation == i32::MAX {
-            Err("malformed_token")
+            Err(TokenRejection::Malformed)
         } else {
             Ok(claims)
         }
     }
 }
 
-fn check(claims: AccessClaims) -> Result<AccessClaims, &'static str> {
+fn check(claims: AccessClaims) -> Result<AccessClaims, TokenRejection> {
     if claims.sub != claims.user_id {
-        return Err("contradictory_claims");
+        return Err(TokenRejection::ClaimsMismatch);
     }
     if Email::parse(&claims.email).is_err() {
-        return Err("malformed_token");
+        return Err(TokenRejection::Malformed);
     }
     if claims.iat > now() + CLOCK_LEEWAY || claims.exp < claims.iat {
-        return Err("not_yet_valid");
+        return Err(TokenRejection::NotYetValid);
     }
     Ok(claims)
 }
@@ -184,18 +188,18 @@ impl KeyRing {
         encode(&self.header, claims, &self.signing).map_err(internal)
     }
 
-    fn verify<T: DeserializeOwned>(&self, token: &str) -> Result<T, &'static str> {
+    fn verify<T: DeserializeOwned>(&self, token: &str) -> Result<T, TokenRejection> {
         if token.len() > MAX_BYTES {
-            return Err("oversized_token");
+            return Err(TokenRejection::Oversized);
         }
-        let mut refusal = "malformed_token";
+        let mut refusal = TokenRejection::Malformed;
         for key in &self.verifying {
             match decode::<T>(token, key, &self.validation) {
                 Ok(data) if data.header == self.header => return Ok(data.claims),
-                Ok(_) => return Err("unexpected_header"),
+                Ok(_) => return Err(TokenRejection::UnexpectedHeader),
                 Err(error) => {
                     refusal = reason(error.kind());
-                    if refusal != "bad_signature" {
+                    if refusal != TokenRejection::BadSignature {
                         break;
                     }
                 }
@@ -205,14 +209,16 @@ impl KeyRing {
     }
 }
 
-fn reason(kind: &ErrorKind) -> &'static str {
+fn reason(kind: &ErrorKind) -> TokenRejection {
     match kind {
-        ErrorKind::ExpiredSignature => "expired_token",
-        ErrorKind::InvalidSignature => "bad_signature",
-        ErrorKind::ImmatureSignature => "not_yet_valid",
-        ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => "wrong_algorithm",
-        ErrorKind::MissingRequiredClaim(_) => "missing_claim",
-        _ => "malformed_token",
+        ErrorKind::ExpiredSignature => TokenRejection::Expired,
+        ErrorKind::InvalidSignature => TokenRejection::BadSignature,
+        ErrorKind::ImmatureSignature => TokenRejection::NotYetValid,
+        ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
+            TokenRejection::WrongAlgorithm
+        }
+        ErrorKind::MissingRequiredClaim(_) => TokenRejection::MissingClaim,
+        _ => TokenRejection::Malformed,
     }
 }
 

@@ -10,6 +10,7 @@ use crate::db::users::{self, NewSession};
 use crate::db::{Deadline, sessions};
 use crate::error::{Error, Refused};
 use crate::guard::SignedIn;
+use crate::labels::{LoginFailure, RevocationCause, TokenRejection};
 use crate::model::{Email, User};
 use crate::request::{Body, Call, Members};
 use crate::response::{self, Response};
@@ -77,18 +78,14 @@ pub(crate) async fn login(call: &Call<'_>, body: Body<'_>) -> Result<Response, E
         // No account can have it, but the answer takes as long.
         call.app.passwords.verify(password, None).await?;
         return Err(Error::Unauthenticated(Refused::Credentials(
-            "no_email_address",
+            LoginFailure::InvalidEmail,
         )));
     };
     call.email.get_or_init(|| email.clone());
     let user_agent = call.user_agent();
     let session = call.app.new_session(user_agent.as_deref());
     let user = sign_in(call, &email, password, &session).await?;
-    call.app
-        .metrics
-        .sign_ins
-        .with_label_values(&["success"])
-        .inc();
+    call.app.metrics.count_login();
     tokens(call, StatusCode::OK, &user, session.id, 1, session.idle)
 }
 
@@ -110,9 +107,9 @@ async fn sign_in(
         let hash = attempt.account.as_ref().map(|(_, hash)| hash.as_str());
         let verdict = call.app.passwords.verify(password.clone(), hash).await?;
         let reason = if hash.is_some() {
-            "wrong_password"
+            LoginFailure::WrongPassword
         } else {
-            "unknown_account"
+            LoginFailure::UnknownAccount
         };
         let Some((id, hash)) = attempt.account.filter(|_| verdict.right) else {
             users::count_failure(database, Deadline::start(), email.as_str()).await?;
@@ -126,7 +123,7 @@ async fn sign_in(
         }
     }
     Err(Error::Unauthenticated(Refused::Credentials(
-        "password_changed_meanwhile",
+        LoginFailure::PasswordChangedConcurrently,
     )))
 }
 
@@ -151,10 +148,11 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
         // Either its session is over, or it was used before: then somebody else has it, too.
         if !sessions::end_reused(database, Deadline::start(), claims.sid, claims.generation).await?
         {
-            return Err(refused("ended_session"));
+            return Err(refused(TokenRejection::RevokedSession));
         }
-        call.app.ended("reuse", &[claims.sid]);
-        return Err(refused("reused_refresh_token"));
+        call.app
+            .ended(RevocationCause::ReusedRefreshToken, &[claims.sid]);
+        return Err(refused(TokenRejection::ReusedRefreshToken));
     };
     tokens(
         call,
@@ -213,7 +211,7 @@ pub(crate) async fn delete_me(
         let (_, hash) = confirm(call, &user, password.clone()).await?;
         let ended = users::delete(&call.app.database, Deadline::start(), user.id, &hash).await?;
         if let Some(ended) = ended {
-            call.app.ended("account_deleted", &ended);
+            call.app.ended(RevocationCause::AccountDeleted, &ended);
             info!("account deleted user_id={}", user.id);
             return Ok(response::no_content());
         }
@@ -247,7 +245,7 @@ pub(crate) async fn change_password(
             user.session,
         );
         if let Some(ended) = ended.await? {
-            call.app.ended("password_changed", &ended);
+            call.app.ended(RevocationCause::PasswordChanged, &ended);
             return Ok(response::no_content());
         }
     }
@@ -291,14 +289,14 @@ async fn confirm(
 }
 
 fn no_such_user() -> Error {
-    Error::Unauthenticated(Refused::AccessToken("no_such_user"))
+    Error::Unauthenticated(Refused::AccessToken(TokenRejection::NoSuchUser))
 }
 
 fn refuse_while_blocked(wait: f64) -> Result<(), Error> {
     if wait > 0.0 {
         return Err(Error::TooManyAttempts {
             retry_after: wait.ceil() as u64,
-            reason: "throttled",
+            reason: LoginFailure::Throttled,
         });
     }
     Ok(())

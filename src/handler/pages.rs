@@ -8,9 +8,11 @@ use hyper::StatusCode;
 use hyper::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, HeaderName, HeaderValue, REFERRER_POLICY,
 };
+use serde_json::Value;
 use swagger_ui_redist::SwaggerUi;
 
 use crate::error::{Error, problem as kind};
+use crate::metrics::Metrics;
 use crate::request::Call;
 use crate::response::{self, Response};
 
@@ -45,6 +47,20 @@ pub(crate) async fn readyz(call: &Call<'_>) -> Result<Response, Error> {
 /// `GET /openapi.json`
 pub(crate) fn openapi() -> Response {
     response::bytes(StatusCode::OK, "application/json", OPENAPI)
+}
+
+/// Creates the metrics of every documented response at zero.
+pub(crate) fn declare_responses(metrics: &Metrics) -> Result<(), serde_json::Error> {
+    let document: Value = serde_json::from_str(OPENAPI)?;
+    let members = |value: &Value| value.as_object().cloned().into_iter().flatten();
+    for (route, item) in members(&document["paths"]) {
+        for (method, operation) in members(&item) {
+            for (status, _) in members(&operation["responses"]) {
+                metrics.declare_response(&route, &method.to_uppercase(), &status);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `GET /docs`

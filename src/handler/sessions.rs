@@ -5,6 +5,7 @@ use hyper::StatusCode;
 use crate::db::sessions;
 use crate::error::Error;
 use crate::guard::SignedIn;
+use crate::labels::RevocationCause;
 use crate::model::id;
 use crate::request::Call;
 use crate::response::{self, Response};
@@ -21,7 +22,7 @@ pub(crate) async fn end(call: &Call<'_>, user: SignedIn, session: &str) -> Resul
     if !sessions::end(&call.app.database, call.deadline, user.id, session).await? {
         return Err(Error::SessionNotFound);
     }
-    call.app.ended("ended", &[session]);
+    call.app.ended(RevocationCause::EndedByUser, &[session]);
     Ok(response::no_content())
 }
 
@@ -29,6 +30,6 @@ pub(crate) async fn end(call: &Call<'_>, user: SignedIn, session: &str) -> Resul
 pub(crate) async fn end_others(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
     let ended =
         sessions::end_others(&call.app.database, call.deadline, user.id, user.session).await?;
-    call.app.ended("ended", &ended);
+    call.app.ended(RevocationCause::EndedByUser, &ended);
     Ok(response::no_content())
 }

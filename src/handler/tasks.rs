@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::db::tasks::{self, Created, Filter, Guarded};
 use crate::error::{Error, Fault, Refused};
 use crate::guard::SignedIn;
+use crate::labels::TokenRejection;
 use crate::model::{Completion, Description, NewTask, Task, TaskChange, Title, id};
 use crate::request::{Body, Call, Members};
 use crate::response::{self, Response};
@@ -83,7 +84,9 @@ pub(crate) async fn create(
             ))
         }
         Created::KeyReused => Err(Error::IdempotencyKeyReused),
-        Created::NoSuchUser => Err(Error::Unauthenticated(Refused::AccessToken("no_such_user"))),
+        Created::NoSuchUser => Err(Error::Unauthenticated(Refused::AccessToken(
+            TokenRejection::NoSuchUser,
+        ))),
     }
 }
 

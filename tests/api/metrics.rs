@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -35,9 +35,50 @@ fn values<'a>(text: &'a str, label: &str) -> BTreeSet<&'a str> {
     values.filter_map(|rest| rest.split('"').next()).collect()
 }
 
+/// The series whose line begins with `name`, each with its count.
+fn series<'a>(text: &'a str, name: &str) -> Vec<(&'a str, u64)> {
+    let lines = text.lines().filter(|line| line.starts_with(name));
+    lines
+        .filter_map(|line| line.rsplit_once(' '))
+        .map(|(series, value)| (series, value.parse().expect("a count")))
+        .collect()
+}
+
 #[tokio::test]
-async fn whatever_a_client_sends_the_labels_stay_the_same_few() {
+async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_adds_one() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
+    let text = scrape(&server).await;
+    let known = ["route", "method", "status", "outcome", "reason", "cause"]
+        .map(|label| (label, values(&text, label)));
+    for (name, some) in [
+        (
+            "todo_api_sign_ins_total{outcome=",
+            ["success", "rate_limited"],
+        ),
+        (
+            "todo_api_tokens_refused_total{reason=",
+            ["missing_token", "other_user"],
+        ),
+        (
+            "todo_api_sessions_ended_total{cause=",
+            ["logout", "account_deleted"],
+        ),
+    ] {
+        let series = series(&text, name);
+        assert!(series.iter().all(|(_, count)| *count == 0), "{series:?}");
+        for value in some {
+            assert!(
+                series.iter().any(|(series, _)| series.contains(value)),
+                "{value}"
+            );
+        }
+    }
+    let document: Value =
+        serde_json::from_str(include_str!("../../src/openapi.json")).expect("JSON");
+    let documented = document["paths"].as_object().expect("paths").keys();
+    let routes: BTreeSet<&str> = documented.map(String::as_str).chain(["none"]).collect();
+    assert_eq!(known[0].1, routes);
+
     let ann = server.user().await;
     ann.create_task(&server, "a").await;
     server
@@ -58,27 +99,22 @@ async fn whatever_a_client_sends_the_labels_stay_the_same_few() {
         assert!(server.raw(head).await.starts_with("HTTP/1.1 405"));
     }
     let text = scrape(&server).await;
-    assert_eq!(
-        values(&text, "route"),
-        BTreeSet::from([
-            "/api/v1/auth/login",
-            "/api/v1/auth/register",
-            "/api/v1/{user_id}/tasks",
-            "/api/v1/{user_id}/tasks/{id}",
-            "/healthz",
-            "/readyz",
-            "none",
-        ])
-    );
-    assert_eq!(
-        values(&text, "method"),
-        BTreeSet::from(["GET", "POST", "other"])
-    );
-    assert_eq!(values(&text, "reason"), BTreeSet::from(["malformed_token"]));
-    assert_eq!(
-        values(&text, "outcome"),
-        BTreeSet::from(["success", "wrong_password"])
-    );
+    for (label, known) in known {
+        assert_eq!(values(&text, label), known);
+    }
+    for (name, expected) in [
+        ("todo_api_sign_ins_total{outcome=\"success\"", 1),
+        ("todo_api_sign_ins_total{outcome=\"wrong_password\"", 1),
+        (
+            "todo_api_tokens_refused_total{reason=\"malformed_token\"",
+            20,
+        ),
+    ] {
+        assert!(
+            matches!(*series(&text, name), [(_, count)] if count == expected),
+            "{name}"
+        );
+    }
     for name in [
         "todo_api_http_request_duration_seconds_bucket{route=\"/healthz\",le=\"1\"}",
         "todo_api_db_wait_seconds_count",

@@ -1,0 +1,75 @@
+//! The reasons that log lines name and that metrics have as label values: closed sets, so that
+//! every series exists from the start.
+
+/// An enum with one text per variant.
+macro_rules! labels {
+    ($($(#[$doc:meta])* $name:ident { $($variant:ident = $label:literal,)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum $name { $($variant),* }
+
+        impl $name {
+            pub(crate) const LABELS: &[&str] = &[$($label),*];
+
+            pub(crate) fn label(self) -> &'static str {
+                Self::LABELS[self as usize]
+            }
+        }
+    )*};
+}
+
+labels! {
+    /// Why an access token or a refresh token was rejected.
+    TokenRejection {
+        MissingToken = "missing_token",
+        MultipleAuthorizationHeaders = "several_authorizations",
+        Oversized = "oversized_token",
+        Malformed = "malformed_token",
+        UnexpectedHeader = "unexpected_header",
+        WrongAlgorithm = "wrong_algorithm",
+        BadSignature = "bad_signature",
+        MissingClaim = "missing_claim",
+        ClaimsMismatch = "contradictory_claims",
+        NotYetValid = "not_yet_valid",
+        Expired = "expired_token",
+        RevokedSession = "ended_session",
+        ReusedRefreshToken = "reused_refresh_token",
+        NoSuchUser = "no_such_user",
+        NotOwner = "other_user",
+    }
+
+    /// Why a login, or a password that confirms a change, was refused.
+    LoginFailure {
+        WrongPassword = "wrong_password",
+        UnknownAccount = "unknown_account",
+        InvalidEmail = "no_email_address",
+        PasswordChangedConcurrently = "password_changed_meanwhile",
+        Throttled = "throttled",
+        RateLimited = "rate_limited",
+    }
+
+    /// Why a session was revoked.
+    RevocationCause {
+        Logout = "logout",
+        EndedByUser = "ended",
+        ReusedRefreshToken = "reuse",
+        PasswordChanged = "password_changed",
+        AccountDeleted = "account_deleted",
+    }
+}
+
+/// Why an authentication failed.
+#[derive(Clone, Copy)]
+pub(crate) enum AuthFailure {
+    Token(TokenRejection),
+    Login(LoginFailure),
+}
+
+impl AuthFailure {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Token(reason) => reason.label(),
+            Self::Login(reason) => reason.label(),
+        }
+    }
+}
