@@ -23,7 +23,7 @@ use crate::App;
 use crate::auth::password;
 use crate::config::{Config, Secret, Store};
 use crate::db::users;
-use crate::db::{Database, Deadline, Found, Pooler, Target, local};
+use crate::db::{Database, Deadline, Found, Pooler, REQUEST_TIMEOUT, Target, local};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::model::Email;
@@ -343,15 +343,22 @@ async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
 
 async fn replace_password(database: &Database, email: &Email, cost: u32) -> Result<usize, Failure> {
     let unreachable = |error| format!("the database did not take it: {error:?}");
-    let attempt = users::for_sign_in(database, Deadline::start(), email)
+    let attempt = users::for_sign_in(database, Deadline::after(REQUEST_TIMEOUT), email)
         .await
         .map_err(unreachable)?;
     let (id, hash) = attempt
         .account
         .ok_or("there is no account with this address")?;
     let new = password::hash_checked(&ask_password()?, email.as_str(), cost)?;
-    let ended =
-        users::change_password(database, Deadline::start(), id, &hash, &new, Uuid::nil()).await;
+    let ended = users::change_password(
+        database,
+        Deadline::after(REQUEST_TIMEOUT),
+        id,
+        &hash,
+        &new,
+        Uuid::nil(),
+    )
+    .await;
     let ended = ended
         .map_err(unreachable)?
         .ok_or("the password was changed meanwhile; nothing was done")?;

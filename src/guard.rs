@@ -4,6 +4,7 @@
 use uuid::Uuid;
 
 use crate::App;
+use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
 use crate::error::{Error, Refused};
 use crate::labels::TokenRejection;
 use crate::request::Call;
@@ -21,13 +22,15 @@ pub(crate) async fn signed_in(call: &Call<'_>) -> Result<SignedIn, Error> {
     let token = call.bearer_token().map_err(refused)?;
     let token = token.ok_or(Error::Unauthenticated(Refused::MissingToken))?;
     let claims = call.app.tokens.verify_access(token).map_err(refused)?;
+    // Not the request's: the body is yet to be read.
+    let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
     let App {
         revocations,
         database,
         ..
     } = call.app;
     if revocations
-        .has_ended(database, call.deadline, claims.sid)
+        .has_ended(database, deadline, claims.sid)
         .await?
     {
         return Err(refused(TokenRejection::RevokedSession));

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::net::IpAddr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -18,11 +18,11 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::App;
-use crate::db::Deadline;
+use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
 use crate::error::{Error, Fault};
 use crate::labels::TokenRejection;
 use crate::model::{Email, Refusal, Task};
@@ -43,8 +43,8 @@ pub(crate) struct Call<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) client: IpAddr,
     pub(crate) id: HeaderValue,
-    /// The bound of all that it may want of the database.
-    pub(crate) deadline: Deadline,
+    /// When the request was complete; `None` until its body is read or its deadline is asked for.
+    complete_at: Mutex<Option<Instant>>,
     /// The address that somebody tries to sign in with, for the log.
     pub(crate) email: OnceLock<Email>,
     route: OnceLock<&'static str>,
@@ -58,10 +58,31 @@ impl<'a> Call<'a> {
             head,
             client: client_address(&head.headers, peer, &app.config.trusted_proxies),
             id: request_id(&head.headers),
-            deadline: Deadline::start(),
+            complete_at: Mutex::default(),
             email: OnceLock::new(),
             route: OnceLock::new(),
         }
+    }
+
+    /// The one deadline for all database work of this request. It counts from the end of the body,
+    /// however long that took to arrive; without a body, from the first use.
+    pub(crate) fn deadline(&self) -> Deadline {
+        self.deadline_within(REQUEST_TIMEOUT)
+    }
+
+    /// The same for a request that hashes passwords: hashing and its queues are included.
+    pub(crate) fn password_deadline(&self) -> Deadline {
+        self.deadline_within(PASSWORD_REQUEST_TIMEOUT)
+    }
+
+    fn deadline_within(&self, timeout: Duration) -> Deadline {
+        let mut complete_at = self.complete_at();
+        Deadline::from(*complete_at.get_or_insert_with(Instant::now) + timeout)
+    }
+
+    fn complete_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        let complete_at = self.complete_at.lock();
+        complete_at.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes the pattern of the route that it takes; the method comes back for the match.
@@ -271,7 +292,7 @@ fn decode(text: &str) -> Option<Cow<'_, str>> {
 
 /// The body of a request, not read yet.
 pub(crate) struct Body<'a> {
-    pub(crate) head: &'a Parts,
+    pub(crate) call: &'a Call<'a>,
     pub(crate) incoming: Incoming,
 }
 
@@ -290,7 +311,7 @@ impl Body<'_> {
             return Ok(None);
         }
         self.check_type()?;
-        if is_oversized(self.head) {
+        if is_oversized(self.call.head) {
             return Err(Error::BodyTooLarge);
         }
         let bytes = match timeout(
@@ -308,6 +329,7 @@ impl Body<'_> {
             }
             Err(_) => return Err(Error::RequestTimeout),
         };
+        *self.call.complete_at() = Some(Instant::now());
         if bytes.is_empty() {
             return Ok(None);
         }
@@ -324,7 +346,7 @@ impl Body<'_> {
     }
 
     fn check_type(&self) -> Result<(), Error> {
-        let headers = &self.head.headers;
+        let headers = &self.call.head.headers;
         let coded = headers
             .get(CONTENT_ENCODING)
             .is_some_and(|coding| coding != "identity");
@@ -332,7 +354,7 @@ impl Body<'_> {
             let value = value.to_str().unwrap_or_default();
             let essence = value.split(';').next().unwrap_or_default().trim();
             essence.eq_ignore_ascii_case("application/json")
-                || (self.head.method == Method::PATCH
+                || (self.call.head.method == Method::PATCH
                     && essence.eq_ignore_ascii_case("application/merge-patch+json"))
         });
         if coded || !json {

@@ -178,7 +178,7 @@ pub(crate) async fn respond(
     let (head, incoming) = request.into_parts();
     let call = Call::new(app, &head, peer);
     let body = Body {
-        head: &head,
+        call: &call,
         incoming,
     };
     let result = match fault {

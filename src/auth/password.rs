@@ -4,12 +4,13 @@
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use log::error;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
+use crate::db::Deadline;
 use crate::error::{Error, Fault};
 use crate::logging::caught;
 use crate::metrics::Metrics;
@@ -19,10 +20,8 @@ use crate::model::Email;
 const MIN_CHARACTERS: usize = 8;
 /// bcrypt reads no more; a longer one is refused rather than cut.
 const MAX_BYTES: usize = 72;
-/// Waiting for a thread and for its work.
-const BOUND: Duration = Duration::from_secs(10);
 /// What waits for a thread at most, by the number of threads, at a cost of 12: at a quarter of a
-/// second each the last of them is served within the bound. Each step of the cost doubles that.
+/// second each the last of them is served within 8 s. Each step of the cost doubles that.
 const QUEUE_PER_THREAD: usize = 32;
 
 /// The rules that need no thought: length and NUL.
@@ -115,9 +114,10 @@ impl Passwords {
         password: String,
         email: &Email,
         pointer: &'static str,
+        deadline: Deadline,
     ) -> Result<String, Error> {
         let (cost, email) = (self.cost, email.clone());
-        self.run(move || {
+        self.run(deadline, move || {
             check_strength(&password, email.as_str()).map_err(|(code, detail)| {
                 Error::Validation(vec![Fault::at(pointer, code, detail)])
             })?;
@@ -132,6 +132,7 @@ impl Passwords {
         &self,
         password: String,
         hash: Option<&str>,
+        deadline: Deadline,
     ) -> Result<Verdict, Error> {
         let known = hash.is_some() && is_possible(&password);
         let hash = hash
@@ -143,7 +144,7 @@ impl Passwords {
             "impossible".into()
         };
         let cost = self.cost;
-        self.run(move || {
+        self.run(deadline, move || {
             let right = bcrypt_verify(&password, &hash)? && known;
             let made_at = cost_of(&hash).unwrap_or(cost);
             if !right {
@@ -166,6 +167,7 @@ impl Passwords {
     /// Runs something slow on one of the threads; refuses it at once where too much waits.
     async fn run<T: Send + 'static>(
         &self,
+        deadline: Deadline,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
         let started = Instant::now();
@@ -184,7 +186,7 @@ impl Passwords {
         {
             return Err(Error::Overloaded);
         }
-        let result = match timeout(BOUND, receiver).await {
+        let result = match timeout_at(deadline.at(), receiver).await {
             Ok(Ok(result)) => Ok(result),
             Ok(Err(_)) => Err(Error::Internal("a hashing thread dropped its work".into())),
             Err(_) => Err(Error::Overloaded),

@@ -5,6 +5,7 @@
 //! (`gather`). Every statement has a connection to itself until it is answered: what shared one with
 //! a write would wait for its fsync, and what travels together gains nothing by sharing.
 
+mod deadline;
 mod gather;
 pub mod local;
 mod migrations;
@@ -32,14 +33,14 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
 use crate::metrics::Metrics;
+pub use deadline::Deadline;
+pub(crate) use deadline::{AUTHENTICATION_TIMEOUT, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
 use pool::{Link, Pool, Pooled};
 pub use reach::{Found, Pooler, Refusal, Target};
 use statements::Sql;
 
 type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
-/// All that one request may want of the database.
-const REQUEST_BOUND: Duration = Duration::from_secs(5);
 /// The part of it that getting a connection may take, connecting and preparing included.
 const CONNECTION_BOUND: Duration = Duration::from_secs(2);
 /// A query that takes this long makes us ask whether the database is there at all.
@@ -51,27 +52,6 @@ const STANDING: Duration = Duration::from_millis(500);
 const STANDING_WAIT: Duration = Duration::from_millis(50);
 /// Searches at a time, so that nobody's searches take the pool.
 const SEARCHES: usize = 5;
-
-/// The moment by which a request has its answer from the database, or none.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Deadline(Instant);
-
-impl Deadline {
-    /// The bound of a request, from now on.
-    pub(crate) fn start() -> Self {
-        Self(Instant::now() + REQUEST_BOUND)
-    }
-
-    /// The bound of waiting for a turn at an account whose passwords are being checked.
-    pub(crate) fn for_passwords() -> Self {
-        Self(Instant::now() + 2 * REQUEST_BOUND)
-    }
-
-    /// The moment itself.
-    pub(crate) fn at(self) -> Instant {
-        self.0
-    }
-}
 
 /// Why there is no answer from the database.
 #[derive(Clone, Debug)]
@@ -203,7 +183,9 @@ impl Database {
                     self.answered();
                     // The first request finds a connection; if this one fails it makes its own.
                     let database = self.clone();
-                    tokio::spawn(async move { database.ask(Deadline::start()).await.ok() });
+                    tokio::spawn(async move {
+                        database.ask(Deadline::after(REQUEST_TIMEOUT)).await.ok()
+                    });
                     return Ok(found);
                 }
                 Err(reach::Trouble::Refused(refusal)) => return Err(refusal),
@@ -233,9 +215,7 @@ impl Database {
         if since < 5000 {
             return true;
         }
-        self.ask(Deadline(Instant::now() + CONNECTION_BOUND))
-            .await
-            .is_ok()
+        self.ask(Deadline::after(CONNECTION_BOUND)).await.is_ok()
     }
 
     /// One round trip over a connection of the pool.
@@ -542,7 +522,7 @@ impl Database {
         warn!("database lost: {reason}");
         self.0.state.send_replace(State::Away);
         self.0.pool.retire_all();
-        while !matches!(timeout(REQUEST_BOUND, self.probe()).await, Ok(Ok(()))) {
+        while !matches!(timeout(REQUEST_TIMEOUT, self.probe()).await, Ok(Ok(()))) {
             sleep(Duration::from_millis(250)).await;
         }
         self.answered();
@@ -608,6 +588,9 @@ impl Held {
         let Some((_, pooled)) = &self.connection else {
             return Err(DbError::Unavailable("the connection is gone".into()));
         };
+        if deadline.has_passed() {
+            return Err(DbError::Unavailable("the deadline has passed".into()));
+        }
         let link = pooled.link();
         let was_unfinished = std::mem::replace(&mut self.unfinished, true);
         let result = self
@@ -651,7 +634,7 @@ impl Drop for Held {
         tokio::spawn(async move {
             let link = pooled.link();
             if !matches!(
-                timeout(REQUEST_BOUND, end_of_work(link.client())).await,
+                timeout(REQUEST_TIMEOUT, end_of_work(link.client())).await,
                 Ok(Ok(()))
             ) {
                 target.cancel(link.client());

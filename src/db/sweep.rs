@@ -9,7 +9,7 @@ use log::{debug, warn};
 use tokio::time::{Instant, sleep};
 
 use super::statements::Sql;
-use super::{Database, DbError, Deadline};
+use super::{Database, DbError, Deadline, REQUEST_TIMEOUT};
 
 const INTERVAL: Duration = Duration::from_secs(600);
 /// As the statements under `sql/` have it.
@@ -55,7 +55,9 @@ async fn sweep_all(db: &Database) -> Result<(), DbError> {
     ];
     for sql in everything {
         loop {
-            let gone = db.execute(Deadline::start(), sql, &[]).await?;
+            let gone = db
+                .execute(Deadline::after(REQUEST_TIMEOUT), sql, &[])
+                .await?;
             if gone > 0 {
                 debug!("swept {gone} rows: {sql:?}");
             }

@@ -6,8 +6,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::auth::password::check_length;
+use crate::db::sessions;
 use crate::db::users::{self, NewSession};
-use crate::db::{Deadline, sessions};
 use crate::error::{Error, Refused};
 use crate::guard::SignedIn;
 use crate::labels::{LoginFailure, RevocationCause, TokenRejection};
@@ -41,21 +41,15 @@ pub(crate) async fn register(call: &Call<'_>, body: Body<'_>) -> Result<Response
     let email = members.parse("/email", email, Email::parse);
     let password = new_password(&mut members, "/password");
     let (email, password) = members.end_with(email.zip(password))?;
+    let deadline = call.password_deadline();
     let hash = call
         .app
         .passwords
-        .hash(password, &email, "/password")
+        .hash(password, &email, "/password", deadline)
         .await?;
     let user_agent = call.user_agent();
     let session = call.app.new_session(user_agent.as_deref());
-    let user = users::register(
-        &call.app.database,
-        Deadline::start(),
-        &email,
-        &hash,
-        &session,
-    )
-    .await?;
+    let user = users::register(&call.app.database, deadline, &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
     let response = tokens(
         call,
@@ -76,7 +70,8 @@ pub(crate) async fn login(call: &Call<'_>, body: Body<'_>) -> Result<Response, E
     let (email, password) = members.end_with(credentials)?;
     let Ok(email) = Email::parse(&email) else {
         // No account can have it, but the answer takes as long.
-        call.app.passwords.verify(password, None).await?;
+        let deadline = call.password_deadline();
+        call.app.passwords.verify(password, None, deadline).await?;
         return Err(Error::Unauthenticated(Refused::Credentials(
             LoginFailure::InvalidEmail,
         )));
@@ -96,29 +91,32 @@ async fn sign_in(
     session: &NewSession<'_>,
 ) -> Result<User, Error> {
     let database = &call.app.database;
+    let deadline = call.password_deadline();
     let _turn = call
         .app
         .accounts
-        .wait(email.as_str().to_owned(), Deadline::for_passwords())
+        .wait(email.as_str().to_owned(), deadline)
         .await?;
     for _ in 0..CHECKS {
-        let attempt = users::for_sign_in(database, Deadline::start(), email).await?;
+        let attempt = users::for_sign_in(database, deadline, email).await?;
         refuse_while_blocked(attempt.wait)?;
         let hash = attempt.account.as_ref().map(|(_, hash)| hash.as_str());
-        let verdict = call.app.passwords.verify(password.clone(), hash).await?;
+        let verdict = call
+            .app
+            .passwords
+            .verify(password.clone(), hash, deadline)
+            .await?;
         let reason = if hash.is_some() {
             LoginFailure::WrongPassword
         } else {
             LoginFailure::UnknownAccount
         };
         let Some((id, hash)) = attempt.account.filter(|_| verdict.right) else {
-            users::count_failure(database, Deadline::start(), email.as_str()).await?;
+            users::count_failure(database, deadline, email.as_str()).await?;
             return Err(Error::Unauthenticated(Refused::Credentials(reason)));
         };
         let keep = verdict.renewed.as_deref().unwrap_or(&hash);
-        if let Some(user) =
-            sessions::sign_in(database, Deadline::start(), id, &hash, keep, session).await?
-        {
+        if let Some(user) = sessions::sign_in(database, deadline, id, &hash, keep, session).await? {
             return Ok(user);
         }
     }
@@ -138,7 +136,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
     let (database, lifetimes) = (&call.app.database, call.app.config.lifetimes);
     let used = sessions::refresh(
         database,
-        Deadline::start(),
+        call.deadline(),
         claims.sid,
         claims.generation,
         lifetimes,
@@ -146,8 +144,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
     .await?;
     let Some((user, expires_in)) = used else {
         // Either its session is over, or it was used before: then somebody else has it, too.
-        if !sessions::end_reused(database, Deadline::start(), claims.sid, claims.generation).await?
-        {
+        if !sessions::end_reused(database, call.deadline(), claims.sid, claims.generation).await? {
             return Err(refused(TokenRejection::RevokedSession));
         }
         call.app
@@ -174,7 +171,7 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
             .tokens
             .verify_expired_access(token)
             .map_err(refused)?;
-        let ended = sessions::end(database, call.deadline, claims.user_id, claims.sid).await?;
+        let ended = sessions::end(database, call.deadline(), claims.user_id, claims.sid).await?;
         call.app.signed_out(claims.sid, ended);
         return Ok(response::no_content());
     }
@@ -186,7 +183,7 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
     let token = members.end_with(token)?;
     // RFC 7009 section 2.2: a token that is none is as good as revoked.
     if let Ok(claims) = call.app.tokens.verify_refresh(&token) {
-        let ended = sessions::end_by_refresh_token(database, Deadline::start(), claims.sid).await?;
+        let ended = sessions::end_by_refresh_token(database, call.deadline(), claims.sid).await?;
         call.app.signed_out(claims.sid, ended);
     }
     Ok(response::no_content())
@@ -194,7 +191,7 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
 
 /// `GET /api/v1/auth/me`
 pub(crate) async fn me(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
-    let user = users::get(&call.app.database, call.deadline, user.id).await?;
+    let user = users::get(&call.app.database, call.deadline(), user.id).await?;
     response::json(StatusCode::OK, &user.ok_or_else(no_such_user)?)
 }
 
@@ -209,7 +206,8 @@ pub(crate) async fn delete_me(
     let password = members.end_with(password)?;
     for _ in 0..CHECKS {
         let (_, hash) = confirm(call, &user, password.clone()).await?;
-        let ended = users::delete(&call.app.database, Deadline::start(), user.id, &hash).await?;
+        let ended =
+            users::delete(&call.app.database, call.password_deadline(), user.id, &hash).await?;
         if let Some(ended) = ended {
             call.app.ended(RevocationCause::AccountDeleted, &ended);
             info!("account deleted user_id={}", user.id);
@@ -229,16 +227,17 @@ pub(crate) async fn change_password(
     let current = members.text("/current_password");
     let new = new_password(&mut members, "/new_password");
     let (current, new) = members.end_with(current.zip(new))?;
+    let deadline = call.password_deadline();
     for _ in 0..CHECKS {
         let (email, verified) = confirm(call, &user, current.clone()).await?;
         let hash = call
             .app
             .passwords
-            .hash(new.clone(), &email, "/new_password")
+            .hash(new.clone(), &email, "/new_password", deadline)
             .await?;
         let ended = users::change_password(
             &call.app.database,
-            Deadline::start(),
+            deadline,
             user.id,
             &verified,
             &hash,
@@ -260,7 +259,8 @@ async fn confirm(
     password: String,
 ) -> Result<(Email, String), Error> {
     let database = &call.app.database;
-    let check = users::for_password_check(database, Deadline::start(), user.id)
+    let deadline = call.password_deadline();
+    let check = users::for_password_check(database, deadline, user.id)
         .await?
         .ok_or_else(no_such_user)?;
     let email = Email::parse(&check.email)
@@ -268,21 +268,21 @@ async fn confirm(
     let _turn = call
         .app
         .accounts
-        .wait(check.email.clone(), Deadline::for_passwords())
+        .wait(check.email.clone(), deadline)
         .await?;
     // Only now: while this waited for its turn the others may have failed.
-    let check = users::for_password_check(database, Deadline::start(), user.id)
+    let check = users::for_password_check(database, deadline, user.id)
         .await?
         .ok_or_else(no_such_user)?;
     refuse_while_blocked(check.wait)?;
     if !call
         .app
         .passwords
-        .verify(password, Some(&check.hash))
+        .verify(password, Some(&check.hash), deadline)
         .await?
         .right
     {
-        users::count_failure(database, Deadline::start(), &check.email).await?;
+        users::count_failure(database, deadline, &check.email).await?;
         return Err(Error::WrongPassword);
     }
     Ok((email, check.hash))

@@ -12,14 +12,15 @@ use crate::response::{self, Response};
 
 /// `GET /api/v1/auth/sessions`
 pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
-    let sessions = sessions::list(&call.app.database, call.deadline, user.id, user.session).await?;
+    let sessions =
+        sessions::list(&call.app.database, call.deadline(), user.id, user.session).await?;
     response::json(StatusCode::OK, &sessions)
 }
 
 /// `DELETE /api/v1/auth/sessions/{id}`
 pub(crate) async fn end(call: &Call<'_>, user: SignedIn, session: &str) -> Result<Response, Error> {
     let session = id(session).ok_or(Error::SessionNotFound)?;
-    if !sessions::end(&call.app.database, call.deadline, user.id, session).await? {
+    if !sessions::end(&call.app.database, call.deadline(), user.id, session).await? {
         return Err(Error::SessionNotFound);
     }
     call.app.ended(RevocationCause::EndedByUser, &[session]);
@@ -29,7 +30,7 @@ pub(crate) async fn end(call: &Call<'_>, user: SignedIn, session: &str) -> Resul
 /// `DELETE /api/v1/auth/sessions`
 pub(crate) async fn end_others(call: &Call<'_>, user: SignedIn) -> Result<Response, Error> {
     let ended =
-        sessions::end_others(&call.app.database, call.deadline, user.id, user.session).await?;
+        sessions::end_others(&call.app.database, call.deadline(), user.id, user.session).await?;
     call.app.ended(RevocationCause::EndedByUser, &ended);
     Ok(response::no_content())
 }

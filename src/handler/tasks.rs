@@ -29,18 +29,18 @@ pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Er
     let page = Page::of(call)?;
     // A page that is likely to be large waits for its place before it fills the memory.
     let place = match page.limit > tasks::SHORT_PAGE {
-        true => Some(call.app.place_for_large(user.id, call.deadline).await?),
+        true => Some(call.app.place_for_large(user.id, call.deadline()).await?),
         false => None,
     };
     let database = &call.app.database;
     let total = match page.total {
-        true => Some(tasks::count(database, call.deadline, user.id, &page.filter).await?),
+        true => Some(tasks::count(database, call.deadline(), user.id, &page.filter).await?),
         false => None,
     };
     // One more than asked for tells whether there is more.
     let found = tasks::list(
         database,
-        call.deadline,
+        call.deadline(),
         user.id,
         &page.filter,
         page.after,
@@ -53,7 +53,7 @@ pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Er
     } else {
         let place = match place {
             Some(place) => place,
-            None => call.app.place_for_large(user.id, call.deadline).await?,
+            None => call.app.place_for_large(user.id, call.deadline()).await?,
         };
         response::large("application/json", body, place)
     };
@@ -75,7 +75,7 @@ pub(crate) async fn create(
     let members = body.object().await?;
     let key = call.idempotency_key()?;
     let new = new_task(members)?;
-    match tasks::create(&call.app.database, call.deadline, user.id, new, key).await? {
+    match tasks::create(&call.app.database, call.deadline(), user.id, new, key).await? {
         Created::Task(task) => {
             let path = format!("/api/v1/{}/tasks/{}", task.user_id, task.id);
             Ok(response::located(
@@ -93,7 +93,7 @@ pub(crate) async fn create(
 /// `GET /api/v1/{user_id}/tasks/{id}`
 pub(crate) async fn get(call: &Call<'_>, user: SignedIn, task: &str) -> Result<Response, Error> {
     let id = id(task).ok_or(Error::TaskNotFound)?;
-    let task = tasks::get(&call.app.database, call.deadline, user.id, id)
+    let task = tasks::get(&call.app.database, call.deadline(), user.id, id)
         .await?
         .ok_or(Error::TaskNotFound)?;
     if call.has_seen(&task) {
@@ -138,7 +138,7 @@ pub(crate) async fn delete(call: &Call<'_>, user: SignedIn, task: &str) -> Resul
     let versions = call.if_match();
     let deleted = tasks::delete(
         &call.app.database,
-        call.deadline,
+        call.deadline(),
         user.id,
         id,
         versions.as_deref(),
@@ -162,7 +162,7 @@ pub(crate) async fn delete_completed(call: &Call<'_>, user: SignedIn) -> Result<
     if !faults.is_empty() {
         return Err(Error::Validation(faults));
     }
-    let deleted = tasks::delete_completed(&call.app.database, call.deadline, user.id).await?;
+    let deleted = tasks::delete_completed(&call.app.database, call.deadline(), user.id).await?;
     response::json(StatusCode::OK, &serde_json::json!({ "deleted": deleted }))
 }
 
@@ -176,7 +176,7 @@ async fn apply(
     let versions = call.if_match();
     let changed = tasks::update(
         &call.app.database,
-        call.deadline,
+        call.deadline(),
         user.id,
         id,
         change,
