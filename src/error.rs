@@ -78,9 +78,9 @@ problems! {
     EMAIL_TAKEN = 409 "email_taken" "E-mail address taken"
         "There is an account with this e-mail address already."
         "Sign in instead, or register with another address.";
-    PRECONDITION_FAILED = 412 "precondition_failed" "The task has moved on"
-        "The task is no longer in the version that If-Match names. Nothing was changed."
-        "Read the task again, apply the change to what it is now, and send it with the new ETag.";
+    PRECONDITION_FAILED = 412 "precondition_failed" "Precondition failed"
+        "The task is not in a version that If-Match lists, or is in one that If-None-Match lists. Nothing was changed."
+        "Read the task again, apply the change to what it is now, and send it with the new ETag. A weak ETag (W/…) never matches If-Match.";
     BODY_TOO_LARGE = 413 "body_too_large" "Body too large"
         "The body has more than 16 KiB."
         "Send less. The longest task fits many times over.";
@@ -197,7 +197,7 @@ pub(crate) enum Error {
     RequestTimeout,
     /// The address has an account.
     EmailTaken,
-    /// The task is not in the version that If-Match names.
+    /// If-Match or If-None-Match does not hold for the task.
     PreconditionFailed,
     /// The body is larger than the bound.
     BodyTooLarge,

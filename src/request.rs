@@ -9,13 +9,12 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName,
-    HeaderValue, IF_MATCH, IF_NONE_MATCH, USER_AGENT,
+    HeaderValue, USER_AGENT,
 };
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
 use hyper::{Method, Version};
 use ipnet::IpNet;
-use jiff::Timestamp;
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout};
@@ -25,7 +24,7 @@ use crate::App;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
 use crate::error::{Error, Fault};
 use crate::labels::TokenRejection;
-use crate::model::{Email, Refusal, Task};
+use crate::model::{Email, Refusal};
 
 /// The longest task fits many times over.
 const MAX_BODY_BYTES: usize = 16 * 1024;
@@ -139,92 +138,9 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The versions that `If-Match` allows: `None` is any, an empty list none at all.
-    pub(crate) fn if_match(&self) -> Option<Vec<Timestamp>> {
-        match EntityTags::of(&self.head.headers, &IF_MATCH)? {
-            EntityTags::Any => None,
-            // RFC 9110 section 13.1.1: compared strongly, so a weak tag matches nothing.
-            EntityTags::These(tags) => Some(
-                tags.iter()
-                    .filter(|tag| !tag.weak)
-                    .filter_map(Tag::version)
-                    .collect(),
-            ),
-        }
-    }
-
-    /// Whether `If-None-Match` names the version of this task.
-    pub(crate) fn has_seen(&self, task: &Task) -> bool {
-        match EntityTags::of(&self.head.headers, &IF_NONE_MATCH) {
-            None => false,
-            Some(EntityTags::Any) => true,
-            // RFC 9110 section 13.1.2: compared weakly.
-            Some(EntityTags::These(tags)) => tags
-                .iter()
-                .filter_map(Tag::version)
-                .any(|version| version == task.updated_at.0),
-        }
-    }
-
     /// The query, taken apart.
     pub(crate) fn query(&self) -> Query<'_> {
         Query::parse(self.head.uri.query().unwrap_or_default())
-    }
-}
-
-/// A task's version as a strong entity tag: its `updated_at`, which never stands still.
-pub(crate) fn entity_tag(version: Timestamp) -> String {
-    format!("\"{:x}\"", version.as_microsecond())
-}
-
-enum EntityTags<'a> {
-    Any,
-    These(Vec<Tag<'a>>),
-}
-
-struct Tag<'a> {
-    weak: bool,
-    opaque: &'a str,
-}
-
-impl Tag<'_> {
-    fn version(&self) -> Option<Timestamp> {
-        let version =
-            Timestamp::from_microsecond(i64::from_str_radix(self.opaque, 16).ok()?).ok()?;
-        // Only the very text that we gave out: not `+5f…`, not `05F…`.
-        (entity_tag(version).trim_matches('"') == self.opaque).then_some(version)
-    }
-}
-
-impl<'a> EntityTags<'a> {
-    /// `None` without the header. What is no list of tags ends where it stops being one.
-    fn of(headers: &'a HeaderMap, name: &HeaderName) -> Option<Self> {
-        let mut values = headers.get_all(name).iter().peekable();
-        values.peek()?;
-        let mut tags = Vec::new();
-        for value in values {
-            let Ok(text) = value.to_str() else {
-                continue;
-            };
-            if text.trim() == "*" {
-                return Some(Self::Any);
-            }
-            let mut rest = text.trim_start_matches([' ', '\t', ',']);
-            while let Some((tag, more)) = Self::first(rest) {
-                tags.push(tag);
-                rest = more.trim_start_matches([' ', '\t', ',']);
-            }
-        }
-        Some(Self::These(tags))
-    }
-
-    fn first(text: &'a str) -> Option<(Tag<'a>, &'a str)> {
-        let (weak, quoted) = match text.strip_prefix("W/") {
-            Some(rest) => (true, rest),
-            None => (false, text),
-        };
-        let (opaque, rest) = quoted.strip_prefix('"')?.split_once('"')?;
-        Some((Tag { weak, opaque }, rest))
     }
 }
 
@@ -569,12 +485,11 @@ mod tests {
 
     use super::*;
 
-    /// Anything, and what looks like a query or a list of tags but for a slip.
+    /// Anything, and what looks like a query or a list of addresses but for a slip.
     fn text() -> impl Strategy<Value = String> {
         prop_oneof![
             any::<String>(),
             "[a-z=&%+0-9A-F]{0,40}",
-            "(W/)?\"[0-9a-f]{0,16}\"?[, ]{0,3}(W/)?\"?[0-9a-f]{0,16}\"",
             "[0-9.:,\\[\\] ]{0,60}",
         ]
     }
@@ -596,17 +511,6 @@ mod tests {
             for name in ["completed", "q", "limit", "after", ""] {
                 let value = query.parameter(name, "no", &mut faults, |text| Some(text.to_owned()));
                 prop_assert!(value.is_none_or(|value| !value.contains('\0')));
-            }
-        }
-
-        #[test]
-        fn no_list_of_tags_is_more_than_a_list(values in prop::collection::vec(text(), 0..3)) {
-            let headers = headers(IF_MATCH, &values);
-            if let Some(EntityTags::These(tags)) = EntityTags::of(&headers, &IF_MATCH) {
-                for version in tags.iter().filter_map(Tag::version) {
-                    let tag = entity_tag(version);
-                    prop_assert!(values.iter().any(|value| value.contains(&tag)));
-                }
             }
         }
 

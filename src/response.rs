@@ -10,9 +10,9 @@ use hyper::header::{
 use serde::Serialize;
 
 use crate::LargePlace;
+use crate::conditional::entity_tag;
 use crate::error::{Error, Fault};
 use crate::model::Task;
-use crate::request::entity_tag;
 
 /// An answer.
 pub(crate) type Response = hyper::Response<Full<Bytes>>;

@@ -1,10 +1,11 @@
 -- Deletes a task if it still is as the caller saw it: one row, whether it is gone, and if not
 -- whether there is such a task at all.
--- $1 user id, $2 task id, $3 the versions that If-Match allows or null
+-- $1 user id, $2 task id, $3 versions or null, $4 whether the task must be in one of them or in none
+-- of them
 with gone as (
     delete from tasks
     where user_id = $1 and id = $2
-      and ($3::timestamptz[] is null or updated_at = any($3))
+      and ($3::timestamptz[] is null or (updated_at = any($3)) = $4)
     returning id
 )
 select g.id is not null as deleted,

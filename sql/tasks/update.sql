@@ -1,7 +1,8 @@
 -- Changes a task if it still is as the caller saw it: one row, the task as it is now, or nulls and
 -- whether there is such a task at all.
 -- $1 user id, $2 task id, $3 title or null, $4 whether $5 is meant, $5 description,
--- $6 whether to flip completed, $7 completed or null, $8 the versions that If-Match allows or null
+-- $6 whether to flip completed, $7 completed or null, $8 versions or null, $9 whether the task must be
+-- in one of them or in none of them
 with changed as (
     update tasks
     set title = coalesce($3, title),
@@ -9,7 +10,7 @@ with changed as (
         completed = case when $6 then not completed else coalesce($7, completed) end,
         updated_at = greatest(clock_timestamp(), updated_at + interval '1 microsecond')
     where user_id = $1 and id = $2
-      and ($8::timestamptz[] is null or updated_at = any($8))
+      and ($8::timestamptz[] is null or (updated_at = any($8)) = $9)
     returning id, user_id, title, description, completed, created_at, updated_at
 )
 select c.id, c.user_id, c.title, c.description, c.completed, c.created_at, c.updated_at,

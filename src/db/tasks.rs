@@ -25,7 +25,25 @@ pub(crate) struct Filter {
     pub(crate) oldest_first: bool,
 }
 
-/// What came of a statement that If-Match guards.
+/// Which versions of a task a statement may change.
+pub(crate) enum Versions {
+    Any,
+    Only(Vec<Timestamp>),
+    Except(Vec<Timestamp>),
+}
+
+impl Versions {
+    /// The versions, and whether the task must be in one of them or in none of them.
+    fn params(&self) -> (Option<&[Timestamp]>, bool) {
+        match self {
+            Self::Any => (None, true),
+            Self::Only(versions) => (Some(versions), true),
+            Self::Except(versions) => (Some(versions), false),
+        }
+    }
+}
+
+/// What came of a statement that preconditions guard.
 pub(crate) enum Guarded<T> {
     Done(T),
     /// The task is in another version.
@@ -237,14 +255,14 @@ pub(crate) async fn count(
     Ok(rows.first().map_or(0, |row| row.get(0)))
 }
 
-/// Changes a task; with `versions` only if it is in one of them.
+/// Changes a task if it is in a version that may be changed.
 pub(crate) async fn update(
     db: &Database,
     deadline: Deadline,
     user_id: Uuid,
     id: Uuid,
     change: &TaskChange,
-    versions: Option<&[Timestamp]>,
+    versions: &Versions,
 ) -> Result<Guarded<Task>, DbError> {
     let title = change.title.as_ref().map(Title::as_str);
     let description = change
@@ -255,6 +273,7 @@ pub(crate) async fn update(
         Some(Completion::Set(completed)) => Some(completed),
         _ => None,
     };
+    let (versions, among) = versions.params();
     let rows = db
         .write(
             deadline,
@@ -268,6 +287,7 @@ pub(crate) async fn update(
                 &(change.completed == Some(Completion::Flip)),
                 &completed,
                 &versions,
+                &among,
             ],
         )
         .await?;
@@ -276,16 +296,21 @@ pub(crate) async fn update(
     }))
 }
 
-/// Deletes a task; with `versions` only if it is in one of them.
+/// Deletes a task if it is in a version that may be changed.
 pub(crate) async fn delete(
     db: &Database,
     deadline: Deadline,
     user_id: Uuid,
     id: Uuid,
-    versions: Option<&[Timestamp]>,
+    versions: &Versions,
 ) -> Result<Guarded<()>, DbError> {
+    let (versions, among) = versions.params();
     let rows = db
-        .write(deadline, Sql::TasksDelete, &[&user_id, &id, &versions])
+        .write(
+            deadline,
+            Sql::TasksDelete,
+            &[&user_id, &id, &versions, &among],
+        )
         .await?;
     Ok(guarded(rows.first(), 1, |row| {
         row.get::<_, bool>(0).then_some(())

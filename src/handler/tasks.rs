@@ -6,6 +6,7 @@ use hyper::StatusCode;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use uuid::Uuid;
 
+use crate::conditional::Preconditions;
 use crate::db::tasks::{self, Created, Filter, Guarded};
 use crate::error::{Error, Fault, Refused};
 use crate::guard::SignedIn;
@@ -96,10 +97,9 @@ pub(crate) async fn get(call: &Call<'_>, user: SignedIn, task: &str) -> Result<R
     let task = tasks::get(&call.app.database, call.deadline(), user.id, id)
         .await?
         .ok_or(Error::TaskNotFound)?;
-    if call.has_seen(&task) {
-        Ok(response::not_modified(&task))
-    } else {
-        response::task(StatusCode::OK, &task)
+    match Preconditions::parse(&call.head.headers).is_modified(task.updated_at.0)? {
+        true => response::task(StatusCode::OK, &task),
+        false => Ok(response::not_modified(&task)),
     }
 }
 
@@ -135,15 +135,9 @@ pub(crate) async fn complete(
 /// `DELETE /api/v1/{user_id}/tasks/{id}`
 pub(crate) async fn delete(call: &Call<'_>, user: SignedIn, task: &str) -> Result<Response, Error> {
     let id = id(task).ok_or(Error::TaskNotFound)?;
-    let versions = call.if_match();
-    let deleted = tasks::delete(
-        &call.app.database,
-        call.deadline(),
-        user.id,
-        id,
-        versions.as_deref(),
-    )
-    .await?;
+    let versions = Preconditions::parse(&call.head.headers).into_versions();
+    let deleted =
+        tasks::delete(&call.app.database, call.deadline(), user.id, id, &versions).await?;
     done(deleted).map(|()| response::no_content())
 }
 
@@ -173,14 +167,14 @@ async fn apply(
     change: &TaskChange,
 ) -> Result<Response, Error> {
     let id = id(task).ok_or(Error::TaskNotFound)?;
-    let versions = call.if_match();
+    let versions = Preconditions::parse(&call.head.headers).into_versions();
     let changed = tasks::update(
         &call.app.database,
         call.deadline(),
         user.id,
         id,
         change,
-        versions.as_deref(),
+        &versions,
     )
     .await?;
     response::task(StatusCode::OK, &done(changed)?)

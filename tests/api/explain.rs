@@ -233,12 +233,14 @@ cases! {
                    where user_id = nth(7)";
     }
     "tasks/delete.sql" {
-        "any version": "nth(7), nth(50006), null" => rows 1, pages 2 * A_ROW;
-        "this version": "nth(7), nth(50006), array[moment(1), moment(50006)]" =>
+        "any version": "nth(7), nth(50006), null, true" => rows 1, pages 2 * A_ROW;
+        "this version": "nth(7), nth(50006), array[moment(1), moment(50006)], true" =>
             rows 1, pages 2 * A_ROW;
-        "another version": "nth(7), nth(50006), array[moment(1)]" =>
+        "another version": "nth(7), nth(50006), array[moment(1)], true" =>
             rows 1, pages 2 * A_ROW, in_vain 1;
-        "somebody else's": "nth(7), nth(50007), array[moment(50007)]" =>
+        "any but another": "nth(7), nth(50006), array[moment(1)], false" =>
+            rows 1, pages 2 * A_ROW;
+        "somebody else's": "nth(7), nth(50007), array[moment(50007)], true" =>
             rows 1, pages 2 * A_ROW;
     }
     "tasks/delete_completed.sql" {
@@ -285,16 +287,19 @@ cases! {
             => rows 103, pages 2 * FIFTY_ONE + A_ROW;
     }
     "tasks/update.sql" {
-        "any version": "nth(7), nth(50006), null, false, null, true, null, null" =>
+        "any version": "nth(7), nth(50006), null, false, null, true, null, null, true" =>
             rows 1, pages A_WRITE;
         "this version":
-            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1), moment(50006)]" =>
+            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1), moment(50006)], true" =>
             rows 1, pages A_WRITE;
         "another version":
-            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)]" =>
+            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], true" =>
             rows 1, pages 2 * A_ROW, in_vain 1;
+        "any but another":
+            "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], false" =>
+            rows 1, pages A_WRITE;
         "somebody else's":
-            "nth(7), nth(50007), 'dust', true, null, false, true, array[moment(50007)]" =>
+            "nth(7), nth(50007), 'dust', true, null, false, true, array[moment(50007)], true" =>
             rows 1, pages 2 * A_ROW;
     }
     "users/delete.sql" {

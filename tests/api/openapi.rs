@@ -560,12 +560,10 @@ async fn successes(tour: &mut Tour, server: &Server) {
             .json(json!({"completed": false}));
         tour.meet(id, stale, 412).await;
     }
-    tour.meet(
-        "deleteTask",
-        signed_in(tour, "deleteTask").header("if-match", &tag),
-        412,
-    )
-    .await;
+    for id in ["getTask", "deleteTask"] {
+        tour.meet(id, signed_in(tour, id).header("if-match", &tag), 412)
+            .await;
+    }
     tour.meet("deleteTask", signed_in(tour, "deleteTask"), 204)
         .await;
     let path = format!("{}?completed=true", ann.tasks());
