@@ -22,9 +22,9 @@ pub struct Metrics {
     requests: IntCounterVec,
     /// Seconds from a request's head to its answer, by route pattern.
     duration: HistogramVec,
-    /// Seconds waited for a connection to the database.
+    /// Seconds waited for a connection to the database, in vain or not.
     pub(crate) db_wait: Histogram,
-    /// Seconds until a statement was answered.
+    /// Seconds until a statement was answered or given up.
     pub(crate) db_query: Histogram,
     db_waiting: IntGauge,
     db_connections: IntGaugeVec,

@@ -334,6 +334,8 @@ impl Database {
         if *state.borrow() != State::Up {
             return Err(DbError::Unavailable("the database is away".into()));
         }
+        // Observed when dropped: whoever waited in vain counts, too.
+        let _wait = self.0.metrics.db_wait.start_timer();
         let place = self.place(started, bound).await?;
         let pooled = tokio::select! {
             biased;
@@ -343,10 +345,6 @@ impl Database {
             }
             () = sleep_until(bound) => Err(bb8::RunError::TimedOut),
         };
-        self.0
-            .metrics
-            .db_wait
-            .observe(started.elapsed().as_secs_f64());
         match pooled {
             Ok(pooled) => Ok((place, pooled)),
             Err(error) => {
@@ -398,6 +396,7 @@ impl Database {
         query: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, DbError> {
         let started = Instant::now();
+        let _query_time = self.0.metrics.db_query.start_timer();
         let mut query = pin!(query);
         let prompt = tokio::select! {
             biased;
@@ -427,10 +426,6 @@ impl Database {
                 }
             }
         };
-        self.0
-            .metrics
-            .db_query
-            .observe(started.elapsed().as_secs_f64());
         match result {
             Ok(value) => {
                 self.answered();

@@ -79,6 +79,28 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
     let routes: BTreeSet<&str> = documented.map(String::as_str).chain(["none"]).collect();
     assert_eq!(known[0].1, routes);
 
+    let alerts = include_str!("../../docs/alerts.yml");
+    let documentation = [alerts, include_str!("../../docs/operations.md")].concat();
+    let words = documentation.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    for name in words.filter(|word| word.starts_with("todo_api_")) {
+        assert!(
+            text.contains(&format!("\n{name}")),
+            "{name} is not exported"
+        );
+    }
+    let honest = alerts
+        .split_once("reason!~\"")
+        .expect("a list of reasons")
+        .1;
+    for reason in honest
+        .split('"')
+        .next()
+        .into_iter()
+        .flat_map(|list| list.split('|'))
+    {
+        assert!(known[4].1.contains(reason), "{reason} is not exported");
+    }
+
     let ann = server.user().await;
     ann.create_task(&server, "a").await;
     server
