@@ -23,7 +23,8 @@ use crate::App;
 use crate::auth::password;
 use crate::config::{Config, Secret, Store};
 use crate::db::users;
-use crate::db::{Database, Deadline, Found, Pooler, REQUEST_TIMEOUT, Target, local};
+use crate::db::{Database, Deadline, Found, Pooler, REQUEST_TIMEOUT, Target};
+use crate::embedded_postgres;
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::model::Email;
@@ -110,7 +111,7 @@ pub fn run(command: Command) -> Result<ExitCode, Failure> {
 /// A database that is there, or will be.
 struct Opened {
     database: Database,
-    postgres: Option<local::Postgres>,
+    postgres: Option<embedded_postgres::Postgres>,
     secret: Secret,
     /// Where the data is, for people.
     place: String,
@@ -120,7 +121,7 @@ struct Opened {
 async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Opened, Failure> {
     match &config.store {
         Store::Private(directory) => {
-            let postgres = local::Postgres::start(directory).await?;
+            let postgres = embedded_postgres::Postgres::start(directory).await?;
             let secret = private_secret(config, directory)?;
             let place = format!(
                 "{} (private PostgreSQL {})",
@@ -159,7 +160,7 @@ async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Opened, Failure>
 fn private_secret(config: &Config, directory: &Path) -> Result<Secret, Failure> {
     match &config.jwt_secret {
         Some(secret) => Ok(secret.clone()),
-        None => Ok(Secret::from(local::jwt_secret(directory)?)),
+        None => Ok(Secret::from(embedded_postgres::jwt_secret(directory)?)),
     }
 }
 
@@ -298,9 +299,11 @@ async fn ask_health(address: SocketAddr) -> io::Result<()> {
 }
 
 /// The database for a command that does not serve: that of a service which runs already, too.
-async fn reach(config: &Config) -> Result<(Database, Option<local::Postgres>), Failure> {
+async fn reach(
+    config: &Config,
+) -> Result<(Database, Option<embedded_postgres::Postgres>), Failure> {
     if let Store::Private(directory) = &config.store
-        && let Some(running) = local::running(directory)
+        && let Some(running) = embedded_postgres::running_config(directory)
     {
         let target = Target::private(running, directory)?;
         return Ok((Database::new(target, 1, Metrics::new()), None));
@@ -408,10 +411,10 @@ async fn check(config: Config) -> Result<ExitCode, Failure> {
         );
     }
     let target = match &config.store {
-        Store::Private(directory) => match local::running(directory) {
+        Store::Private(directory) => match embedded_postgres::running_config(directory) {
             Some(running) => Target::private(running, directory)?,
             None => {
-                let version = local::survey(directory).await?;
+                let version = embedded_postgres::dry_run(directory).await?;
                 println!(
                     "private PostgreSQL {version} in {}: not running, `todo-api serve` starts it",
                     directory.display()

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::db::local;
 use crate::db::url::DatabaseUrl;
+use crate::embedded_postgres;
 
 /// RFC 7518 section 3.2: a key for HS256 has at least as many bits as its hash.
 const MIN_SECRET_BYTES: usize = 32;
@@ -142,7 +142,7 @@ impl Config {
         let mut reader = Reader::default();
         let url = reader.secret("DATABASE_URL", "DATABASE_URL_FILE", "database_url")?;
         let data_dir = reader.value("DATA_DIR", || {
-            local::default_data_dir().display().to_string()
+            embedded_postgres::default_data_dir().display().to_string()
         })?;
         let root_certificates = reader.optional("PGSSLROOTCERT")?.map(PathBuf::from);
         let store = match &url {

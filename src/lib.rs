@@ -10,8 +10,8 @@
 //! 4. `handler` has one function a route: parse (`request`, `conditional`), one call to the database,
 //!    respond (`response`). `cors` adds what browsers of other origins need.
 //! 5. `db` runs one statement out of `sql/` over a pool of at most 20 connections; reads that are
-//!    asked at the same moment share one (`db::gather`). `db::local` is the private PostgreSQL of
-//!    who names no other.
+//!    asked at the same moment share one (`db::gather`). [`embedded_postgres`] is the server that the service runs itself
+//!    when `DATABASE_URL` is unset.
 //!
 //! `auth` knows tokens, passwords, ended sessions and the brakes on guessing; `model` the values
 //! that are valid because they exist; [`config`] every setting; `error` everything that can go
@@ -19,8 +19,8 @@
 //! [`command`] wires.
 //!
 //! Imports point one way: main → command → server → router → guard and handler → auth, request,
-//! response → db → model. `db` knows no HTTP, only `router` names handlers, `model` imports nothing
-//! of ours.
+//! response → db → model. `db` knows no HTTP, only `router` names handlers, `model` and
+//! `embedded_postgres` import nothing of ours.
 
 // A test that cannot go on has failed; unwrap says so as well as anything.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -32,6 +32,7 @@ pub mod config;
 mod connection;
 mod cors;
 pub mod db;
+pub mod embedded_postgres;
 mod error;
 mod guard;
 mod handler;

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use todo_api::db::local::Postgres;
+use todo_api::embedded_postgres::Postgres;
 use tokio::runtime::{self, Runtime};
 
 use crate::{BCRYPT_COST, Result, SECRET, client::fetch};

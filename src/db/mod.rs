@@ -7,7 +7,6 @@
 
 mod deadline;
 mod gather;
-pub mod local;
 mod migrations;
 mod pool;
 mod reach;

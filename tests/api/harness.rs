@@ -29,7 +29,7 @@ use hyper_util::rt::TokioIo;
 use jsonwebtoken::{Algorithm, EncodingKey, crypto, dangerous};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use todo_api::db::local::Postgres;
+use todo_api::embedded_postgres::Postgres;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,

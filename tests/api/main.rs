@@ -10,7 +10,7 @@ mod harness;
 
 // Coming up, staying up, going down.
 mod commands;
-mod private_postgres;
+mod embedded_postgres;
 mod startup;
 mod sweeping;
 

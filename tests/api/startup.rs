@@ -5,7 +5,7 @@ use std::{fs, net::TcpListener, time::Duration};
 
 use futures_util::future::join_all;
 use rustix::process::Signal;
-use todo_api::db::local::Postgres;
+use todo_api::embedded_postgres::Postgres;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,

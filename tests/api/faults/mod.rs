@@ -23,7 +23,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
-use todo_api::db::local::Postgres;
+use todo_api::embedded_postgres::Postgres;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_postgres::{Client as Sql, NoTls};
 

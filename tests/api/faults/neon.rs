@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
-use todo_api::db::local::Postgres;
+use todo_api::embedded_postgres::Postgres;
 
 use super::{
     ANSWERED, HEALED, Rig, alone, backends, either,

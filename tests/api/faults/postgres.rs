@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, geteuid};
-use todo_api::db::local::Postgres;
+use todo_api::embedded_postgres::Postgres;
 use tokio::time::sleep;
 
 use super::{

@@ -9,7 +9,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use serde_json::Value;
-use todo_api::db::local::{self, Postgres};
+use todo_api::embedded_postgres::{self, Postgres};
 
 use crate::harness::{DataDir, Process, Server, User, is_alive, until};
 
@@ -292,21 +292,26 @@ async fn its_postgres_does_not_inherit_the_environment() {
 #[test]
 fn the_secret_is_made_once_and_kept() {
     let directory = DataDir::new();
-    let secret = local::jwt_secret(directory.path()).unwrap();
+    let secret = embedded_postgres::jwt_secret(directory.path()).unwrap();
     assert!(secret.len() >= 64, "{} bytes", secret.len());
-    assert_eq!(local::jwt_secret(directory.path()).unwrap(), secret);
+    assert_eq!(
+        embedded_postgres::jwt_secret(directory.path()).unwrap(),
+        secret
+    );
     let other = DataDir::new();
-    assert_ne!(local::jwt_secret(other.path()).unwrap(), secret);
+    assert_ne!(embedded_postgres::jwt_secret(other.path()).unwrap(), secret);
 }
 
 #[test]
 fn a_secret_that_others_can_read_or_guess_is_refused() {
     let directory = DataDir::new();
-    let secret = local::jwt_secret(directory.path()).unwrap();
+    let secret = embedded_postgres::jwt_secret(directory.path()).unwrap();
     let path = directory.path().join("jwt-secret");
 
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-    let refusal = local::jwt_secret(directory.path()).unwrap_err().to_string();
+    let refusal = embedded_postgres::jwt_secret(directory.path())
+        .unwrap_err()
+        .to_string();
     assert!(
         refusal.contains(path.to_str().unwrap()) && !refusal.contains(&secret),
         "{refusal}"
@@ -314,7 +319,9 @@ fn a_secret_that_others_can_read_or_guess_is_refused() {
 
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(&path, "short").unwrap();
-    let refusal = local::jwt_secret(directory.path()).unwrap_err().to_string();
+    let refusal = embedded_postgres::jwt_secret(directory.path())
+        .unwrap_err()
+        .to_string();
     assert!(
         refusal.contains("32 bytes") && !refusal.contains("short"),
         "{refusal}"

@@ -1,0 +1,168 @@
+//! The embedded PostgreSQL, which the service runs itself when `DATABASE_URL` is unset.
+//!
+//! `DATA_DIR` contains:
+//!
+//! | name | content |
+//! |---|---|
+//! | `lock` | locked while a service runs on this directory |
+//! | `cluster/` | PostgreSQL's data directory |
+//! | `socket/` | the only address it listens on, mode 0700 (in a temporary directory if this path is too long for a socket) |
+//! | `postgres.log` | PostgreSQL's log |
+//! | `jwt-secret` | the secret that signs tokens, created at the first start |
+//!
+//! A server is stopped with [`Postgres::stop`]; one that a crash left behind is stopped before
+//! the next is started. In between a supervisor restarts it when it dies.
+
+mod cluster;
+mod data_dir;
+mod install;
+mod os_user;
+mod server;
+mod supervisor;
+
+use std::{
+    fmt, io,
+    path::Path,
+    process::{Output, Stdio},
+    time::Duration,
+};
+
+use log::{error, info};
+use tokio::{process::Command, sync::oneshot, task::JoinHandle, time::timeout};
+
+use cluster::Cluster;
+pub use data_dir::{default_data_dir, jwt_secret};
+use install::Installation;
+use os_user::OsUser;
+
+const SUPERUSER: &str = "todo";
+const DATABASE: &str = "todo";
+
+/// Why the embedded PostgreSQL is not available: one line for the operator.
+#[derive(Debug)]
+pub struct Error(String);
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Names the failed operation and its path.
+fn path_error(operation: &str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let operation = format!("cannot {operation} {}", path.display());
+    move |error| Error(format!("{operation}: {error}"))
+}
+
+/// A running embedded PostgreSQL.
+pub struct Postgres {
+    cluster: Cluster,
+    /// Dropping it makes the supervisor stop the server.
+    stop: oneshot::Sender<()>,
+    supervisor: JoinHandle<()>,
+}
+
+impl Postgres {
+    /// Creates the cluster in `data_dir` if there is none, starts it and waits until it accepts connections.
+    pub async fn start(data_dir: &Path) -> Result<Postgres, Error> {
+        Postgres::start_with(data_dir, &[]).await
+    }
+
+    /// The same with additional PostgreSQL settings, such as `("max_connections", "300")`.
+    pub async fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Result<Postgres, Error> {
+        let (data_dir, os_user) = data_dir::create(data_dir)?;
+        let lock = data_dir::lock(&data_dir).await?;
+        let cluster = Cluster::open(data_dir, os_user, settings).await?;
+        info!(
+            "starting embedded PostgreSQL {} in {}",
+            cluster.installation.version,
+            cluster.directory.display()
+        );
+        let server = cluster.launch().await?;
+        let (stop, stopped) = oneshot::channel();
+        let supervisor = tokio::spawn(supervisor::supervise(
+            cluster.clone(),
+            server,
+            stopped,
+            lock,
+        ));
+        Ok(Postgres {
+            cluster,
+            stop,
+            supervisor,
+        })
+    }
+
+    /// How to connect: through the socket, without a password.
+    pub fn config(&self) -> tokio_postgres::Config {
+        self.cluster.config(DATABASE)
+    }
+
+    /// The directory of the socket.
+    pub fn socket_dir(&self) -> &Path {
+        &self.cluster.socket_dir
+    }
+
+    /// The directory that contains cluster, log and secret, as an absolute path.
+    pub fn data_dir(&self) -> &Path {
+        &self.cluster.data_dir
+    }
+
+    /// PostgreSQL's version, such as `15.8`.
+    pub fn version(&self) -> &str {
+        &self.cluster.installation.version
+    }
+
+    /// Shuts PostgreSQL down and waits for its end.
+    pub async fn stop(self) {
+        drop(self.stop);
+        // A supervisor that panicked has dropped its server, which signals it to stop.
+        if let Err(error) = self.supervisor.await {
+            error!("the supervisor of the embedded PostgreSQL failed: {error}");
+        }
+    }
+}
+
+/// The version of PostgreSQL that a start on `data_dir` would run, or the error that it would
+/// return. Creates nothing.
+pub async fn dry_run(data_dir: &Path) -> Result<String, Error> {
+    let data_dir = std::path::absolute(data_dir).map_err(path_error("find", data_dir))?;
+    let cluster = data_dir.join("cluster");
+    if let Some(os_user) = OsUser::for_cluster(&cluster)? {
+        let existing = data_dir.ancestors().find(|ancestor| ancestor.exists());
+        os_user.check_traversable(existing.unwrap_or(&data_dir))?;
+    }
+    Ok(Installation::find(&cluster).await?.version)
+}
+
+/// How to connect to the embedded PostgreSQL of a service that runs on `data_dir`; `None` if none runs.
+pub fn running_config(data_dir: &Path) -> Option<tokio_postgres::Config> {
+    if !data_dir::is_locked(data_dir) {
+        return None;
+    }
+    let pid_file = std::fs::read_to_string(data_dir.join("cluster/postmaster.pid")).ok()?;
+    // The fifth line is the directory of the socket.
+    let socket_dir = pid_file.lines().nth(4)?;
+    Some(socket_config(Path::new(socket_dir), DATABASE))
+}
+
+fn socket_config(socket_dir: &Path, database: &str) -> tokio_postgres::Config {
+    let mut config = tokio_postgres::Config::new();
+    config
+        .host_path(socket_dir)
+        .user(SUPERUSER)
+        .dbname(database)
+        .application_name("todo-api");
+    config
+}
+
+/// Runs a program to its end, or kills it when the time is over.
+async fn run(mut command: Command, limit: Duration) -> io::Result<Output> {
+    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    timeout(limit, output).await.map_err(|_| {
+        let message = format!("still running after {} s", limit.as_secs());
+        io::Error::new(io::ErrorKind::TimedOut, message)
+    })?
+}

@@ -1,0 +1,280 @@
+//! The server that runs on a cluster: start, readiness, shutdown.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use log::{info, warn};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use tokio::{
+    process::{Child, Command},
+    time::{Instant, sleep, timeout},
+};
+use tokio_postgres::{NoTls, error::SqlState};
+
+use super::{
+    Cluster, DATABASE, Error, cluster::last_error_line, data_dir::SOCKET_NAME, path_error, run,
+};
+
+/// A longer log is rotated at a start; one previous log is kept.
+const LOG_LIMIT: u64 = 16 << 20;
+
+/// Replaying the WAL after a crash is part of a start.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// Backends of a killed server notice its end within moments, unless they run a query.
+const STALE_BACKENDS_TIMEOUT: Duration = Duration::from_secs(30);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Fast, then immediate (the next start replays the WAL, nothing is lost), then by force.
+const SHUTDOWN: [(Signal, Duration); 3] = [
+    (Signal::INT, Duration::from_secs(10)),
+    (Signal::QUIT, Duration::from_secs(6)),
+    (Signal::KILL, Duration::from_secs(2)),
+];
+
+impl Cluster {
+    /// Starts the server and waits until it accepts connections.
+    pub(super) async fn launch(&self) -> Result<Server, Error> {
+        self.stop_stale_server().await?;
+        self.remove_socket()?;
+        let deadline = Instant::now() + STALE_BACKENDS_TIMEOUT;
+        let mut server = loop {
+            let mut server = self.spawn()?;
+            let Err(reason) = server.wait_ready(&self.directory).await else {
+                break server;
+            };
+            server.shut_down().await;
+            // Backends of a killed server still hold its shared memory.
+            let stale_backends =
+                reason.contains("shared memory block") || reason.contains("lock file");
+            if !stale_backends || Instant::now() > deadline {
+                return Err(Error(format!(
+                    "embedded PostgreSQL in {} does not start: {reason}",
+                    self.data_dir.display()
+                )));
+            }
+            sleep(RETRY_INTERVAL).await;
+        };
+        let reason = match timeout(RESPONSE_TIMEOUT, self.create_database()).await {
+            Ok(Ok(())) => return Ok(server),
+            // The error itself prints only "db error".
+            Ok(Err(error)) => std::error::Error::source(&error)
+                .map_or_else(|| error.to_string(), |source| source.to_string()),
+            Err(_) => "no response".into(),
+        };
+        server.shut_down().await;
+        Err(Error(format!(
+            "embedded PostgreSQL in {} cannot be used: {reason}",
+            self.data_dir.display()
+        )))
+    }
+
+    fn spawn(&self) -> Result<Server, Error> {
+        let log_path = self.data_dir.join("postgres.log");
+        if fs::metadata(&log_path).is_ok_and(|log| log.len() > LOG_LIMIT) {
+            let previous = self.data_dir.join("postgres.log.1");
+            fs::rename(&log_path, &previous).map_err(path_error("rename", &log_path))?;
+        }
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&log_path)
+            .map_err(path_error("write", &log_path))?;
+        let log_start = log.metadata().map_or(0, |log| log.len());
+
+        let mut command = self.command("postgres");
+        command.arg("-D").arg(&self.directory);
+        // Quoted, because the setting is a list separated by commas.
+        let socket_dir = format!("unix_socket_directories=\"{}\"", self.socket_dir.display());
+        for setting in [
+            "listen_addresses=",
+            "port=5432",
+            &socket_dir,
+            "unix_socket_permissions=0700",
+            "logging_collector=off",
+            // The JIT compiler needs memory that is writable and executable, which a hardened unit
+            // forbids: an expensive search would fail. None of our statements is faster with it.
+            "jit=off",
+            // A line for each checkpoint would fill the log.
+            "log_checkpoints=off",
+        ] {
+            command.args(["-c", setting]);
+        }
+        for setting in &self.settings {
+            command.args(["-c", setting]);
+        }
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .map_err(path_error(
+                "run",
+                &self.installation.directory.join("postgres"),
+            ))?;
+        Ok(Server {
+            child,
+            log_path,
+            log_start,
+        })
+    }
+
+    /// Stops a server on this cluster that outlived its service. It is unused: we hold the lock.
+    pub(super) async fn stop_stale_server(&self) -> Result<(), Error> {
+        let pid_file = self.directory.join("postmaster.pid");
+        let Some(pid) = fs::read_to_string(&pid_file)
+            .ok()
+            .and_then(|text| Pid::from_raw(text.lines().next()?.trim().parse().ok()?))
+        else {
+            return Ok(());
+        };
+        if !self.is_our_postmaster(pid).await {
+            if test_kill_process(pid).is_ok() {
+                // The pid was reused by another process. PostgreSQL would believe the file; real
+                // leftovers are detected by their shared memory.
+                fs::remove_file(&pid_file).map_err(path_error("remove", &pid_file))?;
+            }
+            return Ok(());
+        }
+        info!("stopping the PostgreSQL that an earlier run has left (process {pid})");
+        for (signal, limit) in SHUTDOWN {
+            // It may end between the check and the signal.
+            let _ = kill_process(pid, signal);
+            let deadline = Instant::now() + limit;
+            while Instant::now() < deadline {
+                if !self.is_our_postmaster(pid).await {
+                    return Ok(());
+                }
+                sleep(POLL_INTERVAL).await;
+            }
+        }
+        Err(Error(format!(
+            "a PostgreSQL from an earlier run (process {pid}) still runs in {} and does not stop",
+            self.data_dir.display()
+        )))
+    }
+
+    /// Removes the socket files of a killed server: the lock file there contains a pid, too, which
+    /// may have been reused.
+    fn remove_socket(&self) -> Result<(), Error> {
+        for name in [SOCKET_NAME.to_owned(), format!("{SOCKET_NAME}.lock")] {
+            let path = self.socket_dir.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(path_error("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this process is a PostgreSQL server on this cluster.
+    async fn is_our_postmaster(&self, pid: Pid) -> bool {
+        if cfg!(target_os = "linux") {
+            // Its working directory is its data directory. A zombie has none and does not count.
+            let process = PathBuf::from(format!("/proc/{pid}"));
+            return fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd == self.directory)
+                && fs::read_to_string(process.join("comm"))
+                    .is_ok_and(|name| name.starts_with("postgres"));
+        }
+        let mut ps = Command::new("ps");
+        ps.args(["-ww", "-o", "command=", "-p", &pid.to_string()]);
+        run(ps, RESPONSE_TIMEOUT).await.is_ok_and(|output| {
+            let command = String::from_utf8_lossy(&output.stdout);
+            command.contains("postgres") && command.contains(&*self.directory.to_string_lossy())
+        })
+    }
+
+    /// Creates the database if the cluster has none yet.
+    async fn create_database(&self) -> Result<(), tokio_postgres::Error> {
+        match self.config(DATABASE).connect(NoTls).await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME) => {}
+            Err(error) => return Err(error),
+        }
+        let (client, connection) = self.config("postgres").connect(NoTls).await?;
+        let connection = tokio::spawn(connection);
+        let created = client
+            .batch_execute(&format!("create database {DATABASE}"))
+            .await;
+        drop(client);
+        let _ = connection.await;
+        created
+    }
+}
+
+/// A server that this process started; dropped, it is signalled to shut down.
+pub(super) struct Server {
+    child: Child,
+    log_path: PathBuf,
+    /// Where its own lines begin in the log.
+    log_start: u64,
+}
+
+impl Server {
+    pub(super) async fn wait(&mut self) -> io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// Waits until the server accepts connections, or returns why it does not.
+    async fn wait_ready(&mut self, cluster: &Path) -> Result<(), String> {
+        let pid = self.child.id().map(|pid| pid.to_string());
+        let deadline = Instant::now() + START_TIMEOUT;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().map_err(|error| error.to_string())? {
+                return Err(self.startup_error().unwrap_or_else(|| status.to_string()));
+            }
+            // PostgreSQL writes its state to the eighth line, where pg_ctl reads it: this needs no
+            // connection and logs no refused one.
+            let text = fs::read_to_string(cluster.join("postmaster.pid")).unwrap_or_default();
+            let mut lines = text.lines();
+            if lines.next().map(str::trim) == pid.as_deref()
+                && lines.nth(6).map(str::trim) == Some("ready")
+            {
+                return Ok(());
+            }
+            sleep(POLL_INTERVAL).await;
+        }
+        Err(format!("not ready after {} s", START_TIMEOUT.as_secs()))
+    }
+
+    /// The error that it wrote to the log.
+    fn startup_error(&self) -> Option<String> {
+        let mut log = File::open(&self.log_path).ok()?;
+        log.seek(SeekFrom::Start(self.log_start)).ok()?;
+        let mut text = Vec::new();
+        log.take(LOG_LIMIT).read_to_end(&mut text).ok()?;
+        last_error_line(&String::from_utf8_lossy(&text))
+    }
+
+    pub(super) async fn shut_down(&mut self) {
+        for (signal, limit) in SHUTDOWN {
+            self.signal(signal);
+            if timeout(limit, self.child.wait()).await.is_ok() {
+                return;
+            }
+            warn!("embedded PostgreSQL has not stopped after {limit:?}");
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        // A child that was waited for has no pid any more, so no other process can be hit.
+        if let Some(pid) = self.child.id().and_then(|id| Pid::from_raw(id as i32)) {
+            let _ = kill_process(pid, signal);
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.signal(Signal::INT);
+    }
+}
