@@ -8,8 +8,8 @@ use std::time::Duration;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
-    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName,
-    HeaderValue, USER_AGENT,
+    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, HeaderMap,
+    HeaderName, HeaderValue, USER_AGENT,
 };
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
@@ -30,6 +30,10 @@ use crate::model::{Email, Refusal};
 const MAX_BODY_BYTES: usize = 16 * 1024;
 /// From the head of a request to the end of its body.
 const BODY_BOUND: Duration = Duration::from_secs(20);
+/// An unread body of this size is read and discarded, so that its connection can be used again.
+const MAX_DRAIN_BYTES: usize = 64 * 1024;
+/// The body of an early response arrives within milliseconds; a slower client reconnects instead.
+const BODY_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// `X-Request-Id`.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -209,7 +213,8 @@ fn decode(text: &str) -> Option<Cow<'_, str>> {
 /// The body of a request, not read yet.
 pub(crate) struct Body<'a> {
     pub(crate) call: &'a Call<'a>,
-    pub(crate) incoming: Incoming,
+    /// `None` once the body has been read to its end.
+    pub(crate) unread: &'a mut Option<Incoming>,
 }
 
 impl Body<'_> {
@@ -223,18 +228,16 @@ impl Body<'_> {
 
     /// The same where there may be no body at all.
     pub(crate) async fn object_if_any(self) -> Result<Option<Members>, Error> {
-        if self.incoming.is_end_stream() {
+        let Body { call, unread } = self;
+        let Some(incoming) = unread.as_mut().filter(|body| !body.is_end_stream()) else {
             return Ok(None);
-        }
-        self.check_type()?;
-        if is_oversized(self.call.head) {
+        };
+        check_type(call.head)?;
+        if is_oversized(call.head) {
             return Err(Error::BodyTooLarge);
         }
-        let bytes = match timeout(
-            BODY_BOUND,
-            Limited::new(self.incoming, MAX_BODY_BYTES).collect(),
-        )
-        .await
+        let bytes = match timeout(BODY_BOUND, Limited::new(incoming, MAX_BODY_BYTES).collect())
+            .await
         {
             Ok(Ok(collected)) => collected.to_bytes(),
             Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(Error::BodyTooLarge),
@@ -245,7 +248,8 @@ impl Body<'_> {
             }
             Err(_) => return Err(Error::RequestTimeout),
         };
-        *self.call.complete_at() = Some(Instant::now());
+        *unread = None;
+        *call.complete_at() = Some(Instant::now());
         if bytes.is_empty() {
             return Ok(None);
         }
@@ -260,29 +264,51 @@ impl Body<'_> {
             ))),
         }
     }
+}
 
-    fn check_type(&self) -> Result<(), Error> {
-        let headers = &self.call.head.headers;
-        let coded = headers
-            .get(CONTENT_ENCODING)
-            .is_some_and(|coding| coding != "identity");
-        let json = headers.get_all(CONTENT_TYPE).iter().all(|value| {
-            let value = value.to_str().unwrap_or_default();
-            let essence = value.split(';').next().unwrap_or_default().trim();
-            essence.eq_ignore_ascii_case("application/json")
-                || (self.call.head.method == Method::PATCH
-                    && essence.eq_ignore_ascii_case("application/merge-patch+json"))
-        });
-        if coded || !json {
-            Err(Error::UnsupportedMediaType)
-        } else {
-            Ok(())
-        }
+fn check_type(head: &Parts) -> Result<(), Error> {
+    let headers = &head.headers;
+    let coded = headers
+        .get(CONTENT_ENCODING)
+        .is_some_and(|coding| coding != "identity");
+    let json = headers.get_all(CONTENT_TYPE).iter().all(|value| {
+        let value = value.to_str().unwrap_or_default();
+        let essence = value.split(';').next().unwrap_or_default().trim();
+        essence.eq_ignore_ascii_case("application/json")
+            || (head.method == Method::PATCH
+                && essence.eq_ignore_ascii_case("application/merge-patch+json"))
+    });
+    if coded || !json {
+        Err(Error::UnsupportedMediaType)
+    } else {
+        Ok(())
     }
 }
 
+/// Reads and discards what the handler left of the body. Returns false if the next request on the
+/// connection cannot be found, because the rest is too long, too slow or malformed, or because the
+/// client waits for `100 Continue` and may or may not send the body after another response.
+pub(crate) async fn drain(head: &Parts, unread: Option<Incoming>) -> bool {
+    let Some(body) = unread.filter(|body| !body.is_end_stream()) else {
+        return true;
+    };
+    if head.headers.contains_key(EXPECT) || body.size_hint().lower() > MAX_DRAIN_BYTES as u64 {
+        return false;
+    }
+    let mut rest = Limited::new(body, MAX_DRAIN_BYTES);
+    let drained = async {
+        while let Some(frame) = rest.frame().await {
+            if frame.is_err() {
+                return false;
+            }
+        }
+        true
+    };
+    timeout(BODY_DRAIN_TIMEOUT, drained).await.unwrap_or(false)
+}
+
 /// Whether a body is announced that is larger than any that is read.
-pub(crate) fn is_oversized(head: &Parts) -> bool {
+fn is_oversized(head: &Parts) -> bool {
     let length = head.headers.get(CONTENT_LENGTH);
     let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
     length.is_some_and(|length: u64| length > MAX_BODY_BYTES as u64)

@@ -21,7 +21,7 @@ use crate::guard::{owner, signed_in};
 use crate::handler::{auth, pages, sessions, tasks};
 use crate::logging::{self, ACCESS, field};
 use crate::metrics::UNMATCHED_ROUTE;
-use crate::request::{Body, Call, REQUEST_ID, check_host, is_oversized};
+use crate::request::{Body, Call, REQUEST_ID, check_host, drain};
 use crate::response::{self, Response};
 
 const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
@@ -177,25 +177,21 @@ pub(crate) async fn respond(
     let started = Instant::now();
     let (head, incoming) = request.into_parts();
     let call = Call::new(app, &head, peer);
+    let mut unread = Some(incoming);
     let body = Body {
         call: &call,
-        incoming,
+        unread: &mut unread,
     };
     let result = match fault {
         Some(fault) => Err(Error::MalformedRequest(fault)),
         None => caught(dispatch(&call, body)).await,
     };
+    let must_close = result.as_ref().is_err_and(must_close);
     let mut response = match result {
         Ok(response) => response,
         Err(error) => {
             log_error(&call, &error);
-            let mut response = response::problem(&error, &call.id);
-            if ends_connection(&error) {
-                response
-                    .headers_mut()
-                    .insert(CONNECTION, HeaderValue::from_static("close"));
-            }
-            response
+            response::problem(&error, &call.id)
         }
     };
     let headers = response.headers_mut();
@@ -206,14 +202,17 @@ pub(crate) async fn respond(
     if path_is_api {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
-    // A body that is too large is never read to its end, whoever was asked.
-    if app.is_stopping() || is_oversized(&head) {
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    }
     app.cors.apply(&head, headers);
     account_for(&call, &response, started.elapsed());
     if path_is_api {
         app.sweep_if_due();
+    }
+    // hyper closes a connection without notice if the body is still arriving when the response is
+    // written. The client has to be told with the response, so the body comes first.
+    let drained = !must_close && drain(&head, unread).await;
+    if !drained || app.is_stopping() {
+        let headers = response.headers_mut();
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
@@ -228,12 +227,9 @@ async fn caught(answer: impl Future<Output = Result<Response, Error>>) -> Result
     .await
 }
 
-/// After these nobody knows where the next request would begin.
-fn ends_connection(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::BodyTooLarge | Error::RequestTimeout | Error::MalformedRequest(_)
-    )
+/// After these errors the rest of the request is not worth waiting for, or not to be trusted.
+fn must_close(error: &Error) -> bool {
+    matches!(error, Error::RequestTimeout | Error::MalformedRequest(_))
 }
 
 /// The one place where an error is logged: a failed authentication and a shed request at WARN, a

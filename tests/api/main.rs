@@ -28,6 +28,7 @@ mod preconditions;
 mod smuggling;
 mod sql;
 mod tasks;
+mod unread_bodies;
 mod validation;
 
 // Who may do what.
