@@ -99,7 +99,8 @@ impl<'a> Call<'a> {
         self.route.get().copied()
     }
 
-    /// The bearer token. More than one Authorization header is none that could be trusted.
+    /// The bearer token. More than one Authorization header is none that could be trusted. What
+    /// scripts send before they have a token (`Bearer null`) is no token.
     pub(crate) fn bearer_token(&self) -> Result<Option<&str>, TokenRejection> {
         let mut values = self.head.headers.get_all(AUTHORIZATION).iter();
         let Some(value) = values.next() else {
@@ -111,7 +112,8 @@ impl<'a> Call<'a> {
         let text = value.to_str().map_err(|_| TokenRejection::Malformed)?;
         match text.split_once(' ') {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-                Ok(Some(token.trim_matches(' ')))
+                let token = token.trim_matches(' ');
+                Ok(Some(token).filter(|token| !["", "null", "undefined"].contains(token)))
             }
             _ => Ok(None),
         }

@@ -839,6 +839,45 @@ async fn only_one_bearer_header_is_a_token() {
     assert_eq!(tasks.json(), json!([]));
 }
 
+/// What scripts send before somebody has signed in, which is no attack.
+#[tokio::test]
+async fn a_bearer_without_a_token_is_no_token() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    for value in [
+        "Bearer",
+        "Bearer ",
+        "Bearer null",
+        "bearer undefined",
+        "Bearer  null",
+    ] {
+        let id = unique_id();
+        let request = server.get(ann.tasks()).header("authorization", value);
+        let answer = request.header("x-request-id", &id).send().await;
+        answer.problem(401, "missing_token");
+        assert_eq!(answer.header("www-authenticate"), r#"Bearer realm="todo""#);
+        let log = settled(&server).await;
+        let lines = warnings(&log, &id);
+        assert!(lines[0].contains("reason=missing_token"), "{lines:?}");
+
+        let logout = || {
+            server
+                .post("/api/v1/auth/logout")
+                .header("authorization", value)
+        };
+        logout().send().await.problem(401, "missing_token");
+        let session = server.login(&ann.email, &ann.password).await;
+        let body = json!({"refresh_token": session.refresh_token});
+        logout().json(body).send().await.expect(204);
+        let request = server.get(ann.tasks()).bearer(&session.access_token);
+        request.send().await.problem(401, "invalid_token");
+    }
+    for value in ["Bearer nul", "Bearer null.null", "Bearer [object Object]"] {
+        let request = server.get(ann.tasks()).header("authorization", value);
+        request.send().await.problem(401, "invalid_token");
+    }
+}
+
 /// RFC 9110 section 11.1: the scheme's case is nobody's business.
 #[tokio::test]
 async fn the_scheme_may_be_written_in_any_case() {
