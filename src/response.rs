@@ -117,7 +117,7 @@ pub(crate) fn counted(response: Response, total: i64) -> Response {
     with(response, TOTAL_COUNT, total.to_string())
 }
 
-/// A page that is somewhere else.
+/// A page that is somewhere else: `path` is relative, as a proxy may have stripped a prefix.
 pub(crate) fn redirect(path: &'static str) -> Response {
     let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
     let headers = response.headers_mut();

@@ -52,7 +52,7 @@ async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
 
     match segments.as_slice() {
         [] => match call.at("/", method) {
-            GET => Ok(response::redirect("/docs")),
+            GET => Ok(response::redirect("docs")),
             _ => other(call, "GET, HEAD, OPTIONS"),
         },
         ["healthz"] => match call.at("/healthz", method) {
@@ -68,7 +68,7 @@ async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
             _ => other(call, "GET, HEAD, OPTIONS"),
         },
         ["docs"] => match call.at("/docs", method) {
-            GET => Ok(pages::docs()),
+            GET => Ok(pages::docs(call)),
             _ => other(call, "GET, HEAD, OPTIONS"),
         },
         ["docs", file] => match call.at("/docs/{file}", method) {
@@ -76,7 +76,7 @@ async fn dispatch(call: &Call<'_>, body: Body<'_>) -> Result<Response, Error> {
             _ => other(call, "GET, HEAD, OPTIONS"),
         },
         ["problems", code] => match call.at("/problems/{code}", method) {
-            GET => pages::problem(code),
+            GET => pages::problem(call, code),
             _ => other(call, "GET, HEAD, OPTIONS"),
         },
         ["api", "v1", "auth", "register"] => match call.at("/api/v1/auth/register", method) {

@@ -2,7 +2,14 @@
 "use strict";
 
 (() => {
+  // A proxy may serve the API under a prefix, so every address is relative to this file's.
+  const root = new URL("../", document.currentScript.src);
   let signedIn = null;
+
+  // The document's links are relative to /docs, without a slash at the end.
+  if (location.pathname.endsWith("/")) {
+    history.replaceState(null, "", location.pathname.slice(0, -1) + location.search + location.hash);
+  }
 
   function show(step, email) {
     for (const hint of document.querySelectorAll("#hint > p")) {
@@ -59,7 +66,7 @@
 
   function noticeSignIn(response) {
     const path = new URL(response.url, location.href).pathname;
-    if (response.ok && /^\/api\/v1\/auth\/(register|login|refresh)$/.test(path)) {
+    if (response.ok && /\/api\/v1\/auth\/(register|login|refresh)$/.test(path)) {
       signedIn = JSON.parse(response.text);
       document.getElementById("copy-token").textContent = "Copy access token";
       show("hint-signed-in", signedIn.user.email);
@@ -68,7 +75,7 @@
   }
 
   const ui = SwaggerUIBundle({
-    url: "/openapi.json",
+    url: new URL("openapi.json", root).href,
     dom_id: "#swagger-ui",
     deepLinking: true,
     defaultModelsExpandDepth: 0,

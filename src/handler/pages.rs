@@ -64,8 +64,8 @@ pub(crate) fn declare_responses(metrics: &Metrics) -> Result<(), serde_json::Err
 }
 
 /// `GET /docs`
-pub(crate) fn docs() -> Response {
-    page(DOCS)
+pub(crate) fn docs(call: &Call<'_>) -> Response {
+    page(call, DOCS)
 }
 
 /// `GET /docs/{file}`: Swagger UI's files and ours, out of memory.
@@ -101,7 +101,7 @@ fn content_type(file: &str) -> Option<&'static str> {
 }
 
 /// `GET /problems/{code}`: what a problem means and what to do.
-pub(crate) fn problem(code: &str) -> Result<Response, Error> {
+pub(crate) fn problem(call: &Call<'_>, code: &str) -> Result<Response, Error> {
     let kind = kind(code).ok_or(Error::NotFound)?;
     let page_text = PROBLEM
         .replace("{title}", kind.title)
@@ -109,10 +109,13 @@ pub(crate) fn problem(code: &str) -> Result<Response, Error> {
         .replace("{code}", kind.code)
         .replace("{meaning}", kind.meaning)
         .replace("{advice}", kind.advice);
-    Ok(page(page_text))
+    Ok(page(call, &page_text))
 }
 
-fn page(html: impl Into<Bytes>) -> Response {
+/// A page. Its links are relative, because a proxy may have stripped a prefix from the path.
+fn page(call: &Call<'_>, html: &str) -> Response {
+    let depth = call.head.uri.path().matches('/').skip(1).count();
+    let html = html.replace("{root}", &"../".repeat(depth));
     let mut response = response::bytes(StatusCode::OK, HTML, html);
     let headers = response.headers_mut();
     headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
