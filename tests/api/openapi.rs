@@ -314,6 +314,34 @@ async fn every_example_of_a_request_succeeds_as_the_document_says() {
     }
 }
 
+#[tokio::test]
+async fn every_example_of_an_invalid_value_is_what_the_service_sends() {
+    let server = Server::start().await;
+    let user = server.user().await;
+    let document = Document::read();
+    let responses = document.0["components"]["responses"].as_object().unwrap();
+    let examples = responses
+        .values()
+        .flat_map(|response| document.examples(&response["content"]["application/problem+json"]))
+        .filter(|(_, example)| example["errors"].is_array());
+    let mut count = 0;
+    for (_, example) in examples {
+        let request = match example["errors"][0]["pointer"].as_str() {
+            Some("/title") => server
+                .post(user.tasks())
+                .json(json!({"title": "x".repeat(201)})),
+            _ => server.get(format!("{}?limit=1001", user.tasks())),
+        };
+        let answer = request.bearer(&user.access_token).send().await;
+        let problem = answer.problem(422, "validation_failed");
+        for member in ["errors", "detail", "title"] {
+            assert_eq!(example[member], problem[member]);
+        }
+        count += 1;
+    }
+    assert!(count >= 3, "{count} examples");
+}
+
 /// Registers this address with the password of the examples, and nobody has had it before.
 async fn register(server: &Server, email: &str) -> User {
     server
