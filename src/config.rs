@@ -13,6 +13,7 @@ use ipnet::IpNet;
 
 use crate::db::url::DatabaseUrl;
 use crate::embedded_postgres;
+use crate::origin::normalize_origin;
 
 /// RFC 7518 section 3.2: a key for HS256 has at least as many bits as its hash.
 const MIN_SECRET_BYTES: usize = 32;
@@ -165,16 +166,8 @@ impl Config {
         let address = "an address and a port like 127.0.0.1:8000";
         let listen_addr = reader.parsed("LISTEN_ADDR", "127.0.0.1:8000", address)?;
         let metrics_addr = reader.optional_parsed("METRICS_ADDR", address)?;
-        let cors_origins = reader.list(
-            "CORS_ORIGINS",
-            "origins like https://app.example.com",
-            origin,
-        )?;
-        let trusted_proxies = reader.list(
-            "TRUSTED_PROXIES",
-            "addresses or CIDR blocks like 10.0.0.0/8",
-            network,
-        )?;
+        let cors_origins = reader.list("CORS_ORIGINS", normalize_origin)?;
+        let trusted_proxies = reader.list("TRUSTED_PROXIES", network)?;
         let db_pool_size = reader.bounded("DB_POOL_SIZE", 20, 1..=20)? as u32;
         let registration_open = match reader.value("REGISTRATION", || "open".into())?.as_str() {
             "open" => true,
@@ -294,20 +287,19 @@ impl Reader {
             .map_err(|_| ConfigError(format!("{name} must be {takes}")))
     }
 
+    /// A comma separated list.
     fn list<T>(
         &mut self,
         name: &'static str,
-        takes: &str,
-        parse: impl Fn(&str) -> Option<T>,
+        parse: impl Fn(&str) -> Result<T, String>,
     ) -> Result<Vec<T>, ConfigError> {
         let value = self.optional(name)?.unwrap_or_default();
         let entries = value
             .split(',')
             .map(str::trim)
             .filter(|entry| !entry.is_empty());
-        let parsed: Option<Vec<T>> = entries.map(parse).collect();
-        parsed
-            .ok_or_else(|| ConfigError(format!("{name} must be a comma separated list of {takes}")))
+        let parsed: Result<_, String> = entries.map(parse).collect();
+        parsed.map_err(|reason| ConfigError(format!("{name}: {reason}")))
     }
 
     fn bounded(
@@ -388,17 +380,8 @@ fn read(name: &str, path: &PathBuf) -> Result<String, ConfigError> {
     Ok(text.trim().to_owned())
 }
 
-/// An origin as browsers send it (RFC 6454 section 6.2): scheme, host, and a port that is not the
-/// scheme's own.
-fn origin(text: &str) -> Option<String> {
-    let uri: hyper::Uri = text.parse().ok()?;
-    let serialized = format!("{}://{}", uri.scheme_str()?, uri.authority()?);
-    let plain = matches!(uri.scheme_str(), Some("http" | "https")) && !serialized.contains('@');
-    (plain && serialized == text).then_some(serialized)
-}
-
-fn network(text: &str) -> Option<IpNet> {
+fn network(text: &str) -> Result<IpNet, String> {
     text.parse()
-        .ok()
-        .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .map_err(|_| format!("{text:?} is no address and no CIDR block like 10.0.0.0/8"))
 }

@@ -4,18 +4,24 @@
 use hyper::Method;
 use hyper::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, ALLOW,
-    HeaderMap, HeaderValue, ORIGIN, VARY,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, HOST,
+    HeaderMap, HeaderName, HeaderValue, ORIGIN, VARY,
 };
 use hyper::http::request::Parts;
 
+/// All of the API, on every path: a page whose preflight fails sees a network error instead of the
+/// 404 or 405.
+const ALLOWED_METHODS: HeaderValue =
+    HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
 const ALLOWED_HEADERS: HeaderValue = HeaderValue::from_static(
-    "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-Id",
+    "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, Prefer, X-Request-Id",
 );
-const EXPOSED_HEADERS: HeaderValue =
-    HeaderValue::from_static("Location, Link, ETag, Retry-After, X-Request-Id, X-Total-Count");
+const EXPOSED_HEADERS: HeaderValue = HeaderValue::from_static(
+    "Location, Link, ETag, Preference-Applied, Retry-After, X-Request-Id, X-Total-Count",
+);
 /// Two hours: the most that Chromium remembers a preflight for.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("7200");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// The origins that are allowed.
 pub(crate) struct Cors {
@@ -32,31 +38,60 @@ impl Cors {
         }
     }
 
-    /// Adds what the browser needs to an answer, an error's too. An answer to OPTIONS becomes
-    /// that to a preflight, which comes before any authentication.
+    /// The request's origin, if it is allowed.
+    fn allowed_origin<'a>(&self, headers: &'a HeaderMap) -> Option<&'a HeaderValue> {
+        headers
+            .get(ORIGIN)
+            .filter(|origin| self.origins.contains(origin))
+    }
+
+    /// Whether a browser asks for an allowed origin what a request that follows may be.
+    pub(crate) fn is_preflight(&self, head: &Parts) -> bool {
+        head.method == Method::OPTIONS
+            && head.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
+            && self.allowed_origin(&head.headers).is_some()
+    }
+
+    /// Whether the request comes from a page of an origin that is neither ours nor allowed.
+    pub(crate) fn is_foreign(&self, headers: &HeaderMap) -> bool {
+        let origin = headers.get(ORIGIN);
+        origin.is_some_and(|origin| !self.origins.contains(origin) && !is_ours(origin, headers))
+    }
+
+    /// Adds what the browser needs to a response, an error's too.
     pub(crate) fn apply(&self, head: &Parts, headers: &mut HeaderMap) {
         if self.origins.is_empty() {
             return;
         }
         headers.append(VARY, HeaderValue::from_static("Origin"));
-        let Some(origin) = head
-            .headers
-            .get(ORIGIN)
-            .filter(|origin| self.origins.contains(origin))
-        else {
+        let Some(origin) = self.allowed_origin(&head.headers) else {
             return;
         };
         headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-        if head.method == Method::OPTIONS
-            && head.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
-        {
-            if let Some(allow) = headers.get(ALLOW).cloned() {
-                headers.insert(ACCESS_CONTROL_ALLOW_METHODS, allow);
-            }
+        if self.is_preflight(head) {
+            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, ALLOWED_METHODS);
             headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, ALLOWED_HEADERS);
             headers.insert(ACCESS_CONTROL_MAX_AGE, MAX_AGE);
         } else {
             headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED_HEADERS);
         }
     }
+}
+
+/// Whether the request went to the host that its page came from. Only the proxy knows the scheme.
+/// A page of another origin can set neither header without a preflight.
+fn is_ours(origin: &HeaderValue, headers: &HeaderMap) -> bool {
+    let (host, default_port) = match origin.to_str().unwrap_or_default().split_once("://") {
+        Some(("http", host)) => (host, ":80"),
+        Some(("https", host)) => (host, ":443"),
+        _ => return false,
+    };
+    let mut targets = [HOST, FORWARDED_HOST]
+        .into_iter()
+        .filter_map(|name| headers.get(name)?.to_str().ok()?.split(',').next());
+    targets.any(|target| {
+        let target = target.trim();
+        let target = target.strip_suffix(default_port).unwrap_or(target);
+        target.eq_ignore_ascii_case(host)
+    })
 }

@@ -85,8 +85,8 @@ problems! {
         "The body has more than 16 KiB."
         "Send less. The longest task fits many times over.";
     UNSUPPORTED_MEDIA_TYPE = 415 "unsupported_media_type" "Unsupported media type"
-        "The body is declared to be something other than JSON."
-        "Send “Content-Type: application/json”; PATCH also takes application/merge-patch+json.";
+        "The body is declared to be something other than JSON, or is compressed."
+        "Send “Content-Type: application/json” and no Content-Encoding; PATCH also takes application/merge-patch+json.";
     VALIDATION_FAILED = 422 "validation_failed" "Validation failed"
         "The request was understood, but values in it break a rule."
         "“errors” names each fault with a JSON pointer or the query parameter. Mend them all and send again.";
@@ -201,8 +201,12 @@ pub(crate) enum Error {
     PreconditionFailed,
     /// The body is larger than the bound.
     BodyTooLarge,
-    /// The body is not declared as JSON.
-    UnsupportedMediaType,
+    /// The body is of a kind that is not read.
+    UnsupportedMediaType {
+        body: UnsupportedBody,
+        /// PATCH takes one type more.
+        is_patch: bool,
+    },
     /// Every fault of the request.
     Validation(Vec<Fault>),
     /// The key was used with other values.
@@ -237,6 +241,27 @@ pub(crate) enum Refused {
     Credentials(LoginFailure),
 }
 
+/// Why a body is not read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum UnsupportedBody {
+    Compressed,
+    NotJson,
+    /// Without a type, from a page of another origin.
+    Untyped,
+}
+
+impl UnsupportedBody {
+    fn detail(self) -> &'static str {
+        match self {
+            Self::Compressed => "The body is compressed. Send it without Content-Encoding.",
+            Self::NotJson => "The body is declared to be something other than JSON.",
+            Self::Untyped => {
+                "A body from a page of another origin needs “Content-Type: application/json”."
+            }
+        }
+    }
+}
+
 impl Error {
     /// The kind of problem that the client is told.
     pub(crate) fn problem(&self) -> &'static Problem {
@@ -258,7 +283,7 @@ impl Error {
             Self::EmailTaken => &EMAIL_TAKEN,
             Self::PreconditionFailed => &PRECONDITION_FAILED,
             Self::BodyTooLarge => &BODY_TOO_LARGE,
-            Self::UnsupportedMediaType => &UNSUPPORTED_MEDIA_TYPE,
+            Self::UnsupportedMediaType { .. } => &UNSUPPORTED_MEDIA_TYPE,
             Self::Validation(_) => &VALIDATION_FAILED,
             Self::IdempotencyKeyReused => &IDEMPOTENCY_KEY_REUSED,
             Self::TooManyAttempts { .. } => &TOO_MANY_ATTEMPTS,
@@ -274,6 +299,7 @@ impl Error {
         match self {
             Self::MalformedJson(detail) => detail.clone().into(),
             Self::MalformedRequest(detail) => (*detail).into(),
+            Self::UnsupportedMediaType { body, .. } => body.detail().into(),
             Self::Validation(faults) => {
                 let details: Vec<&str> = faults.iter().map(|fault| fault.detail.as_ref()).collect();
                 details.join("; ").into()

@@ -7,7 +7,8 @@
 //! 2. `router` splits the path and matches it with the method: the whole API is one `match`.
 //!    It is also where an error becomes an answer and, once, a line in the log.
 //! 3. `guard` turns the bearer token into a signed-in user, before the body is read.
-//! 4. `handler` has one function a route: parse (`request`, `conditional`), one call to the database,
+//! 4. `handler` has one function a route: parse (`request`, `content_type`,
+//!    `conditional`), one call to the database,
 //!    respond (`response`). `cors` adds what browsers of other origins need.
 //! 5. `db` runs one statement out of `sql/` over a pool of at most 20 connections; reads that are
 //!    asked at the same moment share one (`db::gather`). [`embedded_postgres`] is the server that the service runs itself
@@ -30,6 +31,7 @@ pub mod command;
 mod conditional;
 pub mod config;
 mod connection;
+mod content_type;
 mod cors;
 pub mod db;
 pub mod embedded_postgres;
@@ -40,6 +42,7 @@ mod labels;
 pub mod logging;
 pub mod metrics;
 mod model;
+mod origin;
 mod request;
 mod response;
 mod router;

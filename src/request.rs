@@ -8,8 +8,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
-    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, HeaderMap,
-    HeaderName, HeaderValue, USER_AGENT,
+    AUTHORIZATION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
 };
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
@@ -21,6 +20,7 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::App;
+use crate::content_type;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
 use crate::error::{Error, Fault};
 use crate::labels::TokenRejection;
@@ -234,7 +234,7 @@ impl Body<'_> {
         let Some(incoming) = unread.as_mut().filter(|body| !body.is_end_stream()) else {
             return Ok(None);
         };
-        check_type(call.head)?;
+        content_type::check(call.head, &call.app.cors)?;
         if is_oversized(call.head) {
             return Err(Error::BodyTooLarge);
         }
@@ -265,25 +265,6 @@ impl Body<'_> {
                 "the body is not JSON in UTF-8: {error}"
             ))),
         }
-    }
-}
-
-fn check_type(head: &Parts) -> Result<(), Error> {
-    let headers = &head.headers;
-    let coded = headers
-        .get(CONTENT_ENCODING)
-        .is_some_and(|coding| coding != "identity");
-    let json = headers.get_all(CONTENT_TYPE).iter().all(|value| {
-        let value = value.to_str().unwrap_or_default();
-        let essence = value.split(';').next().unwrap_or_default().trim();
-        essence.eq_ignore_ascii_case("application/json")
-            || (head.method == Method::PATCH
-                && essence.eq_ignore_ascii_case("application/merge-patch+json"))
-    });
-    if coded || !json {
-        Err(Error::UnsupportedMediaType)
-    } else {
-        Ok(())
     }
 }
 

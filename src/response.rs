@@ -4,19 +4,21 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::StatusCode;
 use hyper::header::{
-    ALLOW, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LINK, LOCATION,
-    RETRY_AFTER, WWW_AUTHENTICATE,
+    ACCEPT_ENCODING, ALLOW, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, LINK,
+    LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use serde::Serialize;
 
 use crate::LargePlace;
 use crate::conditional::entity_tag;
-use crate::error::{Error, Fault};
+use crate::content_type::ACCEPT_PATCH;
+use crate::error::{Error, Fault, UnsupportedBody};
 use crate::model::Task;
 
 /// An answer.
 pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
+const PATCH_TYPES: HeaderName = HeaderName::from_static("accept-patch");
 const TOTAL_COUNT: HeaderName = HeaderName::from_static("x-total-count");
 
 /// A value as JSON.
@@ -78,9 +80,11 @@ pub(crate) fn no_content() -> Response {
 /// 204 with the methods that a route takes.
 pub(crate) fn options(allow: &'static str) -> Response {
     let mut response = no_content();
-    response
-        .headers_mut()
-        .insert(ALLOW, HeaderValue::from_static(allow));
+    let headers = response.headers_mut();
+    headers.insert(ALLOW, HeaderValue::from_static(allow));
+    if allow.contains("PATCH") {
+        headers.insert(PATCH_TYPES, ACCEPT_PATCH);
+    }
     response
 }
 
@@ -175,8 +179,20 @@ pub(crate) fn problem(error: &Error, request_id: &HeaderValue) -> Response {
     if let Some(seconds) = error.retry_after() {
         headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
-    if let Error::MethodNotAllowed(allow) = error {
-        headers.insert(ALLOW, HeaderValue::from_static(allow));
+    match error {
+        Error::MethodNotAllowed(allow) => {
+            headers.insert(ALLOW, HeaderValue::from_static(allow));
+        }
+        Error::UnsupportedMediaType { body, is_patch } => {
+            if *is_patch {
+                headers.insert(PATCH_TYPES, ACCEPT_PATCH);
+            }
+            // RFC 9110 section 12.5.3.
+            if matches!(body, UnsupportedBody::Compressed) {
+                headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            }
+        }
+        _ => {}
     }
     response
 }

@@ -189,6 +189,7 @@ pub(crate) async fn respond(
     let must_close = result.as_ref().is_err_and(must_close);
     let mut response = match result {
         Ok(response) => response,
+        Err(Error::NotFound) if app.cors.is_preflight(&head) => response::no_content(),
         Err(error) => {
             log_error(&call, &error);
             response::problem(&error, &call.id)

@@ -817,6 +817,12 @@ impl Request {
         self.header("content-type", content_type)
     }
 
+    /// A body without a type.
+    pub(crate) fn untyped(mut self, body: impl Into<Bytes>) -> Request {
+        self.body = Some(body.into());
+        self
+    }
+
     pub(crate) async fn send(self) -> Response {
         let what = format!("{} {}", self.method, self.path);
         self.try_send()

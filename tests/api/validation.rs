@@ -585,12 +585,6 @@ async fn a_body_is_json_by_its_type_or_has_none() {
             "{method} {at} two types"
         );
     }
-    let coded = server
-        .post(&tasks)
-        .bearer(&ann.access_token)
-        .header("content-encoding", "gzip");
-    let answer = coded.json(json!({"title": "b"})).send().await;
-    answer.problem(415, "unsupported_media_type");
     // A type alone, without a body, is no reason to refuse where no body is needed.
     let request = server
         .patch(&complete)
@@ -602,6 +596,58 @@ async fn a_body_is_json_by_its_type_or_has_none() {
         .bearer(&ann.access_token)
         .header("content-type", "text/plain");
     request.send().await.expect(200);
+}
+
+#[tokio::test]
+async fn a_refused_type_says_what_is_taken() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let task = ann.create_task(&server, "a").await;
+    let (tasks, path) = (ann.tasks(), path_of(&ann, &task));
+    let complete = format!("{path}/complete");
+    for (method, at) in [
+        (Method::POST, &tasks),
+        (Method::PUT, &path),
+        (Method::PATCH, &path),
+        (Method::PATCH, &complete),
+    ] {
+        let send = |coding: &str, content_type: &str| {
+            let request = server.request(method.clone(), at).bearer(&ann.access_token);
+            request
+                .header("content-encoding", coding)
+                .body(r#"{"title":"b","completed":true}"#, content_type)
+                .send()
+        };
+        for coding in ["gzip", "GZip", "br", "zstd", "identity, gzip", "x"] {
+            for content_type in ["application/json", "text/plain"] {
+                let answer = send(coding, content_type).await;
+                let problem = answer.problem(415, "unsupported_media_type");
+                assert!(
+                    problem["detail"].as_str().unwrap().contains("compressed"),
+                    "{problem}"
+                );
+                assert_eq!(answer.header("accept-encoding"), "identity");
+                assert_eq!(
+                    answer.headers.contains_key("accept-patch"),
+                    method == Method::PATCH
+                );
+            }
+        }
+        let answer = send("identity", "text/plain").await;
+        answer.problem(415, "unsupported_media_type");
+        assert!(!answer.headers.contains_key("accept-encoding"));
+        match method == Method::PATCH {
+            true => assert_eq!(
+                answer.header("accept-patch"),
+                "application/json, application/merge-patch+json"
+            ),
+            false => assert!(!answer.headers.contains_key("accept-patch")),
+        }
+        for coding in ["identity", "Identity", "identity, identity", ""] {
+            let answer = send(coding, "application/json").await;
+            assert!(answer.status < 300, "{coding}: {}", answer.status);
+        }
+    }
 }
 
 #[tokio::test]
