@@ -146,7 +146,7 @@ async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<Opened, Failure>
                 .jwt_secret
                 .clone()
                 .ok_or("JWT_SECRET is required with DATABASE_URL")?;
-            let place = format!("{} (sslmode {})", url.place(), url.mode());
+            let place = format!("{} (sslmode {})", url.display(), url.sslmode());
             Ok(Opened {
                 database: Database::new(target, config.db_pool_size, metrics),
                 postgres: None,

@@ -5,12 +5,13 @@ use std::fmt;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::db::tls::read_roots;
 use crate::db::url::DatabaseUrl;
 use crate::embedded_postgres;
 use crate::origin::normalize_origin;
@@ -145,10 +146,15 @@ impl Config {
         let data_dir = reader.value("DATA_DIR", || {
             embedded_postgres::default_data_dir().display().to_string()
         })?;
-        let root_certificates = reader.optional("PGSSLROOTCERT")?.map(PathBuf::from);
+        let root_certificates = reader.optional("PGSSLROOTCERT")?;
+        // Also where nothing would read it: a path that is wrong is a mistake.
+        if let Some(path) = root_certificates.as_ref().filter(|path| *path != "system") {
+            read_roots(Path::new(path))
+                .map_err(|reason| ConfigError(format!("PGSSLROOTCERT {reason}")))?;
+        }
         let store = match &url {
             None => Store::Private(PathBuf::from(data_dir)),
-            Some(url) => DatabaseUrl::parse(url.expose(), root_certificates)
+            Some(url) => DatabaseUrl::parse(url.expose(), root_certificates.as_deref())
                 .map(|url| Store::Server(Box::new(url)))
                 .map_err(|reason| ConfigError(format!("DATABASE_URL {reason}")))?,
         };

@@ -14,6 +14,7 @@ pub(crate) mod sessions;
 mod statements;
 pub(crate) mod sweep;
 pub(crate) mod tasks;
+pub(crate) mod tls;
 pub mod url;
 pub(crate) mod users;
 

@@ -14,7 +14,8 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Connection, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::url::{DatabaseUrl, no_tls};
+use super::tls::{self, Verification};
+use super::url::DatabaseUrl;
 use super::{describe, is_lost, migrations};
 
 type Stream = <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream;
@@ -33,6 +34,8 @@ pub struct Target {
     config: tokio_postgres::Config,
     tls: MakeRustlsConnect,
     place: String,
+    /// The beginning of an error: the variable to mend and the address.
+    subject: String,
     /// Whether somebody's pooler may stand in between.
     direct: bool,
 }
@@ -104,6 +107,13 @@ impl Trouble {
     fn refused(reason: impl Into<String>) -> Self {
         Self::Refused(Refusal(reason.into()))
     }
+
+    fn about(self, subject: &str) -> Self {
+        match self {
+            Self::Refused(Refusal(reason)) => Self::refused(format!("{subject}: {reason}")),
+            away => away,
+        }
+    }
 }
 
 /// Whether waiting mends this: a wrong password, a missing database, a certificate that is not
@@ -120,7 +130,9 @@ fn is_final(error: &tokio_postgres::Error) -> bool {
         .source()
         .and_then(|source| source.downcast_ref::<io::Error>())
         .is_some_and(|error| error.kind() != io::ErrorKind::InvalidData);
-    (handshake && !cut_off) || text.starts_with("authentication error")
+    // "Invalid configuration" is what a server that asks for a password meets where the URL has none.
+    let unauthenticated = ["authentication error", "invalid configuration"];
+    (handshake && !cut_off) || unauthenticated.iter().any(|kind| text.starts_with(kind))
 }
 
 impl Target {
@@ -129,7 +141,8 @@ impl Target {
         Ok(Self {
             config: url.config().clone(),
             tls: url.tls()?,
-            place: url.place(),
+            place: url.display(),
+            subject: format!("DATABASE_URL ({})", url.display()),
             direct: false,
         })
     }
@@ -138,8 +151,9 @@ impl Target {
     pub fn private(config: tokio_postgres::Config, place: &Path) -> Result<Self, String> {
         Ok(Self {
             config,
-            tls: no_tls()?,
+            tls: tls::connector(Verification::None, None)?,
             place: place.display().to_string(),
+            subject: format!("the private PostgreSQL in {}", place.display()),
             direct: true,
         })
     }
@@ -182,16 +196,21 @@ impl Target {
 
     /// Looks at the database and applies the migrations that are due.
     pub(crate) async fn arrive(&self) -> Result<Found, Trouble> {
-        let client = self.visit().await?;
-        let mut found = self.look(&client).await?;
-        found.migrations = within(MIGRATION_BOUND, migrations::apply(&client)).await?;
-        Ok(found)
+        let found = async {
+            let client = self.visit().await?;
+            let mut found = self.look(&client).await?;
+            found.migrations = within(MIGRATION_BOUND, migrations::apply(&client)).await?;
+            Ok(found)
+        };
+        found
+            .await
+            .map_err(|trouble: Trouble| trouble.about(&self.subject))
     }
 
     /// Looks at the database and changes nothing.
     pub(crate) async fn survey(&self) -> Result<Found, Trouble> {
-        let client = self.visit().await?;
-        self.look(&client).await
+        let found = async { self.look(&self.visit().await?).await };
+        found.await.map_err(|trouble| trouble.about(&self.subject))
     }
 
     async fn look(&self, client: &Client) -> Result<Found, Trouble> {
@@ -249,7 +268,7 @@ impl Target {
         };
         match timeout(CONTACT_BOUND, compared).await {
             Ok(Err(error)) if forgot_statement(&error) => Err(Trouble::refused(
-                "DATABASE_URL leads through a transaction pooler that does not know prepared statements \
+                "the address leads through a transaction pooler that does not know prepared statements \
                  (PgBouncer before 1.21): use the direct address, session mode, or a newer pooler",
             )),
             Ok(result) => result.map_err(Trouble::from),

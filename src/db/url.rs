@@ -1,265 +1,316 @@
-//! `DATABASE_URL`: what libpq reads from it, with the TLS modes that tokio-postgres leaves out.
+//! `DATABASE_URL`, read as libpq reads it. Where libpq's reading is probably not what was meant, as
+//! with a raw `@` in a password, the URL is refused.
 
-use std::fmt;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::fmt::{self, Write as _};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-};
+use percent_encoding::percent_decode_str;
+use rustls::RootCertStore;
+use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-/// How much of the server's certificate must be right.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verification {
-    /// Nothing: `disable`, `allow` and `prefer`, which promise nothing either way.
-    None,
-    /// The chain, not the name: `verify-ca`.
-    Chain,
-    /// All of it: `verify-full`, and `require` too, which in libpq would accept any certificate.
-    Full,
-}
+use super::tls::{self, Verification};
+
+const EXAMPLE: &str = "must be a URL like postgres://user:password@host/database?sslmode=require";
+/// The error wherever a part of the URL may be a part of the password.
+const ENCODE: &str = "cannot be read reliably: percent-encode the password and whatever else has special characters \
+    (@ is %40, / is %2F, ? is %3F, : is %3A, & is %26, = is %3D, % is %25, a space is %20)";
+/// Parameters with a meaning, all of them libpq's.
+const PARAMETERS: [&str; 20] = [
+    "application_name",
+    "channel_binding",
+    "connect_timeout",
+    "dbname",
+    "host",
+    "hostaddr",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "load_balance_hosts",
+    "options",
+    "password",
+    "port",
+    "sslmode",
+    "sslnegotiation",
+    "sslrootcert",
+    "target_session_attrs",
+    "tcp_user_timeout",
+    "user",
+];
+/// Parameters that libpq, Prisma, pgx, Rails, JDBC and hosting providers add, and that change nothing
+/// here: the service has a pool of its own, always uses UTF-8 and SNI, and never Kerberos.
+const IGNORED: [&str; 24] = [
+    "ApplicationName",
+    "client_encoding",
+    "connection_limit",
+    "fallback_application_name",
+    "gssdelegation",
+    "gssencmode",
+    "gsslib",
+    "krbsrvname",
+    "max_protocol_version",
+    "min_protocol_version",
+    "pgbouncer",
+    "pool",
+    "pool_max_conns",
+    "pool_min_conns",
+    "pool_size",
+    "pool_timeout",
+    "prepareThreshold",
+    "prepared_statements",
+    "socket_timeout",
+    "sslcompression",
+    "sslsni",
+    "statement_cache_size",
+    "supa",
+    "uselibpqcompat",
+];
 
 /// A parsed `DATABASE_URL`.
 #[derive(Clone)]
 pub struct DatabaseUrl {
-    config: tokio_postgres::Config,
+    config: Config,
     verification: Verification,
-    root_certificates: Option<PathBuf>,
-    mode: &'static str,
+    roots: Option<Arc<RootCertStore>>,
+    sslmode: &'static str,
 }
 
 impl DatabaseUrl {
-    /// Parses the URL. The error is the end of a sentence that begins with the variable's name,
-    /// and holds nothing of the URL, which holds a password.
-    pub fn parse(url: &str, root_certificates: Option<PathBuf>) -> Result<Self, String> {
-        const TAKES: &str =
-            "must be a URL like postgres://user:password@host/database?sslmode=require";
-        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err(TAKES.into());
-        }
-        let (address, query) = url.split_once('?').unwrap_or((url, ""));
-        let mut mode = "prefer";
-        let mut root_certificates = root_certificates;
-        let mut kept = Vec::new();
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            match pair.split_once('=') {
-                Some(("sslmode", value)) => {
-                    mode = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
-                        .into_iter()
-                        .find(|known| *known == value)
-                        .ok_or("has an sslmode other than disable, allow, prefer, require, verify-ca or verify-full")?;
-                }
-                Some(("sslrootcert", path)) => {
-                    let path = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
-                    root_certificates = (path != "system").then(|| PathBuf::from(path.as_ref()));
-                }
-                _ => kept.push(pair),
+    /// Parses the URL; `root_certificates` is `PGSSLROOTCERT`. The error is the end of a sentence
+    /// that begins with the variable's name, and holds no value of the URL but a file's name.
+    pub fn parse(url: &str, root_certificates: Option<&str>) -> Result<Self, String> {
+        let mut parameters = split(url)?;
+        let sslmode = parameters.remove("sslmode");
+        let root_certificates = parameters
+            .remove("sslrootcert")
+            .or(root_certificates.map(str::to_owned));
+        let system_roots = root_certificates.as_deref() == Some("system");
+        let roots = match root_certificates {
+            Some(path) if !system_roots => {
+                let roots = tls::read_roots(Path::new(&path));
+                Some(Arc::new(roots.map_err(|reason| {
+                    format!("has an sslrootcert that {reason}")
+                })?))
             }
-        }
-        let mut config: tokio_postgres::Config = format!("{address}?{}", kept.join("&"))
-            .parse()
-            .map_err(|_| TAKES.to_owned())?;
-        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
-            return Err("names no host".into());
-        }
-        let verification = match mode {
-            "require" | "verify-full" => Verification::Full,
-            "verify-ca" => Verification::Chain,
-            _ => Verification::None,
+            _ => None,
         };
-        config.ssl_mode(match mode {
+        let (sslmode, verification) = match sslmode.as_deref() {
+            None if system_roots => ("verify-full", Verification::Full),
+            None | Some("prefer") => ("prefer", Verification::None),
+            Some("disable") => ("disable", Verification::None),
+            Some("allow") => ("allow", Verification::None),
+            Some("require") => ("require", Verification::Full),
+            Some("verify-ca") => ("verify-ca", Verification::Chain),
+            Some("verify-full") => ("verify-full", Verification::Full),
+            Some(_) => return Err("has an sslmode other than disable, allow, prefer, require, verify-ca or verify-full".into()),
+        };
+        if system_roots && verification != Verification::Full {
+            return Err("has a weak sslmode with sslrootcert=system: use verify-full".into());
+        }
+        let mut config = config(parameters)?;
+        config.ssl_mode(match sslmode {
             "disable" => SslMode::Disable,
+            // There is no TLS on a unix socket, whatever the URL asks for.
+            _ if config.get_hosts().iter().all(is_unix) => SslMode::Disable,
             "allow" | "prefer" => SslMode::Prefer,
             _ => SslMode::Require,
         });
-        if config.get_application_name().is_none() {
-            config.application_name("todo-api");
-        }
-        // A peer that vanished without a word is noticed by the kernel, too.
-        config.keepalives_idle(Duration::from_secs(30));
-        config.keepalives_interval(Duration::from_secs(10));
-        config.keepalives_retries(3);
-        config.tcp_user_timeout(Duration::from_secs(15));
         Ok(Self {
             config,
             verification,
-            root_certificates,
-            mode,
+            roots,
+            sslmode,
         })
     }
 
-    /// Where it leads, without a password: `host/database`.
-    pub fn place(&self) -> String {
-        let host = match self.config.get_hosts().first() {
-            Some(Host::Tcp(name)) => name.clone(),
-            #[cfg(unix)]
-            Some(Host::Unix(path)) => path.display().to_string(),
-            None => self
-                .config
-                .get_hostaddrs()
-                .first()
-                .map(ToString::to_string)
-                .unwrap_or_default(),
-        };
-        format!(
-            "{host}/{}",
-            self.config
-                .get_dbname()
-                .or(self.config.get_user())
-                .unwrap_or_default()
-        )
+    /// The servers and the database, for people: `host:port/database`.
+    pub fn display(&self) -> String {
+        let ports = self.config.get_ports();
+        let hosts = self.config.get_hosts().iter().enumerate().map(|(n, host)| {
+            let port = ports.get(n).or(ports.first()).unwrap_or(&5432);
+            match host {
+                Host::Tcp(name) if name.contains(':') => format!("[{name}]:{port}"),
+                Host::Tcp(name) => format!("{name}:{port}"),
+                #[cfg(unix)]
+                Host::Unix(path) => format!("{}:{port}", path.display()),
+            }
+        });
+        let hosts = hosts.collect::<Vec<_>>().join(",");
+        let database = self.config.get_dbname().or(self.config.get_user());
+        format!("{hosts}/{}", database.unwrap_or_default())
     }
 
-    /// The `sslmode` in force.
-    pub fn mode(&self) -> &'static str {
-        self.mode
+    /// The `sslmode` of the URL.
+    pub fn sslmode(&self) -> &'static str {
+        self.sslmode
     }
 
     /// What tokio-postgres connects with.
-    pub fn config(&self) -> &tokio_postgres::Config {
+    pub fn config(&self) -> &Config {
         &self.config
     }
 
     /// What it speaks TLS with. The error is the end of a sentence about the URL.
     pub fn tls(&self) -> Result<MakeRustlsConnect, String> {
-        tls(self.verification, self.root_certificates.as_deref())
-    }
-}
-
-/// TLS for a unix socket, which has none.
-pub fn no_tls() -> Result<MakeRustlsConnect, String> {
-    tls(Verification::None, None)
-}
-
-fn tls(
-    verification: Verification,
-    root_certificates: Option<&std::path::Path>,
-) -> Result<MakeRustlsConnect, String> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|error| format!("cannot use TLS: {error}"))?;
-    let config = if verification == Verification::None {
-        builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Lenient {
-                chain: None,
-                provider,
-            }))
-            .with_no_client_auth()
-    } else {
-        let roots = Arc::new(roots(root_certificates)?);
-        let full = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
-            .build()
-            .map_err(|error| format!("cannot verify certificates: {error}"))?;
-        match verification {
-            Verification::Full => builder.with_webpki_verifier(full).with_no_client_auth(),
-            _ => builder
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(Lenient {
-                    chain: Some(full),
-                    provider,
-                }))
-                .with_no_client_auth(),
-        }
-    };
-    Ok(MakeRustlsConnect::new(config))
-}
-
-fn roots(file: Option<&std::path::Path>) -> Result<RootCertStore, String> {
-    let mut roots = RootCertStore::empty();
-    match file {
-        Some(path) => {
-            let unreadable = |error| {
-                format!(
-                    "has a root certificate file {} that cannot be read: {error}",
-                    path.display()
-                )
-            };
-            for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
-                let certificate = certificate.map_err(unreadable)?;
-                roots.add(certificate).map_err(|error| {
-                    format!(
-                        "has a root certificate file {} that is no good: {error}",
-                        path.display()
-                    )
-                })?;
-            }
-        }
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        }
-    }
-    if roots.is_empty() {
-        return Err("wants TLS, but there is no root certificate: install ca-certificates or set PGSSLROOTCERT".into());
-    }
-    Ok(roots)
-}
-
-/// Verifies less than everything, as `prefer` and `verify-ca` ask; signatures are always verified.
-#[derive(Debug)]
-struct Lenient {
-    chain: Option<Arc<WebPkiServerVerifier>>,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Lenient {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let Some(chain) = &self.chain else {
-            return Ok(ServerCertVerified::assertion());
-        };
-        match chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
-            Err(rustls::Error::InvalidCertificate(
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            )) => Ok(ServerCertVerified::assertion()),
-            result => result,
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
+        tls::connector(self.verification, self.roots.clone())
     }
 }
 
 impl fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DatabaseUrl({})", self.place())
+        write!(f, "DatabaseUrl({})", self.display())
     }
+}
+
+/// Takes a URL apart as libpq's `conninfo_uri_parse_options` does; of a parameter that is given
+/// twice, the last value holds.
+fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
+    let rest = ["postgres://", "postgresql://"]
+        .iter()
+        .find_map(|scheme| url.strip_prefix(scheme))
+        .ok_or(EXAMPLE)?;
+    let (credentials, rest) = rest.split_once('@').unwrap_or(("", rest));
+    // To libpq, the first of `@` and `/` ends the credentials: with one of these in a password, a
+    // part of it would become the host, the port, the database or a parameter.
+    if rest.contains('@')
+        || credentials.contains(['/', '?'])
+        || url.contains(|c: char| c.is_whitespace() || c.is_control())
+    {
+        return Err(ENCODE.into());
+    }
+    let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (netlocs, dbname) = address.split_once('/').unwrap_or((address, ""));
+    let (user, password) = credentials.split_once(':').unwrap_or((credentials, ""));
+    let (mut hosts, mut ports) = (Vec::new(), Vec::new());
+    for netloc in netlocs.split(',') {
+        let (host, port) = match netloc.strip_prefix('[') {
+            Some(bracketed) => bracketed
+                .split_once(']')
+                .filter(|(_, rest)| rest.is_empty() || rest.starts_with(':'))
+                .map(|(host, rest)| (host, rest.strip_prefix(':').unwrap_or_default()))
+                .ok_or("has an IPv6 address without its closing bracket")?,
+            None => netloc.split_once(':').unwrap_or((netloc, "")),
+        };
+        hosts.push(host);
+        ports.push(port);
+    }
+    let mut parameters = BTreeMap::new();
+    for (name, value) in [
+        ("user", user),
+        ("password", password),
+        ("host", &*hosts.join(",")),
+        ("port", &*ports.join(",")),
+        ("dbname", dbname),
+    ] {
+        parameters.insert(name.to_owned(), decode(value)?);
+    }
+    let mut follows_password = false;
+    for pair in query.split_terminator('&') {
+        let (name, value) = pair
+            .split_once('=')
+            .filter(|(_, value)| !value.contains('='))
+            .ok_or(ENCODE)?;
+        let (name, value) = (decode(name)?, decode(value)?);
+        let (name, value) = match (&*name, &*value) {
+            // JDBC's, which libpq knows, too.
+            ("ssl", "true") => ("sslmode", "require"),
+            // Prisma's default, and the server's.
+            ("schema", "public") => continue,
+            ("schema", _) => return Err("has a schema: use options=-csearch_path%3DNAME".into()),
+            (name, value) if PARAMETERS.contains(&name) => (name, value),
+            (name, _) if IGNORED.contains(&name) => continue,
+            _ if follows_password => return Err(ENCODE.into()),
+            (name, _) => return Err(format!("has the unsupported parameter {name}: remove it")),
+        };
+        follows_password |= name == "password";
+        parameters.insert(name.to_owned(), value.to_owned());
+    }
+    Ok(parameters)
+}
+
+fn decode(text: &str) -> Result<String, String> {
+    let is_hex = |rest: &str| {
+        let hex = rest.as_bytes().get(..2);
+        hex.is_some_and(|hex| hex.iter().all(u8::is_ascii_hexdigit) && hex != b"00")
+    };
+    let decoded = percent_decode_str(text).decode_utf8();
+    match decoded.ok().filter(|_| text.split('%').skip(1).all(is_hex)) {
+        Some(decoded) => Ok(decoded.into_owned()),
+        None => Err(ENCODE.into()),
+    }
+}
+
+fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
+    // A server that vanished is noticed within a minute, also while a long migration runs.
+    let mut text = "application_name=todo-api keepalives_idle=30 keepalives_interval=10 \
+                    keepalives_retries=3"
+        .to_owned();
+    let mut user_timeout = Duration::from_secs(15);
+    for (name, value) in parameters.iter().filter(|(_, value)| !value.is_empty()) {
+        let (name, value) = match (&**name, &**value) {
+            ("keepalives_count", value) => ("keepalives_retries", value),
+            ("target_session_attrs", "primary") => ("target_session_attrs", "read-write"),
+            ("target_session_attrs", value) if !["any", "read-write"].contains(&value) => {
+                return Err("has a target_session_attrs other than any, read-write or primary: the service writes".into());
+            }
+            // Milliseconds in libpq, seconds in tokio-postgres.
+            ("tcp_user_timeout", value) => {
+                let millis = value.parse();
+                user_timeout = Duration::from_millis(
+                    millis.map_err(|_| "has a tcp_user_timeout that is no number")?,
+                );
+                continue;
+            }
+            pair => pair,
+        };
+        let quoted = value.replace('\\', r"\\").replace('\'', r"\'");
+        // Writing to a string cannot fail.
+        write!(text, " {name}='{quoted}'").ok();
+    }
+    // The error names the parameter and quotes no value.
+    let mut config: Config = text.parse().map_err(|error: tokio_postgres::Error| {
+        let reason = error.source().map(ToString::to_string);
+        format!(
+            "has an {}",
+            reason.unwrap_or_else(|| "invalid parameter".into())
+        )
+    })?;
+    config.tcp_user_timeout(user_timeout);
+    if config.get_hosts().is_empty() {
+        for address in config.get_hostaddrs().to_vec() {
+            config.host(address.to_string());
+        }
+    }
+    let hosts = config.get_hosts();
+    let is_no_host = |host: &Host| matches!(host, Host::Tcp(name) if name.is_empty());
+    if hosts.is_empty() || hosts.iter().any(is_no_host) {
+        return Err("names no host".into());
+    }
+    // Credentials whose `:` and `@` are encoded as well are no credentials.
+    if hosts
+        .iter()
+        .any(|host| matches!(host, Host::Tcp(name) if name.contains(['@', '/', '?', '#'])))
+    {
+        return Err(ENCODE.into());
+    }
+    let fits = |count: usize| count == hosts.len();
+    if !(config.get_hostaddrs().is_empty() || fits(config.get_hostaddrs().len()))
+        || !(config.get_ports().len() < 2 || fits(config.get_ports().len()))
+    {
+        return Err("names different numbers of hosts, ports and addresses".into());
+    }
+    if config.get_ports().contains(&0) {
+        return Err("has a port other than 1 to 65535".into());
+    }
+    Ok(config)
+}
+
+fn is_unix(host: &Host) -> bool {
+    !matches!(host, Host::Tcp(_))
 }

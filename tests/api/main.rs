@@ -10,6 +10,7 @@ mod harness;
 
 // Coming up, staying up, going down.
 mod commands;
+mod database_url;
 mod embedded_postgres;
 mod startup;
 mod sweeping;

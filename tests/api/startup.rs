@@ -268,6 +268,11 @@ async fn a_wrong_password_ends_the_start_with_the_reason() {
     ])
     .await;
     assert!(line.contains("password authentication failed"), "{line}");
+    let address = format!("{}:5432/todo", directory.path().join("socket").display());
+    assert!(
+        line.contains("DATABASE_URL") && line.contains(&address),
+        "{line}"
+    );
     assert!(!line.contains("hunter2"), "{line}");
     postgres.stop().await;
 }
@@ -283,6 +288,10 @@ async fn a_database_that_does_not_exist_ends_the_start_with_the_reason() {
     ])
     .await;
     assert!(line.contains("does not exist"), "{line}");
+    assert!(
+        line.contains("DATABASE_URL") && line.contains("/no_"),
+        "{line}"
+    );
 }
 
 #[tokio::test]
@@ -305,6 +314,8 @@ async fn a_database_without_tls_is_refused_where_tls_is_required() {
     ])
     .await;
     assert!(line.contains("TLS"), "{line}");
+    let place = format!("DATABASE_URL ({addr}/todo)");
+    assert!(line.contains(&place), "{line}");
     assert!(!line.contains("hunter2"), "{line}");
 }
 

@@ -1,0 +1,147 @@
+//! TLS to the database: how much of the server's certificate is verified, and against which roots.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+/// How much of the server's certificate must be right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verification {
+    /// Nothing: `disable`, `allow` and `prefer`, which promise nothing either way.
+    None,
+    /// The chain, not the name: `verify-ca`.
+    Chain,
+    /// All of it: `verify-full`, and `require` too, which in libpq would accept any certificate.
+    Full,
+}
+
+/// What connections speak TLS with; without `roots`, those of the operating system are trusted.
+/// The error is the end of a sentence that begins with the variable's name.
+pub(super) fn connector(
+    verification: Verification,
+    roots: Option<Arc<RootCertStore>>,
+) -> Result<MakeRustlsConnect, String> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("cannot use TLS: {error}"))?;
+    let config = if verification == Verification::None {
+        builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(RelaxedVerifier {
+                chain: None,
+                provider,
+            }))
+            .with_no_client_auth()
+    } else {
+        let roots = match roots {
+            Some(roots) => roots,
+            None => Arc::new(system_roots()?),
+        };
+        let full = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
+            .build()
+            .map_err(|error| format!("cannot verify certificates: {error}"))?;
+        match verification {
+            Verification::Full => builder.with_webpki_verifier(full).with_no_client_auth(),
+            _ => builder
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(RelaxedVerifier {
+                    chain: Some(full),
+                    provider,
+                }))
+                .with_no_client_auth(),
+        }
+    };
+    Ok(MakeRustlsConnect::new(config))
+}
+
+/// Reads a file of root certificates. The error is the end of a sentence.
+pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, String> {
+    let unusable = |reason: &dyn std::fmt::Display| {
+        format!(
+            "names a file that cannot be used, {}: {reason}",
+            path.display()
+        )
+    };
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unusable(&error))? {
+        let certificate = certificate.map_err(|error| unusable(&error))?;
+        roots.add(certificate).map_err(|error| unusable(&error))?;
+    }
+    if roots.is_empty() {
+        return Err(unusable(&"it holds no certificate"));
+    }
+    Ok(roots)
+}
+
+fn system_roots() -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if roots.is_empty() {
+        return Err("wants TLS, but there is no root certificate: install ca-certificates or set PGSSLROOTCERT".into());
+    }
+    Ok(roots)
+}
+
+/// Verifies less than everything, as `prefer` and `verify-ca` ask; signatures are always verified.
+#[derive(Debug)]
+struct RelaxedVerifier {
+    chain: Option<Arc<WebPkiServerVerifier>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for RelaxedVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let Some(chain) = &self.chain else {
+            return Ok(ServerCertVerified::assertion());
+        };
+        match chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+            Err(rustls::Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) => Ok(ServerCertVerified::assertion()),
+            result => result,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}

@@ -1,0 +1,464 @@
+//! `DATABASE_URL` is read as libpq reads it, or refused without showing any part of the password.
+//!
+//! What is read shows in what a client sends: `psql`, which is libpq, and the service connect to a
+//! server that only listens.
+
+use std::{collections::BTreeMap, env, fs};
+
+use futures_util::future::join_all;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpListener, UnixListener},
+    sync::mpsc,
+    time::{Duration, sleep, timeout},
+};
+
+use crate::harness::{DataDir, Process, SECRET};
+
+/// What a client sent before it was turned away.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Startup {
+    transport: &'static str,
+    tls_requested: bool,
+    /// `user`, `database` and the like; empty if the client went away before it sent them.
+    parameters: BTreeMap<String, String>,
+    password: Option<String>,
+}
+
+/// A server on loopback and on a unix socket that asks for a password and accepts none.
+struct Listener {
+    port: u16,
+    directory: DataDir,
+    heard: mpsc::UnboundedReceiver<Startup>,
+}
+
+impl Listener {
+    async fn start() -> Listener {
+        let (tell, heard) = mpsc::unbounded_channel();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // The port may be taken there, or there is no IPv6.
+        let second = TcpListener::bind(("::1", port)).await.ok();
+        let directory = DataDir::new();
+        let path = directory.parent().join(format!(".s.PGSQL.{port}"));
+        let socket = UnixListener::bind(path).unwrap();
+        for (listener, transport) in [(Some(listener), "IPv4"), (second, "IPv6")] {
+            let Some(listener) = listener else { continue };
+            let tell = tell.clone();
+            tokio::spawn(async move {
+                while let Ok((stream, _)) = listener.accept().await {
+                    let _ = tell.send(turn_away(stream, transport).await);
+                }
+            });
+        }
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = socket.accept().await {
+                let _ = tell.send(turn_away(stream, "unix").await);
+            }
+        });
+        Listener {
+            port,
+            directory,
+            heard,
+        }
+    }
+
+    fn url(&self, template: &str) -> String {
+        let directory = self.directory.parent().to_str().unwrap();
+        template
+            .replace("PORT", &self.port.to_string())
+            .replace("ENCODED", &directory.replace('/', "%2F"))
+            .replace("DIRECTORY", directory)
+    }
+
+    /// Has `psql` connect with this URL; returns its message.
+    async fn psql(&self, url: &str) -> String {
+        let output = tokio::process::Command::new("psql")
+            .args(["--no-password", "--no-psqlrc", "--dbname", url])
+            .env_clear()
+            .env("PATH", env::var_os("PATH").unwrap_or_default())
+            .env("HOME", self.directory.parent())
+            .output()
+            .await
+            .expect("psql, which comes with PostgreSQL");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// The same for `todo-api check`.
+    async fn service(&self, url: &str) -> String {
+        let variables = [("DATABASE_URL", url), ("JWT_SECRET", SECRET)];
+        let process = Process::spawn(&["check"], &variables);
+        assert_eq!(process.ended().await.code(), Some(1), "{url}");
+        process.output() + &process.log()
+    }
+
+    /// What a client sent; it has ended, but its last words may not have been told yet.
+    async fn heard(&mut self) -> Option<Startup> {
+        timeout(Duration::from_secs(10), self.heard.recv())
+            .await
+            .ok()
+            .flatten()
+    }
+}
+
+async fn turn_away(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    transport: &'static str,
+) -> Startup {
+    let mut startup = Startup {
+        transport,
+        ..Startup::default()
+    };
+    let _ = converse(&mut stream, &mut startup).await;
+    startup
+}
+
+async fn converse(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    startup: &mut Startup,
+) -> std::io::Result<()> {
+    const TLS: u32 = 80_877_103;
+    const GSS: u32 = 80_877_104;
+    let packet = loop {
+        let packet = read_packet(stream).await?;
+        match u32::from_be_bytes(packet[..4].try_into().unwrap()) {
+            TLS => startup.tls_requested = true,
+            GSS => {}
+            _ => break packet,
+        }
+        stream.write_all(b"N").await?;
+    };
+    let texts: Vec<String> = packet[4..]
+        .split(|byte| *byte == 0)
+        .map(|text| String::from_utf8_lossy(text).into_owned())
+        .collect();
+    startup.parameters = texts
+        .chunks_exact(2)
+        .map(|pair| (pair[0].clone(), pair[1].clone()))
+        .collect();
+    // A password in clear, please.
+    stream.write_all(b"R\0\0\0\x08\0\0\0\x03").await?;
+    if stream.read_u8().await? == b'p' {
+        let packet = read_packet(stream).await?;
+        let text = String::from_utf8_lossy(&packet).into_owned();
+        startup.password = Some(text.trim_end_matches('\0').to_owned());
+    }
+    let fields = b"SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed\0\0";
+    stream.write_all(b"E").await?;
+    stream.write_u32(4 + fields.len() as u32).await?;
+    stream.write_all(fields).await?;
+    stream.shutdown().await
+}
+
+async fn read_packet(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Vec<u8>> {
+    let length = stream.read_u32().await? as usize;
+    let mut packet = vec![0; length - 4];
+    stream.read_exact(&mut packet).await?;
+    Ok(packet)
+}
+
+/// What counts: not the names that clients give themselves, and with the defaults filled in.
+fn comparable(startup: Option<Startup>, url: &str) -> Option<Startup> {
+    let mut startup = startup?;
+    let parameters = &mut startup.parameters;
+    if let Some(user) = parameters.get("user").cloned() {
+        parameters.entry("database".to_owned()).or_insert(user);
+    }
+    if !url.contains("?application_name") {
+        parameters.remove("application_name");
+    }
+    parameters.remove("client_encoding");
+    parameters.retain(|name, _| !name.is_empty());
+    Some(startup)
+}
+
+#[tokio::test]
+async fn a_url_is_read_as_libpq_reads_it() {
+    let urls = [
+        "postgres://ann:hunter2@127.0.0.1:PORT/todo",
+        "postgresql://ann:hunter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2@localhost:PORT/todo",
+        "postgres://ann:%40%2F%3F%23%25%3A%20hunter2@127.0.0.1:PORT/todo",
+        "postgres://ann:p%C3%A4ss@127.0.0.1:PORT/todo",
+        "postgres://ann:päss@127.0.0.1:PORT/todo",
+        "postgres://ann:hun:ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hun#ter2@127.0.0.1:PORT/todo",
+        r"postgres://ann:h'u\n\'ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:h&=+$!*;,()[]^`|<>{}~ter2@127.0.0.1:PORT/todo",
+        "postgres://ann@127.0.0.1:PORT/todo",
+        "postgres://ann:@127.0.0.1:PORT/todo",
+        "postgres://:hunter2@127.0.0.1:PORT/todo",
+        "postgres://127.0.0.1:PORT/todo",
+        "postgres://@127.0.0.1:PORT/todo",
+        "postgres://ann%40tenant:hunter2@127.0.0.1:PORT/todo",
+        "postgres://ann@127.0.0.1:PORT",
+        "postgres://ann@127.0.0.1:PORT/",
+        "postgres://ann@127.0.0.1:PORT?sslmode=disable",
+        "postgres://ann@127.0.0.1:PORT/?sslmode=disable",
+        "postgres://ann@127.0.0.1:PORT/to%2Fdo%3F",
+        "postgres://ann@127.0.0.1:PORT/todo#main",
+        "postgres://ann@127.0.0.1:PORT/to/do",
+        "postgres://ann@127.0.0.1:PORT/todo?",
+        "postgres://ann@127.0.0.1:PORT/todo?sslmode=disable&",
+        "postgres://ann@127.0.0.1:PORT/todo?sslmode=prefer",
+        "postgres://ann@127.0.0.1:PORT/todo?sslmode=require",
+        "postgres://ann@127.0.0.1:PORT/todo?ssl=true",
+        "postgres://ann@127.0.0.1:PORT/todo?sslmode=require&sslmode=disable",
+        "postgres://ann@127.0.0.1:PORT/todo?%73slmode=d%69sable",
+        "postgres:///todo?host=127.0.0.1&port=PORT&user=ann&password=hunter2",
+        "postgres://bob:other@127.0.0.2:1/none?host=127.0.0.1&port=PORT&user=ann&dbname=todo&password=hunter2",
+        "postgres://ann@db.example:PORT/todo?hostaddr=127.0.0.1",
+        "postgres://ann@:PORT/todo?hostaddr=127.0.0.1",
+        "postgres://ann@[::1]:PORT/todo",
+        "postgres://ann:hunter2@ENCODED:PORT/todo",
+        "postgres://ann:hunter2@ENCODED:PORT/todo?sslmode=require",
+        "postgres://ann:hunter2@/todo?host=DIRECTORY&port=PORT",
+        "postgres:///todo?host=ENCODED&port=PORT&user=ann",
+        "postgres://ann:hunter2@127.0.0.1:1,127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2@[::1]:1,127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2@127.0.0.9,127.0.0.1/todo?port=PORT",
+        "postgres://ann:hunter2@ENCODED:1,127.0.0.1:PORT/todo?sslmode=disable",
+        "postgres://ann@127.0.0.1:PORT/todo?application_name=a%20name&connect_timeout=9",
+        "postgres://ann@127.0.0.1:PORT/todo?options=endpoint%3Dep-1%20-csearch_path%3Dtodo",
+        "postgres://ann@127.0.0.1:PORT/todo?keepalives=1&keepalives_idle=9&keepalives_interval=9&keepalives_count=9&tcp_user_timeout=9000",
+        "postgres://ann@127.0.0.1:PORT/todo?target_session_attrs=read-write&channel_binding=prefer",
+        "postgres://ann@127.0.0.1:PORT/todo?target_session_attrs=primary",
+        "postgres://ann@127.0.0.1:PORT/todo?gssencmode=disable&krbsrvname=a&client_encoding=UTF8&sslsni=1&sslcompression=0",
+        "postgres://ann@127.0.0.1:PORT/todo?fallback_application_name=a",
+    ];
+    let compared = urls.map(async |template| {
+        let mut listener = Listener::start().await;
+        let url = listener.url(template);
+        let libpq_said = listener.psql(&url).await;
+        let libpq = comparable(listener.heard().await, template);
+        let said = listener.service(&url).await;
+        let ours = listener.heard().await;
+        if libpq.is_some() && libpq == comparable(ours.clone(), template) {
+            return None;
+        }
+        Some(format!(
+            "{template}\nlibpq: {libpq:?} {libpq_said}\nours: {ours:?} {said}"
+        ))
+    });
+    let differences: Vec<String> = join_all(compared).await.into_iter().flatten().collect();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+#[tokio::test]
+async fn parameters_of_other_tools_that_mean_nothing_here_are_accepted() {
+    let mut listener = Listener::start().await;
+    let url = listener.url(
+        "postgres://ann:hunter2@127.0.0.1:PORT/todo?pgbouncer=true&connection_limit=5&pool_timeout=9\
+         &schema=public&statement_cache_size=0&supa=base-pooler.x&prepareThreshold=0&pool=5\
+         &uselibpqcompat=true&gssencmode=disable",
+    );
+    let said = listener.service(&url).await;
+    let heard = listener.heard().await.unwrap_or_else(|| panic!("{said}"));
+    assert_eq!(heard.parameters["user"], "ann", "{said}");
+    assert_eq!(heard.password.as_deref(), Some("hunter2"), "{said}");
+}
+
+/// A URL that is refused, and what the refusal says. Where `libpq` is false, that would accept it.
+struct Refused {
+    url: &'static str,
+    says: &'static str,
+    libpq: bool,
+}
+
+#[tokio::test]
+async fn a_url_that_cannot_be_read_for_certain_is_refused_without_a_part_of_its_password() {
+    const ENCODE: &str = "percent-encode the password";
+    let refused = |says, libpq| move |url| Refused { url, says, libpq };
+    let encode = [
+        "postgres://ann:hun/ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hun%ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2%@127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2%4@127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2%00@127.0.0.1:PORT/todo",
+        "postgres://ann:80/hunter2@127.0.0.1:PORT/todo",
+        "postgres://ann:80/?hun=ter2@127.0.0.1:PORT/todo",
+        "postgres://ann@127.0.0.1:PORT/todo?password=hun&ter2",
+        "postgres://ann@127.0.0.1:PORT/todo?password=hun&ter2=x",
+        "postgres://ann@127.0.0.1:PORT/todo?password=hun=ter2",
+    ];
+    // libpq would take a part of these passwords for something else, or every old one would.
+    let encode_alone = [
+        "postgres://ann:hun@ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2@@127.0.0.1:PORT/todo",
+        "postgres://ann:@hunter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hun?ter2@127.0.0.1:PORT/todo?sslmode=require",
+        "postgres://ann:hun?sslmode=disable&ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:1@hun/ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:1@hun?ter2@127.0.0.1:PORT/todo",
+        "postgres://127.0.0.1:PORT?user=ann&password=hun@ter2",
+        "postgres://ann@127.0.0.1:PORT/todo?password=hun@ter2",
+        "postgres://ann%3Ahunter2%40127.0.0.1/todo",
+        "postgres://ann:hun ter2@127.0.0.1:PORT/todo",
+        "postgres://ann:hunter2%E4@127.0.0.1:PORT/todo",
+    ];
+    let others = [
+        ("hunter2", "must be a URL", true),
+        (
+            "mysql://ann:hunter2@127.0.0.1:PORT/todo",
+            "must be a URL",
+            true,
+        ),
+        (
+            "host=127.0.0.1 port=PORT user=ann password=hunter2",
+            "must be a URL",
+            false,
+        ),
+        ("postgres://ann:hunter2", "port", true),
+        ("postgres://ann:hunter2@127.0.0.1:port/todo", "port", true),
+        ("postgres://ann:hunter2@127.0.0.1:0/todo", "port", true),
+        ("postgres://ann:hunter2@127.0.0.1:70000/todo", "port", true),
+        ("postgres://ann:hunter2@[::1:PORT/todo", "IPv6", true),
+        ("postgres://ann:hunter2@[::1]PORT/todo", "IPv6", true),
+        ("postgres://ann:hunter2@/todo", "no host", false),
+        ("postgres://ann:hunter2@127.0.0.1,/todo", "no host", false),
+        (
+            "postgres://ann:hunter2@127.0.0.1,127.0.0.2,127.0.0.3/todo?port=1,PORT",
+            "ports",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?sslmode=sometimes",
+            "sslmode",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?sslmode=",
+            "sslmode",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?sslmode=prefer&sslrootcert=system",
+            "verify-full",
+            false,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?sslmode=disable&sslrootcert=/no/file",
+            "/no/file",
+            false,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?sslcert=/no/file",
+            "sslcert",
+            false,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?require_auth=none",
+            "require_auth",
+            false,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?colour=blue",
+            "colour",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?Sslmode=require",
+            "Sslmode",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?schema=todo",
+            "search_path",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?connect_timeout=soon",
+            "connect_timeout",
+            false,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?tcp_user_timeout=soon",
+            "tcp_user_timeout",
+            true,
+        ),
+        (
+            "postgres://ann:hunter2@127.0.0.1:PORT/todo?target_session_attrs=standby",
+            "target_session_attrs",
+            false,
+        ),
+    ];
+    let cases = encode
+        .map(refused(ENCODE, true))
+        .into_iter()
+        .chain(encode_alone.map(refused(ENCODE, false)))
+        .chain(others.map(|(url, says, libpq)| Refused { url, says, libpq }));
+    let tried = cases.map(async |case| {
+        let mut listener = Listener::start().await;
+        let url = listener.url(case.url);
+        let variables = [("DATABASE_URL", &*url), ("JWT_SECRET", SECRET)];
+        let process = Process::spawn(&["check"], &variables);
+        let code = process.ended().await.code();
+        let said = process.output() + &process.log();
+        let shows = |part: &str| said.contains(part);
+        if case.libpq {
+            listener.psql(&url).await;
+        }
+        sleep(Duration::from_millis(100)).await;
+        let heard = listener.heard.try_recv().ok();
+        let is_right = code == Some(1)
+            && heard.is_none()
+            && said.lines().count() == 1
+            && shows("DATABASE_URL")
+            && shows(case.says)
+            && !["hun", "ter2", "80"].into_iter().any(shows);
+        (!is_right).then(|| format!("{}: {code:?} {heard:?} {said}", case.url))
+    });
+    let wrong: Vec<String> = join_all(tried).await.into_iter().flatten().collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[tokio::test]
+async fn a_server_that_wants_the_password_that_the_url_lacks_ends_the_start() {
+    let listener = Listener::start().await;
+    let url = listener.url("postgres://ann@127.0.0.1:PORT/todo");
+    let variables = [
+        ("DATABASE_URL", &*url),
+        ("JWT_SECRET", SECRET),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+    ];
+    let process = Process::spawn(&[], &variables);
+    assert_eq!(process.ended().await.code(), Some(1));
+    let place = listener.url("DATABASE_URL (127.0.0.1:PORT/todo)");
+    let log = process.log();
+    assert!(
+        log.contains(&place) && log.contains("password missing"),
+        "{log}"
+    );
+}
+
+#[tokio::test]
+async fn a_missing_file_of_root_certificates_is_always_an_error() {
+    let directory = DataDir::new();
+    let empty = directory.parent().join("empty.pem");
+    fs::write(&empty, "").unwrap();
+    for path in ["/no/such/file", empty.to_str().unwrap()] {
+        for variables in [
+            [("DATA_DIR", directory.text()), ("PGSSLROOTCERT", path)],
+            [
+                (
+                    "DATABASE_URL",
+                    "postgres://ann@127.0.0.1:1/todo?sslmode=disable",
+                ),
+                ("PGSSLROOTCERT", path),
+            ],
+            [
+                (
+                    "DATABASE_URL",
+                    "postgres://ann@127.0.0.1:1/todo?sslrootcert=system",
+                ),
+                ("PGSSLROOTCERT", path),
+            ],
+        ] {
+            let process = Process::spawn(&[], &variables);
+            assert_eq!(process.ended().await.code(), Some(1), "{variables:?}");
+            let log = process.log();
+            assert!(log.contains("PGSSLROOTCERT") && log.contains(path), "{log}");
+        }
+    }
+    assert!(!directory.path().exists());
+}
