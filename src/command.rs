@@ -47,7 +47,11 @@ pub enum Command {
     Version,
 }
 
+/// A command waits this long for a database that is not there; a migration may take longer.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
+
+const CASE_SENSITIVE: &str = "search is case-sensitive beyond ASCII: this server has neither ICU nor a UTF-8 locale \
+    whose rules the function fold_case could use";
 
 /// One line for the operator.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -218,7 +222,7 @@ async fn serve(config: Config) -> Result<(), Failure> {
 /// Brings the database up behind the listener that is open already, and tells a newcomer where
 /// everything is. Ends only where the database will not have us.
 async fn bring_up(opened: &Opened, address: SocketAddr) -> Option<Failure> {
-    let mut arriving = std::pin::pin!(opened.database.bring_up());
+    let mut arriving = std::pin::pin!(opened.database.bring_up(None));
     // Most databases are there; the lines for people come last.
     let prompt = timeout(Duration::from_secs(1), arriving.as_mut()).await;
     if let Ok(result) = &prompt {
@@ -244,6 +248,9 @@ fn report(found: &Found) {
         "database ready: PostgreSQL {}, {} migrations applied",
         found.version, found.migrations
     );
+    if !found.search_ignores_case {
+        warn!("{CASE_SENSITIVE}");
+    }
 }
 
 /// The socket that systemd passed, else one of our own.
@@ -312,17 +319,9 @@ async fn reach(
     Ok((opened.database, opened.postgres))
 }
 
-/// A command that somebody waits for does not wait for ever.
-async fn within_patience(database: &Database) -> Result<Found, Failure> {
-    match timeout(COMMAND_PATIENCE, database.bring_up()).await {
-        Ok(found) => Ok(found?),
-        Err(_) => Err("the database did not answer within a minute".into()),
-    }
-}
-
 async fn migrate(config: Config) -> Result<(), Failure> {
     let (database, postgres) = reach(&config).await?;
-    let found = within_patience(&database).await;
+    let found = database.bring_up(Some(COMMAND_PATIENCE)).await;
     if let Some(postgres) = postgres {
         postgres.stop().await;
     }
@@ -333,9 +332,9 @@ async fn migrate(config: Config) -> Result<(), Failure> {
 async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
     let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
     let (database, postgres) = reach(&config).await?;
-    let result = match within_patience(&database).await {
+    let result = match database.bring_up(Some(COMMAND_PATIENCE)).await {
         Ok(_) => replace_password(&database, &email, config.bcrypt_cost).await,
-        Err(failure) => Err(failure),
+        Err(refusal) => Err(refusal.into()),
     };
     if let Some(postgres) = postgres {
         postgres.stop().await;
@@ -443,6 +442,13 @@ fn describe(found: &Found) {
     println!("  PostgreSQL {}", found.version);
     println!("  TLS {}", if found.tls { "in use" } else { "not in use" });
     println!("  migrations due: {}", found.migrations);
+    println!(
+        "  {}",
+        match found.search_ignores_case {
+            true => "search ignores case",
+            false => CASE_SENSITIVE,
+        }
+    );
     println!("  clock difference {:.3} s", found.clock_difference);
     println!(
         "  pooler {}",

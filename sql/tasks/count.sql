@@ -8,6 +8,6 @@ select case
           where user_id = $1
             and ($2 is null or completed = $2)
             and ($3 is null
-                 or strpos(lower(title), lower($3)) > 0
-                 or strpos(lower(description), lower($3)) > 0))
+                 or strpos(fold_case(title), fold_case($3)) > 0
+                 or strpos(fold_case(description), fold_case($3)) > 0))
     end as total

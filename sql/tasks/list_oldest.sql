@@ -7,7 +7,7 @@ where user_id = $1
   and id > coalesce($4::uuid, '00000000-0000-0000-0000-000000000000')
   and ($2::boolean is null or completed = $2)
   and ($3::text is null
-       or strpos(lower(title), lower($3)) > 0
-       or strpos(lower(description), lower($3)) > 0)
+       or strpos(fold_case(title), fold_case($3)) > 0
+       or strpos(fold_case(description), fold_case($3)) > 0)
 order by user_id asc, id asc
 limit $5

@@ -1,27 +1,39 @@
-//! The schema: what is missing of `sql/migrations` is applied in one transaction, under a lock
-//! that makes instances which start together take turns.
+//! The schema: the migrations of `sql/migrations` that a database lacks are applied in one
+//! transaction, under a lock that makes instances that start together take turns.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
-/// Every migration in order. They only add, so that the binary before still runs.
-pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[(
-    1,
-    "people_tasks_sessions",
-    include_str!("../../sql/migrations/V1__people_tasks_sessions.sql"),
-)];
+/// Every migration. They only add, so that the previous binary still runs, and a database may have
+/// any subset of them: one that was merged late is applied late.
+pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
+    (
+        1,
+        "people_tasks_sessions",
+        include_str!("../../sql/migrations/V1__people_tasks_sessions.sql"),
+    ),
+    (
+        2,
+        "fold_case",
+        include_str!("../../sql/migrations/V2__fold_case.sql"),
+    ),
+];
 
 /// Any number, as long as every version of the service uses the same: the ASCII of "todo-api".
 const LOCK: i64 = 0x746f_646f_2d61_7069;
 
-/// Applies what is missing and says how many that were.
+/// Applies the missing migrations and returns how many those were. Neither the wait for another
+/// instance nor the work has a time limit.
 pub(crate) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Error> {
-    // Nothing due, nothing asked: the service may run as a role that cannot make tables.
+    // Without this check every start would need a role that may create tables.
     if due(client).await? == 0 {
         return Ok(0);
     }
     // Plain statements in an explicit transaction: a transaction pooler carries them, and the
-    // lock goes with the transaction, however that ends.
-    client.batch_execute("begin").await?;
+    // lock goes with the transaction, however that ends. Each statement has to see what the
+    // previous holder of the lock committed, whatever isolation level is the default.
+    client
+        .batch_execute("begin isolation level read committed read write")
+        .await?;
     let applied = apply_missing(client).await;
     let end = if applied.is_ok() {
         "commit"
@@ -35,10 +47,21 @@ pub(crate) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Erro
 }
 
 async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> {
+    // Timeouts that the role or the database has by default would end a long migration. A server
+    // that can (PostgreSQL 14 or later) rolls back as soon as this process is gone. Once migrating,
+    // the transaction does not queue long for a table: every other query would queue behind it.
     client
         .batch_execute(&format!(
             "set local client_min_messages = warning;
+             select set_config(name, '0', true) from pg_settings
+             where name in ('statement_timeout', 'lock_timeout', 'transaction_timeout',
+                            'idle_in_transaction_session_timeout');
+             do $$ begin
+                 perform set_config('client_connection_check_interval', '1s', true);
+             exception when others then null;
+             end $$;
              select pg_advisory_xact_lock({LOCK});
+             set local lock_timeout = '1s';
              create table if not exists migrations (
                  version    integer     primary key,
                  name       text        not null,
@@ -46,43 +69,45 @@ async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> 
              )"
         ))
         .await?;
-    let current = version(client).await?;
-    let missing = MIGRATIONS.iter().filter(|(version, ..)| *version > current);
-    let mut applied = 0;
-    for (version, name, text) in missing {
+    let missing = missing(client).await?;
+    for (version, name, text) in &missing {
         client.batch_execute(text).await?;
         client
             .batch_execute(&format!(
                 "insert into migrations (version, name) values ({version}, '{name}')"
             ))
             .await?;
-        applied += 1;
     }
-    Ok(applied)
+    Ok(missing.len())
 }
 
-/// How many migrations a database lacks; 0 as well where a newer version of the service was.
+/// How many migrations a database lacks; those of a newer version of the service do not count.
 pub(crate) async fn due(client: &Client) -> Result<usize, tokio_postgres::Error> {
     let known = client
         .simple_query("select from pg_tables where schemaname = any(current_schemas(false)) and tablename = 'migrations'")
         .await?;
-    let exists = known
-        .iter()
-        .any(|message| matches!(message, tokio_postgres::SimpleQueryMessage::Row(_)));
-    let current = if exists { version(client).await? } else { 0 };
-    Ok(MIGRATIONS
-        .iter()
-        .filter(|(version, ..)| *version > current)
-        .count())
+    if rows(&known).next().is_none() {
+        return Ok(MIGRATIONS.len());
+    }
+    Ok(missing(client).await?.len())
 }
 
-async fn version(client: &Client) -> Result<i32, tokio_postgres::Error> {
-    let messages = client
-        .simple_query("select coalesce(max(version), 0) from migrations")
+async fn missing(
+    client: &Client,
+) -> Result<Vec<&'static (i32, &'static str, &'static str)>, tokio_postgres::Error> {
+    let applied = client
+        .simple_query("select version from migrations")
         .await?;
-    let version = messages.iter().find_map(|message| match message {
-        tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+    let applied: Vec<&str> = rows(&applied).filter_map(|row| row.get(0)).collect();
+    Ok(MIGRATIONS
+        .iter()
+        .filter(|(version, ..)| !applied.contains(&version.to_string().as_str()))
+        .collect())
+}
+
+fn rows(messages: &[SimpleQueryMessage]) -> impl Iterator<Item = &tokio_postgres::SimpleQueryRow> {
+    messages.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
         _ => None,
-    });
-    Ok(version.unwrap_or(0))
+    })
 }

@@ -173,8 +173,9 @@ impl Database {
     }
 
     /// Waits until the database answers and has our schema, with a line now and then. An error is
-    /// one that waiting does not mend.
-    pub async fn bring_up(&self) -> Result<Found, Refusal> {
+    /// one that waiting does not mend, or that no contact came about within `patience`.
+    pub async fn bring_up(&self, patience: Option<Duration>) -> Result<Found, Refusal> {
+        let begun = Instant::now();
         let mut told = None;
         loop {
             let reason = match self.0.target.arrive().await {
@@ -192,6 +193,12 @@ impl Database {
                 Err(reach::Trouble::Away(reason)) => reason,
             };
             self.0.state.send_replace(State::Away);
+            if patience.is_some_and(|patience| begun.elapsed() > patience) {
+                let place = self.0.target.place();
+                return Err(Refusal(format!(
+                    "cannot use the database at {place}: {reason}"
+                )));
+            }
             if told.is_none_or(|at: Instant| at.elapsed() > Duration::from_secs(10)) {
                 warn!(
                     "waiting for the database at {}: {reason}",

@@ -4,12 +4,14 @@ use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 
 use bb8::ManageConnection as _;
 use bb8_postgres::PostgresConnectionManager;
 use jiff::Timestamp;
-use tokio::time::timeout;
+use log::info;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Connection, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -25,8 +27,10 @@ type Stream = <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>
 const OLDEST: i32 = 130_000;
 /// Connecting, and what one asks at the door.
 const CONTACT_BOUND: Duration = Duration::from_secs(5);
-/// Another instance may be migrating before us.
-const MIGRATION_BOUND: Duration = Duration::from_secs(60);
+/// How often a long migration, or the wait for another instance's, leaves a line in the log.
+const MIGRATION_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// After a migration could not lock a table, queries that queued behind it get this long.
+const TABLE_LOCK_BACKOFF: Duration = Duration::from_secs(2);
 
 /// Where the database is and how to speak to it.
 #[derive(Clone)]
@@ -49,6 +53,8 @@ pub struct Found {
     pub tls: bool,
     /// How many migrations were applied, or are due.
     pub migrations: usize,
+    /// Whether searches ignore the case of letters beyond ASCII, as far as is known.
+    pub search_ignores_case: bool,
     /// Seconds by which its clock is ahead of ours.
     pub clock_difference: f64,
     /// Whether a transaction pooler stands in between.
@@ -66,7 +72,7 @@ pub enum Pooler {
 
 /// Why we cannot work with this database, however long we wait: one line for the operator.
 #[derive(Debug)]
-pub struct Refusal(String);
+pub struct Refusal(pub(super) String);
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -199,7 +205,10 @@ impl Target {
         let found = async {
             let client = self.visit().await?;
             let mut found = self.look(&client).await?;
-            found.migrations = within(MIGRATION_BOUND, migrations::apply(&client)).await?;
+            if found.migrations > 0 {
+                found.migrations = migrate(&client).await?;
+                found.search_ignores_case = search_ignores_case(&client).await?;
+            }
             Ok(found)
         };
         found
@@ -234,13 +243,15 @@ impl Target {
                 "the database has the encoding {encoding}; UTF8 is needed"
             )));
         }
+        let migrations = within(CONTACT_BOUND, migrations::due(client)).await?;
         // Theirs was read half-way.
         let ours = (asked.as_microsecond() + answered.as_microsecond()) as f64 / 2e6;
         Ok(Found {
             version,
             tls: row.get(2),
             clock_difference: row.get::<_, f64>(3) - ours,
-            migrations: within(CONTACT_BOUND, migrations::due(client)).await?,
+            migrations,
+            search_ignores_case: migrations > 0 || search_ignores_case(client).await?,
             pooler: if self.direct {
                 Pooler::None
             } else {
@@ -275,6 +286,36 @@ impl Target {
             Err(_) => Err(Trouble::Away("no answer within 5 s".into())),
         }
     }
+}
+
+/// Applies the migrations that are due, for as long as that takes: should the server vanish, TCP
+/// notices.
+async fn migrate(client: &Client) -> Result<usize, Trouble> {
+    let started = Instant::now();
+    let mut applied = pin!(migrations::apply(client));
+    let applied = loop {
+        match timeout(MIGRATION_LOG_INTERVAL, applied.as_mut()).await {
+            Ok(applied) => break applied,
+            Err(_) => info!(
+                "migrating the schema, or waiting for another instance that does: {} s so far",
+                started.elapsed().as_secs()
+            ),
+        }
+    };
+    match applied {
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+            sleep(TABLE_LOCK_BACKOFF).await;
+            Err(Trouble::Away(
+                "a migration needs a table that another transaction has locked".into(),
+            ))
+        }
+        applied => applied.map_err(Trouble::from),
+    }
+}
+
+async fn search_ignores_case(client: &Client) -> Result<bool, Trouble> {
+    let row = client.query_typed_one("select fold_case('äбσς') = 'ÄБΣΣ'", &[]);
+    Ok(within(CONTACT_BOUND, row).await?.get(0))
 }
 
 fn forgot_statement(error: &tokio_postgres::Error) -> bool {

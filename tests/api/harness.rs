@@ -279,13 +279,27 @@ pub(crate) struct Database {
 
 impl Database {
     pub(crate) async fn create() -> Database {
+        Database::create_with("").await
+    }
+
+    /// The same with these options of `create database`.
+    pub(crate) async fn create_with(options: &str) -> Database {
         let name = format!("test_{}_{}", std::process::id(), unique());
-        let statement = format!("create database {name}");
+        let statement = format!("create database {name} {options}");
         tokio::task::spawn_blocking(move || Host::shared().execute(statement))
             .await
             .unwrap()
             .unwrap();
         Database { name }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A connection of the test's own.
+    pub(crate) async fn sql(&self) -> Client {
+        connect(&self.url()).await
     }
 
     pub(crate) fn url(&self) -> String {

@@ -12,6 +12,7 @@ mod harness;
 mod commands;
 mod database_url;
 mod embedded_postgres;
+mod migrations;
 mod startup;
 mod sweeping;
 

@@ -37,7 +37,7 @@ const ANSWERED: Duration = Duration::from_secs(8);
 const HEALED: Duration = Duration::from_secs(8);
 
 /// The short or the whole form of a test.
-fn either<T>(short: T, full: T) -> T {
+pub(crate) fn either<T>(short: T, full: T) -> T {
     if env::var("FAULTS").is_ok_and(|form| form == "full") {
         full
     } else {

@@ -1,0 +1,37 @@
+-- What searches compare, so that they ignore case in every script: the database's own locale may
+-- know only ASCII. Lower case alone would not do: ICU gives a sigma at the end of a word another
+-- form, so that a part of a word would not be found in it.
+do $$
+declare
+    candidate text;
+    works boolean;
+    rules text := '';
+begin
+    -- PostgreSQL's own rules (17 or later), else ICU's, else those of a locale of the operating
+    -- system, though not Turkish or Lithuanian ones. Where there are none the database's own locale
+    -- has to do, and the service says at its start what that lacks.
+    for candidate in
+        select format(' collate pg_catalog.%I', collname)
+        from pg_collation
+        where collnamespace = 'pg_catalog'::regnamespace
+          and collencoding in (-1, pg_char_to_encoding('UTF8'))
+          and (collname in ('pg_c_utf8', 'und-x-icu') or collprovider = 'c')
+          and collname !~ '^(az|lt|tr)'
+        order by array_position(array['pg_c_utf8', 'und-x-icu', 'C.utf8', 'en_US.utf8']::name[], collname),
+                 collname
+    loop
+        begin
+            execute format('select upper(lower(%L%s)) = %L', 'äбσς', candidate, 'ÄБΣΣ') into works;
+            if works then
+                rules := candidate;
+                exit;
+            end if;
+        exception when others then
+            -- The operating system has lost this locale since.
+            null;
+        end;
+    end loop;
+    execute format('create or replace function fold_case(text) returns text language sql immutable parallel safe as %L',
+                   format('select upper(lower($1%s))', rules));
+end
+$$;

@@ -1,0 +1,357 @@
+//! The schema is brought up to date however long that takes, by one instance of however many, and
+//! without harm to the data or to an instance of the previous version.
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tokio::time::{Duration, Instant, sleep};
+use tokio_postgres::Client;
+
+use crate::faults::either;
+use crate::harness::{Database, PASSWORD, Process, SECRET, Server, until};
+
+const V1: &str = include_str!("../../sql/migrations/V1__people_tasks_sessions.sql");
+
+/// What the first version of the service inserts, with each column it knew, for the user `N`.
+const V1_INSERTS: &str = "
+    insert into users (id, email, password_hash, created_at, updated_at)
+    values ('00000000-0000-7000-8000-00000000000N', 'userN@example.com', 'HASH', now(), now());
+    insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+    values ('00000000-0000-7000-8000-00000000000N', '00000000-0000-7000-8000-0000000000aN',
+            'an old task', 'from version 1', false, now(), now());
+    insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at, user_agent)
+    values ('00000000-0000-7000-8000-0000000000bN', '00000000-0000-7000-8000-00000000000N', 1,
+            now(), now(), now(), now() + interval '30 days', 'curl/8');
+    insert into revocations (session_id, ended_at)
+    values ('00000000-0000-7000-8000-0000000000cN', now());
+    insert into sign_in_failures as f (email, failures, last_failure_at)
+    values ('userN@example.com', 1, now()) on conflict (email) do update set failures = f.failures + 1;
+    insert into idempotency_keys (user_id, key, task_id, title, description, completed, created_at)
+    values ('00000000-0000-7000-8000-00000000000N', 'a key', '00000000-0000-7000-8000-0000000000aN',
+            'an old task', null, false, now())";
+
+/// Its other statements, in short.
+const V1_CHANGES: &str = "
+    update tasks set title = 'changed', updated_at = now()
+    where user_id = '00000000-0000-7000-8000-00000000000N';
+    update sessions set generation = generation + 1, rotated_at = now()
+    where user_id = '00000000-0000-7000-8000-00000000000N';
+    delete from tasks where user_id = '00000000-0000-7000-8000-00000000000N';
+    delete from sign_in_failures where email = 'userN@example.com';
+    delete from users where id = '00000000-0000-7000-8000-00000000000N'";
+
+const V1_TABLES: [&str; 6] = [
+    "users",
+    "tasks",
+    "sessions",
+    "revocations",
+    "sign_in_failures",
+    "idempotency_keys",
+];
+
+/// A database as the first version of the service left it.
+async fn database_of_version_1() -> (Database, Client) {
+    let database = Database::create().await;
+    let sql = database.sql().await;
+    sql.batch_execute(V1).await.unwrap();
+    sql.batch_execute(
+        "create table migrations (version integer primary key, name text not null,
+                                  applied_at timestamptz not null default now());
+         insert into migrations (version, name) values (1, 'people_tasks_sessions')",
+    )
+    .await
+    .unwrap();
+    (database, sql)
+}
+
+/// Makes each transaction that changes the schema of this database take this long.
+async fn slow_down(sql: &Client, seconds: u32) {
+    sql.batch_execute(&format!(
+        "create function slow_down() returns event_trigger language plpgsql as $$
+         begin
+             if current_setting('slow.done', true) is distinct from 'yes' then
+                 perform set_config('slow.done', 'yes', true);
+                 perform pg_sleep({seconds});
+             end if;
+         end $$;
+         create event trigger slow_down on ddl_command_start
+         when tag in ('CREATE FUNCTION') execute function slow_down()"
+    ))
+    .await
+    .unwrap();
+}
+
+async fn is_sleeping(sql: &Client) -> bool {
+    let row = sql
+        .query_one(
+            "select count(*) from pg_stat_activity
+             where datname = current_database() and wait_event = 'PgSleep'",
+            &[],
+        )
+        .await
+        .unwrap();
+    row.get::<_, i64>(0) > 0
+}
+
+async fn rows_of(sql: &Client, table: &str, columns: &[String]) -> Vec<String> {
+    let text = format!(
+        "select row({}) ::text from {table} order by 1",
+        columns.join(", ")
+    );
+    let rows = sql.query(&text, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test]
+async fn an_older_schema_is_migrated_with_its_data_and_the_previous_version_can_go_on() {
+    let (database, sql) = database_of_version_1().await;
+    let hash = bcrypt::hash(PASSWORD, 10).unwrap();
+    let with = |text: &str, user: &str| text.replace('N', user).replace("HASH", &hash);
+    sql.batch_execute(&with(V1_INSERTS, "1")).await.unwrap();
+    let mut before = Vec::new();
+    for table in V1_TABLES {
+        let columns = sql
+            .query(
+                "select column_name::text from information_schema.columns
+                 where table_schema = 'public' and table_name = $1 order by 1",
+                &[&table],
+            )
+            .await
+            .unwrap();
+        let columns: Vec<String> = columns.iter().map(|row| row.get(0)).collect();
+        let rows = rows_of(&sql, table, &columns).await;
+        assert_eq!(rows.len(), 1, "{table}");
+        before.push((table, columns, rows));
+    }
+
+    let server = Server::with(&[("DATABASE_URL", &database.url())]).await;
+    for (table, columns, rows) in before {
+        assert_eq!(rows_of(&sql, table, &columns).await, rows, "{table}");
+    }
+    let user = server.login("user1@example.com", PASSWORD).await;
+    let list = server
+        .get(user.tasks())
+        .bearer(&user.access_token)
+        .send()
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(list.as_array().map(Vec::len), Some(1), "{list}");
+    assert_eq!(list[0]["title"], "an old task");
+    assert_eq!(list[0]["description"], "from version 1");
+
+    // The previous version may still be running, and may be started again.
+    sql.batch_execute(&with(V1_INSERTS, "2")).await.unwrap();
+    let user = server.login("user2@example.com", PASSWORD).await;
+    let list = server
+        .get(user.tasks())
+        .bearer(&user.access_token)
+        .send()
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(list[0]["title"], "an old task", "{list}");
+    sql.batch_execute(&with(V1_CHANGES, "2")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_migration_that_was_merged_after_a_later_one_is_still_applied() {
+    let (database, sql) = database_of_version_1().await;
+    sql.batch_execute("insert into migrations (version, name) values (999, 'of_a_newer_service')")
+        .await
+        .unwrap();
+    let server = Server::with(&[("DATABASE_URL", &database.url())]).await;
+    let user = server.user().await;
+    user.create_task(&server, "Ärger").await;
+    let list = server
+        .get(format!("{}?q=%C3%A4rger", user.tasks()))
+        .bearer(&user.access_token)
+        .send()
+        .await
+        .expect(200);
+    assert_eq!(list.json().as_array().map(Vec::len), Some(1));
+}
+
+/// In its full form the migration takes longer than any client waited before. In the short form,
+/// the defaults of the database would end it.
+#[tokio::test]
+async fn two_instances_start_at_once_and_one_of_them_migrates_however_long_it_takes() {
+    let seconds = either(3, 70);
+    let database = Database::create().await;
+    let sql = database.sql().await;
+    slow_down(&sql, seconds).await;
+    for setting in [
+        "statement_timeout = '1s'",
+        "lock_timeout = '1s'",
+        "default_transaction_isolation = serializable",
+    ] {
+        let name = database.name();
+        sql.batch_execute(&format!("alter database {name} set {setting}"))
+            .await
+            .unwrap();
+    }
+    let url = database.url();
+    let variables = [("DATABASE_URL", &*url)];
+    let started = Instant::now();
+    let (one, two) = tokio::join!(Server::listening(&variables), Server::listening(&variables));
+    let deadline = Duration::from_secs(u64::from(2 * seconds + 30));
+    let mut applied = [String::new(), String::new()];
+    for (server, applied) in [&one, &two].into_iter().zip(&mut applied) {
+        while !server.log().contains("database ready") {
+            assert!(started.elapsed() < deadline, "{}", server.log());
+            sleep(Duration::from_millis(50)).await;
+        }
+        server.get("/readyz").send().await.expect(200);
+        let log = server.log();
+        let line = log
+            .lines()
+            .find(|line| line.contains("database ready"))
+            .unwrap();
+        *applied = line.rsplit_once(", ").unwrap().1.to_owned();
+        if seconds > 10 {
+            assert!(log.contains("migrating the schema, or waiting"), "{log}");
+        }
+    }
+    applied.sort();
+    assert!(
+        applied[0] == "0 migrations applied" && applied[1] != applied[0],
+        "{applied:?}"
+    );
+    assert!(started.elapsed() >= Duration::from_secs(seconds.into()));
+    let user = one.user().await;
+    user.create_task(&two, "made by the other").await;
+}
+
+#[tokio::test]
+async fn a_service_that_ends_during_a_migration_ends_at_once_and_leaves_no_trace_of_it() {
+    for signal in [Signal::TERM, Signal::KILL] {
+        let database = Database::create().await;
+        let sql = database.sql().await;
+        slow_down(&sql, 600).await;
+        let process = Process::spawn(
+            &[],
+            &[
+                ("DATABASE_URL", &database.url()),
+                ("JWT_SECRET", SECRET),
+                ("LISTEN_ADDR", "127.0.0.1:0"),
+            ],
+        );
+        until("the migration is running", async || is_sleeping(&sql).await).await;
+        process.signal(signal);
+        process.ended().await;
+        // A server before version 14 notices only when its statement is done.
+        until("the transaction is rolled back", async || {
+            !is_sleeping(&sql).await
+        })
+        .await;
+        let row = sql
+            .query_one("select to_regclass('users') is null", &[])
+            .await
+            .unwrap();
+        assert!(row.get::<_, bool>(0));
+    }
+}
+
+#[tokio::test]
+async fn a_migration_does_not_queue_long_for_a_table_and_comes_again() {
+    let (database, sql) = database_of_version_1().await;
+    // What a migration does not get; reading the table goes on.
+    sql.batch_execute("begin; lock table migrations in share mode")
+        .await
+        .unwrap();
+    let server = Server::listening(&[("DATABASE_URL", &database.url())]).await;
+    server
+        .wait_for_log("a migration needs a table that another transaction has locked")
+        .await;
+    server.get("/readyz").send().await.expect(503);
+    sql.batch_execute("rollback").await.unwrap();
+    until("it is migrated", async || {
+        server.get("/readyz").send().await.status == 200
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn search_ignores_case_in_a_database_whose_locale_knows_only_ascii() {
+    let database = Database::create_with("template template0 encoding 'UTF8' locale 'C'").await;
+    let server = Server::with(&[("DATABASE_URL", &database.url())]).await;
+    assert!(!server.log().contains("case-sensitive"), "{}", server.log());
+    let user = server.user().await;
+    let title = "Ärger über Привет, ΟΔΟΣΑ, Straße, naïve ΣΙΣΥΦΟΣ";
+    user.create_task(&server, title).await;
+    let described = serde_json::json!({"title": "other", "description": "Größe ΌΛΟΣ Ёлка"});
+    let post = server
+        .post(user.tasks())
+        .bearer(&user.access_token)
+        .json(described);
+    post.send().await.expect(201);
+    for (text, found) in [
+        ("ärger", 1),
+        ("ÜBER", 1),
+        ("ПРИВЕТ", 1),
+        ("привет", 1),
+        ("οδος", 1),
+        ("ΟΔΟΣ", 1),
+        ("οδοσα", 1),
+        ("straße", 1),
+        ("NAÏVE", 1),
+        ("σισυφος", 1),
+        ("Σίσυφος", 0),
+        ("größe", 1),
+        ("όλος", 1),
+        ("ёЛКА", 1),
+        ("arger", 0),
+        ("елка", 0),
+        ("o", 1),
+        ("R", 2),
+    ] {
+        for sort in ["created_at", "-created_at"] {
+            let query: String = text.bytes().map(|byte| format!("%{byte:02X}")).collect();
+            let path = format!("{}?q={query}&sort={sort}&total=true", user.tasks());
+            let response = server
+                .get(path)
+                .bearer(&user.access_token)
+                .send()
+                .await
+                .expect(200);
+            let list: Value = response.json();
+            assert_eq!(list.as_array().map(Vec::len), Some(found), "{text}: {list}");
+            assert_eq!(
+                response.header("x-total-count"),
+                found.to_string(),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_on_which_search_minds_case_is_reported() {
+    let server = Server::start().await;
+    let check = async || {
+        let url = server.database_url();
+        let check = Process::spawn(
+            &["check"],
+            &[("DATABASE_URL", &url), ("JWT_SECRET", SECRET)],
+        );
+        check.ended().await;
+        check.output()
+    };
+    assert!(check().await.contains("search ignores case"));
+    // As the migration makes it where there is neither ICU nor a UTF-8 locale.
+    let sql = server.sql().await;
+    sql.batch_execute(
+        "create or replace function fold_case(text) returns text language sql immutable parallel safe
+         as 'select upper(lower($1 collate \"C\"))'",
+    )
+    .await
+    .unwrap();
+    assert!(
+        check()
+            .await
+            .contains("search is case-sensitive beyond ASCII")
+    );
+    let second = server.sibling(&[]).await;
+    second
+        .wait_for_log("WARN  search is case-sensitive beyond ASCII")
+        .await;
+}
