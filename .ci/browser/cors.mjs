@@ -49,6 +49,8 @@ async function useTheService(base) {
     put: await call("PUT", first.location, { headers: { ...bearer, "If-Match": first.etag }, body: { title: "Buy oat milk" } }),
     stale: await call("PATCH", first.location, { headers: { ...bearer, "If-Match": first.etag }, body: { completed: true } }),
     nobody: await call("GET", tasks),
+    nowhere: await call("PATCH", "/api/v1/nowhere", { headers: bearer, body: {} }),
+    wrongMethod: await call("DELETE", "/api/v1/auth/login", { headers: bearer }),
     deleted: await call("DELETE", second.location, { headers: bearer }),
   };
 }
@@ -78,6 +80,9 @@ try {
     assert.notEqual(seen.put.etag, seen.first.etag);
     assert.equal(seen.stale.body.code, "precondition_failed");
     assert.equal(seen.nobody.body.code, "missing_token");
+    // Not a network error: the preflight is answered on any path.
+    assert.equal(seen.nowhere.body.code, "not_found");
+    assert.equal(seen.wrongMethod.body.code, "method_not_allowed");
     assert.ok(seen.nobody.requestId, "headers are readable on errors too");
     assert.equal(seen.deleted.status, 204);
 
@@ -92,6 +97,15 @@ try {
     assert.equal(await attempt("/healthz", {}), "TypeError");
     assert.equal(await attempt(tasks, { headers }), "TypeError");
     assert.equal(await attempt(tasks, { method: "POST", headers, body: '{"title":"From elsewhere"}' }), "TypeError");
+    // A body without a type needs no preflight, and its response cannot be read: nothing may come of it.
+    const untyped = `stranger-${crypto.randomUUID()}@example.com`;
+    const account = { email: untyped, password: "blue kettle sings at dawn" };
+    await page.evaluate(
+      ([url, text]) => fetch(url, { method: "POST", mode: "no-cors", body: new Blob([text]) }),
+      [`${baseUrl}/api/v1/auth/register`, JSON.stringify(account)],
+    );
+    const login = await page.request.post(`${baseUrl}/api/v1/auth/login`, { data: account });
+    assert.equal(login.status(), 401, "a foreign page registered somebody");
     const left = await page.request.get(baseUrl + tasks, { headers });
     assert.deepEqual((await left.json()).map((task) => task.title), ["Buy oat milk"], "nothing was created");
     console.log(`cors: ${listed.origin} registered and managed tasks, ${unlisted} was refused by the browser`);

@@ -7,6 +7,7 @@ import { join } from "node:path";
 
 import { baseUrl, withBrowser } from "./browser.mjs";
 
+const { origin } = new URL(baseUrl);
 const PASSWORD = "blue kettle sings at dawn";
 const picture = (name) => ({ path: join(process.env.SCREENSHOT_DIR, `${name}.png`) });
 
@@ -19,7 +20,7 @@ await withBrowser(async (browser) => {
   page.on("pageerror", (error) => complaints.push(String(error)));
   page.on("request", (request) => {
     const url = new URL(request.url());
-    const ours = ["data:", "blob:"].includes(url.protocol) || url.origin === baseUrl;
+    const ours = ["data:", "blob:"].includes(url.protocol) || url.origin === origin;
     if (!ours) complaints.push(`a request to ${url.origin}`);
   });
   await page.addInitScript(() => {
@@ -99,6 +100,15 @@ await withBrowser(async (browser) => {
   await page.getByText("What to do").waitFor();
   await page.screenshot(picture("problem"));
 
+  // With a slash at the end, the page and its links lead to the same places.
+  await page.goto(`${baseUrl}/docs/`);
+  const link = page.locator(".info a", { hasText: "forbidden" });
+  assert.equal(await link.evaluate((a) => a.href), `${baseUrl}/problems/forbidden`);
+  await page.goto(`${baseUrl}/problems/forbidden/`);
+  await page.getByText("Documentation of the API").click();
+  await page.locator(".opblock").first().waitFor();
+  assert.equal(page.url(), `${baseUrl}/docs`);
+
   const document = await (await page.request.get(`${baseUrl}/openapi.json`)).json();
   const codes = document.components.schemas.Problem.properties.code.enum;
   for (const code of codes) {
@@ -107,5 +117,5 @@ await withBrowser(async (browser) => {
     assert.match(await page.locator("main").innerText(), new RegExp(code));
   }
   assert.deepEqual(complaints, []);
-  console.log(`docs: registered ${email}, created and completed ${created.body.id}, read ${codes.length} problem pages`);
+  console.log(`docs at ${baseUrl}: registered ${email}, created and completed ${created.body.id}, read ${codes.length} problem pages`);
 });
