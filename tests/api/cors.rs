@@ -237,7 +237,7 @@ async fn an_origin_can_be_listed_in_any_form_that_means_the_same() {
         ("http://LOCALHOST:80", "http://localhost"),
         ("http://localhost:05173/", "http://localhost:5173"),
         ("https://localhost:80", "https://localhost:80"),
-        ("https://todo.example:", "https://todo.example"),
+        ("https://empty.example:", "https://empty.example"),
         (
             "https://xn--bcher-kva.example",
             "https://xn--bcher-kva.example",
