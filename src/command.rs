@@ -14,7 +14,6 @@ use sd_notify::NotifyState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
@@ -29,6 +28,7 @@ use crate::logging;
 use crate::metrics::Metrics;
 use crate::model::Email;
 use crate::server;
+use crate::shutdown::ShutdownSignals;
 
 /// A command of the binary.
 #[derive(Debug)]
@@ -176,15 +176,13 @@ async fn serve(config: Config) -> Result<(), Failure> {
         None => None,
     };
     let (stop, stopping) = watch::channel(false);
-    let mut interrupted = signal(SignalKind::interrupt())?;
-    let mut terminated = signal(SignalKind::terminate())?;
+    let mut shutdown = ShutdownSignals::listen()?;
 
     let metrics = Metrics::new();
     // Making or recovering a private PostgreSQL can take a while; giving it up tells it to end.
     let opened = tokio::select! {
         opened = open(&config, metrics.clone()) => opened?,
-        _ = interrupted.recv() => return Ok(()),
-        _ = terminated.recv() => return Ok(()),
+        () = shutdown.recv() => return Ok(()),
     };
     let app = App::new(config, &opened.secret, opened.database.clone(), metrics)?;
     let serving = tokio::spawn(server::serve(listener, app.clone(), stopping));
@@ -198,8 +196,7 @@ async fn serve(config: Config) -> Result<(), Failure> {
     let bring_up = bring_up(&opened, address);
     let refused = tokio::select! {
         refused = bring_up => refused,
-        _ = interrupted.recv() => None,
-        _ = terminated.recv() => None,
+        () = shutdown.recv() => None,
     };
     notify(&[NotifyState::Stopping]);
     watchdog.abort();
@@ -310,7 +307,7 @@ async fn reach(
     config: &Config,
 ) -> Result<(Database, Option<embedded_postgres::Postgres>), Failure> {
     if let Store::Private(directory) = &config.store
-        && let Some(running) = embedded_postgres::running_config(directory)
+        && let Some(running) = embedded_postgres::running_config(directory)?
     {
         let target = Target::private(running, directory)?;
         return Ok((Database::new(target, 1, Metrics::new()), None));
@@ -410,7 +407,7 @@ async fn check(config: Config) -> Result<ExitCode, Failure> {
         );
     }
     let target = match &config.store {
-        Store::Private(directory) => match embedded_postgres::running_config(directory) {
+        Store::Private(directory) => match embedded_postgres::running_config(directory)? {
             Some(running) => Target::private(running, directory)?,
             None => {
                 let version = embedded_postgres::dry_run(directory).await?;

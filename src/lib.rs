@@ -47,6 +47,7 @@ mod request;
 mod response;
 mod router;
 pub mod server;
+mod shutdown;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -158,7 +158,18 @@ impl Database {
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let settings = [("listen_addresses", &*host.to_string())];
+        let rules = directory.with_added_extension("rules");
+        fs::write(
+            &rules,
+            format!("local all all peer map=todo-api\nhost all all {host}/32 trust\n"),
+        )?;
+        let settings = [
+            ("listen_addresses", &*host.to_string()),
+            (
+                "hba_file",
+                rules.to_str().ok_or("a path that is not UTF-8")?,
+            ),
+        ];
         let postgres = runtime.block_on(Postgres::start_with(directory, &settings))?;
         let pid_file = fs::read_to_string(postgres.data_dir().join("cluster/postmaster.pid"))?;
         let postmaster = pid_file.lines().next().and_then(|pid| pid.parse().ok());

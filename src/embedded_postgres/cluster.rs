@@ -11,8 +11,8 @@ use log::{info, warn};
 use tokio::process::Command;
 
 use super::{
-    Error, Installation, OsUser, SUPERUSER,
-    data_dir::{chown_to, create_dir, create_socket_dir},
+    Error, Installation, OsUser, SUPERUSER, access, child,
+    data_dir::{create_private_dir, create_socket_dir},
     path_error, run, socket_config,
 };
 
@@ -41,16 +41,19 @@ impl Cluster {
         let directory = data_dir.join("cluster");
         let installation = Installation::find(&directory).await?;
         let socket_dir = create_socket_dir(&data_dir, os_user.as_ref())?;
+        let mut all_settings = access::write_rules(&data_dir)?;
+        all_settings.extend(
+            settings
+                .iter()
+                .map(|(name, value)| format!("{name}={value}")),
+        );
         let cluster = Cluster {
             data_dir,
             directory,
             socket_dir,
             installation,
             os_user,
-            settings: settings
-                .iter()
-                .map(|(name, value)| format!("{name}={value}"))
-                .collect(),
+            settings: all_settings,
         };
         if !cluster.directory.exists() {
             cluster.init().await?;
@@ -71,7 +74,9 @@ impl Cluster {
             .join(format!("{UNFINISHED}{}", std::process::id()));
         // Not every system has C.UTF-8; plain C sorts the same way.
         let result = match self.initdb(&unfinished, "--locale=C.UTF-8").await {
-            Err(_) => self.initdb(&unfinished, "--no-locale").await,
+            Err(Error(reason)) if reason.contains("locale") => {
+                self.initdb(&unfinished, "--no-locale").await
+            }
             result => result,
         };
         if result.is_err() {
@@ -87,14 +92,14 @@ impl Cluster {
 
     async fn initdb(&self, directory: &Path, locale: &str) -> Result<(), Error> {
         self.remove_unfinished();
-        create_dir(directory, 0o700).map_err(path_error("create", directory))?;
-        chown_to(directory, self.os_user.as_ref())?;
-        let mut command = self.command("initdb");
+        create_private_dir(directory, self.os_user.as_ref())?;
+        let mut command = self.command("initdb", "INT");
         command.arg("--pgdata").arg(directory).args([
             "--encoding=UTF8",
             locale,
-            // Only the service can reach the socket's directory.
-            "--auth=trust",
+            // These rules apply only if the cluster is started without ours (`access`).
+            "--auth-local=peer",
+            "--auth-host=reject",
             &format!("--username={SUPERUSER}"),
         ]);
         let output = run(command, INITDB_TIMEOUT).await.map_err(path_error(
@@ -108,7 +113,7 @@ impl Cluster {
         Err(Error(format!(
             "initdb failed in {}: {}",
             self.data_dir.display(),
-            last_error_line(&stderr).unwrap_or_else(|| output.status.to_string())
+            first_error_line(&stderr).unwrap_or_else(|| output.status.to_string())
         )))
     }
 
@@ -124,13 +129,14 @@ impl Cluster {
         }
     }
 
-    /// One of PostgreSQL's programs, run by the user that owns the cluster.
-    pub(super) fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(self.installation.directory.join(program));
+    /// One of PostgreSQL's programs, run by the user that owns the cluster. If this process dies, it
+    /// receives `signal`.
+    pub(super) fn command(&self, program: &str, signal: &str) -> Command {
+        let mut command = child::command(&self.installation.directory.join(program), signal);
         command
             // The environment has secrets in it, and variables such as PGPORT would change settings.
             .env_clear()
-            .env("PATH", env::var_os("PATH").unwrap_or_default())
+            .envs(env::var_os("PATH").map(|path| ("PATH", path)))
             .env("LC_ALL", "C")
             // The user may not be allowed in the current directory.
             .current_dir("/")
@@ -156,22 +162,20 @@ impl Cluster {
     }
 }
 
-/// The last line in which one of PostgreSQL's programs reports an error.
-pub(super) fn last_error_line(text: &str) -> Option<String> {
-    let lines = || text.lines().rev().filter(|line| !line.trim().is_empty());
-    let line = lines()
-        .find(|line| {
-            ["FATAL:", "PANIC:", "error:"]
-                .iter()
-                .any(|word| line.contains(word))
-        })
-        .or_else(|| lines().next())?;
+/// The first line in which one of PostgreSQL's programs reports an error; later errors are its consequences.
+pub(super) fn first_error_line(text: &str) -> Option<String> {
+    const LEVELS: [&str; 3] = ["FATAL:", "PANIC:", "error:"];
+    let is_error = |line: &&str| {
+        // Not the refusal of a client that came too early.
+        LEVELS.iter().any(|level| line.contains(level)) && !line.contains("the database system is")
+    };
+    let line = text
+        .lines()
+        .find(is_error)
+        .or_else(|| text.lines().rev().find(|line| !line.trim().is_empty()))?;
     // Without PostgreSQL's time and process id in front.
-    let start = ["FATAL:", "PANIC:"]
-        .iter()
-        .find_map(|word| line.find(word))
-        .unwrap_or(0);
-    Some(line[start..].trim().to_owned())
+    let start = LEVELS[..2].iter().find_map(|level| line.find(level));
+    Some(line[start.unwrap_or(0)..].trim().to_owned())
 }
 
 #[cfg(test)]
@@ -179,17 +183,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn returns_the_last_line_that_is_an_error() {
-        let log = "2026-01-01 10:00:00.000 UTC [7] FATAL:  could not create shared memory\n\
+    fn returns_the_first_line_that_is_an_error() {
+        let log = "2026-01-01 10:00:00.000 UTC [7] LOG:  starting\n\
+                   2026-01-01 10:00:00.000 UTC [9] FATAL:  the database system is starting up\n\
+                   2026-01-01 10:00:00.000 UTC [7] FATAL:  No space left on device\n\
+                   2026-01-01 10:00:00.000 UTC [7] PANIC:  cannot abort transaction 1\n\
                    2026-01-01 10:00:00.000 UTC [7] LOG:  database system is shut down\n";
         assert_eq!(
-            last_error_line(log).as_deref(),
-            Some("FATAL:  could not create shared memory")
+            first_error_line(log).as_deref(),
+            Some("FATAL:  No space left on device")
         );
         assert_eq!(
-            last_error_line("postgres: not found\n\n").as_deref(),
+            first_error_line("postgres: not found\n\n").as_deref(),
             Some("postgres: not found")
         );
-        assert_eq!(last_error_line("\n"), None);
+        assert_eq!(first_error_line("\n"), None);
     }
 }

@@ -4,8 +4,8 @@ use std::{
     env,
     fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError},
     hash::{DefaultHasher, Hash, Hasher},
-    io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown},
+    io::{self, Read},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,12 +13,19 @@ use std::{
 use rustix::process::geteuid;
 use tokio::time::{Instant, sleep};
 
-use super::{Error, OsUser, path_error};
+use super::{
+    Error, OsUser,
+    file::{is_trusted, open_own, replace_file},
+    path_error,
+};
 
 /// The kernel takes a moment to release the lock of a killed service.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+const LOCK: &str = "lock";
 pub(super) const SOCKET_NAME: &str = ".s.PGSQL.5432";
+/// PostgreSQL's own limit is 1,023 bytes, for the longest path in the cluster.
+const PATH_LIMIT: usize = 900;
 /// The shortest `sun_path` of the supported systems is macOS's: 104 bytes with the final NUL.
 const SOCKET_PATH_LIMIT: usize = 103;
 
@@ -38,60 +45,138 @@ pub fn default_data_dir() -> PathBuf {
 
 /// Creates `DATA_DIR` if it is missing. Returns its absolute path and the user that runs PostgreSQL in it.
 pub(super) fn create(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error> {
-    let os_user = OsUser::for_cluster(&data_dir.join("cluster"))?;
     if !data_dir.exists() {
-        if let Some(os_user) = &os_user {
-            // Before anything is created in a directory that cannot be used.
-            let absolute =
-                std::path::absolute(data_dir).map_err(path_error("find DATA_DIR", data_dir))?;
-            os_user.check_traversable(&absolute)?;
-        }
+        let os_user = check_missing(data_dir)?;
         // The user that runs PostgreSQL has to pass through it, but need not list it.
         let mode = if os_user.is_some() { 0o711 } else { 0o700 };
-        create_dir(data_dir, mode).map_err(path_error("create DATA_DIR", data_dir))?;
+        let mut directories = DirBuilder::new();
+        let created = directories.recursive(true).mode(mode).create(data_dir);
+        created
+            // Undoes the umask.
+            .and_then(|()| fs::set_permissions(data_dir, Permissions::from_mode(mode)))
+            .map_err(path_error("create DATA_DIR", data_dir))?;
     }
-    if !data_dir.is_dir() {
+    check(data_dir)
+}
+
+/// The deepest directory on the way to `data_dir` that exists.
+pub(super) fn existing_ancestor(data_dir: &Path) -> PathBuf {
+    let absolute = std::path::absolute(data_dir).unwrap_or_default();
+    let mut ancestors = absolute.ancestors();
+    ancestors
+        .find_map(|ancestor| ancestor.canonicalize().ok())
+        .unwrap_or_default()
+}
+
+/// Checks whether `DATA_DIR`, which does not exist, can be created.
+pub(super) fn check_missing(data_dir: &Path) -> Result<Option<OsUser>, Error> {
+    let existing = existing_ancestor(data_dir);
+    if !existing.is_dir() {
         return Err(Error(format!(
-            "DATA_DIR {} is not a directory",
-            data_dir.display()
+            "cannot create DATA_DIR {}: {} is not a directory",
+            data_dir.display(),
+            existing.display()
         )));
     }
-    let data_dir = data_dir
+    let absolute = std::path::absolute(data_dir).map_err(path_error("find DATA_DIR", data_dir))?;
+    check_length(&absolute)?;
+    let os_user = OsUser::for_cluster(&absolute.join("cluster"))?;
+    if let Some(os_user) = &os_user {
+        os_user.check_traversable(&absolute)?;
+    }
+    Ok(os_user)
+}
+
+fn check_length(data_dir: &Path) -> Result<(), Error> {
+    match data_dir.as_os_str().len() {
+        0..=PATH_LIMIT => Ok(()),
+        length => Err(Error(format!(
+            "DATA_DIR is too long a path for PostgreSQL: {length} bytes, and at most {PATH_LIMIT} are possible"
+        ))),
+    }
+}
+
+/// Checks that `DATA_DIR`, which exists, is safe: no other user can have put a secret, a link or a
+/// cluster there.
+pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error> {
+    let refuse = |reason: &str| Err(Error(format!("DATA_DIR {} {reason}", data_dir.display())));
+    // Without a slash at the end, which would follow a link.
+    let link = fs::symlink_metadata(data_dir.components().as_path());
+    let link = link.map_err(path_error("find DATA_DIR", data_dir))?;
+    let resolved = data_dir
         .canonicalize()
         .map_err(path_error("find DATA_DIR", data_dir))?;
-    if let Some(os_user) = &os_user {
-        // Again, now that links are resolved and the umask has been applied.
-        os_user.check_traversable(&data_dir)?;
+    let meta = fs::metadata(&resolved).map_err(path_error("find DATA_DIR", data_dir))?;
+    if !meta.is_dir() {
+        return refuse("is not a directory");
     }
-    Ok((data_dir, os_user))
+    if let Some(owner) = [link.uid(), meta.uid()]
+        .iter()
+        .find(|uid| !is_trusted(**uid))
+    {
+        let user = geteuid();
+        return refuse(&format!(
+            "belongs to another user (id {owner}) than runs todo-api (id {user}): \
+             run todo-api as its owner, or set DATA_DIR to another directory"
+        ));
+    }
+    // A group may share the directory of a user that is not root: each file's owner is checked.
+    let group_is_root = meta.gid() == 0 || !geteuid().is_root();
+    if meta.mode() & if group_is_root { 0o002 } else { 0o022 } != 0 {
+        return refuse("can be written by other users: close it (chmod go-w)");
+    }
+    check_length(&resolved)?;
+    let cluster = resolved.join("cluster");
+    if fs::symlink_metadata(&cluster).is_ok_and(|meta| !meta.is_dir()) {
+        return refuse("contains a “cluster” that is not a directory");
+    }
+    let os_user = OsUser::for_cluster(&cluster)?;
+    if let Some(os_user) = &os_user {
+        os_user.check_traversable(&resolved)?;
+    }
+    Ok((resolved, os_user))
 }
 
-pub(super) fn create_dir(path: &Path, mode: u32) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(mode).create(path)?;
-    // Undoes the umask.
-    fs::set_permissions(path, Permissions::from_mode(mode))
-}
-
-pub(super) fn chown_to(path: &Path, os_user: Option<&OsUser>) -> Result<(), Error> {
+/// Creates a directory that only `os_user` can enter, or makes an existing one so.
+pub(super) fn create_private_dir(path: &Path, os_user: Option<&OsUser>) -> Result<(), Error> {
+    let created = match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            match fs::symlink_metadata(path) {
+                Ok(meta) if meta.is_dir() => Ok(()),
+                _ => Err(error),
+            }
+        }
+        created => created,
+    };
+    created
+        // Undoes the umask.
+        .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o700)))
+        .map_err(path_error("create", path))?;
     os_user.map_or(Ok(()), |user| {
-        chown(path, Some(user.uid), Some(user.gid)).map_err(path_error("change the owner of", path))
+        lchown(path, Some(user.uid), Some(user.gid))
+            .map_err(path_error("change the owner of", path))
     })
 }
 
 /// Locks `DATA_DIR`: two services on one directory would stop each other's PostgreSQL.
 pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
-    let path = data_dir.join("lock");
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(path_error("open", &path))?;
+    let path = data_dir.join(LOCK);
     let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
+        let file = open_own(
+            &path,
+            OpenOptions::new().create(true).write(true).mode(0o600),
+        )
+        .map_err(|error| {
+            Error(format!(
+                "cannot use DATA_DIR {}: {error}",
+                data_dir.display()
+            ))
+        })?;
         match file.try_lock() {
-            Ok(()) => return Ok(file),
+            // Otherwise a start that failed has removed the file meanwhile.
+            Ok(()) if is_at(&file, &path) => return Ok(file),
+            Ok(()) => {}
             Err(TryLockError::Error(error)) => return Err(path_error("lock", &path)(error)),
             Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
                 return Err(Error(format!(
@@ -104,29 +189,47 @@ pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
     }
 }
 
+fn is_at(file: &File, path: &Path) -> bool {
+    let inode = |meta: io::Result<fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
+    inode(file.metadata()) == inode(fs::symlink_metadata(path))
+}
+
 /// Whether a service runs on this directory.
 pub(super) fn is_locked(data_dir: &Path) -> bool {
-    let lock = OpenOptions::new().write(true).open(data_dir.join("lock"));
+    let lock = open_own(&data_dir.join(LOCK), OpenOptions::new().write(true));
     lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+/// Removes what a first start that failed has created below `existing`; the caller holds the lock.
+pub(super) fn remove_new(data_dir: &Path, existing: &Path) {
+    for file in [LOCK, "pg_hba.conf", "pg_ident.conf"] {
+        fs::remove_file(data_dir.join(file)).ok();
+    }
+    // A directory that is not empty stays.
+    let directories = data_dir.ancestors().take_while(|path| *path != existing);
+    for directory in [&*data_dir.join("socket")].into_iter().chain(directories) {
+        fs::remove_dir(directory).ok();
+    }
 }
 
 /// Reads the secret that signs tokens; creates it if there is none.
 pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
     let (data_dir, _) = create(data_dir)?;
     let path = data_dir.join("jwt-secret");
-    if !path.exists() {
-        create_secret(&data_dir, &path).map_err(path_error("create", &path))?;
+    if fs::symlink_metadata(&path).is_err() {
+        replace_file(&path, 0o600, &format!("{}\n", random_secret()?))?;
     }
-    let mode = fs::metadata(&path)
-        .map_err(path_error("read", &path))?
-        .mode();
+    let mut file = open_own(&path, OpenOptions::new().read(true))?;
+    let mode = file.metadata().map_err(path_error("read", &path))?.mode();
     if mode & 0o077 != 0 {
         return Err(Error(format!(
             "{} can be read by others: close it (chmod 600), or remove it for a new one",
             path.display()
         )));
     }
-    let secret = fs::read_to_string(&path).map_err(path_error("read", &path))?;
+    let mut secret = String::new();
+    file.read_to_string(&mut secret)
+        .map_err(path_error("read", &path))?;
     let secret = secret.trim();
     if secret.len() < 32 {
         return Err(Error(format!(
@@ -137,30 +240,13 @@ pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
     Ok(secret.to_owned())
 }
 
-/// Writes the secret under a temporary name first, so that a partial secret is never used.
-fn create_secret(data_dir: &Path, path: &Path) -> io::Result<()> {
+fn random_secret() -> Result<String, Error> {
     let mut bytes = [0; 32];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-
-    let unfinished = data_dir.join(format!("jwt-secret.unfinished-{}", std::process::id()));
-    let written = OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(&unfinished)
-        .and_then(|mut file| {
-            writeln!(file, "{hex}")?;
-            file.sync_all()
-        })
-        // A link, unlike a rename, does not replace what another process created meanwhile.
-        .and_then(|()| match fs::hard_link(&unfinished, path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            linked => linked,
-        });
-    let removed = fs::remove_file(&unfinished);
-    written.and(removed)
+    let source = Path::new("/dev/urandom");
+    File::open(source)
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .map_err(path_error("read", source))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Creates the directory of the socket: in `DATA_DIR`, or in a temporary directory if the path is too long.
@@ -170,8 +256,7 @@ pub(super) fn create_socket_dir(
 ) -> Result<PathBuf, Error> {
     let inside = data_dir.join("socket");
     if fits_a_socket(&inside) {
-        create_dir(&inside, 0o700).map_err(path_error("create", &inside))?;
-        chown_to(&inside, os_user)?;
+        create_private_dir(&inside, os_user)?;
         return Ok(inside);
     }
     let mut hash = DefaultHasher::new();
@@ -181,30 +266,25 @@ pub(super) fn create_socket_dir(
         .into_iter()
         .map(|directory| directory.join(&name))
         .find(|path| fits_a_socket(path))
-        .ok_or_else(|| {
-            Error(format!(
-                "the path of DATA_DIR {} is too long",
-                data_dir.display()
-            ))
-        })?;
+        .unwrap_or_default();
     // Anybody can create files there: another user's directory, or a link, is not used.
-    let created = DirBuilder::new().mode(0o700).create(&outside);
-    let meta = created
-        .or_else(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => Ok(()),
-            _ => Err(error),
-        })
-        .and_then(|()| fs::symlink_metadata(&outside))
-        .map_err(path_error("create", &outside))?;
-    let us = geteuid().as_raw();
-    let owners = [us, os_user.map_or(us, |user| user.uid)];
-    if !meta.is_dir() || !owners.contains(&meta.uid()) || meta.mode() & 0o077 != 0 {
-        return Err(Error(format!(
-            "{} is needed for the socket (DATA_DIR is too long a path) and belongs to another user",
+    let usable = fs::symlink_metadata(&outside).map_or(true, |meta| {
+        meta.is_dir()
+            && (is_trusted(meta.uid()) || os_user.is_some_and(|user| user.uid == meta.uid()))
+    });
+    let created = match usable {
+        true => create_private_dir(&outside, os_user),
+        false => Err(Error(format!(
+            "{} belongs to another user",
             outside.display()
-        )));
-    }
-    chown_to(&outside, os_user)?;
+        ))),
+    };
+    created.map_err(|error| {
+        Error(format!(
+            "DATA_DIR {} is too long a path for a socket, and the directory used instead fails: {error}",
+            data_dir.display()
+        ))
+    })?;
     Ok(outside)
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use tokio::process::Command;
 
-use super::{Error, path_error, run};
+use super::{Error, file, path_error, run};
 
 const MIN_MAJOR: u32 = 13;
 const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,7 +37,7 @@ impl Installation {
     /// The newest on this machine that fits the cluster: the same major version, or any supported
     /// version for a new cluster.
     pub(super) async fn find(cluster: &Path) -> Result<Installation, Error> {
-        let wanted = match fs::read_to_string(cluster.join("PG_VERSION")) {
+        let wanted = match file::read(&cluster.join("PG_VERSION")) {
             Ok(version) => Some(major_minor(&version).0),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(path_error("read", &cluster.join("PG_VERSION"))(error)),

@@ -7,14 +7,18 @@
 //! | `lock` | locked while a service runs on this directory |
 //! | `cluster/` | PostgreSQL's data directory |
 //! | `socket/` | the only address it listens on, mode 0700 (in a temporary directory if this path is too long for a socket) |
+//! | `pg_hba.conf`, `pg_ident.conf` | who may connect |
 //! | `postgres.log` | PostgreSQL's log |
 //! | `jwt-secret` | the secret that signs tokens, created at the first start |
 //!
 //! A server is stopped with [`Postgres::stop`]; one that a crash left behind is stopped before
 //! the next is started. In between a supervisor restarts it when it dies.
 
+mod access;
+mod child;
 mod cluster;
 mod data_dir;
+mod file;
 mod install;
 mod os_user;
 mod server;
@@ -72,9 +76,16 @@ impl Postgres {
 
     /// The same with additional PostgreSQL settings, such as `("max_connections", "300")`.
     pub async fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Result<Postgres, Error> {
+        let existing = data_dir::existing_ancestor(data_dir);
         let (data_dir, os_user) = data_dir::create(data_dir)?;
         let lock = data_dir::lock(&data_dir).await?;
-        let cluster = Cluster::open(data_dir, os_user, settings).await?;
+        let cluster = match Cluster::open(data_dir.clone(), os_user, settings).await {
+            Err(error) if !data_dir.join("cluster").exists() => {
+                data_dir::remove_new(&data_dir, &existing);
+                return Err(error);
+            }
+            opened => opened?,
+        };
         info!(
             "starting embedded PostgreSQL {} in {}",
             cluster.installation.version,
@@ -128,24 +139,28 @@ impl Postgres {
 /// The version of PostgreSQL that a start on `data_dir` would run, or the error that it would
 /// return. Creates nothing.
 pub async fn dry_run(data_dir: &Path) -> Result<String, Error> {
-    let data_dir = std::path::absolute(data_dir).map_err(path_error("find", data_dir))?;
-    let cluster = data_dir.join("cluster");
-    if let Some(os_user) = OsUser::for_cluster(&cluster)? {
-        let existing = data_dir.ancestors().find(|ancestor| ancestor.exists());
-        os_user.check_traversable(existing.unwrap_or(&data_dir))?;
-    }
-    Ok(Installation::find(&cluster).await?.version)
+    let data_dir = if data_dir.exists() {
+        data_dir::check(data_dir)?.0
+    } else {
+        data_dir::check_missing(data_dir)?;
+        data_dir.to_owned()
+    };
+    Ok(Installation::find(&data_dir.join("cluster")).await?.version)
 }
 
 /// How to connect to the embedded PostgreSQL of a service that runs on `data_dir`; `None` if none runs.
-pub fn running_config(data_dir: &Path) -> Option<tokio_postgres::Config> {
-    if !data_dir::is_locked(data_dir) {
-        return None;
+pub fn running_config(data_dir: &Path) -> Result<Option<tokio_postgres::Config>, Error> {
+    if !data_dir.exists() {
+        return Ok(None);
     }
-    let pid_file = std::fs::read_to_string(data_dir.join("cluster/postmaster.pid")).ok()?;
+    let (data_dir, _) = data_dir::check(data_dir)?;
+    if !data_dir::is_locked(&data_dir) {
+        return Ok(None);
+    }
+    let pid_file = file::read(&data_dir.join("cluster/postmaster.pid")).unwrap_or_default();
     // The fifth line is the directory of the socket.
-    let socket_dir = pid_file.lines().nth(4)?;
-    Some(socket_config(Path::new(socket_dir), DATABASE))
+    let socket_dir = pid_file.lines().nth(4);
+    Ok(socket_dir.map(|directory| socket_config(Path::new(directory), DATABASE)))
 }
 
 fn socket_config(socket_dir: &Path, database: &str) -> tokio_postgres::Config {
@@ -160,7 +175,12 @@ fn socket_config(socket_dir: &Path, database: &str) -> tokio_postgres::Config {
 
 /// Runs a program to its end, or kills it when the time is over.
 async fn run(mut command: Command, limit: Duration) -> io::Result<Output> {
-    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let output = child::spawn(command)?.wait_with_output();
     timeout(limit, output).await.map_err(|_| {
         let message = format!("still running after {} s", limit.as_secs());
         io::Error::new(io::ErrorKind::TimedOut, message)

@@ -19,7 +19,7 @@ impl OsUser {
         if !geteuid().is_root() {
             return Ok(None);
         }
-        if let Ok(owner) = fs::metadata(cluster)
+        if let Ok(owner) = fs::symlink_metadata(cluster)
             && owner.uid() != 0
         {
             return Ok(Some(OsUser {
@@ -37,8 +37,8 @@ impl OsUser {
         ["postgres", "nobody"].into_iter().find_map(|name| {
             Some(OsUser {
                 name: name.to_owned(),
-                uid: id("-u", name)?,
-                gid: id("-g", name)?,
+                uid: id("-u", name)?.parse().ok()?,
+                gid: id("-g", name)?.parse().ok()?,
             })
         })
     }
@@ -77,10 +77,21 @@ impl OsUser {
     }
 }
 
-fn id(which: &str, name: &str) -> Option<u32> {
+/// The name under which PostgreSQL knows this user.
+pub(super) fn user_name(uid: u32) -> Result<String, Error> {
+    id("-un", &uid.to_string()).ok_or_else(|| {
+        Error(format!(
+            "user id {uid} has no name on this machine, which PostgreSQL needs \
+             (with systemd's DynamicUser: apt install libnss-systemd)"
+        ))
+    })
+}
+
+fn id(which: &str, user: &str) -> Option<String> {
     let output = std::process::Command::new("id")
-        .args([which, name])
+        .args([which, user])
         .output()
         .ok()?;
-    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+    let text = String::from_utf8(output.stdout).ok()?;
+    (output.status.success()).then(|| text.trim().to_owned())
 }

@@ -1,7 +1,7 @@
 //! The server that runs on a cluster: start, readiness, shutdown.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io::{self, Read, Seek, SeekFrom},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -18,7 +18,11 @@ use tokio::{
 use tokio_postgres::{NoTls, error::SqlState};
 
 use super::{
-    Cluster, DATABASE, Error, cluster::last_error_line, data_dir::SOCKET_NAME, path_error, run,
+    Cluster, DATABASE, Error, child,
+    cluster::first_error_line,
+    data_dir::SOCKET_NAME,
+    file::{self, open_own},
+    path_error, run,
 };
 
 /// A longer log is rotated at a start; one previous log is kept.
@@ -77,19 +81,18 @@ impl Cluster {
 
     fn spawn(&self) -> Result<Server, Error> {
         let log_path = self.data_dir.join("postgres.log");
-        if fs::metadata(&log_path).is_ok_and(|log| log.len() > LOG_LIMIT) {
+        if fs::symlink_metadata(&log_path).is_ok_and(|log| log.len() > LOG_LIMIT) {
             let previous = self.data_dir.join("postgres.log.1");
             fs::rename(&log_path, &previous).map_err(path_error("rename", &log_path))?;
         }
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&log_path)
-            .map_err(path_error("write", &log_path))?;
+        let log = open_own(
+            &log_path,
+            OpenOptions::new().create(true).append(true).mode(0o600),
+        )?;
         let log_start = log.metadata().map_or(0, |log| log.len());
 
-        let mut command = self.command("postgres");
+        // On SIGQUIT it does not wait for queries or for a checkpoint: the next start replays the WAL.
+        let mut command = self.command("postgres", "QUIT");
         command.arg("-D").arg(&self.directory);
         // Quoted, because the setting is a list separated by commas.
         let socket_dir = format!("unix_socket_directories=\"{}\"", self.socket_dir.display());
@@ -110,15 +113,14 @@ impl Cluster {
         for setting in &self.settings {
             command.args(["-c", setting]);
         }
-        let child = command
+        command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .map_err(path_error(
-                "run",
-                &self.installation.directory.join("postgres"),
-            ))?;
+            .stderr(log);
+        let child = child::spawn(command).map_err(path_error(
+            "run",
+            &self.installation.directory.join("postgres"),
+        ))?;
         Ok(Server {
             child,
             log_path,
@@ -129,7 +131,7 @@ impl Cluster {
     /// Stops a server on this cluster that outlived its service. It is unused: we hold the lock.
     pub(super) async fn stop_stale_server(&self) -> Result<(), Error> {
         let pid_file = self.directory.join("postmaster.pid");
-        let Some(pid) = fs::read_to_string(&pid_file)
+        let Some(pid) = file::read(&pid_file)
             .ok()
             .and_then(|text| Pid::from_raw(text.lines().next()?.trim().parse().ok()?))
         else {
@@ -234,7 +236,7 @@ impl Server {
             }
             // PostgreSQL writes its state to the eighth line, where pg_ctl reads it: this needs no
             // connection and logs no refused one.
-            let text = fs::read_to_string(cluster.join("postmaster.pid")).unwrap_or_default();
+            let text = file::read(&cluster.join("postmaster.pid")).unwrap_or_default();
             let mut lines = text.lines();
             if lines.next().map(str::trim) == pid.as_deref()
                 && lines.nth(6).map(str::trim) == Some("ready")
@@ -248,11 +250,11 @@ impl Server {
 
     /// The error that it wrote to the log.
     fn startup_error(&self) -> Option<String> {
-        let mut log = File::open(&self.log_path).ok()?;
+        let mut log = open_own(&self.log_path, OpenOptions::new().read(true)).ok()?;
         log.seek(SeekFrom::Start(self.log_start)).ok()?;
         let mut text = Vec::new();
         log.take(LOG_LIMIT).read_to_end(&mut text).ok()?;
-        last_error_line(&String::from_utf8_lossy(&text))
+        first_error_line(&String::from_utf8_lossy(&text))
     }
 
     pub(super) async fn shut_down(&mut self) {

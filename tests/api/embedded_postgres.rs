@@ -3,8 +3,12 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt, chown, symlink},
+        process::CommandExt,
+    },
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use rustix::process::{Pid, Signal, geteuid, kill_process};
@@ -74,16 +78,71 @@ async fn the_data_is_there_after_a_stop_and_a_start() {
     assert_all_there(&serve(&directory).await, &user, &task).await;
 }
 
+/// The processes that work in the cluster: the postmaster and its children.
+fn postgres_processes(directory: &DataDir) -> usize {
+    let cluster = directory.path().join("cluster");
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter(|process| fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == cluster))
+        .count()
+}
+
 #[tokio::test]
-async fn the_data_is_there_after_the_service_was_killed() {
+async fn postgres_ends_when_the_service_is_killed() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
-    let left = running_postgres(&directory);
+    let postgres = running_postgres(&directory);
     server.kill();
-    assert!(is_alive(left), "nothing was left to pick up");
+    if cfg!(target_os = "linux") {
+        until("PostgreSQL has ended with the service", async || {
+            !is_alive(postgres) && postgres_processes(&directory) == 0
+        })
+        .await;
+    }
+    assert_all_there(&serve(&directory).await, &user, &task).await;
+}
+
+#[tokio::test]
+async fn a_postgres_that_outlived_its_service_is_stopped_before_the_next_is_started() {
+    let directory = DataDir::new();
+    let (server, user, task) = start_with_a_task(&directory).await;
+    let programs = programs(&directory);
+    assert_eq!(server.stop().await.code(), Some(0));
+    // As where no parent-death signal is sent.
+    let cluster = directory.path().join("cluster");
+    let mut command = as_owner_of(&cluster, programs.join("postgres"));
+    let mut left = command
+        .arg("-D")
+        .arg(&cluster)
+        .args(["-c", "listen_addresses=", "-c", "unix_socket_directories="])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("it runs", async || directory.postgres().is_some()).await;
     let server = serve(&directory).await;
-    assert!(!is_alive(left), "two PostgreSQL on one directory");
+    assert!(
+        !is_alive(Pid::from_child(&left)),
+        "two PostgreSQL on one directory"
+    );
+    left.wait().unwrap();
     assert_all_there(&server, &user, &task).await;
+}
+
+/// The directory of the programs of the PostgreSQL that runs here.
+fn programs(directory: &DataDir) -> PathBuf {
+    let postgres = fs::read_link(format!("/proc/{}/exe", running_postgres(directory))).unwrap();
+    postgres.parent().unwrap().to_owned()
+}
+
+/// A command that runs as the user that owns this file.
+fn as_owner_of(path: &Path, program: PathBuf) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir("/");
+    if geteuid().is_root() {
+        let owner = fs::metadata(path).unwrap();
+        command.uid(owner.uid()).gid(owner.gid());
+    }
+    command
 }
 
 #[tokio::test]
@@ -129,9 +188,9 @@ async fn the_data_is_there_after_both_were_killed() {
 }
 
 #[tokio::test]
-async fn a_stop_by_either_signal_leaves_no_postgres_behind() {
+async fn a_stop_by_any_signal_leaves_no_postgres_behind() {
     let directory = DataDir::new();
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
         let server = serve(&directory).await;
         let postgres = running_postgres(&directory);
         server.signal(signal);
@@ -415,9 +474,198 @@ async fn a_postgres_that_cannot_start_says_why() {
 }
 
 #[tokio::test]
-async fn a_directory_that_is_a_file_is_refused() {
-    let refusal = refusal(Path::new("/dev/null")).await;
-    assert!(refusal.contains("DATA_DIR /dev/null"), "{refusal}");
+async fn only_root_and_the_services_own_user_can_connect() {
+    if !geteuid().is_root() {
+        // The socket's directory is closed to everybody else, and PostgreSQL runs as ourselves.
+        return;
+    }
+    let directory = DataDir::new();
+    // A cluster as earlier versions created it: whoever reaches its socket is the superuser.
+    Postgres::start(directory.path())
+        .await
+        .unwrap()
+        .stop()
+        .await;
+    let rules = directory.path().join("cluster/pg_hba.conf");
+    fs::write(&rules, "local all all trust\n").unwrap();
+
+    let server = serve(&directory).await;
+    let owner = fs::metadata(directory.path().join("cluster"))
+        .unwrap()
+        .uid();
+    for (uid, may_connect) in [(0, true), (owner, false)] {
+        let output = Command::new(programs(&directory).join("psql"))
+            .uid(uid)
+            .current_dir("/")
+            .arg("-h")
+            .arg(directory.path().join("socket"))
+            .args(["-U", "todo", "-d", "todo", "-c", "select from users"])
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), may_connect, "{uid}: {stderr}");
+        assert!(
+            may_connect || stderr.contains("Peer authentication failed"),
+            "{stderr}"
+        );
+    }
+    assert_eq!(server.stop().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn the_directory_of_another_user_is_not_used() {
+    if !geteuid().is_root() {
+        // Only root can give a directory away.
+        return;
+    }
+    const STRANGER: u32 = 65_534;
+    let directory = DataDir::new();
+    fs::create_dir(directory.path()).unwrap();
+    let secret = directory.path().join("jwt-secret");
+    fs::write(&secret, "planted, and long enough to be a secret of ours").unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+
+    chown(directory.path(), Some(STRANGER), None).unwrap();
+    let refused = refusal(directory.path()).await;
+    assert!(
+        refused.contains(directory.text()) && refused.contains("another user"),
+        "{refused}"
+    );
+    // A link that a stranger made is no better.
+    let link = directory.parent().join("link");
+    symlink(directory.path(), &link).unwrap();
+    chown(directory.path(), Some(0), None).unwrap();
+    std::os::unix::fs::lchown(&link, Some(STRANGER), None).unwrap();
+    assert!(refusal(&link).await.contains("another user"));
+    // Nor is a secret that a stranger left in a directory that is ours since.
+    chown(&secret, Some(STRANGER), None).unwrap();
+    let refused = embedded_postgres::jwt_secret(directory.path())
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("another user"), "{refused}");
+    assert_eq!(
+        fs::read_dir(directory.path()).unwrap().count(),
+        1,
+        "something was created"
+    );
+}
+
+#[tokio::test]
+async fn a_directory_that_others_can_write_to_is_not_used() {
+    let directory = DataDir::new();
+    fs::create_dir(directory.path()).unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let refused = refusal(directory.path()).await;
+    assert!(refused.contains("chmod go-w"), "{refused}");
+}
+
+#[tokio::test]
+async fn links_in_the_directory_are_not_followed() {
+    for name in [
+        "jwt-secret",
+        "lock",
+        "postgres.log",
+        "socket",
+        "cluster",
+        "pg_hba.conf",
+    ] {
+        let directory = DataDir::new();
+        fs::create_dir(directory.path()).unwrap();
+        let target = directory.parent().join("target");
+        match name {
+            "socket" | "cluster" => fs::create_dir(&target).unwrap(),
+            _ => fs::write(&target, "x".repeat(64)).unwrap(),
+        }
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o750)).unwrap();
+        symlink(&target, directory.path().join(name)).unwrap();
+        match name {
+            // A rename replaces it.
+            "pg_hba.conf" => {
+                Postgres::start(directory.path())
+                    .await
+                    .unwrap()
+                    .stop()
+                    .await
+            }
+            "jwt-secret" => {
+                let refused = embedded_postgres::jwt_secret(directory.path()).unwrap_err();
+                assert!(refused.to_string().contains("symbolic link"), "{refused}");
+            }
+            _ => {
+                let refused = refusal(directory.path()).await;
+                assert!(refused.contains(directory.text()), "{name}: {refused}");
+            }
+        }
+        let meta = fs::metadata(&target).unwrap();
+        assert_eq!(meta.mode() & 0o777, 0o750, "{name}");
+        assert_eq!(meta.uid(), geteuid().as_raw(), "{name}");
+        match meta.is_dir() {
+            true => assert_eq!(fs::read_dir(&target).unwrap().count(), 0, "{name}"),
+            false => assert_eq!(meta.len(), 64, "{name}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_cannot_be_created_is_named_with_the_reason() {
+    let directory = DataDir::new();
+    let file = directory.parent().join("file");
+    fs::write(&file, "").unwrap();
+    let below = directory.path().join("below");
+    let long = below.join("x".repeat(200)).join("x".repeat(200));
+    let long = long
+        .join("x".repeat(200))
+        .join("x".repeat(200))
+        .join("x".repeat(200));
+    for (path, reason) in [
+        (Path::new("/dev/null"), "is not a directory"),
+        (&file.join("data"), "is not a directory"),
+        (&long, "too long a path"),
+    ] {
+        let refused = refusal(path).await;
+        assert!(
+            refused.contains("DATA_DIR") && refused.contains(reason),
+            "{refused}"
+        );
+    }
+    assert!(!directory.path().exists(), "a directory was left behind");
+}
+
+/// Runs the service, with DATA_DIR as $1/disk/below/data, on a disk that is too small for a cluster.
+const TOO_SMALL_A_DISK: &str = r#"
+mkdir "$1/disk" && mount -t tmpfs -o size=20m,mode=755 tmpfs "$1/disk" || exit 99
+"$2"
+code=$?
+ls -A "$1/disk"
+exit $code
+"#;
+
+#[tokio::test]
+async fn a_disk_that_is_full_at_the_first_start_is_named_and_nothing_is_left_on_it() {
+    let mounts = Command::new("unshare").args(["-m", "true"]).output();
+    if !geteuid().is_root() || !mounts.is_ok_and(|output| output.status.success()) {
+        return;
+    }
+    let directory = DataDir::new();
+    let data_dir = directory.parent().join("disk/below/data");
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "sh", "-c", TOO_SMALL_A_DISK, "sh"])
+        .arg(directory.parent())
+        .arg(env!("CARGO_BIN_EXE_todo-api"))
+        .stdin(Stdio::null());
+    let process = Process::run(
+        command,
+        &[
+            ("DATA_DIR", data_dir.to_str().unwrap()),
+            ("LISTEN_ADDR", "127.0.0.1:0"),
+        ],
+    );
+    assert_eq!(process.ended().await.code(), Some(1), "{}", process.log());
+    let log = process.log();
+    let line = log.lines().last().unwrap_or_default();
+    assert!(line.contains("No space left on device"), "{log}");
+    assert_eq!(process.output(), "", "left behind");
 }
 
 #[tokio::test]

@@ -1,7 +1,12 @@
 //! Coming up and going down: what a newcomer reads, what an operator reads when a setting is
 //! wrong, and the database that comes later or not at all.
 
-use std::{fs, net::TcpListener, time::Duration};
+use std::{
+    fs,
+    net::TcpListener,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use rustix::process::Signal;
@@ -10,6 +15,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::timeout,
 };
+use tokio_postgres::error::SqlState;
 
 use crate::harness::{DataDir, Database, Process, SECRET, Server, until};
 
@@ -245,19 +251,18 @@ async fn a_wrong_password_ends_the_start_with_the_reason() {
         .batch_execute("create role ann login password 'the right one'")
         .await
         .unwrap();
-    let rules = directory.path().join("cluster/pg_hba.conf");
-    let trusting = fs::read_to_string(&rules).unwrap();
-    fs::write(&rules, format!("local all ann scram-sha-256\n{trusting}")).unwrap();
+    let rules = directory.path().join("pg_hba.conf");
+    let own = fs::read_to_string(&rules).unwrap();
+    fs::write(&rules, format!("local all ann scram-sha-256\n{own}")).unwrap();
     client
         .batch_execute("select pg_reload_conf()")
         .await
         .unwrap();
     let url = directory.database_url().replace("todo@", "ann:hunter2@");
-    // The reload reaches the postmaster a moment later; until then it trusts anybody.
+    // The reload reaches the postmaster a moment later.
     until("the rules are in force", async || {
-        tokio_postgres::connect(&url, tokio_postgres::NoTls)
-            .await
-            .is_err()
+        let refused = tokio_postgres::connect(&url, tokio_postgres::NoTls).await;
+        refused.is_err_and(|error| error.code() == Some(&SqlState::INVALID_PASSWORD))
     })
     .await;
 
@@ -392,13 +397,39 @@ async fn a_database_that_is_migrated_already_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn either_signal_ends_it_with_code_zero() {
-    for signal in [Signal::TERM, Signal::INT] {
+async fn any_signal_that_asks_for_the_end_is_a_graceful_shutdown() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
         let server = Server::start().await;
         server.user().await;
         server.signal(signal);
         assert_eq!(server.ended().await.code(), Some(0), "{}", server.log());
     }
+}
+
+#[tokio::test]
+async fn under_nohup_it_outlives_its_terminal() {
+    if !cfg!(target_os = "linux") {
+        return;
+    }
+    let database = Database::create().await;
+    let mut command = Command::new("nohup");
+    command
+        .arg(env!("CARGO_BIN_EXE_todo-api"))
+        .stdin(Stdio::null());
+    let process = Process::run(
+        command,
+        &[
+            ("DATABASE_URL", &database.url()),
+            ("JWT_SECRET", SECRET),
+            ("LISTEN_ADDR", "127.0.0.1:0"),
+        ],
+    );
+    let address = process.listening().await;
+    process.signal(Signal::HUP);
+    // An idle service stops within milliseconds.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::net::TcpStream::connect(address).await.unwrap();
+    assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
 }
 
 #[tokio::test]

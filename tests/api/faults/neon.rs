@@ -116,6 +116,17 @@ async fn a_database_that_wakes_slowly_is_refused_and_then_served() {
     rig.end().await;
 }
 
+/// The embedded PostgreSQL with a `pg_hba.conf` of the test's own.
+async fn start_with_rules(directory: &DataDir, rules: &str, settings: &[(&str, &str)]) -> Postgres {
+    let file = directory.parent().join("rules");
+    fs::write(&file, rules).unwrap();
+    let mut settings = settings.to_vec();
+    settings.push(("hba_file", file.to_str().unwrap()));
+    Postgres::start_with(directory.path(), &settings)
+        .await
+        .unwrap()
+}
+
 /// A PgBouncer before a private PostgreSQL. Dropped, it ends.
 struct PgBouncer {
     child: Child,
@@ -180,7 +191,7 @@ impl Drop for PgBouncer {
 #[tokio::test]
 async fn a_pooler_in_session_mode_serves() {
     let directory = DataDir::new();
-    let postgres = Postgres::start(directory.path()).await.unwrap();
+    let postgres = start_with_rules(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "session").await else {
         return report(
             "pooler in session mode",
@@ -212,7 +223,7 @@ async fn a_pooler_in_session_mode_serves() {
 #[tokio::test]
 async fn a_pooler_that_forgets_statements_is_refused_by_name() {
     let directory = DataDir::new();
-    let postgres = Postgres::start(directory.path()).await.unwrap();
+    let postgres = start_with_rules(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "transaction").await else {
         return report(
             "pooler in transaction mode",
@@ -322,16 +333,10 @@ impl Tls {
         .unwrap();
         first.stop().await;
         let cluster = directory.path().join("cluster");
-        fs::write(
-            cluster.join("pg_hba.conf"),
-            "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n",
-        )
-        .unwrap();
         present(&certificates, &cluster, "server");
         let settings = [("listen_addresses", address.as_str()), ("ssl", "on")];
-        let postgres = Postgres::start_with(directory.path(), &settings)
-            .await
-            .unwrap();
+        let rules = "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n";
+        let postgres = start_with_rules(&directory, rules, &settings).await;
         Tls {
             postgres,
             directory,

@@ -1,0 +1,86 @@
+//! Files below `DATA_DIR`: no link is followed, and no other user's file is used.
+
+use std::{
+    fs::{self, File, OpenOptions, Permissions},
+    io::{self, Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
+    path::Path,
+};
+
+use rustix::{fs::OFlags, process::geteuid};
+
+use super::{Error, path_error};
+
+/// More than any file that is read whole has.
+const READ_LIMIT: u64 = 64 << 10;
+
+/// Whether a file of this user is as safe as one of our own.
+pub(super) fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
+}
+
+fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    // NONBLOCK: opening a FIFO must not wait for its other end.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = options
+        .clone()
+        .custom_flags(flags.bits() as i32)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("it is not a regular file"))
+    }
+}
+
+/// Opens a file that only this user or root can have put there.
+pub(super) fn open_own(path: &Path, options: &OpenOptions) -> Result<File, Error> {
+    let is_link = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink());
+    let file = match open_regular(path, options) {
+        Err(_) if is_link => Err(io::Error::other("it is a symbolic link")),
+        opened => opened,
+    };
+    let file = file.map_err(path_error("open", path))?;
+    let owner = file.metadata().map_err(path_error("open", path))?.uid();
+    if !is_trusted(owner) {
+        return Err(Error(format!(
+            "{} belongs to another user (id {owner}): remove it",
+            path.display()
+        )));
+    }
+    Ok(file)
+}
+
+/// Reads a text file of the cluster, whose owner is the user that runs PostgreSQL.
+pub(super) fn read(path: &Path) -> io::Result<String> {
+    let file = open_regular(path, OpenOptions::new().read(true))?;
+    let mut text = String::new();
+    file.take(READ_LIMIT).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Writes a file under a temporary name and renames it: it is never incomplete.
+pub(super) fn replace_file(path: &Path, mode: u32, text: &str) -> Result<(), Error> {
+    let unfinished = path.with_added_extension("unfinished");
+    let write = || {
+        if let Err(error) = fs::remove_file(&unfinished)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
+        }
+        let mut file = OpenOptions::new()
+            .create_new(true)
+            .write(true)
+            .mode(mode)
+            .open(&unfinished)?;
+        // Undoes the umask.
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&unfinished, path)
+    };
+    write().map_err(|error| {
+        fs::remove_file(&unfinished).ok();
+        path_error("write", path)(error)
+    })
+}
