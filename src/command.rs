@@ -11,11 +11,10 @@ use listenfd::ListenFd;
 use log::{error, info, warn};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use sd_notify::NotifyState;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::App;
@@ -169,13 +168,14 @@ fn private_secret(config: &Config, directory: &Path) -> Result<Secret, Failure> 
 }
 
 async fn serve(config: Config) -> Result<(), Failure> {
-    let listener = listen(config.listen_addr).await?;
-    let address = listener.local_addr()?;
+    let listeners = listen(config.listen_addr).await?;
+    let addresses = listeners.iter().map(TcpListener::local_addr);
+    let addresses: Vec<SocketAddr> = addresses.collect::<io::Result<_>>()?;
     let metrics_listener = match config.metrics_addr {
         Some(address) => Some(bind("METRICS_ADDR", address).await?),
         None => None,
     };
-    let (stop, stopping) = watch::channel(false);
+    let stop = CancellationToken::new();
     let mut shutdown = ShutdownSignals::listen()?;
 
     let metrics = Metrics::new();
@@ -185,23 +185,26 @@ async fn serve(config: Config) -> Result<(), Failure> {
         () = shutdown.recv() => return Ok(()),
     };
     let app = App::new(config, &opened.secret, opened.database.clone(), metrics)?;
-    let serving = tokio::spawn(server::serve(listener, app.clone(), stopping));
+    let mut serving = tokio::spawn(server::serve(listeners, app.clone(), stop.clone()));
     if let Some(listener) = metrics_listener {
         info!("metrics at http://{}/metrics", listener.local_addr()?);
         tokio::spawn(server::serve_metrics(listener, app.clone()));
     }
     notify(&[NotifyState::Ready]);
-    let watchdog = tokio::spawn(watchdog(address));
+    let watchdog = tokio::spawn(watchdog(app));
 
-    let bring_up = bring_up(&opened, address);
+    let bring_up = bring_up(&opened, &addresses);
     let refused = tokio::select! {
         refused = bring_up => refused,
+        ended = &mut serving => Some(format!("the server ended: {ended:?}").into()),
         () = shutdown.recv() => None,
     };
     notify(&[NotifyState::Stopping]);
     watchdog.abort();
-    stop.send_replace(true);
-    if let Err(error) = serving.await {
+    stop.cancel();
+    if !serving.is_finished()
+        && let Err(error) = serving.await
+    {
         error!("the server ended badly: {error}");
     }
     if let Some(postgres) = opened.postgres {
@@ -218,7 +221,7 @@ async fn serve(config: Config) -> Result<(), Failure> {
 
 /// Brings the database up behind the listener that is open already, and tells a newcomer where
 /// everything is. Ends only where the database will not have us.
-async fn bring_up(opened: &Opened, address: SocketAddr) -> Option<Failure> {
+async fn bring_up(opened: &Opened, addresses: &[SocketAddr]) -> Option<Failure> {
     let mut arriving = std::pin::pin!(opened.database.bring_up(None));
     // Most databases are there; the lines for people come last.
     let prompt = timeout(Duration::from_secs(1), arriving.as_mut()).await;
@@ -228,9 +231,11 @@ async fn bring_up(opened: &Opened, address: SocketAddr) -> Option<Failure> {
             Err(refusal) => return Some(refusal.to_string().into()),
         }
     }
-    info!("listening on http://{address}");
+    for address in addresses {
+        info!("listening on http://{address}");
+        info!("documentation at http://{address}/docs");
+    }
     info!("data in {}", opened.place);
-    info!("documentation at http://{address}/docs");
     if prompt.is_err() {
         match arriving.await {
             Ok(found) => report(&found),
@@ -250,15 +255,22 @@ fn report(found: &Found) {
     }
 }
 
-/// The socket that systemd passed, else one of our own.
-async fn listen(address: SocketAddr) -> Result<TcpListener, Failure> {
-    match ListenFd::from_env().take_tcp_listener(0)? {
-        Some(listener) => {
-            listener.set_nonblocking(true)?;
-            Ok(TcpListener::from_std(listener)?)
-        }
-        None => bind("LISTEN_ADDR", address).await,
+/// All sockets that systemd passed, else one of our own.
+async fn listen(address: SocketAddr) -> Result<Vec<TcpListener>, Failure> {
+    let mut passed = ListenFd::from_env();
+    let mut listeners = Vec::new();
+    // Taking a socket sets close-on-exec, so that PostgreSQL does not inherit it.
+    while let Some(listener) = passed
+        .take_tcp_listener(listeners.len())
+        .map_err(|error| format!("cannot use a socket that systemd passed: {error}"))?
+    {
+        listener.set_nonblocking(true)?;
+        listeners.push(TcpListener::from_std(listener)?);
     }
+    if listeners.is_empty() {
+        listeners.push(bind("LISTEN_ADDR", address).await?);
+    }
+    Ok(listeners)
 }
 
 async fn bind(variable: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
@@ -274,31 +286,17 @@ fn notify(states: &[NotifyState]) {
 }
 
 /// Tells systemd's watchdog that we live, as long as we answer ourselves.
-async fn watchdog(address: SocketAddr) {
+async fn watchdog(app: Arc<App>) {
     let Some(period) = sd_notify::watchdog_enabled() else {
         return;
     };
     loop {
-        match timeout(period / 4, ask_health(address)).await {
+        match timeout(period / 4, server::check_health(&app)).await {
             Ok(Ok(())) => notify(&[NotifyState::Watchdog]),
             Ok(Err(error)) => error!("the service does not answer itself: {error}"),
             Err(_) => error!("the service does not answer itself in time"),
         }
         sleep(period / 4).await;
-    }
-}
-
-async fn ask_health(address: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream
-        .write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        .await?;
-    let mut answer = [0; 15];
-    stream.read_exact(&mut answer).await?;
-    if &answer == b"HTTP/1.1 200 OK" {
-        Ok(())
-    } else {
-        Err(io::Error::other("an answer other than 200"))
     }
 }
 

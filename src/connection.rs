@@ -5,33 +5,36 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::body::{Body as _, Incoming};
 use memchr::memchr2;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// A head, from its first byte (for the first one: from the connection) to its end.
 const HEAD_BOUND: Duration = Duration::from_secs(10);
 /// Between two requests.
-const IDLE_BOUND: Duration = Duration::from_secs(75);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// An answer, from the first time that the socket takes no more of it.
 const WRITE_BOUND: Duration = Duration::from_secs(30);
 /// What a client may still send, and for how long, to a connection that we have closed for writing.
 const LINGER: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 8 * 1024 * 1024;
 
-/// What the service and the socket of a connection tell each other.
+/// What the service, the socket of a connection and the table of connections share.
 #[derive(Default)]
-pub(crate) struct Line {
+pub(crate) struct ConnectionState {
+    /// Since when no request is under way, in microseconds; 0 while one is.
+    idle_since: AtomicU64,
+    evicted: Notify,
     /// A request has come.
     used: AtomicBool,
-    /// A request is being answered.
+    /// A request is under way: from the end of its head until its response is written.
     busy: AtomicBool,
     /// Its answer is made; what remains is writing it.
     answered: AtomicBool,
@@ -41,16 +44,15 @@ pub(crate) struct Line {
     malformed: AtomicBool,
 }
 
-impl Line {
+impl ConnectionState {
     /// No request has come yet.
-    pub(crate) fn is_fresh(&self) -> bool {
+    pub(crate) fn is_unused(&self) -> bool {
         !self.used.load(Ordering::Relaxed)
     }
 
     /// A request has arrived. Gives what is wrong with the form of its head.
     pub(crate) fn begin(&self, body: &Incoming) -> Option<&'static str> {
         self.used.store(true, Ordering::Relaxed);
-        self.busy.store(true, Ordering::Relaxed);
         self.answered.store(false, Ordering::Relaxed);
         self.body.store(
             body.size_hint().exact().unwrap_or(u64::MAX),
@@ -66,6 +68,37 @@ impl Line {
     pub(crate) fn end(&self) {
         self.answered.store(true, Ordering::Relaxed);
     }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.idle_since.load(Ordering::Relaxed) > 0
+    }
+
+    /// For how long no request has been under way; `None` while one is, from its first byte.
+    pub(crate) fn idle_time(&self) -> Option<Duration> {
+        let since = self.idle_since.load(Ordering::Relaxed);
+        (since > 0).then(|| Duration::from_micros(uptime().saturating_sub(since)))
+    }
+
+    fn set_idle(&self, idle: bool) {
+        let since = if idle { uptime() } else { 0 };
+        self.idle_since.store(since, Ordering::Relaxed);
+    }
+
+    /// Asks the connection to close if it is still idle.
+    pub(crate) fn evict(&self) {
+        self.evicted.notify_one();
+    }
+
+    /// Returns once the connection has been asked to close.
+    pub(crate) async fn evicted(&self) {
+        self.evicted.notified().await;
+    }
+}
+
+/// Microseconds since the first connection, and never 0.
+fn uptime() -> u64 {
+    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+    FIRST.elapsed().as_micros() as u64 + 1
 }
 
 /// Where in the stream of requests the next byte to hand on is.
@@ -206,7 +239,7 @@ impl Clock {
 /// Follows the stream of requests and says how much of it hyper may see: a head alone, so that
 /// what comes behind it is looked at with hyper's word on what it is.
 struct Tracker {
-    line: Arc<Line>,
+    state: Arc<ConnectionState>,
     place: Place,
 }
 
@@ -217,7 +250,7 @@ impl Tracker {
         while at < bytes.len() {
             match &mut self.place {
                 Place::AfterHead => {
-                    self.place = match self.line.body.load(Ordering::Relaxed) {
+                    self.place = match self.state.body.load(Ordering::Relaxed) {
                         u64::MAX => Place::ChunkSize(ChunkSize::default()),
                         0 => Place::Head(Head::default()),
                         length => Place::Body(length),
@@ -251,7 +284,7 @@ impl Tracker {
                         return bytes.len();
                     };
                     if trailer.malformed {
-                        self.line.malformed.store(true, Ordering::Relaxed);
+                        self.state.malformed.store(true, Ordering::Relaxed);
                     }
                     self.place = Place::Head(Head::default());
                     at += end;
@@ -261,8 +294,9 @@ impl Tracker {
                         return bytes.len();
                     };
                     if head.malformed {
-                        self.line.malformed.store(true, Ordering::Relaxed);
+                        self.state.malformed.store(true, Ordering::Relaxed);
                     }
+                    self.state.busy.store(true, Ordering::Relaxed);
                     self.place = Place::AfterHead;
                     return at + end;
                 }
@@ -277,8 +311,8 @@ impl Tracker {
 }
 
 /// The socket.
-pub(crate) struct Guarded {
-    stream: TcpStream,
+pub(crate) struct TimeoutStream<S> {
+    stream: S,
     tracker: Tracker,
     /// Bytes behind the end of a head.
     held_back: Vec<u8>,
@@ -290,12 +324,13 @@ pub(crate) struct Guarded {
     lingering: Option<(Instant, usize)>,
 }
 
-impl Guarded {
-    pub(crate) fn new(stream: TcpStream, line: Arc<Line>) -> Self {
+impl<S> TimeoutStream<S> {
+    pub(crate) fn new(stream: S, state: Arc<ConnectionState>) -> Self {
+        state.set_idle(true);
         Self {
             stream,
             tracker: Tracker {
-                line,
+                state,
                 place: Place::Head(Head::default()),
             },
             held_back: Vec::new(),
@@ -318,22 +353,34 @@ impl Guarded {
     /// An answer is written: what comes next is another request.
     fn rest(&mut self) {
         self.write_deadline = None;
-        let line = &self.tracker.line;
-        if !line.answered.swap(false, Ordering::Relaxed) {
+        let state = &self.tracker.state;
+        if !state.answered.swap(false, Ordering::Relaxed) {
             return;
         }
-        line.busy.store(false, Ordering::Relaxed);
+        state.busy.store(false, Ordering::Relaxed);
         let bound = if self.tracker.is_in_head() {
             HEAD_BOUND
         } else {
-            IDLE_BOUND
+            IDLE_TIMEOUT
         };
         self.read_deadline = Instant::now() + bound;
+        self.update_idle();
+    }
+
+    /// A connection is idle until the first byte of a head; empty lines before it do not count.
+    fn update_idle(&self) {
+        let state = &self.tracker.state;
+        let idle = !state.busy.load(Ordering::Relaxed)
+            && self.held_back.is_empty()
+            && !self.tracker.is_in_head();
+        if idle != state.is_idle() {
+            state.set_idle(idle);
+        }
     }
 
     /// Nothing to read: fine while a request is being answered, else bounded.
     fn wait_to_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let busy = self.tracker.line.busy.load(Ordering::Relaxed);
+        let busy = self.tracker.state.busy.load(Ordering::Relaxed);
         if !busy && self.read_clock.has_passed(self.read_deadline, context) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
@@ -352,7 +399,7 @@ impl Guarded {
     }
 }
 
-impl AsyncRead for Guarded {
+impl<S: AsyncRead + Unpin> AsyncRead for TimeoutStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -361,6 +408,7 @@ impl AsyncRead for Guarded {
         let this = &mut *self;
         if !this.held_back.is_empty() {
             this.hand_on(buffer);
+            this.update_idle();
             return Poll::Ready(Ok(()));
         }
         let before = buffer.filled().len();
@@ -378,11 +426,12 @@ impl AsyncRead for Guarded {
         if this.tracker.is_in_head() && !was_in_head {
             this.read_deadline = this.read_deadline.min(Instant::now() + HEAD_BOUND);
         }
+        this.update_idle();
         Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Guarded {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -472,40 +521,40 @@ mod tests {
 
     #[test]
     fn what_follows_a_head_is_told_by_its_length() {
-        let line = Arc::new(Line::default());
+        let state = Arc::new(ConnectionState::default());
         let mut tracker = Tracker {
-            line: line.clone(),
+            state: state.clone(),
             place: Place::Head(Head::default()),
         };
         let stream = b"P / HTTP/1.1\r\n\r\na\nb\nGET / HTTP/1.1\r\n\r\n";
         assert_eq!(tracker.follow(stream), 16);
-        line.body.store(4, Ordering::Relaxed);
+        state.body.store(4, Ordering::Relaxed);
         assert_eq!(tracker.follow(&stream[16..]), 22);
-        assert!(!line.malformed.load(Ordering::Relaxed));
+        assert!(!state.malformed.load(Ordering::Relaxed));
     }
 
     #[test]
     fn the_end_of_a_chunked_body_is_found() {
-        let line = Arc::new(Line::default());
+        let state = Arc::new(ConnectionState::default());
         let mut tracker = Tracker {
-            line: line.clone(),
+            state: state.clone(),
             place: Place::Head(Head::default()),
         };
         let head = b"P / HTTP/1.1\r\n\r\n";
         let body = b"a;b=c\r\n0123456789\r\n3\r\na\nb\r\n0\r\nT: 1\r\n\r\n";
         assert_eq!(tracker.follow(head), 16);
-        line.body.store(u64::MAX, Ordering::Relaxed);
+        state.body.store(u64::MAX, Ordering::Relaxed);
         let stream = [&body[..], b"GET / HTTP/1.1\n\r\n"].concat();
         assert_eq!(tracker.follow(&stream), stream.len());
-        assert!(line.malformed.load(Ordering::Relaxed));
+        assert!(state.malformed.load(Ordering::Relaxed));
     }
 
     /// Where heads end in a stream that comes in these pieces, and whether each was malformed.
     fn heads(stream: &[u8], pieces: &[usize], body: u64) -> Vec<(usize, bool)> {
-        let line = Arc::new(Line::default());
-        line.body.store(body, Ordering::Relaxed);
+        let state = Arc::new(ConnectionState::default());
+        state.body.store(body, Ordering::Relaxed);
         let mut tracker = Tracker {
-            line: line.clone(),
+            state: state.clone(),
             place: Place::Head(Head::default()),
         };
         let mut ends = Vec::new();
@@ -519,7 +568,7 @@ mod tests {
                 at += seen;
                 rest = &rest[seen..];
                 if matches!(tracker.place, Place::AfterHead) {
-                    ends.push((at, line.malformed.swap(false, Ordering::Relaxed)));
+                    ends.push((at, state.malformed.swap(false, Ordering::Relaxed)));
                 }
             }
         }

@@ -31,6 +31,7 @@ pub mod command;
 mod conditional;
 pub mod config;
 mod connection;
+mod connection_table;
 mod content_type;
 mod cors;
 pub mod db;

@@ -1,11 +1,13 @@
-//! Accepting, bounds, and the end: what was accepted is answered before the process goes.
+//! Accepting connections, their limits, and graceful shutdown: every request that was accepted gets
+//! its response before the process ends.
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -13,74 +15,74 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use log::{debug, error, info, warn};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::App;
-use crate::connection::{Guarded, Line};
+use crate::connection::{ConnectionState, TimeoutStream};
+use crate::connection_table::{ConnectionPermit, ConnectionTable};
 use crate::response;
 use crate::router;
 
-/// A request's head; what is longer hyper answers with 431.
+/// A request's head; hyper responds with 431 to a longer one.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
-/// Connections at a time; some 20 KiB each.
+/// Open connections at a time; each takes about 20 KiB.
 const MAX_CONNECTIONS: u64 = 16_384;
-/// Descriptors for everything that is no client's connection.
-const OTHER_DESCRIPTORS: u64 = 100;
-/// After the signal to stop: answers close their connections, new ones are still accepted, so that
-/// no request crosses the closing of its connection.
-const FAREWELL: Duration = Duration::from_millis(500);
-/// A connection that has brought no request yet has one on its way, most likely.
-const FIRST_REQUEST: Duration = Duration::from_secs(1);
-/// After that: what runs may finish.
-const DRAIN: Duration = Duration::from_secs(9);
+/// Descriptors for everything but client connections.
+const RESERVED_FDS: u64 = 100;
+/// How long connections are still accepted after the signal to stop. Responses close their
+/// connections during this time, so that no request is sent into a connection being closed.
+const ACCEPT_GRACE: Duration = Duration::from_millis(500);
+/// A new connection most likely has its first request on the way.
+const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long requests may still run after that.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
 
-/// Answers requests until `stop` turns true, then finishes those under way.
-pub async fn serve(listener: TcpListener, app: Arc<App>, mut stop: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(connection_limit()));
-    let (close, closing) = watch::channel(false);
-    let (alive, mut all_gone) = mpsc::channel::<Infallible>(1);
-    let door = Door {
+/// Serves requests until `stop` is cancelled, then finishes those under way.
+pub async fn serve(listeners: Vec<TcpListener>, app: Arc<App>, stop: CancellationToken) {
+    let acceptor = Acceptor {
         app: app.clone(),
-        places,
-        closing,
-        alive,
+        table: ConnectionTable::new(connection_limit()),
+        connections: TaskTracker::new(),
+        closing: CancellationToken::new(),
     };
-
-    tokio::select! {
-        () = door.accept(&listener) => {}
-        () = told(&mut stop) => {}
-    }
+    let accept = || join_all(listeners.iter().map(|listener| acceptor.accept(listener)));
+    stop.run_until_cancelled(accept()).await;
     app.stop();
     info!("stopping: finishing what was accepted");
-    timeout(FAREWELL, door.accept(&listener)).await.ok();
-    door.accept_waiting(&listener).await;
-    drop(listener);
-    drop(door);
-    close.send_replace(true);
-    if timeout(DRAIN, all_gone.recv()).await.is_err() {
+    timeout(ACCEPT_GRACE, accept()).await.ok();
+    for listener in &listeners {
+        acceptor.drain_backlog(listener).await;
+    }
+    drop(listeners);
+    acceptor.closing.cancel();
+    acceptor.connections.close();
+    if timeout(DRAIN_TIMEOUT, acceptor.connections.wait())
+        .await
+        .is_err()
+    {
         warn!("some connections did not end in time and are cut");
     }
 }
 
 /// What a new connection needs.
-struct Door {
+struct Acceptor {
     app: Arc<App>,
-    places: Arc<Semaphore>,
-    closing: watch::Receiver<bool>,
-    alive: mpsc::Sender<Infallible>,
+    table: Arc<ConnectionTable>,
+    connections: TaskTracker,
+    closing: CancellationToken,
 }
 
-impl Door {
+impl Acceptor {
     async fn accept(&self, listener: &TcpListener) {
         loop {
-            // The place first: who cannot be served waits in the kernel's queue.
-            let Ok(place) = self.places.clone().acquire_owned().await else {
-                return;
-            };
+            // The permit first: connections that cannot be served wait in the kernel's queue.
+            let permit = self.table.acquire().await;
             match listener.accept().await {
-                Ok((stream, peer)) => self.admit(stream, peer, place),
+                Ok((stream, peer)) => self.spawn_connection(stream, peer, permit),
                 Err(error) if is_of_one_socket(&error) => {
                     debug!("a connection was gone before it was accepted: {error}")
                 }
@@ -94,46 +96,45 @@ impl Door {
     }
 
     /// Accepts what the kernel has accepted already.
-    async fn accept_waiting(&self, listener: &TcpListener) {
-        while let Ok(place) = self.places.clone().try_acquire_owned() {
+    async fn drain_backlog(&self, listener: &TcpListener) {
+        while let Some(permit) = self.table.try_acquire() {
             match timeout(Duration::ZERO, listener.accept()).await {
-                Ok(Ok((stream, peer))) => self.admit(stream, peer, place),
+                Ok(Ok((stream, peer))) => self.spawn_connection(stream, peer, permit),
                 Ok(Err(error)) if is_of_one_socket(&error) => {}
                 _ => return,
             }
         }
     }
 
-    fn admit(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
-        let (app, closing, alive) = (self.app.clone(), self.closing.clone(), self.alive.clone());
-        tokio::spawn(async move {
+    fn spawn_connection(&self, stream: TcpStream, peer: SocketAddr, permit: ConnectionPermit) {
+        let (app, closing) = (self.app.clone(), self.closing.clone());
+        self.connections.spawn(async move {
+            if let Err(error) = stream.set_nodelay(true) {
+                debug!("cannot set TCP_NODELAY: {error}");
+            }
             app.metrics.connections.inc();
-            converse(stream, peer, &app, closing).await;
+            serve_connection(stream, peer.ip(), &app, permit.state.clone(), closing).await;
             app.metrics.connections.dec();
-            drop((place, alive));
+            drop(permit);
         });
     }
 }
 
-/// One connection from its first byte to its last.
-async fn converse(
-    stream: TcpStream,
-    peer: SocketAddr,
+/// Serves one connection from its first byte to its last.
+async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    peer: IpAddr,
     app: &Arc<App>,
-    mut closing: watch::Receiver<bool>,
+    state: Arc<ConnectionState>,
+    closing: CancellationToken,
 ) {
-    if let Err(error) = stream.set_nodelay(true) {
-        debug!("cannot set TCP_NODELAY: {error}");
-    }
-    let line = Arc::new(Line::default());
-    let io = TokioIo::new(Guarded::new(stream, line.clone()));
+    let io = TokioIo::new(TimeoutStream::new(stream, state.clone()));
     let service = service_fn(|request: Request<Incoming>| {
-        let fault = line.begin(request.body());
-        let line = line.clone();
-        let app = app.clone();
+        let fault = state.begin(request.body());
+        let state = state.clone();
         async move {
-            let response = router::respond(&app, request, peer.ip(), fault).await;
-            line.end();
+            let response = router::respond(app, request, peer, fault).await;
+            state.end();
             Ok::<_, Infallible>(response)
         }
     });
@@ -145,28 +146,52 @@ async fn converse(
         .header_read_timeout(None)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = told(&mut closing) => {
-            // Its first answer closes it, now that we are stopping.
-            let patience = if line.is_fresh() { FIRST_REQUEST } else { Duration::ZERO };
-            match timeout(patience, connection.as_mut()).await {
-                Ok(ended) => ended,
-                Err(_) => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            }
+    let evicted = tokio::select! {
+        ended = connection.as_mut() => return log_end(peer, ended),
+        () = state.evicted() => true,
+        () = closing.cancelled() => false,
+    };
+    // A request that has just arrived still gets its response.
+    let wait = match state.is_unused() && !evicted {
+        true => FIRST_REQUEST_TIMEOUT,
+        false => Duration::ZERO,
+    };
+    let ended = match timeout(wait, connection.as_mut()).await {
+        Ok(ended) => ended,
+        // A client that keeps its end open must not keep the connection.
+        Err(_) if evicted && state.is_idle() => return,
+        Err(_) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
         }
     };
+    log_end(peer, ended);
+}
+
+fn log_end(peer: IpAddr, ended: hyper::Result<()>) {
     if let Err(error) = ended {
         debug!("connection from {peer} ended: {error}");
     }
 }
 
-/// Waits for the word; if nobody is left to give it, that is it.
-async fn told(word: &mut watch::Receiver<bool>) {
-    word.wait_for(|word| *word).await.ok();
+/// Sends `GET /healthz` through the HTTP server. The connection is a socket pair: it needs no room
+/// in the table of connections, which may be full, and no listener.
+pub async fn check_health(app: &Arc<App>) -> io::Result<()> {
+    let (mut client, server) = UnixStream::pair()?;
+    let (peer, closing) = (Ipv4Addr::LOCALHOST.into(), CancellationToken::new());
+    let serving = serve_connection(server, peer, app, Arc::default(), closing);
+    let checking = async {
+        let request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        client.write_all(request).await?;
+        let mut status_line = [0; 15];
+        client.read_exact(&mut status_line).await?;
+        Ok(&status_line == b"HTTP/1.1 200 OK")
+    };
+    match tokio::select! { () = serving => Ok(false), checked = checking => checked } {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(io::Error::other("a response other than 200")),
+        Err(error) => Err(error),
+    }
 }
 
 fn is_of_one_socket(error: &io::Error) -> bool {
@@ -179,7 +204,7 @@ fn is_of_one_socket(error: &io::Error) -> bool {
 
 /// As many connections as we want and the system lets us have.
 fn connection_limit() -> usize {
-    let wanted = MAX_CONNECTIONS + OTHER_DESCRIPTORS;
+    let wanted = MAX_CONNECTIONS + RESERVED_FDS;
     let limit = getrlimit(Resource::Nofile);
     let current = limit.current.unwrap_or(u64::MAX);
     let raised = wanted.min(limit.maximum.unwrap_or(u64::MAX)).max(current);
@@ -194,7 +219,7 @@ fn connection_limit() -> usize {
         Err(_) => current,
     };
     granted
-        .saturating_sub(OTHER_DESCRIPTORS)
+        .saturating_sub(RESERVED_FDS)
         .clamp(16, MAX_CONNECTIONS) as usize
 }
 

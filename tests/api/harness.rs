@@ -355,7 +355,8 @@ impl Process {
         command
             .args(arguments)
             .current_dir(directory)
-            .stdin(Stdio::null());
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         Process::run(command, variables)
     }
 
@@ -367,17 +368,16 @@ impl Process {
             .env("PATH", env::var_os("PATH").unwrap_or_default())
             .env("TMPDIR", env::temp_dir())
             .envs(variables.iter().copied())
-            .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let _ = writeln!(scratch().watcher.lock().unwrap(), "{}", child.id());
 
         let stdout = Arc::new(Mutex::new(String::new()));
         let stderr = Arc::new(Mutex::new(String::new()));
-        let collectors = vec![
-            collect(child.stdout.take().unwrap(), stdout.clone()),
-            collect(child.stderr.take().unwrap(), stderr.clone()),
-        ];
+        let mut collectors = vec![collect(child.stderr.take().unwrap(), stderr.clone())];
+        if let Some(pipe) = child.stdout.take() {
+            collectors.push(collect(pipe, stdout.clone()));
+        }
         Process {
             pid: Pid::from_child(&child),
             child: Mutex::new(child),

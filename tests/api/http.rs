@@ -1,6 +1,7 @@
 //! HTTP as its clients expect it, looked at on the wire.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -41,7 +42,11 @@ impl Answer {
 
 impl Wire {
     pub(crate) async fn open(server: &Server) -> Wire {
-        let stream = TcpStream::connect(server.addr())
+        Wire::connect(server.addr()).await
+    }
+
+    pub(crate) async fn connect(address: SocketAddr) -> Wire {
+        let stream = TcpStream::connect(address)
             .await
             .expect("the server listens");
         stream.set_nodelay(true).expect("a socket option");

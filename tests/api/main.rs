@@ -10,6 +10,7 @@ mod harness;
 
 // Coming up, staying up, going down.
 mod commands;
+mod connections;
 mod database_url;
 mod embedded_postgres;
 mod migrations;

@@ -181,7 +181,7 @@ async fn until_well(ledger: &Ledger, since: Instant) -> Duration {
 }
 
 /// A process and all its children, the parent first: PostgreSQL's are each a group of their own.
-fn family(parent: Pid) -> Vec<Pid> {
+pub(crate) fn family(parent: Pid) -> Vec<Pid> {
     let parent_of = |entry: fs::DirEntry| {
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;

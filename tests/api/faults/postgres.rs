@@ -281,7 +281,8 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
         .args(["-m", "sh", "-c", SMALL_DISK, "small-disk"])
         .arg(directory.parent())
         .arg(env!("CARGO_BIN_EXE_todo-api"))
-        .stdin(Stdio::null());
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
     let process = Process::run(
         command,
         &[

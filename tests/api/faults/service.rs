@@ -1,20 +1,16 @@
 //! The service killed, stopped and started again, and two of it.
 
-use std::{
-    os::fd::OwnedFd,
-    process::{Command, Stdio},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tokio::net::TcpSocket;
 
 use super::{
     ANSWERED, HEALED, alone, either,
     load::{Addresses, Asker, Fate, Load, Work, summary},
     report, until_well,
 };
-use crate::harness::{DataDir, Process, SECRET, Server, User, until};
+use crate::connections::{listening_socket, start_with_sockets};
+use crate::harness::{DataDir, SECRET, Server, User, until};
 
 /// What the drain may take; the rest is for a busy machine.
 const STOPPED: Duration = Duration::from_secs(13);
@@ -112,20 +108,6 @@ async fn no_request_goes_unanswered_when_the_service_stops() {
     assert!(bad.is_empty(), "{}", summary(&bad));
 }
 
-/// The program as systemd starts it: with a socket that listens already as descriptor 3.
-fn activated(socket: OwnedFd, variables: &[(&str, &str)]) -> Process {
-    let mut command = Command::new("sh");
-    command
-        .args([
-            "-c",
-            // The process id stays what it is over exec.
-            r#"LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" 3<&0 0</dev/null"#,
-            env!("CARGO_BIN_EXE_todo-api"),
-        ])
-        .stdin(Stdio::from(socket));
-    Process::run(command, variables)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_behind_a_socket_loses_no_request_at_all() {
     let _turn = alone().await;
@@ -133,13 +115,11 @@ async fn a_restart_behind_a_socket_loses_no_request_at_all() {
     let user = first.user().await;
     let task = user.create_task(&first, "read me").await;
     let task = task["id"].as_str().unwrap();
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let socket = socket.listen(1024).unwrap().into_std().unwrap();
-    let address = socket.local_addr().unwrap();
+    let sockets = [listening_socket(), listening_socket()];
+    let address = sockets[0].local_addr().unwrap();
     let start = || {
-        activated(
-            socket.try_clone().unwrap().into(),
+        start_with_sockets(
+            &sockets,
             &[
                 ("DATABASE_URL", &first.database_url()),
                 ("JWT_SECRET", SECRET),

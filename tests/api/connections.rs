@@ -1,0 +1,201 @@
+//! Connections: how long they may be idle, how many there may be, and the sockets that accept them.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use tokio::net::TcpSocket;
+use tokio::time::timeout;
+
+use crate::faults::family;
+use crate::harness::{DataDir, Process, SECRET, until};
+use crate::http::{Wire, head};
+
+/// Starts the program as systemd does, with these sockets as descriptors 3 and 4.
+pub(crate) fn start_with_sockets(
+    sockets: &[TcpListener; 2],
+    variables: &[(&str, &str)],
+) -> Process {
+    let [first, second] = sockets
+        .each_ref()
+        .map(|socket| OwnedFd::from(socket.try_clone().unwrap()));
+    let mut command = Command::new("sh");
+    command
+        .args([
+            "-c",
+            // The process id stays what it is over exec.
+            r#"LISTEN_PID=$$ LISTEN_FDS=2 exec "$0" 3<&0 4<&1 0</dev/null 1>/dev/null"#,
+            env!("CARGO_BIN_EXE_todo-api"),
+        ])
+        .stdin(Stdio::from(first))
+        .stdout(Stdio::from(second));
+    Process::run(command, variables)
+}
+
+pub(crate) fn listening_socket() -> TcpListener {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    socket.listen(1024).unwrap().into_std().unwrap()
+}
+
+/// The status of `GET /healthz` on a connection, which stays open.
+async fn health(wire: &mut Wire) -> u16 {
+    wire.send(head("GET", "/healthz", None, "")).await;
+    wire.answer().await.status
+}
+
+#[tokio::test]
+async fn every_socket_that_systemd_passes_is_served_and_postgresql_inherits_none() {
+    let sockets = [listening_socket(), listening_socket()];
+    let directory = DataDir::new();
+    let process = start_with_sockets(&sockets, &[("DATA_DIR", directory.text())]);
+    process.wait_for_log("database ready").await;
+    for socket in &sockets {
+        let address = socket.local_addr().unwrap();
+        let line = format!("listening on http://{address}");
+        process.wait_for_log(&line).await;
+        assert_eq!(health(&mut Wire::connect(address).await).await, 200);
+    }
+    if cfg!(target_os = "linux") {
+        let opened = |descriptors: &str| -> Vec<_> {
+            let descriptors = fs::read_dir(descriptors).unwrap().flatten();
+            descriptors
+                .map(|entry| fs::read_link(entry.path()).ok())
+                .collect()
+        };
+        for socket in &sockets {
+            let socket = format!("/proc/self/fd/{}", socket.as_raw_fd());
+            let socket = Some(fs::read_link(socket).unwrap());
+            assert!(opened(&format!("/proc/{}/fd", process.pid())).contains(&socket));
+            for backend in family(directory.postgres().unwrap()) {
+                let inherited = opened(&format!("/proc/{backend}/fd")).contains(&socket);
+                assert!(!inherited, "{backend} has {socket:?}");
+            }
+        }
+    }
+    assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
+}
+
+/// A service that can have 40 connections, and that needs no database here.
+async fn start_with_40_connections(variables: &[(&str, &str)]) -> (Process, SocketAddr) {
+    let mut command = Command::new("sh");
+    command
+        .args([
+            "-c",
+            r#"ulimit -n 140; exec "$0""#,
+            env!("CARGO_BIN_EXE_todo-api"),
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    let mut all = vec![
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+        (
+            "DATABASE_URL",
+            "postgres://todo@127.0.0.1:1/todo?sslmode=disable",
+        ),
+        ("JWT_SECRET", SECRET),
+    ];
+    all.extend(variables);
+    let process = Process::run(command, &all);
+    let address = process.listening().await;
+    (process, address)
+}
+
+/// A connection whose request is not complete yet.
+async fn open_busy(address: SocketAddr) -> Wire {
+    let mut wire = Wire::connect(address).await;
+    let form = "Content-Length: 2\r\n";
+    wire.send(head("POST", "/api/v1/auth/login", None, form) + "{")
+        .await;
+    wire
+}
+
+#[tokio::test]
+async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_longest() {
+    let (process, address) = start_with_40_connections(&[]).await;
+    let mut busy = Vec::new();
+    for _ in 0..5 {
+        busy.push(open_busy(address).await);
+    }
+    let mut idle = Vec::new();
+    for number in 0..35 {
+        // Some have not had a request yet.
+        let mut wire = Wire::connect(address).await;
+        if number % 4 > 0 {
+            assert_eq!(health(&mut wire).await, 200);
+        }
+        idle.push(wire);
+    }
+    // The oldest is not idle any more.
+    assert_eq!(health(&mut idle[1]).await, 200);
+    let active = idle.remove(1);
+
+    let mut new = Vec::new();
+    for _ in 0..10 {
+        let mut wire = Wire::connect(address).await;
+        assert_eq!(health(&mut wire).await, 200, "a new connection finds room");
+        new.push(wire);
+    }
+    // One more is closed than was opened: the next one finds room at once.
+    for wire in &mut idle[..10] {
+        assert!(wire.is_closed().await);
+    }
+    for mut wire in idle.drain(12..).chain(new).chain([active]) {
+        assert_eq!(
+            health(&mut wire).await,
+            200,
+            "a younger connection was closed"
+        );
+    }
+    for mut wire in busy {
+        wire.send("}").await;
+        assert_eq!(
+            wire.answer().await.status,
+            422,
+            "a busy connection was closed"
+        );
+    }
+    assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
+}
+
+#[tokio::test]
+async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
+    let directory = DataDir::new();
+    let path = directory.parent().join("notify");
+    let notified = UnixDatagram::bind(&path).unwrap();
+    notified.set_nonblocking(true).unwrap();
+    let variables = [
+        ("NOTIFY_SOCKET", path.to_str().unwrap()),
+        ("WATCHDOG_USEC", "1000000"),
+    ];
+    let (process, address) = start_with_40_connections(&variables).await;
+    let mut busy = Vec::new();
+    for _ in 0..40 {
+        busy.push(open_busy(address).await);
+    }
+    let mut shut_out = Wire::connect(address).await;
+    let waiting = timeout(Duration::from_secs(1), health(&mut shut_out));
+    assert!(waiting.await.is_err(), "the table is not full");
+
+    let mut message = [0; 64];
+    while notified.recv(&mut message).is_ok() {}
+    let mut fed = 0;
+    until("the watchdog is fed", async || {
+        while let Ok(length) = notified.recv(&mut message) {
+            fed += usize::from(message[..length].starts_with(b"WATCHDOG=1"));
+        }
+        fed >= 4
+    })
+    .await;
+    assert!(
+        !process.log().contains("does not answer itself"),
+        "{}",
+        process.log()
+    );
+    // As soon as there is room, the client that waited is served.
+    drop(busy.pop());
+    assert_eq!(shut_out.answer().await.status, 200);
+}
