@@ -18,8 +18,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 /// A head, from its first byte (for the first one: from the connection) to its end.
 const HEAD_BOUND: Duration = Duration::from_secs(10);
-/// Between two requests.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// Between two requests: longer than the usual proxies keep an idle connection (Caddy 120 s, nginx
+/// and most load balancers 60 s), so that none sends a request into a connection being closed.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(150);
 /// An answer, from the first time that the socket takes no more of it.
 const WRITE_BOUND: Duration = Duration::from_secs(30);
 /// What a client may still send, and for how long, to a connection that we have closed for writing.
@@ -493,6 +494,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     fn head(text: &str) -> (Option<usize>, bool) {
@@ -547,6 +550,18 @@ mod tests {
         let stream = [&body[..], b"GET / HTTP/1.1\n\r\n"].concat();
         assert_eq!(tracker.follow(&stream), stream.len());
         assert!(state.malformed.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn a_connection_may_be_idle_for_longer_than_behind_the_usual_proxies() {
+        let state = Arc::new(ConnectionState::default());
+        let mut stream = TimeoutStream::new(tokio::io::empty(), state.clone());
+        state.end();
+        stream.flush().await.unwrap();
+        // Caddy's default, and the longest among them.
+        let longest = Instant::now() + Duration::from_secs(120);
+        assert!(stream.read_deadline > longest + Duration::from_secs(10));
+        assert!(state.is_idle());
     }
 
     /// Where heads end in a stream that comes in these pieces, and whether each was malformed.

@@ -8,10 +8,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use tokio::net::TcpSocket;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use crate::faults::family;
-use crate::harness::{DataDir, Process, SECRET, until};
+use crate::faults::{either, family};
+use crate::harness::{DataDir, Process, SECRET, Server, until};
 use crate::http::{Wire, head};
 
 /// Starts the program as systemd does, with these sockets as descriptors 3 and 4.
@@ -198,4 +198,16 @@ async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
     // As soon as there is room, the client that waited is served.
     drop(busy.pop());
     assert_eq!(shut_out.answer().await.status, 200);
+}
+
+// Caddy keeps an idle connection to its upstream for 120 seconds, others less.
+#[tokio::test]
+async fn an_idle_connection_outlives_the_idle_time_of_the_usual_proxies() {
+    let server = Server::start().await;
+    let mut wire = Wire::open(&server).await;
+    for _ in 0..2 {
+        assert_eq!(health(&mut wire).await, 200);
+        sleep(either(Duration::from_millis(10), Duration::from_secs(125))).await;
+    }
+    assert_eq!(health(&mut wire).await, 200);
 }
