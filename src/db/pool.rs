@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use bb8::ManageConnection;
+use bb8::{ManageConnection, QueueStrategy};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
@@ -18,7 +18,9 @@ use super::{Target, describe};
 
 /// Neon suspends after 300 s; a connection that it is about to close is no use to anybody.
 const IDLE: Duration = Duration::from_secs(240);
-const LIFE: Duration = Duration::from_secs(30 * 60);
+/// A connection lives this long at most, and up to a fifth less, so that those opened in one burst
+/// are not all replaced in another.
+const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
 
 /// A connection as the pool hands it out.
 pub(super) type Pooled = bb8::PooledConnection<'static, Connections>;
@@ -32,6 +34,7 @@ pub(super) struct Link {
     driver: AbortHandle,
     retired: AtomicBool,
     opened: Instant,
+    lifetime: Duration,
     /// Milliseconds since `opened`: when it last answered.
     answered: AtomicU64,
 }
@@ -52,6 +55,10 @@ impl Link {
 
     pub(super) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Acquire)
+    }
+
+    fn is_usable(&self) -> bool {
+        !self.is_retired() && !self.client.is_closed()
     }
 
     /// It works.
@@ -105,15 +112,15 @@ impl ManageConnection for Connections {
     }
 
     async fn is_valid(&self, handle: &mut Handle) -> Result<(), NoConnection> {
-        if self.has_broken(handle) {
-            Err(NoConnection::Stale)
-        } else {
-            Ok(())
+        match handle.0.is_usable() {
+            true => Ok(()),
+            false => Err(NoConnection::Stale),
         }
     }
 
+    /// Asked when a connection comes back: its lifetime ends here, where no request waits for it.
     fn has_broken(&self, handle: &mut Handle) -> bool {
-        handle.0.is_retired() || handle.0.client.is_closed()
+        !handle.0.is_usable() || handle.0.opened.elapsed() > handle.0.lifetime
     }
 }
 
@@ -135,6 +142,7 @@ impl Connections {
             driver: driver.abort_handle(),
             retired: AtomicBool::new(false),
             opened: Instant::now(),
+            lifetime: MAX_LIFETIME.mul_f64(1.0 - fastrand::f64() / 5.0),
             answered: AtomicU64::new(0),
         });
         half_way.disarm();
@@ -256,7 +264,9 @@ pub(super) fn build(
         .max_size(size)
         .connection_timeout(bound)
         .idle_timeout(IDLE)
-        .max_lifetime(LIFE)
+        .max_lifetime(None)
+        // The connection used last is used next, so that surplus ones reach their idle timeout.
+        .queue_strategy(QueueStrategy::Lifo)
         .error_sink(Box::new(Sink(failed)))
         .build_unchecked(connections);
     Pool {

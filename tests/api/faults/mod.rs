@@ -12,6 +12,7 @@ mod load;
 mod neon;
 mod network;
 mod overload;
+mod pool;
 mod postgres;
 mod proxy;
 mod service;
