@@ -97,8 +97,8 @@ problems! {
         "There were too many wrong passwords for one account, or too many requests to sign in from one address."
         "Wait for the seconds that Retry-After gives; nothing is checked before.";
     INTERNAL = 500 "internal" "Internal error"
-        "A bug in the service. The operator finds it in the log under the request id."
-        "Report the request id. Repeating may or may not help; with an Idempotency-Key it is safe.";
+        "A bug in the service, or a change that the database did not confirm. The operator finds it in the log under the request id."
+        "Report the request id. Read before you repeat a change; with an Idempotency-Key repeating is safe.";
     DATABASE_UNAVAILABLE = 503 "database_unavailable" "Database unavailable"
         "The service cannot reach its database just now."
         "Repeat after the seconds that Retry-After gives; creating is safe to repeat with the same Idempotency-Key.";
@@ -222,6 +222,8 @@ pub(crate) enum Error {
     Internal(String),
     /// The database does not answer; the text is for the log.
     DatabaseUnavailable(String),
+    /// The database did not confirm a change that is not safe to repeat; the text is for the log.
+    OutcomeUnknown(String),
     /// More work than can be done in good time.
     Overloaded,
     /// The service is shutting down.
@@ -287,7 +289,7 @@ impl Error {
             Self::Validation(_) => &VALIDATION_FAILED,
             Self::IdempotencyKeyReused => &IDEMPOTENCY_KEY_REUSED,
             Self::TooManyAttempts { .. } => &TOO_MANY_ATTEMPTS,
-            Self::Internal(_) => &INTERNAL,
+            Self::Internal(_) | Self::OutcomeUnknown(_) => &INTERNAL,
             Self::DatabaseUnavailable(_) => &DATABASE_UNAVAILABLE,
             Self::Overloaded => &OVERLOADED,
             Self::Stopping => &STOPPING,
@@ -307,7 +309,21 @@ impl Error {
             Self::TooManyAttempts { retry_after, .. } => {
                 format!("too many attempts; try again in {retry_after} seconds").into()
             }
+            Self::OutcomeUnknown(_) => {
+                "the connection to the database was lost: the change may or may not have been made. \
+                 Read before you repeat it."
+                    .into()
+            }
             other => other.problem().meaning.into(),
+        }
+    }
+
+    /// The failure of a change that happens once more with each repetition: 503 promises that the
+    /// request is safe to repeat, which this is not once it may have been executed.
+    pub(crate) fn of_unrepeatable(error: DbError) -> Self {
+        match error {
+            DbError::Lost(reason) => Self::OutcomeUnknown(reason),
+            other => other.into(),
         }
     }
 
@@ -349,7 +365,7 @@ impl Error {
 impl From<DbError> for Error {
     fn from(error: DbError) -> Self {
         match error {
-            DbError::Lost(reason) | DbError::Unavailable(reason) => {
+            DbError::Transient(reason) | DbError::Lost(reason) | DbError::Unavailable(reason) => {
                 Self::DatabaseUnavailable(reason)
             }
             DbError::Overloaded => Self::Overloaded,

@@ -266,6 +266,10 @@ fn log_error(call: &Call<'_>, error: &Error) {
                 )
             });
         }
+        Error::OutcomeUnknown(cause) => warn!(
+            "request failed reason=outcome_unknown cause={} {place}",
+            field(cause)
+        ),
         Error::Overloaded | Error::Stopping => {
             let reason = error.problem().code;
             call.app

@@ -16,7 +16,7 @@ use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
 
-use super::{Database, DbError, Deadline, Held};
+use super::{Database, DbError, Deadline, Held, Repeat};
 
 /// Statements of one kind under way that keep others waiting: few busy backends beat many
 /// half-idle ones.
@@ -139,7 +139,7 @@ impl<Q: Question> Sender<Q> {
             // First the connection: what is asked while it is waited for goes along. If there is
             // none, those have waited in vain who have waited all the time.
             let hold = || database.hold(deadline);
-            let held = database.again_if_lost(deadline, hold).await;
+            let held = database.retry(deadline, Repeat::Read, hold).await;
             let most = held.as_ref().map_or(count, |_| Q::MOST);
             let asked = Q::gathering(&database).take(most);
             let mut asking = pin!(database.ask_all(held, asked));
@@ -266,9 +266,9 @@ impl Database {
         questions: &[Q],
     ) -> Answer {
         match Q::ask(&mut held, deadline, questions).await {
-            Err(DbError::Lost(_)) => {
+            Err(DbError::Lost(_) | DbError::Transient(_)) => {
                 drop(held);
-                self.again_if_lost(deadline, || async {
+                self.retry(deadline, Repeat::Read, || async {
                     Q::ask(&mut self.hold(deadline).await?, deadline, questions).await
                 })
                 .await

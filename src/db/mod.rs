@@ -7,9 +7,11 @@
 
 mod deadline;
 mod gather;
+mod isolation;
 mod migrations;
 mod pool;
 mod reach;
+mod retry;
 pub(crate) mod sessions;
 mod statements;
 pub(crate) mod sweep;
@@ -28,15 +30,17 @@ use std::time::Duration;
 use log::{info, warn};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{Severity, SqlState};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
 use crate::metrics::Metrics;
 pub use deadline::Deadline;
 pub(crate) use deadline::{AUTHENTICATION_TIMEOUT, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
+use isolation::Isolation;
 use pool::{Link, Pool, Pooled};
 pub use reach::{Found, Pooler, Refusal, Target};
+use retry::Repeat;
 use statements::Sql;
 
 type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -53,12 +57,17 @@ const STANDING_WAIT: Duration = Duration::from_millis(50);
 /// Searches at a time, so that nobody's searches take the pool.
 const SEARCHES: usize = 5;
 
-/// Why there is no answer from the database.
+/// How long the server has to confirm that it has canceled a statement.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why there is no result from the database. Nothing was changed, except after `Lost`.
 #[derive(Clone, Debug)]
 pub(crate) enum DbError {
-    /// The connection was lost; another may do better.
+    /// Rolled back or not sent; another attempt may succeed.
+    Transient(String),
+    /// The connection was lost while the statement ran: whether it was executed is unknown.
     Lost(String),
-    /// It does not answer, or not in time.
+    /// The database is unavailable, or was too slow.
     Unavailable(String),
     /// All connections are busy and have been for too long.
     Overloaded,
@@ -104,14 +113,31 @@ fn is_lost(error: &tokio_postgres::Error) -> bool {
     }
 }
 
+/// Whether the server rolled the statement back and may accept it the next time: SQLSTATE class 40.
+fn is_rollback(error: &tokio_postgres::Error) -> bool {
+    let code = error.code().filter(|code| code.code().starts_with("40"));
+    code.is_some() && !is_unknown(error)
+}
+
+/// Whether the server itself says that it does not know what became of the statement.
+fn is_unknown(error: &tokio_postgres::Error) -> bool {
+    [
+        SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN,
+        SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
+    ]
+    .iter()
+    .any(|code| error.code() == Some(code))
+}
+
 /// Whether a connection that met this error is still good.
 fn leaves_connection(error: &tokio_postgres::Error) -> bool {
     let Some(code) = error.code() else {
         return false;
     };
-    ["53", "40", "57014", "55P03"]
-        .iter()
-        .any(|class| code.code().starts_with(class))
+    is_rollback(error)
+        || ["53", "57014", "55P03"]
+            .iter()
+            .any(|class| code.code().starts_with(class))
 }
 
 /// Whether the database answers, as far as we know.
@@ -142,6 +168,7 @@ struct Inner {
     answered: AtomicU64,
     /// Milliseconds since `epoch`: when somebody last got a connection without waiting.
     unhindered: AtomicU64,
+    isolation: Arc<Isolation>,
     gathered: tasks::Gathered,
     metrics: Arc<Metrics>,
 }
@@ -156,8 +183,16 @@ impl Database {
                     Database(inner).suspect(reason);
                 }
             };
+            let isolation = Arc::<Isolation>::default();
             Inner {
-                pool: pool::build(target.clone(), pool_size, CONNECTION_BOUND, failed),
+                pool: pool::build(
+                    target.clone(),
+                    pool_size,
+                    CONNECTION_BOUND,
+                    isolation.clone(),
+                    failed,
+                ),
+                isolation,
                 target,
                 places: Arc::new(Semaphore::new(pool::for_requests(pool_size) as usize)),
                 searches: Arc::new(Semaphore::new(SEARCHES.min(pool_size as usize))),
@@ -241,13 +276,7 @@ impl Database {
         sql: Sql,
         params: Params<'_>,
     ) -> Result<Vec<Row>, DbError> {
-        self.again_if_lost(deadline, || async {
-            self.hold(deadline)
-                .await?
-                .query(deadline, sql, params)
-                .await
-        })
-        .await
+        self.query(deadline, Repeat::Read, sql, params).await
     }
 
     /// A question that reads all of somebody's rows: one of few at a time.
@@ -262,7 +291,7 @@ impl Database {
             return Err(DbError::Overloaded);
         };
         let place = Arc::new(place);
-        self.again_if_lost(deadline, || async {
+        self.retry(deadline, Repeat::Read, || async {
             let mut held = self.hold(deadline).await?;
             held.search = Some(place.clone());
             held.query(deadline, sql, params).await
@@ -270,48 +299,53 @@ impl Database {
         .await
     }
 
-    /// Runs one statement that changes something; never twice.
+    /// Runs one statement that changes something; at most once.
     pub(crate) async fn write(
         &self,
         deadline: Deadline,
         sql: Sql,
         params: Params<'_>,
     ) -> Result<Vec<Row>, DbError> {
-        self.hold(deadline)
-            .await?
-            .query(deadline, sql, params)
-            .await
+        self.query(deadline, Repeat::Never, sql, params).await
     }
 
-    /// The same where only the number of rows matters.
+    /// Runs one statement that inserts rows under ids of ours. If its connection is lost it runs
+    /// again, and then finds the rows of the first run.
+    pub(crate) async fn insert(
+        &self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.query(deadline, Repeat::Insert, sql, params).await
+    }
+
+    /// Like `write`, where only the number of rows matters.
     pub(crate) async fn execute(
         &self,
         deadline: Deadline,
         sql: Sql,
         params: Params<'_>,
     ) -> Result<u64, DbError> {
-        let mut held = self.hold(deadline).await?;
-        held.run(deadline, |link| async move {
-            link.client().execute(link.statement(sql), params).await
+        self.retry(deadline, Repeat::Never, || async {
+            let mut held = self.hold(deadline).await?;
+            held.execute(deadline, sql, params).await
         })
         .await
     }
 
-    async fn again_if_lost<T, F: Future<Output = Result<T, DbError>>>(
+    async fn query(
         &self,
         deadline: Deadline,
-        attempt: impl Fn() -> F,
-    ) -> Result<T, DbError> {
-        loop {
-            match attempt().await {
-                Err(DbError::Lost(_))
-                    if *self.0.state.borrow() == State::Up && Instant::now() < deadline.at() =>
-                {
-                    sleep(Duration::from_millis(5)).await;
-                }
-                result => return result,
-            }
-        }
+        repeat: Repeat,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.retry(deadline, repeat, || async {
+            let mut held = self.hold(deadline).await?;
+            held.query(deadline, sql, params).await
+        })
+        .await
     }
 
     /// A connection to keep until it is answered.
@@ -330,7 +364,8 @@ impl Database {
         deadline: Deadline,
     ) -> Result<(OwnedSemaphorePermit, Pooled), DbError> {
         let started = Instant::now();
-        let bound = deadline.at().min(started + CONNECTION_BOUND);
+        let patience = started + CONNECTION_BOUND;
+        let bound = deadline.at().min(patience);
         let mut state = self.0.state.subscribe();
         if *state.borrow() == State::Starting {
             // Whether the database is there is known in a moment: a request that waited in the
@@ -354,10 +389,14 @@ impl Database {
         };
         match pooled {
             Ok(pooled) => Ok((place, pooled)),
+            // The request was late already: that says nothing about the database.
+            Err(bb8::RunError::TimedOut) if bound < patience => {
+                Err(DbError::Unavailable("no connection in time".into()))
+            }
             Err(error) => {
                 let reason = format!("no connection: {error}");
                 self.suspect(reason.clone());
-                Err(DbError::Lost(reason))
+                Err(DbError::Transient(reason))
             }
         }
     }
@@ -395,7 +434,9 @@ impl Database {
         }
     }
 
-    /// Waits for an answer until the deadline, and no longer than the database is there.
+    /// Waits for a result until the deadline, and no longer than the database is there. At the
+    /// deadline the statement is canceled; what became of it then is known unless the server does
+    /// not respond at all.
     async fn answer<T>(
         &self,
         deadline: Deadline,
@@ -404,31 +445,37 @@ impl Database {
     ) -> Result<T, DbError> {
         let started = Instant::now();
         let _query_time = self.0.metrics.db_query.start_timer();
+        // A request that hashes passwords has more time, but no statement has.
+        let ends = deadline.at().min(started + REQUEST_TIMEOUT);
+        let suspicious = started + SUSPICIOUS;
         let mut query = pin!(query);
-        let prompt = tokio::select! {
-            biased;
-            result = &mut query => Some(result),
-            () = sleep_until(deadline.at().min(started + SUSPICIOUS)) => None,
-        };
-        let result = match prompt {
-            Some(result) => result,
-            None => {
-                self.suspect("a query takes long".into());
+        let result = match timeout_at(ends.min(suspicious), &mut query).await {
+            Ok(result) => result,
+            Err(_) => {
+                // One that had less time than that was late before it was sent.
+                if suspicious <= ends {
+                    self.suspect("a query takes long".into());
+                }
                 let mut state = self.0.state.subscribe();
-                tokio::select! {
+                let in_time = tokio::select! {
                     biased;
-                    result = &mut query => result,
+                    result = &mut query => Some(result),
                     _ = state.wait_for(|state| *state == State::Away) => {
                         self.give_up(link);
-                        return Err(DbError::Unavailable("the database went away".into()));
+                        return Err(DbError::Lost("the database went away".into()));
                     }
-                    () = sleep_until(deadline.at()) => {
+                    () = sleep_until(ends) => None,
+                };
+                match in_time {
+                    Some(result) => result,
+                    None => {
                         self.give_up(link);
-                        // If it was the connection that failed, those opened with it may have.
-                        if started.elapsed() >= SUSPICIOUS {
+                        let Ok(result) = timeout(CANCEL_TIMEOUT, &mut query).await else {
+                            // If it was the connection that failed, those opened with it may have.
                             self.0.pool.retire_silent_since(started);
-                        }
-                        return Err(DbError::Unavailable("a query ran out of time".into()));
+                            return Err(DbError::Lost("a query ran out of time".into()));
+                        };
+                        result
                     }
                 }
             }
@@ -439,23 +486,44 @@ impl Database {
                 link.answered();
                 Ok(value)
             }
-            Err(error) if is_lost(&error) => {
-                if error.code() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME) {
-                    warn!(
-                        "the database forgot a prepared statement: is there a transaction pooler in between that does not know them (PgBouncer before 1.21)?"
-                    );
-                }
-                if leaves_connection(&error) {
-                    return Err(DbError::Unavailable(describe(&error)));
-                }
-                link.retire();
-                Err(DbError::Lost(describe(&error)))
-            }
-            Err(error) => Err(DbError::Refused(Arc::new(error))),
+            Err(error) => Err(self.failure(link, error)),
         }
     }
 
-    /// The answer on this connection comes too late for anybody: it is not wanted any more.
+    /// What a failed statement means for its connection and for the request.
+    fn failure(&self, link: &Link, error: tokio_postgres::Error) -> DbError {
+        if !is_lost(&error) {
+            return DbError::Refused(Arc::new(error));
+        }
+        let reason = describe(&error);
+        match error.code() {
+            Some(&SqlState::T_R_SERIALIZATION_FAILURE) => {
+                self.0.isolation.is_not_read_committed(&reason);
+            }
+            Some(&SqlState::INVALID_SQL_STATEMENT_NAME) => warn!(
+                "the database forgot a prepared statement: is there a transaction pooler in between that does not know them (PgBouncer before 1.21)?"
+            ),
+            _ => {}
+        }
+        if leaves_connection(&error) {
+            return match is_rollback(&error) {
+                true => DbError::Transient(reason),
+                false => DbError::Unavailable(reason),
+            };
+        }
+        link.retire();
+        // An error ends the statement; a fatal one ends the connection, whatever the statement did.
+        let severity = error
+            .as_db_error()
+            .and_then(|error| error.parsed_severity());
+        match severity {
+            Some(Severity::Error) if !is_unknown(&error) => DbError::Transient(reason),
+            _ => DbError::Lost(reason),
+        }
+    }
+
+    /// Cancels what runs on this connection. It is not used again: the request to cancel may reach
+    /// the server late, and would cancel the next statement.
     fn give_up(&self, link: &Link) {
         link.retire();
         self.0.target.cancel(link.client());
@@ -573,10 +641,31 @@ impl Held {
         sql: Sql,
         params: Params<'_>,
     ) -> Result<Vec<Row>, DbError> {
+        let explicit = self.needs_transaction();
         self.run(deadline, |link| async move {
-            link.client().query(link.statement(sql), params).await
+            let query = link.client().query(link.statement(sql), params);
+            isolation::read_committed(explicit, link.client(), query).await
         })
         .await
+    }
+
+    async fn execute(
+        &mut self,
+        deadline: Deadline,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<u64, DbError> {
+        let explicit = self.needs_transaction();
+        self.run(deadline, |link| async move {
+            let query = link.client().execute(link.statement(sql), params);
+            isolation::read_committed(explicit, link.client(), query).await
+        })
+        .await
+    }
+
+    /// Whether a statement has to open a transaction to run in READ COMMITTED.
+    fn needs_transaction(&self) -> bool {
+        !self.unfinished && self.database.0.isolation.is_explicit()
     }
 
     async fn run<T, F>(
@@ -605,7 +694,7 @@ impl Held {
 
     /// Opens a transaction; until `commit` or `rollback` the connection is not given back.
     async fn begin(&mut self, deadline: Deadline) -> Result<(), DbError> {
-        self.batch(deadline, "begin").await?;
+        self.batch(deadline, isolation::BEGIN).await?;
         self.unfinished = true;
         Ok(())
     }

@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bb8::{ManageConnection, QueueStrategy};
+use futures_util::future::try_join;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::{Client, Statement};
 
+use super::isolation::Isolation;
 use super::statements::{Prepared, Sql};
 use super::{Target, describe};
 
@@ -98,6 +100,7 @@ pub(super) struct Connections {
     sockets: Arc<Semaphore>,
     opening: Arc<AtomicUsize>,
     links: Arc<Mutex<Vec<Weak<Link>>>>,
+    isolation: Arc<Isolation>,
 }
 
 impl ManageConnection for Connections {
@@ -135,7 +138,10 @@ impl Connections {
             connection.await.ok();
         });
         let half_way = AbortOnDrop(Some(driver.abort_handle()));
-        let statements = Prepared::on(&client).await.map_err(NoConnection::from)?;
+        let isolation = self.isolation.detect(&client);
+        let (statements, ()) = try_join(Prepared::on(&client), isolation)
+            .await
+            .map_err(NoConnection::from)?;
         let link = Arc::new(Link {
             client,
             statements,
@@ -247,6 +253,7 @@ pub(super) fn build(
     target: Target,
     size: u32,
     bound: Duration,
+    isolation: Arc<Isolation>,
     failed: impl Fn(String) + Send + Sync + Clone + 'static,
 ) -> Pool {
     let sockets = Arc::new(Semaphore::new(size as usize));
@@ -259,6 +266,7 @@ pub(super) fn build(
         sockets: sockets.clone(),
         opening: Arc::clone(&opening),
         links: Arc::clone(&links),
+        isolation,
     };
     let pool = bb8::Pool::builder()
         .max_size(size)

@@ -73,50 +73,34 @@ pub(crate) async fn create(
     let (id, created_at) = NewTask::identify();
     let title = new.title.as_str();
     let description = new.description.as_ref().map(Description::as_str);
-    let made = match key {
-        None => db
-            .execute(
-                deadline,
-                Sql::TasksCreate,
-                &[
-                    &user_id,
-                    &id,
-                    &title,
-                    &description,
-                    &new.completed,
-                    &created_at.0,
-                ],
-            )
-            .await
-            .map(|_| {
-                Some(Task {
-                    id,
-                    user_id,
-                    title: title.to_owned(),
-                    description: description.map(str::to_owned),
-                    completed: new.completed,
-                    created_at,
-                    updated_at: created_at,
-                })
-            }),
-        Some(key) => db
-            .write(
-                deadline,
-                Sql::TasksCreateOnce,
-                &[
-                    &user_id,
-                    &id,
-                    &title,
-                    &description,
-                    &new.completed,
-                    &created_at.0,
-                    &key,
-                ],
-            )
-            .await
-            .map(|rows| rows.first().map(task)),
+    let params: super::Params = &[
+        &user_id,
+        &id,
+        &title,
+        &description,
+        &new.completed,
+        &created_at.0,
+        &key,
+    ];
+    let (sql, params) = match key {
+        None => (Sql::TasksCreate, &params[..6]),
+        Some(_) => (Sql::TasksCreateOnce, params),
     };
-    match made {
+    let rows = match db.insert(deadline, sql, params).await {
+        // Nobody else has this id: the first run of a repeated insert has made it.
+        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Ok(Vec::new()),
+        rows => rows,
+    };
+    match rows.map(|rows| rows.first().map(task)) {
+        Ok(None) => Ok(Created::Task(Task {
+            id,
+            user_id,
+            title: title.to_owned(),
+            description: description.map(str::to_owned),
+            completed: new.completed,
+            created_at,
+            updated_at: created_at,
+        })),
         Ok(Some(task))
             if task.title == title
                 && task.description.as_deref() == description

@@ -40,7 +40,7 @@ pub(crate) async fn register(
 ) -> Result<Option<User>, DbError> {
     let id = Uuid::now_v7();
     let rows = db
-        .write(
+        .insert(
             deadline,
             Sql::UsersRegister,
             &[
@@ -53,7 +53,11 @@ pub(crate) async fn register(
             ],
         )
         .await?;
-    Ok(rows.first().map(user))
+    match rows.first() {
+        Some(row) => Ok(Some(user(row))),
+        // Taken, or made by the first run of a repeated insert.
+        None => get(db, deadline, id).await,
+    }
 }
 
 /// The account of a signed-in user; `None` if it is gone.

@@ -7,7 +7,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use uuid::Uuid;
 
 use crate::conditional::Preconditions;
-use crate::db::tasks::{self, Created, Filter, Guarded};
+use crate::db::tasks::{self, Created, Filter, Guarded, Versions};
 use crate::error::{Error, Fault, Refused};
 use crate::guard::SignedIn;
 use crate::labels::TokenRejection;
@@ -76,7 +76,12 @@ pub(crate) async fn create(
     let members = body.object().await?;
     let key = call.idempotency_key()?;
     let new = new_task(members)?;
-    match tasks::create(&call.app.database, call.deadline(), user.id, new, key).await? {
+    let created = tasks::create(&call.app.database, call.deadline(), user.id, new, key).await;
+    let failed = match key {
+        Some(_) => Error::from,
+        None => Error::of_unrepeatable,
+    };
+    match created.map_err(failed)? {
         Created::Task(task) => {
             let path = format!("/api/v1/{}/tasks/{}", task.user_id, task.id);
             Ok(response::located(
@@ -176,8 +181,13 @@ async fn apply(
         change,
         &versions,
     )
-    .await?;
-    response::task(StatusCode::OK, &done(changed)?)
+    .await;
+    // A second toggle undoes the first, unless If-Match keeps it from being executed.
+    let failed = match change.completed {
+        Some(Completion::Flip) if !matches!(versions, Versions::Only(_)) => Error::of_unrepeatable,
+        _ => Error::from,
+    };
+    response::task(StatusCode::OK, &done(changed.map_err(failed)?)?)
 }
 
 fn done<T>(guarded: Guarded<T>) -> Result<T, Error> {

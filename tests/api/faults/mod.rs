@@ -8,6 +8,7 @@
 //!
 //! The contract's bounds are checked with room for a machine that has other things to do.
 
+mod conflicts;
 mod load;
 mod neon;
 mod network;
@@ -16,6 +17,7 @@ mod pool;
 mod postgres;
 mod proxy;
 mod service;
+mod writes;
 
 use std::{
     env, fs,

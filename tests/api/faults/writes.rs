@@ -1,0 +1,299 @@
+//! What a response says about a write is true: 201 was stored once, 503 is safe to repeat.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use tokio_postgres::Client as Sql;
+
+use super::{Rig, proxy::Weather};
+use crate::{
+    harness::{PASSWORD, Response, Server, until},
+    http::{Answer, Wire},
+    tasks::path_of,
+};
+
+/// A body that takes longer than all database work of a request may.
+const SLOW_BODY: Duration = Duration::from_millis(5300);
+
+/// Sends a request whose body pauses in the middle.
+async fn send_slowly(
+    server: &Server,
+    line: &str,
+    token: &str,
+    body: &Value,
+    pause: Duration,
+) -> Answer {
+    let body = body.to_string();
+    let head = format!(
+        "{line} HTTP/1.1\r\nHost: todo.example\r\nAuthorization: Bearer {token}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut wire = Wire::open(server).await.patient();
+    let (first, second) = body.split_at(body.len() / 2);
+    wire.send(format!("{head}{first}")).await;
+    sleep(pause).await;
+    wire.send(second).await;
+    wire.answer().await
+}
+
+async fn count(sql: &Sql, condition: &str) -> i64 {
+    let statement = format!("select count(*) from tasks where {condition}");
+    sql.query_one(&statement, &[]).await.unwrap().get(0)
+}
+
+/// The backends of the server, in this state.
+async fn backends(sql: &Sql, condition: &str) -> Vec<i32> {
+    let statement = format!(
+        "select pid from pg_stat_activity
+         where datname = current_database() and application_name = 'todo-api' and {condition}"
+    );
+    let rows = sql.query(&statement, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+async fn until_waiting(sql: &Sql, count: usize) {
+    until("the statements wait for the lock", async || {
+        backends(sql, "wait_event_type = 'Lock'").await.len() >= count
+    })
+    .await;
+}
+
+/// A transaction of the operator's that keeps rows locked.
+async fn lock(server: &Server, select: &str) -> Sql {
+    let sql = server.sql().await;
+    sql.batch_execute(&format!("begin; {select} for update"))
+        .await
+        .unwrap();
+    sql
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_body_is_served_once_and_costs_no_connection() {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    let user = server.user().await;
+    let token = user.access_token.as_str();
+    let task = path_of(&user, &user.create_task(&server, "one").await);
+    let tasks = user.tasks();
+    // Somebody else's: changing the password ends sessions.
+    let other = server.user().await;
+    let new_password = "another-Lantern-43-harbour";
+    let requests = [
+        (
+            format!("POST {tasks}"),
+            token,
+            json!({"title": "slow"}),
+            201,
+        ),
+        (
+            format!("PUT {task}"),
+            token,
+            json!({"title": "slow too"}),
+            200,
+        ),
+        (
+            format!("PATCH {task}/complete"),
+            token,
+            json!({"completed": true}),
+            200,
+        ),
+        (
+            "POST /api/v1/auth/register".into(),
+            "",
+            json!({"email": "slow@example.com", "password": PASSWORD}),
+            201,
+        ),
+        (
+            "POST /api/v1/auth/login".into(),
+            "",
+            json!({"email": user.email, "password": PASSWORD}),
+            200,
+        ),
+        (
+            "POST /api/v1/auth/refresh".into(),
+            "",
+            json!({"refresh_token": user.refresh_token}),
+            200,
+        ),
+        (
+            "PUT /api/v1/auth/password".into(),
+            other.access_token.as_str(),
+            json!({"current_password": PASSWORD, "new_password": new_password}),
+            200,
+        ),
+    ];
+    // Some are open: those would be the first to be closed.
+    let before = backends(&sql, "true").await;
+    assert!(!before.is_empty());
+    let answers = join_all(
+        requests
+            .iter()
+            .map(|(line, token, body, _)| send_slowly(&server, line, token, body, SLOW_BODY)),
+    )
+    .await;
+    for ((line, .., status), answer) in requests.iter().zip(answers) {
+        let is_as_expected = answer.status == *status || *status == 200 && answer.status == 204;
+        assert!(is_as_expected, "{line}: {} {}", answer.status, answer.body);
+    }
+    assert_eq!(count(&sql, "title = 'slow'").await, 1);
+    assert_eq!(count(&sql, "title = 'slow too' and completed").await, 1);
+    let after = backends(&sql, "true").await;
+    assert!(
+        before.iter().all(|pid| after.contains(pid)),
+        "connections were replaced: {before:?} by {after:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_that_a_long_transaction_blocks_are_refused_and_not_made_later() {
+    let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
+    let sql = server.sql().await;
+    let user = server.user().await;
+    let token = user.access_token.as_str();
+    let task = path_of(&user, &user.create_task(&server, "one").await);
+    // The user's row, which a new task refers to, and the task.
+    let transaction = lock(&server, "select from users, tasks").await;
+    let create = |title: &str| {
+        server
+            .post(user.tasks())
+            .bearer(token)
+            .json(json!({"title": title}))
+    };
+    let blocked = [
+        create("without a key"),
+        create("with a key").header("idempotency-key", "one"),
+        server
+            .put(&task)
+            .bearer(token)
+            .json(json!({"title": "changed"})),
+        server.patch(format!("{task}/complete")).bearer(token),
+        server.delete(&task).bearer(token),
+        server
+            .post("/api/v1/auth/login")
+            .json(json!({"email": user.email, "password": PASSWORD})),
+    ];
+    let blocked = blocked.map(|request| tokio::spawn(request.send()));
+    until_waiting(&sql, 6).await;
+    // Readers do not wait.
+    server.get(&task).bearer(token).send().await.expect(200);
+    for response in blocked {
+        let response = response.await.unwrap();
+        response.problem(503, "database_unavailable");
+        response.header("retry-after");
+    }
+
+    transaction.batch_execute("commit").await.unwrap();
+    until("no statement is left behind", async || {
+        backends(&sql, "state <> 'idle'").await.is_empty()
+    })
+    .await;
+    assert_eq!(count(&sql, "true").await, 1, "a refused write was made");
+    let untouched = "title = 'one' and not completed";
+    assert_eq!(count(&sql, untouched).await, 1);
+    let sessions = "select count(*) from sessions";
+    let sessions: i64 = sql.query_one(sessions, &[]).await.unwrap().get(0);
+    assert_eq!(sessions, 1, "a refused login made a session");
+
+    // As the refusal says.
+    for request in [
+        create("with a key").header("idempotency-key", "one"),
+        create("with a key").header("idempotency-key", "one"),
+    ] {
+        request.send().await.expect(201);
+    }
+    assert_eq!(count(&sql, "title = 'with a key'").await, 1);
+    assert!(!server.log().contains("database lost"), "{}", server.log());
+}
+
+/// Sends requests, terminates their backends while they wait for a lock, and lets them go on.
+async fn cut_off<const N: usize>(
+    server: &Server,
+    requests: [crate::harness::Request; N],
+) -> [Response; N] {
+    let sql = server.sql().await;
+    let transaction = lock(server, "select from users, tasks").await;
+    let sent = requests.map(|request| tokio::spawn(request.send()));
+    until_waiting(&sql, N).await;
+    sql.batch_execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity
+         where application_name = 'todo-api' and wait_event_type = 'Lock'",
+    )
+    .await
+    .unwrap();
+    sleep(Duration::from_millis(300)).await;
+    transaction.batch_execute("commit").await.unwrap();
+    let mut responses = Vec::new();
+    for response in sent {
+        responses.push(response.await.unwrap());
+    }
+    responses.try_into().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_whose_connection_is_lost_is_refused_as_what_it_is() {
+    let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
+    let user = server.user().await;
+    let token = user.access_token.as_str();
+    let task = path_of(&user, &user.create_task(&server, "one").await);
+    let [created, put, toggled] = cut_off(
+        &server,
+        [
+            server
+                .post(user.tasks())
+                .bearer(token)
+                .json(json!({"title": "new"})),
+            server
+                .put(&task)
+                .bearer(token)
+                .json(json!({"title": "changed"})),
+            server.patch(format!("{task}/complete")).bearer(token),
+        ],
+    )
+    .await;
+    // Run again under the same id.
+    created.expect(201);
+    assert_eq!(count(&server.sql().await, "title = 'new'").await, 1);
+    // Changes nothing more the second time.
+    put.problem(503, "database_unavailable");
+    // Would change it back: no Retry-After, and not a status that promises anything.
+    let problem = toggled.problem(500, "internal");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("may or may not"), "{detail}");
+    assert!(toggled.headers.get("retry-after").is_none());
+    server.wait_for_log("reason=outcome_unknown").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_once() {
+    let rig = Rig::proxied(&[]).await;
+    let sql = rig.sql().await;
+    let (server, user) = (&rig.server, &rig.user);
+    let create = server
+        .post(user.tasks())
+        .bearer(&user.access_token)
+        .json(json!({"title": "new"}));
+    let register = server
+        .post("/api/v1/auth/register")
+        .json(json!({"email": "new@example.com", "password": PASSWORD}));
+    let stored = [
+        "select count(*) from tasks where title = 'new'",
+        "select count(*) from users where email = 'new@example.com'",
+    ];
+    for (request, stored) in [create, register].into_iter().zip(stored) {
+        // The result of the first run is cut in two.
+        rig.proxy().turns(Weather::Reset);
+        let request = tokio::spawn(request.send());
+        until("it is stored", async || {
+            let count: i64 = sql.query_one(stored, &[]).await.unwrap().get(0);
+            count == 1
+        })
+        .await;
+        rig.proxy().turns(Weather::Fair);
+        request.await.unwrap().expect(201);
+    }
+    assert_eq!(count(&sql, "title = 'new'").await, 1);
+    rig.end().await;
+}
