@@ -45,6 +45,10 @@ pub enum Store {
     Server(Box<DatabaseUrl>),
 }
 
+/// The longest that an access token can be good for. Revocations are kept as long.
+pub(crate) const MAX_ACCESS_TTL: Duration = Duration::from_secs(DAY);
+const DAY: u64 = 86_400;
+
 /// How long tokens and sessions are good for.
 #[derive(Clone, Copy, Debug)]
 pub struct Lifetimes {
@@ -183,11 +187,9 @@ impl Config {
         let auth_rate_per_minute =
             reader.bounded("AUTH_RATE_PER_MINUTE", 300, 0..=1_000_000)? as u32;
         let bcrypt_cost = reader.bounded("BCRYPT_COST", 12, 10..=16)? as u32;
-        // What ended of sessions is remembered for a day: no access token may live longer.
-        const DAY: u64 = 86_400;
         const YEAR: u64 = 365 * DAY;
         let lifetimes = Lifetimes {
-            access: reader.seconds("ACCESS_TOKEN_TTL", DAY, 1..=DAY)?,
+            access: reader.seconds("ACCESS_TOKEN_TTL", DAY, 1..=MAX_ACCESS_TTL.as_secs())?,
             refresh_idle: reader.seconds("REFRESH_TOKEN_IDLE_TTL", 30 * DAY, 1..=YEAR)?,
             refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * DAY, 1..=YEAR)?,
             refresh_grace: reader.seconds("REFRESH_GRACE", 10, 0..=300)?,

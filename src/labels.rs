@@ -31,6 +31,7 @@ labels! {
         MissingClaim = "missing_claim",
         ClaimsMismatch = "contradictory_claims",
         NotYetValid = "not_yet_valid",
+        LifetimeTooLong = "lifetime_too_long",
         Expired = "expired_token",
         RevokedSession = "ended_session",
         ReusedRefreshToken = "reused_refresh_token",

@@ -12,7 +12,7 @@ use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
-use crate::config::Secret;
+use crate::config::{MAX_ACCESS_TTL, Secret};
 use crate::error::Error;
 use crate::labels::TokenRejection;
 use crate::model::{self, Email, User};
@@ -165,6 +165,9 @@ fn check(claims: AccessClaims) -> Result<AccessClaims, TokenRejection> {
     }
     if claims.iat > now() + CLOCK_LEEWAY || claims.exp < claims.iat {
         return Err(TokenRejection::NotYetValid);
+    }
+    if claims.exp - claims.iat > MAX_ACCESS_TTL.as_secs() {
+        return Err(TokenRejection::LifetimeTooLong);
     }
     Ok(claims)
 }

@@ -468,6 +468,8 @@ fn claims_of_the_wrong_kind(secret: &str, user: &User, other: &User) -> Vec<Atta
         ("nbf", json!(now + 3600)),
         ("nbf", json!(u64::MAX)),
         ("iat", json!(now + 3600)),
+        ("exp", json!(now + 10 * 365 * 86400)),
+        ("exp", json!(u64::MAX)),
         ("sub", json!(other.id)),
         ("user_id", json!(other.id)),
         ("sub", json!(user.email)),
@@ -645,6 +647,45 @@ async fn an_expired_token_is_refused_and_named_so_in_the_log() {
     assert!(lines[0].contains("reason=expired_token"), "{}", lines[0]);
     // A minute more is a minute more.
     assert_signed_in(&server, &aged(-60)).await;
+}
+
+/// Revocations are kept for a day, so no token may outlive them, whoever signed it.
+#[tokio::test]
+async fn an_access_token_that_is_good_for_more_than_a_day_is_refused() {
+    let before = Server::start().await;
+    let server = before
+        .sibling(&[
+            ("JWT_SECRET", NEW_SECRET),
+            ("JWT_SECRET_PREVIOUS", before.secret()),
+        ])
+        .await;
+    let ann = server.user().await;
+    let iat = claims(&ann.access_token)["iat"].as_i64().expect("seconds");
+    for secret in [server.secret(), before.secret()] {
+        let lasting = |seconds: i64| {
+            let claims = with(&claims(&ann.access_token), "exp", json!(iat + seconds));
+            forge(secret, plain_header(), claims)
+        };
+        assert_signed_in(&server, &lasting(86_400)).await;
+        for seconds in [86_401, 10 * 365 * 86_400] {
+            let token = lasting(seconds);
+            let id = unique_id();
+            let requests = [
+                server.get("/api/v1/auth/me"),
+                // An expired token is good enough for a logout, this one is not.
+                server.post("/api/v1/auth/logout"),
+            ];
+            for request in requests {
+                let request = request.header("x-request-id", &id).bearer(&token);
+                request.send().await.problem(401, "invalid_token");
+            }
+            let log = settled(&server).await;
+            for line in warnings(&log, &id) {
+                assert!(line.contains("reason=lifetime_too_long"), "{line}");
+            }
+        }
+    }
+    assert_signed_in(&server, &ann.access_token).await;
 }
 
 /// `nbf` is honoured where there is one; a claim that nobody asked for is not looked at.
