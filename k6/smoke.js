@@ -69,11 +69,14 @@ export default function () {
   }));
   call('end the others', 'DELETE', '/api/v1/auth/sessions', { token: fourth.token, status: 204 });
   const passwords = { current_password: PASSWORD, new_password: `another-${PASSWORD}` };
-  call('change the password', 'PUT', '/api/v1/auth/password', { token: fourth.token, body: passwords, status: 204 });
+  const changed = personOf(call('change the password', 'PUT', '/api/v1/auth/password', {
+    token: fourth.token, body: passwords,
+  }));
+  call('refused after the change', 'GET', '/api/v1/auth/me', { token: fourth.token, status: 401 });
   const fifth = personOf(call('sign in anew', 'POST', '/api/v1/auth/login', {
     body: { email, password: passwords.new_password },
   }));
-  call('sign out', 'POST', '/api/v1/auth/logout', { token: fourth.token, status: 204 });
+  call('sign out', 'POST', '/api/v1/auth/logout', { token: changed.token, status: 204 });
   call('delete the account', 'DELETE', '/api/v1/auth/me', {
     token: fifth.token, body: { password: passwords.new_password }, status: 204,
   });

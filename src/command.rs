@@ -15,7 +15,6 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::App;
 use crate::auth::password;
@@ -328,7 +327,7 @@ async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
     let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
     let (database, postgres) = reach(&config).await?;
     let result = match database.bring_up(Some(COMMAND_PATIENCE)).await {
-        Ok(_) => replace_password(&database, &email, config.bcrypt_cost).await,
+        Ok(_) => replace_password(&database, &email, &config).await,
         Err(refusal) => Err(refusal.into()),
     };
     if let Some(postgres) = postgres {
@@ -338,7 +337,11 @@ async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn replace_password(database: &Database, email: &Email, cost: u32) -> Result<usize, Failure> {
+async fn replace_password(
+    database: &Database,
+    email: &Email,
+    config: &Config,
+) -> Result<usize, Failure> {
     let unreachable = |error| format!("the database did not take it: {error:?}");
     let attempt = users::for_sign_in(database, Deadline::after(REQUEST_TIMEOUT), email)
         .await
@@ -346,20 +349,21 @@ async fn replace_password(database: &Database, email: &Email, cost: u32) -> Resu
     let (id, hash) = attempt
         .account
         .ok_or("there is no account with this address")?;
-    let new = password::hash_checked(&ask_password()?, email.as_str(), cost)?;
-    let ended = users::change_password(
+    let new = password::hash_checked(&ask_password()?, email.as_str(), config.bcrypt_cost)?;
+    let change = users::change_password(
         database,
         Deadline::after(REQUEST_TIMEOUT),
         id,
         &hash,
         &new,
-        Uuid::nil(),
+        None,
+        config.lifetimes,
     )
     .await;
-    let ended = ended
+    let change = change
         .map_err(unreachable)?
         .ok_or("the password was changed meanwhile; nothing was done")?;
-    Ok(ended.len())
+    Ok(change.ended.len())
 }
 
 /// A password from the terminal, not shown, twice; or the first line of what is piped in.

@@ -29,10 +29,7 @@ pub(crate) async fn signed_in(call: &Call<'_>) -> Result<SignedIn, Error> {
         database,
         ..
     } = call.app;
-    if revocations
-        .has_ended(database, deadline, claims.sid)
-        .await?
-    {
+    if revocations.is_revoked(database, deadline, &claims).await? {
         return Err(refused(TokenRejection::RevokedSession));
     }
     Ok(SignedIn {

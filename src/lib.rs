@@ -64,6 +64,7 @@ use auth::throttle::{ATTEMPTS_AT_ONCE, Addresses, Turn, Turns};
 use auth::token::Tokens;
 use config::{Config, Secret};
 use cors::Cors;
+use db::sessions::{ALL_EPOCHS, Revocation};
 use db::sweep::Sweeper;
 use db::users::NewSession;
 use db::{Database, Deadline};
@@ -78,7 +79,7 @@ pub struct App {
     config: Config,
     database: Database,
     tokens: Tokens,
-    revocations: Revocations,
+    revocations: Arc<Revocations>,
     passwords: Passwords,
     /// Sign-ins by address.
     accounts: Turns<String>,
@@ -125,7 +126,7 @@ impl App {
         Ok(Arc::new(Self {
             tokens,
             passwords,
-            revocations: Revocations::new(lifetimes.access),
+            revocations: Arc::default(),
             accounts: Turns::new(ATTEMPTS_AT_ONCE),
             addresses: Addresses::new(config.auth_rate_per_minute),
             cors: Cors::new(&config.cors_origins),
@@ -174,16 +175,12 @@ impl App {
 
     /// Sessions that this instance has just ended: their access tokens are refused here at once.
     fn ended(&self, cause: RevocationCause, sessions: &[Uuid]) {
-        self.revocations.note(sessions);
+        let revocations = sessions.iter().map(|session_id| Revocation {
+            session_id: *session_id,
+            before_epoch: ALL_EPOCHS,
+        });
+        self.revocations.insert(revocations);
         self.metrics.count_revoked(cause, sessions.len());
-    }
-
-    /// A session that somebody signed out of, whether or not it was alive: no token of it is let in.
-    fn signed_out(&self, session: Uuid, was_alive: bool) {
-        self.revocations.note(&[session]);
-        if was_alive {
-            self.metrics.count_revoked(RevocationCause::Logout, 1);
-        }
     }
 
     /// Sweeps old rows in the wake of a request that the database has answered, now and then: one

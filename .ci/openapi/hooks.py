@@ -95,12 +95,12 @@ def strong(password):
 def after_call(context, case, response):
     global guest
     operation = case.operation.definition.raw["operationId"]
-    if response.status_code == 200 and operation in ("login", "refresh"):
+    if response.status_code == 200 and operation in ("login", "refresh", "changePassword"):
         tokens = response.json()
         if tokens["user"]["email"] == guest.email:
             guest.take(tokens)
-    elif operation == "changePassword" and response.status_code == 204:
-        guest.password = case.body["new_password"]
+            if operation == "changePassword":
+                guest.password = case.body["new_password"]
     elif operation == "deleteMe" and response.status_code == 204:
         guest = Guest()
     elif response.status_code in (401, 429) and case.headers.get("Authorization") == guest.authorization:

@@ -14,5 +14,5 @@ where s.id = $1
   and (s.generation = $2
        or (s.generation = $2 + 1
            and s.rotated_at > clock_timestamp() - $3::float8 * interval '1 second'))
-returning u.id, u.email, u.created_at, u.updated_at,
+returning u.id, u.email, u.created_at, u.updated_at, s.generation, s.epoch,
           extract(epoch from s.expires_at - clock_timestamp())::float8 as expires_in

@@ -6,8 +6,8 @@ with person as (
     set password_hash = $3,
         updated_at = greatest(clock_timestamp(), updated_at + interval '1 microsecond')
     where id = $1 and password_hash = $2
-    returning email
+    returning id, email, created_at, updated_at
 ), cleared as (
     delete from sign_in_failures where email = (select email from person)
 )
-select email from person
+select id, email, created_at, updated_at from person

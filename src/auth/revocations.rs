@@ -1,105 +1,135 @@
-//! Sessions that ended while an access token of them may still be alive. Each instance keeps the
-//! set in memory and brings it up to date when a request needs it: one small query a second at
-//! most, none when nobody asks.
+//! Revoked sessions whose access tokens may not have expired yet. Each instance caches the set and
+//! refreshes it when requests need it: one small query about once a second, none when idle.
 
 use std::collections::HashMap;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
-use crate::db::{Database, Deadline, sessions};
+use crate::auth::token::AccessClaims;
+use crate::config::MAX_ACCESS_TTL;
+use crate::db::sessions::{self, Cursor, Revocation};
+use crate::db::{AUTHENTICATION_TIMEOUT, Database, Deadline};
 use crate::error::Error;
 
-/// An ended session is refused everywhere within this time.
+/// A revocation takes effect on every instance within this time.
 const MAX_AGE: Duration = Duration::from_secs(1);
+/// The cache is refreshed in the background from this age on, so that no request waits for it as
+/// long as the database responds within the rest.
+const REFRESH_AFTER: Duration = Duration::from_millis(800);
+/// An entry is kept until the last token it revokes has expired on every clock.
+const KEEP: Duration = MAX_ACCESS_TTL.saturating_add(PRUNE_INTERVAL);
+const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The set.
+/// The cached set.
+#[derive(Default)]
 pub(crate) struct Revocations {
-    known: RwLock<Known>,
-    /// The database's time when it was last asked; its lock lets one request ask for all.
-    asked: Mutex<Option<Timestamp>>,
-    keep: Duration,
+    cache: RwLock<Cache>,
+    /// Where the next refresh continues; whoever holds the lock refreshes for all.
+    cursor: Mutex<Option<Cursor>>,
 }
 
 #[derive(Default)]
-struct Known {
-    /// When we heard of it: it is forgotten when the longest access token has run out.
-    ended: HashMap<Uuid, Instant>,
-    /// Every end before this instant is in the set.
+struct Cache {
+    /// By session: the first epoch whose tokens are not revoked, and since when it is that one.
+    /// Each refresh may bring an entry again.
+    revoked: HashMap<Uuid, (i32, Instant)>,
+    /// Everything that was committed before this instant is in the set.
     as_of: Option<Instant>,
-    pruned: Option<Instant>,
+    pruned_at: Option<Instant>,
 }
 
 impl Revocations {
-    /// An empty set that has to ask before its first answer; `keep` is an access token's life.
-    pub(crate) fn new(keep: Duration) -> Self {
-        Self {
-            known: RwLock::default(),
-            asked: Mutex::new(None),
-            keep,
+    /// Whether an access token is revoked, as of one second before this call or later.
+    pub(crate) async fn is_revoked(
+        self: &Arc<Self>,
+        db: &Database,
+        deadline: Deadline,
+        claims: &AccessClaims,
+    ) -> Result<bool, Error> {
+        let now = Instant::now();
+        if self.contains(claims) {
+            return Ok(true);
         }
+        if !self.is_older(now, MAX_AGE) {
+            if self.is_older(now, REFRESH_AFTER) && self.cursor.try_lock().is_ok() {
+                let (revocations, db) = (self.clone(), db.clone());
+                // If it fails, the requests that follow wait for one of their own.
+                tokio::spawn(async move {
+                    let refresh = revocations.refresh(
+                        &db,
+                        Deadline::after(AUTHENTICATION_TIMEOUT),
+                        now,
+                        REFRESH_AFTER,
+                    );
+                    refresh.await.ok();
+                });
+            }
+            return Ok(false);
+        }
+        self.refresh(db, deadline, now, MAX_AGE).await?;
+        Ok(self.contains(claims))
     }
 
-    /// Whether a session has ended, as of a second ago at most.
-    pub(crate) async fn has_ended(
+    /// Adds what this instance itself has just revoked.
+    pub(crate) fn insert(&self, revocations: impl IntoIterator<Item = Revocation>) {
+        self.merge(revocations, None);
+    }
+
+    /// Reads what was revoked since the last refresh, unless another call has done so meanwhile.
+    async fn refresh(
         &self,
         db: &Database,
         deadline: Deadline,
-        session: Uuid,
-    ) -> Result<bool, Error> {
-        if let Some(ended) = self.look_up(session) {
-            return Ok(ended);
+        now: Instant,
+        max_age: Duration,
+    ) -> Result<(), Error> {
+        let mut cursor = timeout_at(deadline.at(), self.cursor.lock())
+            .await
+            .map_err(|_| Error::DatabaseUnavailable("no revocations in time".into()))?;
+        if self.is_older(now, max_age) {
+            let as_of = Instant::now();
+            let (revocations, next) = sessions::revoked_since(db, deadline, *cursor).await?;
+            *cursor = next;
+            self.merge(revocations, Some(as_of));
         }
-        let waiting = timeout_at(deadline.at(), self.asked.lock()).await;
-        let mut asked = waiting
-            .map_err(|_| Error::DatabaseUnavailable("no word on ended sessions in time".into()))?;
-        // Whoever held the lock before may have asked for us, too.
-        if let Some(ended) = self.look_up(session) {
-            return Ok(ended);
-        }
-        let asking = Instant::now();
-        let (ended, now) = sessions::ended_since(db, deadline, *asked).await?;
-        *asked = now;
-        self.learn(&ended, Some(asking));
-        Ok(ended.contains(&session) || self.look_up(session).unwrap_or(false))
+        Ok(())
     }
 
-    /// Notes sessions that this instance itself has just ended.
-    pub(crate) fn note(&self, ended: &[Uuid]) {
-        self.learn(ended, None);
-    }
-
-    /// `None` where the set is too old to say.
-    fn look_up(&self, session: Uuid) -> Option<bool> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        if known.ended.contains_key(&session) {
-            return Some(true);
-        }
-        known
+    /// Whether the set was older than this at an instant.
+    fn is_older(&self, now: Instant, max_age: Duration) -> bool {
+        let cache = self.cache.read().unwrap_or_else(PoisonError::into_inner);
+        let age = cache
             .as_of
-            .filter(|as_of| as_of.elapsed() < MAX_AGE)
-            .map(|_| false)
+            .map(|as_of| now.saturating_duration_since(as_of));
+        age.is_none_or(|age| age >= max_age)
     }
 
-    fn learn(&self, ended: &[Uuid], as_of: Option<Instant>) {
+    fn contains(&self, claims: &AccessClaims) -> bool {
+        let cache = self.cache.read().unwrap_or_else(PoisonError::into_inner);
+        let entry = cache.revoked.get(&claims.sid);
+        entry.is_some_and(|(before_epoch, _)| claims.epoch < *before_epoch)
+    }
+
+    fn merge(&self, revocations: impl IntoIterator<Item = Revocation>, as_of: Option<Instant>) {
         let now = Instant::now();
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        for session in ended {
-            known.ended.entry(*session).or_insert(now);
+        let mut cache = self.cache.write().unwrap_or_else(PoisonError::into_inner);
+        for new in revocations {
+            let entry = cache.revoked.entry(new.session_id).or_insert((0, now));
+            if entry.0 < new.before_epoch {
+                *entry = (new.before_epoch, now);
+            }
         }
-        known.as_of = as_of.or(known.as_of);
-        // Once a minute is often enough to forget, and seldom enough not to be felt.
-        if known
-            .pruned
-            .is_none_or(|pruned| pruned.elapsed() > Duration::from_secs(60))
+        cache.as_of = as_of.or(cache.as_of);
+        if cache
+            .pruned_at
+            .is_none_or(|pruned_at| pruned_at.elapsed() > PRUNE_INTERVAL)
         {
-            let keep = self.keep + Duration::from_secs(60);
-            known.ended.retain(|_, heard| heard.elapsed() < keep);
-            known.pruned = Some(now);
+            cache.revoked.retain(|_, (_, since)| since.elapsed() < KEEP);
+            cache.pruned_at = Some(now);
         }
     }
 }

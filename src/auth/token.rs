@@ -32,8 +32,15 @@ pub(crate) struct AccessClaims {
     pub(crate) email: String,
     #[serde(deserialize_with = "id")]
     pub(crate) sid: Uuid,
+    /// The session's epoch. No claim while it is 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) epoch: i32,
     pub(crate) iat: u64,
     pub(crate) exp: u64,
+}
+
+fn is_zero(epoch: &i32) -> bool {
+    *epoch == 0
 }
 
 /// What a refresh token says: which session, and which of its tokens. No time, so that the same
@@ -114,13 +121,14 @@ impl Tokens {
     }
 
     /// A new access token.
-    pub(crate) fn issue_access(&self, user: &User, sid: Uuid) -> Result<String, Error> {
+    pub(crate) fn issue_access(&self, user: &User, sid: Uuid, epoch: i32) -> Result<String, Error> {
         let iat = now();
         self.access.sign(&AccessClaims {
             user_id: user.id,
             sub: user.id,
             email: user.email.clone(),
             sid,
+            epoch,
             iat,
             exp: iat + self.access_ttl.as_secs(),
         })

@@ -16,6 +16,11 @@ pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
         "fold_case",
         include_str!("../../sql/migrations/V2__fold_case.sql"),
     ),
+    (
+        3,
+        "revocation_cursor_and_session_epochs",
+        include_str!("../../sql/migrations/V3__revocation_cursor_and_session_epochs.sql"),
+    ),
 ];
 
 /// Any number, as long as every version of the service uses the same: the ASCII of "todo-api".

@@ -1,6 +1,7 @@
 //! Statements on sessions and on what ended of them.
 
 use jiff::Timestamp;
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::statements::Sql;
@@ -8,6 +9,29 @@ use super::users::{NewSession, user};
 use super::{Database, DbError, Deadline};
 use crate::config::Lifetimes;
 use crate::model::{Session, Time, User};
+
+/// What the tokens of a session are made from.
+pub(crate) struct SessionState {
+    pub(crate) id: Uuid,
+    /// Of its newest refresh token.
+    pub(crate) generation: i32,
+    /// The generation that its last change of password started with, 0 without one.
+    pub(crate) epoch: i32,
+    /// Seconds until it idles out.
+    pub(crate) expires_in: f64,
+}
+
+/// The tokens of a session that belong to epochs before this one are revoked.
+pub(crate) struct Revocation {
+    pub(crate) session_id: Uuid,
+    pub(crate) before_epoch: i32,
+}
+
+/// After every epoch.
+pub(crate) const ALL_EPOCHS: i32 = i32::MAX;
+
+/// The oldest transaction that was open at a read, and when the server that said so had started.
+pub(crate) type Cursor = (i64, Timestamp);
 
 /// Makes a session for somebody whose password was verified, and keeps `hash` from now on;
 /// `None` if the password was changed or the account deleted meanwhile.
@@ -36,15 +60,15 @@ pub(crate) async fn sign_in(
     Ok(rows.first().map(user))
 }
 
-/// Uses a refresh token of this generation. Gives whose it is and the seconds that the next one
-/// is good for; `None` if it is not good any more.
+/// Uses a refresh token of this generation. Returns whose it is and what the next tokens are made
+/// from; `None` if it is not good any more.
 pub(crate) async fn refresh(
     db: &Database,
     deadline: Deadline,
     id: Uuid,
     generation: i32,
     lifetimes: Lifetimes,
-) -> Result<Option<(User, f64)>, DbError> {
+) -> Result<Option<(User, SessionState)>, DbError> {
     let rows = db
         .write(
             deadline,
@@ -58,7 +82,13 @@ pub(crate) async fn refresh(
             ],
         )
         .await?;
-    Ok(rows.first().map(|row| (user(row), row.get(4))))
+    let state = |row: &Row| SessionState {
+        id,
+        generation: row.get("generation"),
+        epoch: row.get("epoch"),
+        expires_in: row.get("expires_in"),
+    };
+    Ok(rows.first().map(|row| (user(row), state(row))))
 }
 
 /// Ends the session of a refresh token that was used before; whether there was one.
@@ -74,14 +104,20 @@ pub(crate) async fn end_reused(
     Ok(!rows.is_empty())
 }
 
-/// Ends the session that a refresh token belongs to; whether there was one.
+/// Ends the session that a refresh token belongs to, unless the token is of an earlier epoch;
+/// whether there was one.
 pub(crate) async fn end_by_refresh_token(
     db: &Database,
     deadline: Deadline,
     id: Uuid,
+    generation: i32,
 ) -> Result<bool, DbError> {
     let rows = db
-        .write(deadline, Sql::SessionsEndByRefreshToken, &[&id])
+        .write(
+            deadline,
+            Sql::SessionsEndByRefreshToken,
+            &[&id, &generation],
+        )
         .await?;
     Ok(!rows.is_empty())
 }
@@ -94,7 +130,7 @@ pub(crate) async fn list(
     current: Uuid,
 ) -> Result<Vec<Session>, DbError> {
     let rows = db.read(deadline, Sql::SessionsList, &[&user_id]).await?;
-    let session = |row: &tokio_postgres::Row| {
+    let session = |row: &Row| {
         let id = row.get(0);
         Session {
             id,
@@ -108,15 +144,17 @@ pub(crate) async fn list(
     Ok(rows.iter().map(session).collect())
 }
 
-/// Ends one session of a user; whether there was one.
+/// Ends one session of a user, unless its tokens up to this epoch are revoked already; whether
+/// there was one.
 pub(crate) async fn end(
     db: &Database,
     deadline: Deadline,
     user_id: Uuid,
     id: Uuid,
+    epoch: i32,
 ) -> Result<bool, DbError> {
     let rows = db
-        .write(deadline, Sql::SessionsEnd, &[&user_id, &id])
+        .write(deadline, Sql::SessionsEnd, &[&user_id, &id, &epoch])
         .await?;
     Ok(!rows.is_empty())
 }
@@ -134,13 +172,24 @@ pub(crate) async fn end_others(
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// What ended since the database's time `since`, and its time now.
-pub(crate) async fn ended_since(
+/// What was revoked since a read of this cursor, and the cursor for the next one.
+pub(crate) async fn revoked_since(
     db: &Database,
     deadline: Deadline,
-    since: Option<Timestamp>,
-) -> Result<(Vec<Uuid>, Option<Timestamp>), DbError> {
-    let rows = db.read(deadline, Sql::RevocationsSince, &[&since]).await?;
-    let ended = rows.iter().filter_map(|row| row.get(0)).collect();
-    Ok((ended, rows.first().map(|row| row.get(1))))
+    since: Option<Cursor>,
+) -> Result<(Vec<Revocation>, Option<Cursor>), DbError> {
+    let (cursor, server_started) = since.unzip();
+    let rows = db
+        .read(deadline, Sql::RevocationsSince, &[&cursor, &server_started])
+        .await?;
+    let revocation = |row: &Row| {
+        Some(Revocation {
+            session_id: row.get::<_, Option<Uuid>>("session_id")?,
+            before_epoch: row.get("before_epoch"),
+        })
+    };
+    let next = rows
+        .first()
+        .map(|row| (row.get("cursor"), row.get("server_started_at")));
+    Ok((rows.iter().filter_map(revocation).collect(), next))
 }

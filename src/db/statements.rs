@@ -27,6 +27,7 @@ statements! {
     SessionsEndReused = "sessions/end_reused.sql",
     SessionsList = "sessions/list.sql",
     SessionsRefresh = "sessions/refresh.sql",
+    SessionsRenew = "sessions/renew.sql",
     SessionsSignIn = "sessions/sign_in.sql",
     SessionsSweep = "sessions/sweep.sql",
     SignInFailuresCount = "sign_in_failures/count.sql",

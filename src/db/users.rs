@@ -3,8 +3,10 @@
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+use super::sessions::SessionState;
 use super::statements::Sql;
 use super::{Database, DbError, Deadline};
+use crate::config::Lifetimes;
 use crate::model::{Email, Time, User};
 
 /// What a sign-in needs to know before the password is checked.
@@ -22,12 +24,32 @@ pub(crate) struct PasswordCheck {
     pub(crate) wait: f64,
 }
 
+/// What a change of password did.
+pub(crate) struct PasswordChange {
+    pub(crate) user: User,
+    pub(crate) ended: Vec<Uuid>,
+    /// The session that was kept. If it was to be kept and is over, nothing was changed.
+    pub(crate) kept: Option<SessionState>,
+}
+
 /// A session to be made.
 pub(crate) struct NewSession<'a> {
     pub(crate) id: Uuid,
     /// Seconds until it idles out.
     pub(crate) idle: f64,
     pub(crate) user_agent: Option<&'a str>,
+}
+
+impl NewSession<'_> {
+    /// What its first tokens are made from.
+    pub(crate) fn state(&self) -> SessionState {
+        SessionState {
+            id: self.id,
+            generation: 1,
+            epoch: 0,
+            expires_in: self.idle,
+        }
+    }
 }
 
 /// Makes an account with its first session; `None` if the address is taken.
@@ -119,8 +141,8 @@ pub(crate) async fn count_failure(
         .map(drop)
 }
 
-/// Replaces the hash that was verified and ends every session but `stays`, as one. Gives the
-/// sessions that ended; `None` if the password was changed meanwhile.
+/// Replaces the hash that was verified, ends every session but `keep` and revokes the tokens of that
+/// one, as one; `None` if the password was changed meanwhile.
 ///
 /// Two statements, because the second has to see the sessions of a sign-in that the first waited
 /// for.
@@ -130,21 +152,41 @@ pub(crate) async fn change_password(
     id: Uuid,
     verified: &str,
     hash: &str,
-    stays: Uuid,
-) -> Result<Option<Vec<Uuid>>, DbError> {
+    keep: Option<Uuid>,
+    lifetimes: Lifetimes,
+) -> Result<Option<PasswordChange>, DbError> {
     let mut held = db.hold(deadline).await?;
     held.begin(deadline).await?;
     let changed = held
         .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
         .await?;
-    if changed.is_empty() {
+    let Some(user) = changed.first().map(user) else {
         return Ok(None);
-    }
-    let ended = held
-        .query(deadline, Sql::SessionsEndOthers, &[&id, &stays])
+    };
+    let (idle, max) = (lifetimes.refresh_idle, lifetimes.refresh_max);
+    let renewed = held
+        .query(
+            deadline,
+            Sql::SessionsRenew,
+            &[&id, &keep, &idle.as_secs_f64(), &max.as_secs_f64()],
+        )
         .await?;
-    held.commit(deadline).await?;
-    Ok(Some(ended.iter().map(|row| row.get(0)).collect()))
+    let Some(row) = renewed.first() else {
+        return Ok(None);
+    };
+    let kept = keep
+        .zip(row.get("generation"))
+        .map(|(id, generation)| SessionState {
+            id,
+            generation,
+            epoch: row.get("epoch"),
+            expires_in: row.get("expires_in"),
+        });
+    let ended = row.get("ended_ids");
+    if keep.is_none() || kept.is_some() {
+        held.commit(deadline).await?;
+    }
+    Ok(Some(PasswordChange { user, ended, kept }))
 }
 
 /// Deletes an account with everything of it. Gives the sessions that ended; `None` if the

@@ -3,10 +3,9 @@
 use hyper::StatusCode;
 use log::info;
 use serde::Serialize;
-use uuid::Uuid;
 
 use crate::auth::password::check_length;
-use crate::db::sessions;
+use crate::db::sessions::{self, Revocation, SessionState};
 use crate::db::users::{self, NewSession};
 use crate::error::{Error, Refused};
 use crate::guard::SignedIn;
@@ -51,14 +50,7 @@ pub(crate) async fn register(call: &Call<'_>, body: Body<'_>) -> Result<Response
     let session = call.app.new_session(user_agent.as_deref());
     let user = users::register(&call.app.database, deadline, &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
-    let response = tokens(
-        call,
-        StatusCode::CREATED,
-        &user,
-        session.id,
-        1,
-        session.idle,
-    )?;
+    let response = tokens(call, StatusCode::CREATED, &user, session.state())?;
     Ok(response::located(response, "/api/v1/auth/me".into()))
 }
 
@@ -81,7 +73,7 @@ pub(crate) async fn login(call: &Call<'_>, body: Body<'_>) -> Result<Response, E
     let session = call.app.new_session(user_agent.as_deref());
     let user = sign_in(call, &email, password, &session).await?;
     call.app.metrics.count_login();
-    tokens(call, StatusCode::OK, &user, session.id, 1, session.idle)
+    tokens(call, StatusCode::OK, &user, session.state())
 }
 
 async fn sign_in(
@@ -142,7 +134,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
         lifetimes,
     )
     .await?;
-    let Some((user, expires_in)) = used else {
+    let Some((user, session)) = used else {
         // Either its session is over, or it was used before: then somebody else has it, too.
         if !sessions::end_reused(database, call.deadline(), claims.sid, claims.generation).await? {
             return Err(refused(TokenRejection::RevokedSession));
@@ -151,14 +143,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
             .ended(RevocationCause::ReusedRefreshToken, &[claims.sid]);
         return Err(refused(TokenRejection::ReusedRefreshToken));
     };
-    tokens(
-        call,
-        StatusCode::OK,
-        &user,
-        claims.sid,
-        claims.generation + 1,
-        expires_in,
-    )
+    tokens(call, StatusCode::OK, &user, session)
 }
 
 /// `POST /api/v1/auth/logout`
@@ -171,8 +156,17 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
             .tokens
             .verify_expired_access(token)
             .map_err(refused)?;
-        let ended = sessions::end(database, call.deadline(), claims.user_id, claims.sid).await?;
-        call.app.signed_out(claims.sid, ended);
+        if sessions::end(
+            database,
+            call.deadline(),
+            claims.user_id,
+            claims.sid,
+            claims.epoch,
+        )
+        .await?
+        {
+            call.app.ended(RevocationCause::Logout, &[claims.sid]);
+        }
         return Ok(response::no_content());
     }
     let mut members = body.object_if_any().await?.unwrap_or_else(Members::none);
@@ -182,9 +176,11 @@ pub(crate) async fn logout(call: &Call<'_>, body: Body<'_>) -> Result<Response, 
     let token = members.text("/refresh_token");
     let token = members.end_with(token)?;
     // RFC 7009 section 2.2: a token that is none is as good as revoked.
-    if let Ok(claims) = call.app.tokens.verify_refresh(&token) {
-        let ended = sessions::end_by_refresh_token(database, call.deadline(), claims.sid).await?;
-        call.app.signed_out(claims.sid, ended);
+    if let Ok(claims) = call.app.tokens.verify_refresh(&token)
+        && sessions::end_by_refresh_token(database, call.deadline(), claims.sid, claims.generation)
+            .await?
+    {
+        call.app.ended(RevocationCause::Logout, &[claims.sid]);
     }
     Ok(response::no_content())
 }
@@ -235,17 +231,25 @@ pub(crate) async fn change_password(
             .passwords
             .hash(new.clone(), &email, "/new_password", deadline)
             .await?;
-        let ended = users::change_password(
+        let change = users::change_password(
             &call.app.database,
             deadline,
             user.id,
             &verified,
             &hash,
-            user.session,
+            Some(user.session),
+            call.app.config.lifetimes,
         );
-        if let Some(ended) = ended.await? {
-            call.app.ended(RevocationCause::PasswordChanged, &ended);
-            return Ok(response::no_content());
+        if let Some(change) = change.await? {
+            let over = Refused::AccessToken(TokenRejection::RevokedSession);
+            let session = change.kept.ok_or(Error::Unauthenticated(over))?;
+            call.app
+                .ended(RevocationCause::PasswordChanged, &change.ended);
+            call.app.revocations.insert([Revocation {
+                session_id: session.id,
+                before_epoch: session.epoch,
+            }]);
+            return tokens(call, StatusCode::OK, &change.user, session);
         }
     }
     Err(Error::WrongPassword)
@@ -318,17 +322,15 @@ fn tokens(
     call: &Call<'_>,
     status: StatusCode,
     user: &User,
-    session: Uuid,
-    generation: i32,
-    refresh_expires_in: f64,
+    session: SessionState,
 ) -> Result<Response, Error> {
     let tokens = &call.app.tokens;
     let body = Tokens {
-        access_token: tokens.issue_access(user, session)?,
+        access_token: tokens.issue_access(user, session.id, session.epoch)?,
         token_type: "bearer",
         expires_in: call.app.config.lifetimes.access.as_secs(),
-        refresh_token: tokens.issue_refresh(session, generation)?,
-        refresh_expires_in: refresh_expires_in.round() as u64,
+        refresh_token: tokens.issue_refresh(session.id, session.generation)?,
+        refresh_expires_in: session.expires_in.round() as u64,
         user,
     };
     response::json(status, &body)

@@ -2,7 +2,7 @@
 
 use hyper::StatusCode;
 
-use crate::db::sessions;
+use crate::db::sessions::{self, ALL_EPOCHS};
 use crate::error::Error;
 use crate::guard::SignedIn;
 use crate::labels::RevocationCause;
@@ -20,7 +20,8 @@ pub(crate) async fn list(call: &Call<'_>, user: SignedIn) -> Result<Response, Er
 /// `DELETE /api/v1/auth/sessions/{id}`
 pub(crate) async fn end(call: &Call<'_>, user: SignedIn, session: &str) -> Result<Response, Error> {
     let session = id(session).ok_or(Error::SessionNotFound)?;
-    if !sessions::end(&call.app.database, call.deadline(), user.id, session).await? {
+    let database = &call.app.database;
+    if !sessions::end(database, call.deadline(), user.id, session, ALL_EPOCHS).await? {
         return Err(Error::SessionNotFound);
     }
     call.app.ended(RevocationCause::EndedByUser, &[session]);

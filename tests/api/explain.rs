@@ -38,8 +38,8 @@ select nth(n), nth(case when n % 13 < 3 then 5000 else 1 + n % 4999 end), 3, now
        'Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0'
 from generate_series(1, 13000) n;
 
-insert into revocations (session_id, ended_at)
-select nth(1000000 + n), now() - interval '1 hour' - n * interval '7 seconds'
+insert into revocations (session_id, ended_at, xid)
+select nth(1000000 + n), now() - interval '1 hour' - n * interval '7 seconds', '100'
 from generate_series(1, 10000) n;
 
 insert into sign_in_failures (email, failures, last_failure_at)
@@ -129,12 +129,15 @@ cases! {
                    where user_id <= nth(2000)";
     }
     "revocations/since.sql" {
-        "for the first time": "null" => rows 10_001, pages 230,
+        "for the first time": "null, null" => rows 10_001, pages 230,
             reads_all "every row is asked for";
-        "nothing has ended": "now()" => rows 1, pages A_ROW;
-        "five have ended": "now()" => rows 6, pages A_ROW,
-            given "insert into revocations (session_id, ended_at)
-                   select nth(n), now() from generate_series(1, 5) n";
+        "nothing was revoked": "200, pg_postmaster_start_time()" => rows 1, pages A_ROW;
+        "five were revoked": "200, pg_postmaster_start_time()" => rows 6, pages A_ROW,
+            given "update revocations set xid = '300' where session_id <= nth(1000005)";
+        "five came out of a dump": "200, pg_postmaster_start_time()" => rows 1, pages A_ROW,
+            given "update revocations set xid = '9000000000000' where session_id <= nth(1000005)";
+        "from another server": "200, now()" => rows 10_001, pages 230,
+            reads_all "every row is asked for";
     }
     "revocations/sweep.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
@@ -146,12 +149,12 @@ cases! {
                    where session_id <= nth(1004000)";
     }
     "sessions/end.sql" {
-        "one's own": "nth(7), nth(6)" => rows 1, pages A_WRITE;
-        "somebody else's": "nth(7), nth(7)" => rows 0, pages A_ROW;
+        "one's own": "nth(7), nth(6), 0" => rows 1, pages A_WRITE;
+        "somebody else's": "nth(7), nth(7), 0" => rows 0, pages A_ROW;
     }
     "sessions/end_by_refresh_token.sql" {
-        "alive": "nth(6)" => rows 1, pages A_WRITE;
-        "gone": "nth(500000)" => rows 0, pages A_ROW;
+        "alive": "nth(6), 3" => rows 1, pages A_WRITE;
+        "gone": "nth(500000), 3" => rows 0, pages A_ROW;
     }
     "sessions/end_others.sql" {
         "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, in_vain 1;
@@ -174,6 +177,11 @@ cases! {
         "the one before": "nth(6), 2, 1e6, 1e6, 1e7" => rows 1, pages 40;
         "an older one": "nth(6), 1, 1e6, 1e6, 1e7" => rows 0, pages A_ROW, in_vain 1;
         "gone": "nth(500000), 1, 1e6, 1e6, 1e7" => rows 0, pages A_ROW;
+    }
+    "sessions/renew.sql" {
+        "one other": "nth(7), nth(6), 1e6, 1e7" => rows 1, pages 3 * A_WRITE, in_vain 1;
+        "the session is over": "nth(7), nth(500000), 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
+        "none to keep": "nth(7), null, 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
     }
     "sessions/sign_in.sql" {
         "after wrong attempts": "nth(7), hash(7), hash(7), nth(500000), 1e6, 'Firefox'" =>

@@ -43,7 +43,7 @@ pub(crate) async fn assert_dies(server: &Server, token: &str, ended: Instant) {
         .problem(401, "invalid_token");
 }
 
-async fn list(server: &Server, access_token: &str) -> Vec<Value> {
+pub(crate) async fn list(server: &Server, access_token: &str) -> Vec<Value> {
     let response = server
         .get("/api/v1/auth/sessions")
         .bearer(access_token)
@@ -367,7 +367,7 @@ async fn end_after(server: &Server, way: End, event: impl AsyncFnOnce(&str)) -> 
         End::PasswordChanged => {
             change_password(server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD)
                 .await
-                .expect(204)
+                .expect(200)
         }
         End::AccountDeleted => delete_account(server, &ann.access_token, &ann.password)
             .await

@@ -1,0 +1,24 @@
+-- Revocations are read by transaction instead of by time, and tokens of a session can be revoked
+-- while the session goes on.
+
+-- The transaction that wrote the revocation. Its time says when it was written, not when it became
+-- visible; "every transaction below the oldest one still open" is exact.
+alter table revocations add column xid xid8 not null default pg_current_xact_id();
+create index revocations_by_xid on revocations (xid);
+
+-- A session's epoch is the generation of refresh tokens that its last change of password started
+-- with, 0 without one. Tokens of earlier epochs are revoked.
+alter table sessions add column epoch integer not null default 0;
+-- Tokens of epochs before this are revoked. The default is all of them.
+alter table revocations add column before_epoch integer not null default 2147483647;
+
+-- As before; but a session that ends may have a revocation of its earlier epochs.
+create or replace function record_ended_sessions() returns trigger language plpgsql as $$
+begin
+    insert into revocations (session_id, ended_at)
+    select id, clock_timestamp() from ended where expires_at > clock_timestamp() - interval '1 day'
+    on conflict (session_id) do update
+    set ended_at = excluded.ended_at, xid = excluded.xid, before_epoch = excluded.before_epoch;
+    return null;
+end
+$$;
