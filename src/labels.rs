@@ -56,6 +56,7 @@ labels! {
         ReusedRefreshToken = "reuse",
         PasswordChanged = "password_changed",
         AccountDeleted = "account_deleted",
+        SessionLimit = "session_limit",
     }
 }
 

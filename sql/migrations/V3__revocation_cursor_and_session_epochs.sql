@@ -1,5 +1,5 @@
--- Revocations are read by transaction instead of by time, and tokens of a session can be revoked
--- while the session goes on.
+-- Revocations are read by transaction instead of by time, tokens of a session can be revoked while
+-- the session goes on, and an account has a limited number of sessions.
 
 -- The transaction that wrote the revocation. Its time says when it was written, not when it became
 -- visible; "every transaction below the oldest one still open" is exact.
@@ -21,4 +21,21 @@ begin
     set ended_at = excluded.ended_at, xid = excluded.xid, before_epoch = excluded.before_epoch;
     return null;
 end
+$$;
+
+-- Ends the least recently used sessions of an account so that `most` are alive at the most, the new
+-- one included, and returns them. A function, because its snapshot is taken when it is called: the
+-- caller holds the lock on the account by then, so it counts the sessions of every login before.
+create function end_surplus_sessions(account uuid, new_session uuid, most integer) returns uuid[]
+language sql volatile as $$
+    with ended as (
+        delete from sessions
+        where user_id = account and id in (
+            select id from sessions
+            where user_id = account and id <> new_session and expires_at > clock_timestamp()
+            order by last_used_at desc, id desc
+            offset most - 1)
+        returning id
+    )
+    select coalesce(array_agg(id), '{}') from ended
 $$;

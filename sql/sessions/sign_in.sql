@@ -1,6 +1,7 @@
--- Makes a session for somebody whose password was verified, forgets the wrong attempts and
--- renews an old hash; no row if the password was changed or the account deleted meanwhile. The
--- row lock makes a change of password wait for us or us for it.
+-- Makes a session for somebody whose password was verified, forgets the wrong attempts, renews an
+-- old hash and ends the sessions used least recently beyond a hundred; no row if the password was
+-- changed or the account deleted meanwhile. The row lock makes a change of password, and another
+-- login that counts sessions, wait for us or us for them.
 -- $1 user id, $2 the hash that was verified, $3 the hash to keep, $4 session id,
 -- $5 seconds until the session idles out, $6 user agent
 with person as (
@@ -19,4 +20,5 @@ with person as (
            clock_timestamp() + $5::float8 * interval '1 second', $6
     from person
 )
-select id, email, created_at, updated_at from person
+select id, email, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
+from person

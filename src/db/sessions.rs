@@ -33,8 +33,9 @@ pub(crate) const ALL_EPOCHS: i32 = i32::MAX;
 /// The oldest transaction that was open at a read, and when the server that said so had started.
 pub(crate) type Cursor = (i64, Timestamp);
 
-/// Makes a session for somebody whose password was verified, and keeps `hash` from now on;
-/// `None` if the password was changed or the account deleted meanwhile.
+/// Makes a session for somebody whose password was verified, and keeps `hash` from now on. Returns
+/// the sessions that ended for there are too many, too; `None` if the password was changed or the
+/// account deleted meanwhile.
 pub(crate) async fn sign_in(
     db: &Database,
     deadline: Deadline,
@@ -42,7 +43,7 @@ pub(crate) async fn sign_in(
     verified: &str,
     hash: &str,
     session: &NewSession<'_>,
-) -> Result<Option<User>, DbError> {
+) -> Result<Option<(User, Vec<Uuid>)>, DbError> {
     let rows = db
         .write(
             deadline,
@@ -57,7 +58,7 @@ pub(crate) async fn sign_in(
             ],
         )
         .await?;
-    Ok(rows.first().map(user))
+    Ok(rows.first().map(|row| (user(row), row.get("ended_ids"))))
 }
 
 /// Uses a refresh token of this generation. Returns whose it is and what the next tokens are made

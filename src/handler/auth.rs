@@ -108,7 +108,10 @@ async fn sign_in(
             return Err(Error::Unauthenticated(Refused::Credentials(reason)));
         };
         let keep = verdict.renewed.as_deref().unwrap_or(&hash);
-        if let Some(user) = sessions::sign_in(database, deadline, id, &hash, keep, session).await? {
+        if let Some((user, ended)) =
+            sessions::sign_in(database, deadline, id, &hash, keep, session).await?
+        {
+            call.app.ended(RevocationCause::SessionLimit, &ended);
             return Ok(user);
         }
     }

@@ -44,6 +44,7 @@ mod passwords;
 mod races;
 mod refresh;
 mod revocations;
+mod session_limit;
 mod sessions;
 mod telling;
 mod throttling;
