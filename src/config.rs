@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use log::{Level, LevelFilter, Metadata};
 
 use crate::db::tls::read_roots;
 use crate::db::url::DatabaseUrl;
@@ -194,13 +195,10 @@ impl Config {
             refresh_max: reader.seconds("REFRESH_TOKEN_MAX_TTL", 90 * DAY, 1..=YEAR)?,
             refresh_grace: reader.seconds("REFRESH_GRACE", 10, 0..=300)?,
         };
-        // The logger would merely ignore what it does not understand.
         let log_filter = reader.value("RUST_LOG", || "info".into())?;
-        if env_filter::Builder::new().try_parse(&log_filter).is_err() {
-            return Err(ConfigError(
-                "RUST_LOG must be a filter like info,access=debug".into(),
-            ));
-        }
+        check_log_filter(&log_filter).map_err(|reason| {
+            ConfigError(format!("RUST_LOG must be like info,access=debug: {reason}"))
+        })?;
         Ok(Self {
             store,
             jwt_secret,
@@ -380,6 +378,31 @@ impl From<String> for Secret {
     fn from(text: String) -> Self {
         Self(text)
     }
+}
+
+/// Refuses what the logger would ignore, and what would hide our errors: to the logger a word that
+/// is no level is a target, and then everything else is off.
+fn check_log_filter(filter: &str) -> Result<(), String> {
+    let parsed = env_filter::Builder::new()
+        .try_parse(filter)
+        .map(|it| it.build());
+    let parsed = parsed.map_err(|error| error.to_string())?;
+    let directives = filter.split('/').next().unwrap_or_default().split(',');
+    for directive in directives.map(str::trim).filter(|text| !text.is_empty()) {
+        if !directive.contains('=') && directive.parse::<LevelFilter>().is_err() {
+            return Err(format!(
+                "“{directive}” is none of off, error, warn, info, debug and trace"
+            ));
+        }
+    }
+    let errors = Metadata::builder()
+        .level(Level::Error)
+        .target("todo_api")
+        .build();
+    if !parsed.enabled(&errors) && !filter.trim().eq_ignore_ascii_case("off") {
+        return Err("it hides the errors of todo-api".into());
+    }
+    Ok(())
 }
 
 fn read(name: &str, path: &PathBuf) -> Result<String, ConfigError> {

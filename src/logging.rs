@@ -4,51 +4,81 @@
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use jiff::fmt::temporal::DateTimePrinter;
-use log::{Level, error, warn};
+use log::{Level, warn};
 
 /// The target of the access line.
 pub const ACCESS: &str = "access";
 /// What one field may take of a line.
 const MAX_FIELD: usize = 256;
 
+/// Whether stderr is the journal: systemd names its device and inode, and a child may inherit the
+/// variable with another stderr.
+static IS_JOURNAL: LazyLock<bool> = LazyLock::new(|| {
+    let stderr = io::stderr().as_fd().try_clone_to_owned().map(File::from);
+    let stderr = stderr.and_then(|file| file.metadata());
+    let named = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    stderr.is_ok_and(|meta| named == format!("{}:{}", meta.dev(), meta.ino()))
+});
+
 /// Starts the logger with a filter of env_logger's syntax.
 pub fn init(filter: &str) {
-    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     env_logger::Builder::new()
         .parse_filters(filter)
-        .format(move |out, record| {
+        .format(|out, record| {
             // At DEBUG tokio-postgres writes out the parameters of statements: titles, hashes.
             if record.level() > Level::Info && record.target().starts_with("tokio_postgres") {
                 return Ok(());
             }
-            let message = one_line(&record.args().to_string()).into_owned();
-            if journal {
-                let priority = match record.level() {
-                    Level::Error => 3,
-                    Level::Warn => 4,
-                    Level::Info => 6,
-                    Level::Debug | Level::Trace => 7,
-                };
-                return writeln!(out, "<{priority}>{message}");
-            }
-            const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(3));
-            let now = PRINTER.timestamp_to_string(&Timestamp::now());
-            writeln!(out, "{now} {:<5} {message}", record.level())
+            write_line(out, record.level(), &record.args().to_string())
         })
         .init();
+}
+
+fn write_line(out: &mut impl io::Write, level: Level, message: &str) -> io::Result<()> {
+    let message = one_line(message);
+    if *IS_JOURNAL {
+        let priority = match level {
+            Level::Error => 3,
+            Level::Warn => 4,
+            Level::Info => 6,
+            Level::Debug | Level::Trace => 7,
+        };
+        return writeln!(out, "<{priority}>{message}");
+    }
+    const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(3));
+    let now = PRINTER.timestamp_to_string(&Timestamp::now());
+    writeln!(out, "{now} {level:<5} {message}")
+}
+
+/// Writes the error that ends the process, whatever the filter.
+pub fn print_fatal(error: &str) {
+    let mut stderr = io::stderr();
+    // If stderr cannot be written to, the exit code has to do.
+    let _ = match *IS_JOURNAL {
+        true => write_line(&mut stderr, Level::Error, error),
+        false => writeln!(stderr, "todo-api: {}", one_line(error)),
+    };
+}
+
+/// Makes every panic one line, whatever the filter.
+pub fn set_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         if CATCHING.get() {
             PLACE.set(place);
         } else {
-            error!("panic: {}", field(&panic.to_string()));
+            let line = format!("panic: {}", field(&panic.to_string()));
+            let _ = write_line(&mut io::stderr(), Level::Error, &line);
         }
     }));
 }

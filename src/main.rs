@@ -4,22 +4,21 @@ use std::process::ExitCode;
 
 use lexopt::Arg::{Long, Short, Value};
 use todo_api::command::{self, Command};
+use todo_api::logging;
 
 fn main() -> ExitCode {
+    logging::set_panic_hook();
     let command = match arguments() {
         Ok(command) => command,
         Err(error) => {
-            eprintln!("todo-api: {error}; see todo-api --help");
+            logging::print_fatal(&format!("{error}; see todo-api --help"));
             return ExitCode::from(2);
         }
     };
-    match command::run(command) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("todo-api: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    command::run(command).unwrap_or_else(|error| {
+        logging::print_fatal(&error.to_string());
+        ExitCode::FAILURE
+    })
 }
 
 fn arguments() -> Result<Command, lexopt::Error> {

@@ -7,10 +7,16 @@
 use std::{
     collections::HashMap,
     env,
-    fs::{self, Permissions},
-    io::{BufRead, BufReader, Read, Write},
+    fs::{self, File, Permissions},
+    io::{BufRead, BufReader, Read, Write, pipe},
     net::SocketAddr,
-    os::unix::{fs::PermissionsExt, process::CommandExt},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{MetadataExt, PermissionsExt},
+            process::CommandExt,
+        },
+    },
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{
@@ -367,14 +373,22 @@ impl Process {
             .env_clear()
             .env("PATH", env::var_os("PATH").unwrap_or_default())
             .env("TMPDIR", env::temp_dir())
-            .envs(variables.iter().copied())
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
+            .envs(variables.iter().copied());
+        let (stderr_reader, stderr_writer) = pipe().unwrap();
+        if variables.contains(&("JOURNAL_STREAM", "stderr")) {
+            // As systemd names it if stderr is the journal.
+            let stderr = File::from(OwnedFd::from(stderr_writer.try_clone().unwrap()));
+            let meta = stderr.metadata().unwrap();
+            command.env("JOURNAL_STREAM", format!("{}:{}", meta.dev(), meta.ino()));
+        }
+        let mut child = command.stderr(stderr_writer).spawn().unwrap();
+        // With the command goes our copy of the pipe's other end.
+        drop(command);
         let _ = writeln!(scratch().watcher.lock().unwrap(), "{}", child.id());
 
         let stdout = Arc::new(Mutex::new(String::new()));
         let stderr = Arc::new(Mutex::new(String::new()));
-        let mut collectors = vec![collect(child.stderr.take().unwrap(), stderr.clone())];
+        let mut collectors = vec![collect(stderr_reader, stderr.clone())];
         if let Some(pipe) = child.stdout.take() {
             collectors.push(collect(pipe, stdout.clone()));
         }

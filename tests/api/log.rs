@@ -650,7 +650,7 @@ async fn no_input_forges_a_line() {
 #[tokio::test]
 async fn the_filter_finds_the_client_behind_a_proxy() {
     let file = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await;
-    let journal = file.sibling(&[("JOURNAL_STREAM", "8:12345")]).await;
+    let journal = file.sibling(&[("JOURNAL_STREAM", "stderr")]).await;
     for server in [&file, &journal] {
         for client in ["203.0.113.9", "2001:db8::9"] {
             server

@@ -188,15 +188,57 @@ async fn a_wrong_variable_is_named() {
 }
 
 #[tokio::test]
-async fn a_wrong_log_filter_is_named() {
+async fn a_log_filter_that_is_wrong_or_hides_our_errors_is_refused() {
     let directory = DataDir::new();
-    let line = refusal(&[
-        ("RUST_LOG", "info,access=loud"),
-        ("LISTEN_ADDR", "127.0.0.1:0"),
-        ("DATA_DIR", directory.text()),
-    ])
+    let filters = [
+        "info,access=loud",
+        "warning",
+        "access",
+        "todo_api",
+        "info,acess",
+        "access=debug",
+        "off,access=debug",
+        "todo_api=off",
+    ];
+    join_all(filters.map(|filter| async move {
+        let line = refusal(&[("RUST_LOG", filter), ("LISTEN_ADDR", "127.0.0.1:0")]).await;
+        assert!(line.contains("RUST_LOG"), "{filter}: {line}");
+    }))
     .await;
-    assert!(line.contains("RUST_LOG"), "{line}");
+    for filter in ["warn", "OFF", "error,access=debug", "todo_api=debug"] {
+        let process = Process::spawn(
+            &["check"],
+            &[("RUST_LOG", filter), ("DATA_DIR", directory.text())],
+        );
+        let status = process.ended().await;
+        assert_eq!(status.code(), Some(0), "{filter}: {}", process.log());
+    }
+}
+
+#[tokio::test]
+async fn an_error_that_ends_the_service_is_an_error_in_the_journal() {
+    let directory = DataDir::new();
+    let cases: [(&[&str], (&str, &str)); 4] = [
+        (&["--dance"], ("LISTEN_ADDR", "127.0.0.1:0")),
+        (&[], ("BCRYPT_COST", "9")),
+        (&[], ("DATA_DIR", "/dev/null")),
+        (&["set-password", "ann@example.com"], ("RUST_LOG", "off")),
+    ];
+    for (arguments, variable) in cases {
+        for (stream, is_journal) in [("stderr", true), ("8:12345", false)] {
+            let variables = [
+                ("JOURNAL_STREAM", stream),
+                ("LISTEN_ADDR", "127.0.0.1:0"),
+                ("DATA_DIR", directory.text()),
+                variable,
+            ];
+            let process = Process::spawn(arguments, &variables);
+            assert_ne!(process.ended().await.code(), Some(0));
+            let log = process.log();
+            assert_eq!(log.lines().count(), 1, "{arguments:?}: {log}");
+            assert_eq!(log.starts_with("<3>"), is_journal, "{arguments:?}: {log}");
+        }
+    }
 }
 
 #[tokio::test]
