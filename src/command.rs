@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::App;
 use crate::auth::password;
-use crate::config::{Config, Secret, Store};
+use crate::config::{Config, Lifetimes, Secret, Store};
 use crate::db::users;
 use crate::db::{Database, Deadline, Found, Pooler, REQUEST_TIMEOUT, Target};
 use crate::embedded_postgres;
@@ -88,8 +88,8 @@ environment (each of the first three also as NAME_FILE or a systemd credential):
 /// Runs a command to its end.
 pub fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
-        Command::Help => println!("{HELP}"),
-        Command::Version => println!("todo-api {}", env!("CARGO_PKG_VERSION")),
+        Command::Help => print(HELP)?,
+        Command::Version => print(&format!("todo-api {}", env!("CARGO_PKG_VERSION")))?,
         Command::Serve => {
             let config = Config::from_env()?;
             logging::init(&config.log_filter);
@@ -299,69 +299,92 @@ async fn watchdog(app: Arc<App>) {
     }
 }
 
-/// The database for a command that does not serve: that of a service which runs already, too.
-async fn reach(
+/// Runs `work` on the database of a command that does not serve. Never creates a cluster; an
+/// embedded PostgreSQL that does not run yet is started and stopped again.
+async fn with_database<T>(
     config: &Config,
-) -> Result<(Database, Option<embedded_postgres::Postgres>), Failure> {
-    if let Store::Private(directory) = &config.store
-        && let Some(running) = embedded_postgres::running_config(directory)?
-    {
-        let target = Target::private(running, directory)?;
-        return Ok((Database::new(target, 1, Metrics::new()), None));
-    }
-    let opened = open(config, Metrics::new()).await?;
-    Ok((opened.database, opened.postgres))
-}
-
-async fn migrate(config: Config) -> Result<(), Failure> {
-    let (database, postgres) = reach(&config).await?;
-    let found = database.bring_up(Some(COMMAND_PATIENCE)).await;
-    if let Some(postgres) = postgres {
-        postgres.stop().await;
-    }
-    println!("{} migrations applied", found?.migrations);
-    Ok(())
-}
-
-async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
-    let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
-    let (database, postgres) = reach(&config).await?;
-    let result = match database.bring_up(Some(COMMAND_PATIENCE)).await {
-        Ok(_) => replace_password(&database, &email, &config).await,
-        Err(refusal) => Err(refusal.into()),
+    work: impl AsyncFnOnce(&Database, Found) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let mut shutdown = ShutdownSignals::listen()?;
+    let (target, postgres) = tokio::select! {
+        connected = connect(config) => connected?,
+        () = shutdown.recv() => return Err("interrupted".into()),
+    };
+    let database = Database::new(target, 1, Metrics::new());
+    let work = async {
+        let found = database.bring_up(Some(COMMAND_PATIENCE)).await?;
+        work(&database, found).await
+    };
+    let result = tokio::select! {
+        result = work => result,
+        () = shutdown.recv() => Err("interrupted".into()),
     };
     if let Some(postgres) = postgres {
         postgres.stop().await;
     }
-    println!("password set; {} sessions ended", result?);
-    Ok(())
+    result
+}
+
+async fn connect(
+    config: &Config,
+) -> Result<(Target, Option<embedded_postgres::Postgres>), Failure> {
+    let directory = match &config.store {
+        Store::Server(url) => {
+            let target = Target::server(url).map_err(|reason| format!("DATABASE_URL {reason}"))?;
+            return Ok((target, None));
+        }
+        Store::Private(directory) => directory,
+    };
+    if let Some(running) = embedded_postgres::running_config(directory)? {
+        return Ok((Target::private(running, directory)?, None));
+    }
+    if !embedded_postgres::has_cluster(directory) {
+        return Err(format!(
+            "there is no database in DATA_DIR {}, and DATABASE_URL is not set: \
+             the first `todo-api serve` creates one",
+            directory.display()
+        )
+        .into());
+    }
+    let postgres = embedded_postgres::Postgres::start(directory).await?;
+    Ok((
+        Target::private(postgres.config(), directory)?,
+        Some(postgres),
+    ))
+}
+
+async fn migrate(config: Config) -> Result<(), Failure> {
+    let applied = with_database(&config, async |_, found| Ok(found.migrations)).await?;
+    print(&format!("{applied} migrations applied"))
+}
+
+async fn set_password(config: Config, email: &str) -> Result<(), Failure> {
+    let email = Email::parse(email).map_err(|refusal| refusal.detail)?;
+    let hash = password::hash_checked(&ask_password()?, email.as_str(), config.bcrypt_cost)?;
+    let revoked = with_database(&config, async |database, _| {
+        replace_password(database, &email, &hash, config.lifetimes).await
+    });
+    print(&format!("password set; {} sessions ended", revoked.await?))
 }
 
 async fn replace_password(
     database: &Database,
     email: &Email,
-    config: &Config,
+    new: &str,
+    lifetimes: Lifetimes,
 ) -> Result<usize, Failure> {
-    let unreachable = |error| format!("the database did not take it: {error:?}");
-    let attempt = users::for_sign_in(database, Deadline::after(REQUEST_TIMEOUT), email)
+    let location = database.location();
+    let failed = |error| format!("the database at {location} did not take it: {error}");
+    let deadline = Deadline::after(REQUEST_TIMEOUT);
+    let attempt = users::for_sign_in(database, deadline, email)
         .await
-        .map_err(unreachable)?;
+        .map_err(failed)?;
     let (id, hash) = attempt
         .account
-        .ok_or("there is no account with this address")?;
-    let new = password::hash_checked(&ask_password()?, email.as_str(), config.bcrypt_cost)?;
-    let change = users::change_password(
-        database,
-        Deadline::after(REQUEST_TIMEOUT),
-        id,
-        &hash,
-        &new,
-        None,
-        config.lifetimes,
-    )
-    .await;
+        .ok_or_else(|| format!("there is no account with this address in {location}"))?;
+    let change = users::change_password(database, deadline, id, &hash, new, None, lifetimes).await;
     let change = change
-        .map_err(unreachable)?
+        .map_err(failed)?
         .ok_or("the password was changed meanwhile; nothing was done")?;
     Ok(change.ended.len())
 }
@@ -387,10 +410,10 @@ fn ask_password() -> Result<String, Failure> {
 }
 
 fn prompt(text: &str) -> Result<String, Failure> {
-    eprint!("{text}");
-    io::stderr().flush()?;
+    let mut terminal = io::stderr();
+    write!(terminal, "{text}")?;
     let line = read_line();
-    eprintln!();
+    writeln!(terminal)?;
     line
 }
 
@@ -402,21 +425,22 @@ fn read_line() -> Result<String, Failure> {
 
 /// `todo-api check`: 0 where a start would go well, 1 where not.
 async fn check(config: Config) -> Result<ExitCode, Failure> {
-    for setting in &config.found {
-        println!(
+    let settings = config.found.iter().map(|setting| {
+        format!(
             "{:<24} {:<28} {}",
             setting.name, setting.value, setting.source
-        );
-    }
+        )
+    });
+    print(&settings.collect::<Vec<_>>().join("\n"))?;
     let target = match &config.store {
         Store::Private(directory) => match embedded_postgres::running_config(directory)? {
             Some(running) => Target::private(running, directory)?,
             None => {
                 let version = embedded_postgres::dry_run(directory).await?;
-                println!(
-                    "private PostgreSQL {version} in {}: not running, `todo-api serve` starts it",
+                print(&format!(
+                    "embedded PostgreSQL {version} in {}: not running, `todo-api serve` starts it",
                     directory.display()
-                );
+                ))?;
                 return Ok(ExitCode::SUCCESS);
             }
         },
@@ -424,36 +448,41 @@ async fn check(config: Config) -> Result<ExitCode, Failure> {
             Target::server(url).map_err(|reason| format!("DATABASE_URL {reason}"))?
         }
     };
-    println!("database {}", target.place());
+    print(&format!("database {}", target.place()))?;
     match target.survey().await {
         Ok(found) => {
-            describe(&found);
+            print(&describe(&found))?;
             Ok(ExitCode::SUCCESS)
         }
         Err(trouble) => {
-            println!("  cannot be used: {trouble}");
+            print(&format!("  cannot be used: {trouble}"))?;
             Ok(ExitCode::FAILURE)
         }
     }
 }
 
-fn describe(found: &Found) {
-    println!("  PostgreSQL {}", found.version);
-    println!("  TLS {}", if found.tls { "in use" } else { "not in use" });
-    println!("  migrations due: {}", found.migrations);
-    println!(
-        "  {}",
-        match found.search_ignores_case {
-            true => "search ignores case",
-            false => CASE_SENSITIVE,
+fn describe(found: &Found) -> String {
+    let tls = if found.tls { "in use" } else { "not in use" };
+    let search = match found.search_ignores_case {
+        true => "search ignores case",
+        false => CASE_SENSITIVE,
+    };
+    let pooler = match found.pooler {
+        Pooler::None => "none seen",
+        Pooler::Transaction => "transaction mode, with prepared statements",
+    };
+    format!(
+        "  PostgreSQL {}\n  TLS {tls}\n  migrations due: {}\n  {search}\n  clock difference {:.3} s\n  pooler {pooler}",
+        found.version, found.migrations, found.clock_difference
+    )
+}
+
+/// Prints lines to standard output. A reader that has seen enough, as in `check | head -1`, is no error.
+fn print(text: &str) -> Result<(), Failure> {
+    match writeln!(io::stdout(), "{text}") {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot write to standard output: {error}").into())
         }
-    );
-    println!("  clock difference {:.3} s", found.clock_difference);
-    println!(
-        "  pooler {}",
-        match found.pooler {
-            Pooler::None => "none seen",
-            Pooler::Transaction => "transaction mode, with prepared statements",
-        }
-    );
+        _ => Ok(()),
+    }
 }

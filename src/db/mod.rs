@@ -21,6 +21,7 @@ pub mod url;
 pub(crate) mod users;
 
 use std::error::Error as _;
+use std::fmt;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -73,6 +74,18 @@ pub(crate) enum DbError {
     Overloaded,
     /// It refused the statement.
     Refused(Arc<tokio_postgres::Error>),
+}
+
+impl fmt::Display for DbError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Transient(reason) | Self::Lost(reason) | Self::Unavailable(reason) => {
+                f.write_str(reason)
+            }
+            Self::Overloaded => f.write_str("all connections are busy"),
+            Self::Refused(error) => f.write_str(&describe(error)),
+        }
+    }
 }
 
 impl DbError {
@@ -205,6 +218,11 @@ impl Database {
                 metrics,
             }
         }))
+    }
+
+    /// Where it is, without a password.
+    pub(crate) fn location(&self) -> &str {
+        self.0.target.place()
     }
 
     /// Waits until the database answers and has our schema, with a line now and then. An error is

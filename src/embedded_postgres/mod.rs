@@ -148,6 +148,11 @@ pub async fn dry_run(data_dir: &Path) -> Result<String, Error> {
     Ok(Installation::find(&data_dir.join("cluster")).await?.version)
 }
 
+/// Whether a service has created its cluster in `data_dir`.
+pub fn has_cluster(data_dir: &Path) -> bool {
+    data_dir.join("cluster").exists()
+}
+
 /// How to connect to the embedded PostgreSQL of a service that runs on `data_dir`; `None` if none runs.
 pub fn running_config(data_dir: &Path) -> Result<Option<tokio_postgres::Config>, Error> {
     if !data_dir.exists() {

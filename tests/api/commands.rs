@@ -1,5 +1,6 @@
 //! What the binary does besides serving.
 
+use std::fs::File;
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
 
@@ -124,6 +125,111 @@ async fn set_password_reaches_the_private_postgresql_of_a_running_service() {
         stdout(&output)
     );
     assert!(service.stop().await.success());
+}
+
+#[tokio::test]
+async fn no_command_but_serve_creates_a_database() {
+    let data = DataDir::new();
+    let variables = [("DATA_DIR", data.text())];
+    for (arguments, code) in [
+        (&["set-password", "ann@example.com"][..], 1),
+        (&["migrate"], 1),
+        (&["check"], 0),
+    ] {
+        let output = run(arguments, &variables, &format!("{NEW_PASSWORD}\n"));
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
+        if code == 1 {
+            let said = stderr(&output);
+            assert!(
+                said.contains("no database") && said.contains(data.text()),
+                "{said}"
+            );
+        }
+        assert!(!data.path().exists(), "{arguments:?} created something");
+    }
+}
+
+#[tokio::test]
+async fn a_command_starts_an_embedded_postgresql_that_rests_and_stops_it_again() {
+    let data = DataDir::new();
+    let variables = [
+        ("DATA_DIR", data.text()),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+        ("BCRYPT_COST", "10"),
+    ];
+    let server = Server::with(&variables).await;
+    let ann = server.user().await;
+    assert!(server.stop().await.success());
+    let output = run(
+        &["set-password", &ann.email],
+        &variables,
+        &format!("{NEW_PASSWORD}\n"),
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(data.postgres(), None);
+    let server = Server::with(&variables).await;
+    server.login(&ann.email, NEW_PASSWORD).await;
+}
+
+#[tokio::test]
+async fn errors_of_set_password_name_the_database() {
+    let server = Server::start().await;
+    let url = server.database_url();
+    let variables = [("DATABASE_URL", url.as_str()), ("JWT_SECRET", SECRET)];
+    let output = run(
+        &["set-password", "nobody@example.com"],
+        &variables,
+        &format!("{NEW_PASSWORD}\n"),
+    );
+    let database = url.rsplit('/').next().unwrap();
+    assert!(stderr(&output).contains(database), "{}", stderr(&output));
+}
+
+#[test]
+fn output_that_nobody_reads_or_that_cannot_be_written_ends_without_a_panic() {
+    let data = DataDir::new();
+    let run = |command: &str, stdout: Stdio, stderr: Stdio| {
+        Command::new(env!("CARGO_BIN_EXE_todo-api"))
+            .arg(command)
+            .env("DATA_DIR", data.text())
+            .stdout(stdout)
+            .stderr(stderr)
+            .spawn()
+            .and_then(|child| child.wait_with_output())
+            .expect("the binary ends")
+    };
+    for command in ["--help", "--version", "check"] {
+        // Nobody reads, as after `| head -1` has seen its line.
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = run(command, writer.into(), Stdio::piped());
+        assert_eq!(output.status.code(), Some(0), "{command}");
+        assert_eq!(stderr(&output), "", "{command}");
+
+        if let Ok(full) = File::options().write(true).open("/dev/full") {
+            let output = run(
+                command,
+                full.try_clone().expect("a file").into(),
+                Stdio::piped(),
+            );
+            assert_eq!(output.status.code(), Some(1), "{command}");
+            let said = stderr(&output);
+            assert!(
+                said.contains("cannot write to standard output"),
+                "{command}: {said}"
+            );
+            assert_eq!(said.lines().count(), 1, "{command}: {said}");
+            let also_full = full.try_clone().expect("a file").into();
+            assert_eq!(run(command, full.into(), also_full).status.code(), Some(1));
+        }
+    }
+    // Errors go to stderr, which may be full or closed as well.
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    assert_eq!(
+        run("dance", Stdio::null(), writer.into()).status.code(),
+        Some(2)
+    );
 }
 
 #[tokio::test]

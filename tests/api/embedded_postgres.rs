@@ -653,7 +653,8 @@ async fn a_disk_that_is_full_at_the_first_start_is_named_and_nothing_is_left_on_
         .args(["-m", "sh", "-c", TOO_SMALL_A_DISK, "sh"])
         .arg(directory.parent())
         .arg(env!("CARGO_BIN_EXE_todo-api"))
-        .stdin(Stdio::null());
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
     let process = Process::run(
         command,
         &[
