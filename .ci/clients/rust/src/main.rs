@@ -23,7 +23,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     assert_eq!((task.title.as_str(), &task.description), ("Buy milk", &None));
 
     let set = TaskCompletion { completed: Some(true) };
-    let done = tasks_api::set_task_completion(&api, me, &task.id, None, None, Some(set)).await?;
+    let done = tasks_api::set_task_completion(&api, me, &task.id, None, None, None, Some(set)).await?;
     assert!(done.completed);
 
     let listed = tasks_api::list_tasks(&api, me, Some(true), None, None, Some(10), None, None, None).await?;
