@@ -390,8 +390,6 @@ fn twisted(secret: &str, user: &User, other: &User) -> Vec<Attack> {
         ("two challenges", format!("{token}, Bearer {token}")),
         ("the scheme twice", format!("Bearer {token}")),
         ("an attribute", format!("token={token}")),
-        ("null", "null".to_owned()),
-        ("undefined", "undefined".to_owned()),
         ("the refresh token", user.refresh_token.clone()),
         ("the session's id", user.session_id.clone()),
         ("the user's id", user.id.clone()),
