@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::App;
 use crate::auth::password;
 use crate::config::{Config, Lifetimes, Secret, Store};
-use crate::db::users;
+use crate::db::users::{self, LockoutKey};
 use crate::db::{Database, Deadline, Found, Pooler, REQUEST_TIMEOUT, Target};
 use crate::embedded_postgres;
 use crate::logging;
@@ -376,12 +376,17 @@ async fn replace_password(
     let location = database.location();
     let failed = |error| format!("the database at {location} did not take it: {error}");
     let deadline = Deadline::after(REQUEST_TIMEOUT);
-    let attempt = users::for_sign_in(database, deadline, email)
+    let key = LockoutKey::login(email, String::new());
+    let record = users::for_login(database, deadline, &key)
         .await
         .map_err(failed)?;
-    let (id, hash) = attempt
+    let (id, hash) = record
         .account
         .ok_or_else(|| format!("there is no account with this address in {location}"))?;
+    // Otherwise somebody who guesses could keep the operator from it.
+    users::clear_failures(database, deadline, id)
+        .await
+        .map_err(failed)?;
     let change = users::change_password(database, deadline, id, &hash, new, None, lifetimes).await;
     let change = change
         .map_err(failed)?

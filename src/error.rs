@@ -94,7 +94,7 @@ problems! {
         "This Idempotency-Key was used within the last 24 hours for a task with other values."
         "Use a new key for a new task, and the same key only to repeat the very same request.";
     TOO_MANY_ATTEMPTS = 429 "too_many_attempts" "Too many attempts"
-        "There were too many wrong passwords for one account, or too many requests to sign in from one address."
+        "There were too many wrong passwords for one account from your network, or too many requests to sign in from it."
         "Wait for the seconds that Retry-After gives; nothing is checked before.";
     INTERNAL = 500 "internal" "Internal error"
         "A bug in the service, or a change that the database did not confirm. The operator finds it in the log under the request id."

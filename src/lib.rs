@@ -14,7 +14,7 @@
 //!    asked at the same moment share one (`db::gather`). [`embedded_postgres`] is the server that the service runs itself
 //!    when `DATABASE_URL` is unset.
 //!
-//! `auth` knows tokens, passwords, ended sessions and the brakes on guessing; `model` the values
+//! `auth` knows tokens, passwords, ended sessions and login rate limiting; `model` the values
 //! that are valid because they exist; [`config`] every setting; `error` everything that can go
 //! wrong; [`metrics`] what is counted, `labels` the reasons that log and metrics name; [`logging`] how a line looks. `main` reads the arguments,
 //! [`command`] wires.
@@ -50,6 +50,7 @@ mod router;
 pub mod server;
 mod shutdown;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -60,13 +61,15 @@ use uuid::Uuid;
 
 use auth::password::Passwords;
 use auth::revocations::Revocations;
-use auth::throttle::{ATTEMPTS_AT_ONCE, Addresses, Turn, Turns};
+use auth::throttle::{
+    Addresses, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS, client_network,
+};
 use auth::token::Tokens;
 use config::{Config, Secret};
 use cors::Cors;
 use db::sessions::{ALL_EPOCHS, Revocation};
 use db::sweep::Sweeper;
-use db::users::NewSession;
+use db::users::{LockoutKey, NewSession};
 use db::{Database, Deadline};
 use error::Error;
 use handler::pages;
@@ -81,15 +84,14 @@ pub struct App {
     tokens: Tokens,
     revocations: Arc<Revocations>,
     passwords: Passwords,
-    /// Sign-ins by address.
-    accounts: Turns<String>,
+    login_slots: KeyedSemaphore<LockoutKey>,
     addresses: Addresses,
     cors: Cors,
     metrics: Arc<Metrics>,
     complaints: Complaints,
     sweeper: Arc<Sweeper>,
     large_answers: Arc<Semaphore>,
-    large_by_user: Turns<Uuid>,
+    large_by_user: KeyedSemaphore<Uuid>,
     stopping: AtomicBool,
 }
 
@@ -102,7 +104,7 @@ const LARGE_ANSWERS: usize = 128;
 const LARGE_ANSWERS_PER_USER: usize = 4;
 
 /// A place among the large answers of all and of one user.
-type LargePlace = (OwnedSemaphorePermit, Turn<Uuid>);
+type LargePlace = (OwnedSemaphorePermit, KeyedPermit<Uuid>);
 
 impl App {
     /// Everything in its place; the error is one line for the operator.
@@ -127,13 +129,13 @@ impl App {
             tokens,
             passwords,
             revocations: Arc::default(),
-            accounts: Turns::new(ATTEMPTS_AT_ONCE),
+            login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
             addresses: Addresses::new(config.auth_rate_per_minute),
             cors: Cors::new(&config.cors_origins),
             complaints: Complaints::default(),
             sweeper: Arc::default(),
             large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
-            large_by_user: Turns::new(LARGE_ANSWERS_PER_USER),
+            large_by_user: KeyedSemaphore::new(LARGE_ANSWERS_PER_USER),
             stopping: AtomicBool::new(false),
             database,
             metrics,
@@ -150,12 +152,13 @@ impl App {
         self.stopping.load(Ordering::Relaxed)
     }
 
-    fn new_session<'a>(&self, user_agent: Option<&'a str>) -> NewSession<'a> {
+    fn new_session<'a>(&self, user_agent: Option<&'a str>, client: IpAddr) -> NewSession<'a> {
         let idle = self.config.lifetimes.refresh_idle.as_secs_f64();
         NewSession {
             id: Uuid::now_v7(),
             idle,
             user_agent,
+            network: client_network(client).to_string(),
         }
     }
 
@@ -165,7 +168,7 @@ impl App {
         user_id: Uuid,
         deadline: Deadline,
     ) -> Result<LargePlace, Error> {
-        let turn = self.large_by_user.wait(user_id, deadline).await?;
+        let turn = self.large_by_user.acquire(user_id, deadline).await?;
         let place = self.large_answers.clone().acquire_owned();
         match timeout_at(deadline.at(), place).await {
             Ok(Ok(place)) => Ok((place, turn)),

@@ -1,24 +1,51 @@
--- Makes a session for somebody whose password was verified, forgets the wrong attempts, renews an
--- old hash and ends the sessions used least recently beyond a hundred; no row if the password was
--- changed or the account deleted meanwhile. The row lock makes a change of password, and another
--- login that counts sessions, wait for us or us for them.
+-- Makes a session for somebody whose password was verified, forgets the failures from their
+-- network, remembers the network, renews an old hash and ends the sessions used least recently
+-- beyond a hundred; no row if the password was changed, the account deleted or a lockout began
+-- meanwhile. The row lock makes a change of password, and another login that counts sessions, wait
+-- for us or us for them.
 -- $1 user id, $2 the hash that was verified, $3 the hash to keep, $4 session id,
--- $5 seconds until the session idles out, $6 user agent
+-- $5 seconds until the session idles out, $6 user agent, $7 network
 with person as (
-    select id, email, created_at, updated_at from users
+    select id, email, created_at, updated_at from users u
     where id = $1 and password_hash = $2
+      and not exists (
+          select from login_failures f
+          where f.account = u.email
+            and f.network = any(array[$7, case when not exists (
+                select from login_networks n
+                where n.user_id = u.id and n.network = $7
+                  and n.last_used_at > clock_timestamp() - interval '30 days') then '*' end])
+            and f.blocked_until > clock_timestamp())
     for no key update
 ), renewed as (
     update users u set password_hash = $3
     from person p
     where u.id = p.id and u.password_hash = $2 and $3 <> $2
 ), cleared as (
-    delete from sign_in_failures where email = (select email from person)
+    delete from login_failures where account = (select email from person) and network = $7
 ), session as (
     insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at, user_agent)
     select $4, id, 1, clock_timestamp(), clock_timestamp(), clock_timestamp(),
            clock_timestamp() + $5::float8 * interval '1 second', $6
     from person
+), noted as (
+    -- At most once an hour.
+    insert into login_networks (user_id, network, last_used_at)
+    select id, $7, clock_timestamp() from person
+    where not exists (
+        select from login_networks n
+        where n.user_id = $1 and n.network = $7
+          and n.last_used_at > clock_timestamp() - interval '1 hour')
+    on conflict (user_id, network) do update set last_used_at = excluded.last_used_at
+    returning user_id
+), evicted as (
+    -- The least recently used, if there are a hundred already.
+    delete from login_networks n
+    using noted, lateral (
+        select min(known.last_used_at) as last_used_at from login_networks known
+        where known.user_id = noted.user_id
+        having count(*) >= 100) oldest
+    where n.user_id = noted.user_id and n.last_used_at = oldest.last_used_at and n.network <> $7
 )
 select id, email, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
 from person

@@ -1,7 +1,8 @@
--- What checking the password of somebody signed in needs; no row if the account is gone.
+-- What checking the password of a signed-in user needs; no row if the account is gone.
 -- $1 user id
 select u.email, u.password_hash,
-       coalesce(extract(epoch from f.blocked_until - clock_timestamp()), 0)::float8 as wait
+       coalesce(extract(epoch from f.blocked_until - clock_timestamp()), 0)::float8
+           as retry_after_secs
 from users u
-left join sign_in_failures f on f.email = u.email
+left join login_failures f on f.account = u.id::text and f.network = 'session'
 where u.id = $1

@@ -14,7 +14,6 @@ use crate::db::Deadline;
 use crate::error::{Error, Fault};
 use crate::logging::caught;
 use crate::metrics::Metrics;
-use crate::model::Email;
 
 /// OWASP ASVS 5.0, 6.2.1: eight at least. Counted in code points.
 const MIN_CHARACTERS: usize = 8;
@@ -112,13 +111,13 @@ impl Passwords {
     pub(crate) async fn hash(
         &self,
         password: String,
-        email: &Email,
+        email: &str,
         pointer: &'static str,
         deadline: Deadline,
     ) -> Result<String, Error> {
-        let (cost, email) = (self.cost, email.clone());
+        let (cost, email) = (self.cost, email.to_owned());
         self.run(deadline, move || {
-            check_strength(&password, email.as_str()).map_err(|(code, detail)| {
+            check_strength(&password, &email).map_err(|(code, detail)| {
                 Error::Validation(vec![Fault::at(pointer, code, detail)])
             })?;
             bcrypt_hash(&password, cost)
@@ -130,10 +129,11 @@ impl Passwords {
     /// so it is for what no password can be.
     pub(crate) async fn verify(
         &self,
-        password: String,
+        password: &str,
         hash: Option<&str>,
         deadline: Deadline,
     ) -> Result<Verdict, Error> {
+        let password = password.to_owned();
         let known = hash.is_some() && is_possible(&password);
         let hash = hash
             .filter(|_| known)

@@ -1,6 +1,6 @@
-//! Brakes on guessing. The count of wrong passwords is in the database, where all instances see
-//! it; here is what each instance does by itself: few attempts on one account at a time, and so
-//! many requests a minute from one address.
+//! Login rate limiting. Failed attempts are counted in the database, where all instances see them;
+//! this is what each instance does by itself: few attempts on one account from one network at a
+//! time, and so many requests a minute from one network.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -19,27 +19,26 @@ use crate::db::Deadline;
 use crate::error::Error;
 use crate::labels::LoginFailure;
 
-/// Attempts on one account that are checked at the same time on one instance. With ten failures
-/// to the block, two instances check no more than 10 + 4 + 5 of any number of guesses at once.
-pub(crate) const ATTEMPTS_AT_ONCE: usize = 5;
+/// Attempts on one account from one network that one instance checks at the same time, so that they
+/// do not fill the hash queue.
+pub(crate) const MAX_CONCURRENT_LOGINS: usize = 5;
 /// Addresses that are told apart, at some 100 bytes each; beyond, whole regions share an allowance.
 const MAX_ADDRESSES: usize = 50_000;
 
-/// Lets few through at a time that have the same key: sign-ins on one account, large answers to
-/// one user.
-pub(crate) struct Turns<K: Clone + Eq + Hash> {
+/// A semaphore for each key: logins on one account from one network, large answers to one user.
+pub(crate) struct KeyedSemaphore<K: Clone + Eq + Hash> {
     at_once: usize,
     taken: Arc<Mutex<HashMap<K, Arc<Semaphore>>>>,
 }
 
-/// One of the few, until it is dropped.
-pub(crate) struct Turn<K: Clone + Eq + Hash> {
+/// A permit of one key's semaphore, until it is dropped.
+pub(crate) struct KeyedPermit<K: Clone + Eq + Hash> {
     taken: Arc<Mutex<HashMap<K, Arc<Semaphore>>>>,
     key: K,
     permit: Option<OwnedSemaphorePermit>,
 }
 
-impl<K: Clone + Eq + Hash> Turns<K> {
+impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
     pub(crate) fn new(at_once: usize) -> Self {
         Self {
             at_once,
@@ -47,31 +46,35 @@ impl<K: Clone + Eq + Hash> Turns<K> {
         }
     }
 
-    /// Waits for a turn until the deadline.
-    pub(crate) async fn wait(&self, key: K, deadline: Deadline) -> Result<Turn<K>, Error> {
-        // Made before waiting: whoever gives up waiting has to clear up as well.
-        let (mut turn, semaphore) = self.queue(key);
+    /// Waits for a permit until the deadline.
+    pub(crate) async fn acquire(
+        &self,
+        key: K,
+        deadline: Deadline,
+    ) -> Result<KeyedPermit<K>, Error> {
+        // Made before waiting: a caller that gives up waiting has to clear up as well.
+        let (mut keyed, semaphore) = self.entry(key);
         match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
-            Ok(Ok(permit)) => turn.permit = Some(permit),
+            Ok(Ok(permit)) => keyed.permit = Some(permit),
             _ => return Err(Error::Overloaded),
         }
-        Ok(turn)
+        Ok(keyed)
     }
 
-    fn queue(&self, key: K) -> (Turn<K>, Arc<Semaphore>) {
+    fn entry(&self, key: K) -> (KeyedPermit<K>, Arc<Semaphore>) {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || Arc::new(Semaphore::new(self.at_once));
         let semaphore = taken.entry(key.clone()).or_insert_with(new).clone();
-        let turn = Turn {
+        let keyed = KeyedPermit {
             taken: self.taken.clone(),
             key,
             permit: None,
         };
-        (turn, semaphore)
+        (keyed, semaphore)
     }
 }
 
-impl<K: Clone + Eq + Hash> Drop for Turn<K> {
+impl<K: Clone + Eq + Hash> Drop for KeyedPermit<K> {
     fn drop(&mut self) {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         // The permit holds the semaphore, too; the map's own reference is the last one.
@@ -113,9 +116,9 @@ impl Addresses {
         }
         let is_full = limiter.len() >= MAX_ADDRESSES;
         let key = if is_full {
-            network(client, 16, 32)
+            prefix(client, 16, 32)
         } else {
-            network(client, 32, 64)
+            client_network(client)
         };
         limiter
             .check_key(&key)
@@ -136,9 +139,12 @@ impl Addresses {
     }
 }
 
-/// The network of an address: so many bits of an IPv4 address, so many of an IPv6 address, whose
-/// owner has the 2^64 others of its /64, too.
-fn network(client: IpAddr, bits_4: u8, bits_6: u8) -> IpAddr {
+/// The network of a client: an IPv4 address, or an IPv6 /64, all of which one customer has.
+pub(crate) fn client_network(client: IpAddr) -> IpAddr {
+    prefix(client, 32, 64)
+}
+
+fn prefix(client: IpAddr, bits_4: u8, bits_6: u8) -> IpAddr {
     let bits = if client.is_ipv4() { bits_4 } else { bits_6 };
     IpNet::new(client, bits).map_or(client, |network| network.trunc().addr())
 }
@@ -151,7 +157,7 @@ mod tests {
 
     #[test]
     fn an_ipv6_network_is_one_client() {
-        let of = |text: &str| network(text.parse().unwrap(), 32, 64);
+        let of = |text: &str| client_network(text.parse().unwrap());
         assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
         assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
         assert_ne!(of("192.0.2.1"), of("192.0.2.2"));

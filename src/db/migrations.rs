@@ -21,6 +21,11 @@ pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
         "revocation_cursor_and_session_epochs",
         include_str!("../../sql/migrations/V3__revocation_cursor_and_session_epochs.sql"),
     ),
+    (
+        4,
+        "login_lockout",
+        include_str!("../../sql/migrations/V4__login_lockout.sql"),
+    ),
 ];
 
 /// Any number, as long as every version of the service uses the same: the ASCII of "todo-api".

@@ -55,20 +55,22 @@ pub(crate) async fn sign_in(
                 &session.id,
                 &session.idle,
                 &session.user_agent,
+                &session.network,
             ],
         )
         .await?;
     Ok(rows.first().map(|row| (user(row), row.get("ended_ids"))))
 }
 
-/// Uses a refresh token of this generation. Returns whose it is and what the next tokens are made
-/// from; `None` if it is not good any more.
+/// Uses a refresh token of this generation from this network. Returns whose it is and what the
+/// next tokens are made from; `None` if it is not good any more.
 pub(crate) async fn refresh(
     db: &Database,
     deadline: Deadline,
     id: Uuid,
     generation: i32,
     lifetimes: Lifetimes,
+    network: &str,
 ) -> Result<Option<(User, SessionState)>, DbError> {
     let rows = db
         .write(
@@ -80,6 +82,7 @@ pub(crate) async fn refresh(
                 &lifetimes.refresh_grace.as_secs_f64(),
                 &lifetimes.refresh_idle.as_secs_f64(),
                 &lifetimes.refresh_max.as_secs_f64(),
+                &network,
             ],
         )
         .await?;

@@ -50,7 +50,8 @@ async fn sweep_all(db: &Database) -> Result<(), DbError> {
     let everything = [
         Sql::SessionsSweep,
         Sql::RevocationsSweep,
-        Sql::SignInFailuresSweep,
+        Sql::LoginFailuresPurge,
+        Sql::LoginNetworksPurge,
         Sql::IdempotencyKeysSweep,
     ];
     for sql in everything {

@@ -9,19 +9,44 @@ use super::{Database, DbError, Deadline};
 use crate::config::Lifetimes;
 use crate::model::{Email, Time, User};
 
-/// What a sign-in needs to know before the password is checked.
-pub(crate) struct SignInAttempt {
+/// What a login needs to know before the password is checked.
+pub(crate) struct LoginRecord {
     /// The account and its hash, where there is one.
     pub(crate) account: Option<(Uuid, String)>,
     /// Seconds for which attempts are refused; 0 or less is none.
-    pub(crate) wait: f64,
+    pub(crate) retry_after_secs: f64,
 }
 
 /// What checking the password of somebody signed in needs.
 pub(crate) struct PasswordCheck {
     pub(crate) email: String,
     pub(crate) hash: String,
-    pub(crate) wait: f64,
+    pub(crate) retry_after_secs: f64,
+}
+
+/// What failed attempts are counted by.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct LockoutKey {
+    account: String,
+    network: String,
+}
+
+impl LockoutKey {
+    /// A login from this network, whether or not an account has the address.
+    pub(crate) fn login(email: &Email, network: String) -> Self {
+        Self {
+            account: email.as_str().to_owned(),
+            network,
+        }
+    }
+
+    /// A signed-in user who confirms a change, from any network.
+    pub(crate) fn signed_in(user_id: Uuid) -> Self {
+        Self {
+            account: user_id.to_string(),
+            network: "session".to_owned(),
+        }
+    }
 }
 
 /// What a change of password did.
@@ -38,6 +63,8 @@ pub(crate) struct NewSession<'a> {
     /// Seconds until it idles out.
     pub(crate) idle: f64,
     pub(crate) user_agent: Option<&'a str>,
+    /// The client's network, which the account knows from then on.
+    pub(crate) network: String,
 }
 
 impl NewSession<'_> {
@@ -72,6 +99,7 @@ pub(crate) async fn register(
                 &session.id,
                 &session.idle,
                 &session.user_agent,
+                &session.network,
             ],
         )
         .await?;
@@ -92,25 +120,19 @@ pub(crate) async fn get(
     Ok(rows.first().map(user))
 }
 
-/// What a sign-in with this address needs.
-pub(crate) async fn for_sign_in(
+/// What a login needs.
+pub(crate) async fn for_login(
     db: &Database,
     deadline: Deadline,
-    email: &Email,
-) -> Result<SignInAttempt, DbError> {
+    key: &LockoutKey,
+) -> Result<LoginRecord, DbError> {
     let rows = db
-        .read(deadline, Sql::UsersForSignIn, &[&email.as_str()])
+        .read(deadline, Sql::UsersForLogin, &[&key.account, &key.network])
         .await?;
-    let Some(row) = rows.first() else {
-        return Ok(SignInAttempt {
-            account: None,
-            wait: 0.0,
-        });
-    };
-    let id: Option<Uuid> = row.get(0);
-    Ok(SignInAttempt {
-        account: id.map(|id| (id, row.get(1))),
-        wait: row.get(2),
+    let id: Option<Uuid> = rows.first().and_then(|row| row.get("id"));
+    Ok(LoginRecord {
+        account: id.zip(rows.first().and_then(|row| row.get("password_hash"))),
+        retry_after_secs: rows.first().map_or(0.0, |row| row.get("retry_after_secs")),
     })
 }
 
@@ -124,21 +146,32 @@ pub(crate) async fn for_password_check(
         .read(deadline, Sql::UsersForPasswordCheck, &[&id])
         .await?;
     Ok(rows.first().map(|row| PasswordCheck {
-        email: row.get(0),
-        hash: row.get(1),
-        wait: row.get(2),
+        email: row.get("email"),
+        hash: row.get("password_hash"),
+        retry_after_secs: row.get("retry_after_secs"),
     }))
 }
 
-/// Counts a wrong password on an address, whether or not an account has it.
-pub(crate) async fn count_failure(
+/// Counts a wrong password. If a lockout began while it was being checked, it does not count, and
+/// the seconds until the lockout ends come back; 0 otherwise.
+pub(crate) async fn record_failure(
     db: &Database,
     deadline: Deadline,
-    email: &str,
-) -> Result<(), DbError> {
-    db.execute(deadline, Sql::SignInFailuresCount, &[&email])
-        .await
-        .map(drop)
+    key: &LockoutKey,
+) -> Result<f64, DbError> {
+    let (sql, params): (_, super::Params) =
+        (Sql::LoginFailuresRecord, &[&key.account, &key.network]);
+    let rows = db.write(deadline, sql, params).await?;
+    Ok(rows.first().map_or(0.0, |row| row.get("retry_after_secs")))
+}
+
+/// Lifts every lockout of an account.
+pub(crate) async fn clear_failures(
+    db: &Database,
+    deadline: Deadline,
+    id: Uuid,
+) -> Result<u64, DbError> {
+    db.execute(deadline, Sql::LoginFailuresClear, &[&id]).await
 }
 
 /// Replaces the hash that was verified, ends every session but `keep` and revokes the tokens of that

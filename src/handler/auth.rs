@@ -5,8 +5,9 @@ use log::info;
 use serde::Serialize;
 
 use crate::auth::password::check_length;
+use crate::auth::throttle::client_network;
 use crate::db::sessions::{self, Revocation, SessionState};
-use crate::db::users::{self, NewSession};
+use crate::db::users::{self, LockoutKey, NewSession};
 use crate::error::{Error, Refused};
 use crate::guard::SignedIn;
 use crate::labels::{LoginFailure, RevocationCause, TokenRejection};
@@ -14,9 +15,9 @@ use crate::model::{Email, User};
 use crate::request::{Body, Call, Members};
 use crate::response::{self, Response};
 
-/// How often an attempt is checked anew because the hash changed while it was checked: once for
-/// another sign-in that renewed it, and once to spare.
-const CHECKS: usize = 3;
+/// How often an attempt is checked because the hash changed while it was checked: once more for
+/// another login that renewed it, and once to spare. A lockout that begins meanwhile shows as well.
+const MAX_ATTEMPTS: usize = 3;
 
 /// The token response of RFC 6749 section 5.1 with the user beside it.
 #[derive(Serialize)]
@@ -44,10 +45,10 @@ pub(crate) async fn register(call: &Call<'_>, body: Body<'_>) -> Result<Response
     let hash = call
         .app
         .passwords
-        .hash(password, &email, "/password", deadline)
+        .hash(password, email.as_str(), "/password", deadline)
         .await?;
     let user_agent = call.user_agent();
-    let session = call.app.new_session(user_agent.as_deref());
+    let session = call.app.new_session(user_agent.as_deref(), call.client);
     let user = users::register(&call.app.database, deadline, &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
     let response = tokens(call, StatusCode::CREATED, &user, session.state())?;
@@ -63,15 +64,15 @@ pub(crate) async fn login(call: &Call<'_>, body: Body<'_>) -> Result<Response, E
     let Ok(email) = Email::parse(&email) else {
         // No account can have it, but the answer takes as long.
         let deadline = call.password_deadline();
-        call.app.passwords.verify(password, None, deadline).await?;
+        call.app.passwords.verify(&password, None, deadline).await?;
         return Err(Error::Unauthenticated(Refused::Credentials(
             LoginFailure::InvalidEmail,
         )));
     };
     call.email.get_or_init(|| email.clone());
     let user_agent = call.user_agent();
-    let session = call.app.new_session(user_agent.as_deref());
-    let user = sign_in(call, &email, password, &session).await?;
+    let session = call.app.new_session(user_agent.as_deref(), call.client);
+    let user = sign_in(call, &email, &password, &session).await?;
     call.app.metrics.count_login();
     tokens(call, StatusCode::OK, &user, session.state())
 }
@@ -79,32 +80,25 @@ pub(crate) async fn login(call: &Call<'_>, body: Body<'_>) -> Result<Response, E
 async fn sign_in(
     call: &Call<'_>,
     email: &Email,
-    password: String,
+    password: &str,
     session: &NewSession<'_>,
 ) -> Result<User, Error> {
     let database = &call.app.database;
     let deadline = call.password_deadline();
-    let _turn = call
-        .app
-        .accounts
-        .wait(email.as_str().to_owned(), deadline)
-        .await?;
-    for _ in 0..CHECKS {
-        let attempt = users::for_sign_in(database, deadline, email).await?;
-        refuse_while_blocked(attempt.wait)?;
-        let hash = attempt.account.as_ref().map(|(_, hash)| hash.as_str());
-        let verdict = call
-            .app
-            .passwords
-            .verify(password.clone(), hash, deadline)
-            .await?;
+    let key = LockoutKey::login(email, session.network.clone());
+    let _permit = call.app.login_slots.acquire(key.clone(), deadline).await?;
+    for _ in 0..MAX_ATTEMPTS {
+        let record = users::for_login(database, deadline, &key).await?;
+        check_lockout(record.retry_after_secs)?;
+        let hash = record.account.as_ref().map(|(_, hash)| hash.as_str());
+        let verdict = call.app.passwords.verify(password, hash, deadline).await?;
         let reason = if hash.is_some() {
             LoginFailure::WrongPassword
         } else {
             LoginFailure::UnknownAccount
         };
-        let Some((id, hash)) = attempt.account.filter(|_| verdict.right) else {
-            users::count_failure(database, deadline, email.as_str()).await?;
+        let Some((id, hash)) = record.account.filter(|_| verdict.right) else {
+            check_lockout(users::record_failure(database, deadline, &key).await?)?;
             return Err(Error::Unauthenticated(Refused::Credentials(reason)));
         };
         let keep = verdict.renewed.as_deref().unwrap_or(&hash);
@@ -135,6 +129,7 @@ pub(crate) async fn refresh(call: &Call<'_>, body: Body<'_>) -> Result<Response,
         claims.sid,
         claims.generation,
         lifetimes,
+        &client_network(call.client).to_string(),
     )
     .await?;
     let Some((user, session)) = used else {
@@ -203,8 +198,8 @@ pub(crate) async fn delete_me(
     let mut members = body.object().await?;
     let password = members.text("/password");
     let password = members.end_with(password)?;
-    for _ in 0..CHECKS {
-        let (_, hash) = confirm(call, &user, password.clone()).await?;
+    for _ in 0..MAX_ATTEMPTS {
+        let (_, hash) = confirm(call, &user, &password).await?;
         let ended =
             users::delete(&call.app.database, call.password_deadline(), user.id, &hash).await?;
         if let Some(ended) = ended {
@@ -227,8 +222,8 @@ pub(crate) async fn change_password(
     let new = new_password(&mut members, "/new_password");
     let (current, new) = members.end_with(current.zip(new))?;
     let deadline = call.password_deadline();
-    for _ in 0..CHECKS {
-        let (email, verified) = confirm(call, &user, current.clone()).await?;
+    for _ in 0..MAX_ATTEMPTS {
+        let (email, verified) = confirm(call, &user, &current).await?;
         let hash = call
             .app
             .passwords
@@ -258,30 +253,21 @@ pub(crate) async fn change_password(
     Err(Error::WrongPassword)
 }
 
-/// Checks the password of somebody signed in; gives their address and the hash it was checked
-/// against. A wrong one counts as it does at a sign-in.
+/// Checks the password of a signed-in user; returns their address and the hash it was checked
+/// against. Wrong ones have a count of their own, which nobody without a token can raise.
 async fn confirm(
     call: &Call<'_>,
     user: &SignedIn,
-    password: String,
-) -> Result<(Email, String), Error> {
+    password: &str,
+) -> Result<(String, String), Error> {
     let database = &call.app.database;
     let deadline = call.password_deadline();
+    let key = LockoutKey::signed_in(user.id);
+    let _permit = call.app.login_slots.acquire(key.clone(), deadline).await?;
     let check = users::for_password_check(database, deadline, user.id)
         .await?
         .ok_or_else(no_such_user)?;
-    let email = Email::parse(&check.email)
-        .map_err(|_| Error::Internal("a stored address is none".into()))?;
-    let _turn = call
-        .app
-        .accounts
-        .wait(check.email.clone(), deadline)
-        .await?;
-    // Only now: while this waited for its turn the others may have failed.
-    let check = users::for_password_check(database, deadline, user.id)
-        .await?
-        .ok_or_else(no_such_user)?;
-    refuse_while_blocked(check.wait)?;
+    check_lockout(check.retry_after_secs)?;
     if !call
         .app
         .passwords
@@ -289,20 +275,20 @@ async fn confirm(
         .await?
         .right
     {
-        users::count_failure(database, deadline, &check.email).await?;
+        check_lockout(users::record_failure(database, deadline, &key).await?)?;
         return Err(Error::WrongPassword);
     }
-    Ok((email, check.hash))
+    Ok((check.email, check.hash))
 }
 
 fn no_such_user() -> Error {
     Error::Unauthenticated(Refused::AccessToken(TokenRejection::NoSuchUser))
 }
 
-fn refuse_while_blocked(wait: f64) -> Result<(), Error> {
-    if wait > 0.0 {
+fn check_lockout(retry_after_secs: f64) -> Result<(), Error> {
+    if retry_after_secs > 0.0 {
         return Err(Error::TooManyAttempts {
-            retry_after: wait.ceil() as u64,
+            retry_after: retry_after_secs.ceil() as u64,
             reason: LoginFailure::Throttled,
         });
     }

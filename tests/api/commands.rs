@@ -43,6 +43,15 @@ async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let ben = server.user().await;
+    let sql = server.sql().await;
+    sql.batch_execute(
+        "insert into login_failures
+         select account, network, 17, now(), now() + interval '1 hour'
+         from users, lateral (values (email, '127.0.0.1'), (email, '*'), (id::text, 'session'))
+             f (account, network)",
+    )
+    .await
+    .expect("lockouts");
     let url = server.database_url();
     let variables = [
         ("DATABASE_URL", url.as_str()),
@@ -70,7 +79,10 @@ async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
         .send()
         .await
         .problem(401, "invalid_refresh_token");
-    // Nobody else noticed.
+    // Every lockout of the account was lifted, and nobody else noticed.
+    let left = "select count(distinct account) from login_failures";
+    let left: i64 = sql.query_one(left, &[]).await.expect("a count").get(0);
+    assert_eq!(left, 2);
     server
         .get("/api/v1/auth/me")
         .bearer(&ben.access_token)

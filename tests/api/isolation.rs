@@ -63,6 +63,8 @@ async fn everything_of(server: &Server, user: &User) -> Vec<String> {
                 select r.ctid || ' ' || r.xmin || ' ' || r::text from tasks r where r.user_id = $1
                 union all
                 select r.ctid || ' ' || r.xmin || ' ' || r::text from idempotency_keys r where r.user_id = $1
+                union all
+                select r.ctid || ' ' || r.xmin || ' ' || r::text from login_networks r where r.user_id = $1
                 order by 1";
     let id = Uuid::parse_str(&user.id).unwrap();
     let rows = server.sql().await.query(rows, &[&id]).await.unwrap();
@@ -90,7 +92,7 @@ async fn every_path_with_anothers_id_is_forbidden_and_leaves_their_rows_as_they_
     let ann = server.user().await;
     let mine = ann.create_task(&server, "mine").await;
     let before = everything_of(&server, &bob).await;
-    assert_eq!(before.len(), 5);
+    assert_eq!(before.len(), 6);
 
     let unknown = Uuid::now_v7().to_string();
     let ids = [&open, &done, &mine].map(|task| task["id"].as_str().unwrap());

@@ -38,6 +38,7 @@ mod validation;
 mod auth;
 mod hashing;
 mod isolation;
+mod lockout;
 mod log;
 mod password_change;
 mod passwords;

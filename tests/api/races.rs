@@ -411,7 +411,13 @@ async fn a_task_created_beside_the_end_of_the_account_is_no_orphan() {
             if created.status != 201 {
                 created.problem(401, "invalid_token");
             }
-            for table in ["users", "tasks", "sessions", "idempotency_keys"] {
+            for table in [
+                "users",
+                "tasks",
+                "sessions",
+                "idempotency_keys",
+                "login_networks",
+            ] {
                 assert_eq!(count(&here, table).await, 0, "{table}");
             }
         }

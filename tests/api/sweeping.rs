@@ -46,15 +46,16 @@ pub(crate) async fn age(
 }
 
 /// The tables that time makes rows of useless.
-const SWEPT: [&str; 4] = [
+const SWEPT: [&str; 5] = [
     "sessions",
     "revocations",
-    "sign_in_failures",
+    "login_failures",
+    "login_networks",
     "idempotency_keys",
 ];
 
-async fn counts(sql: &tokio_postgres::Client) -> [i64; 4] {
-    let mut counts = [0; 4];
+async fn counts(sql: &tokio_postgres::Client) -> [i64; 5] {
+    let mut counts = [0; 5];
     for (count, table) in counts.iter_mut().zip(SWEPT) {
         *count = sql
             .query_one(&format!("select count(*) from {table}"), &[])
@@ -102,7 +103,7 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
         age(&sql, table, "91 days", "true").await;
     }
     let live = leave_traces(&first).await;
-    assert_eq!(counts(&sql).await, [3, 3, 3, 3]);
+    assert_eq!(counts(&sql).await, [3, 3, 3, 3, 3]);
 
     // Another instance, started and left alone: an idle service asks nothing of its database,
     // so that one that sleeps when it is idle can.
@@ -110,12 +111,12 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
     let second = Server::listening(&[("DATABASE_URL", &first.database_url())]).await;
     let until = Instant::now() + Duration::from_millis(1500);
     while Instant::now() < until {
-        assert_eq!(counts(&sql).await, [3, 3, 3, 3]);
+        assert_eq!(counts(&sql).await, [3, 3, 3, 3, 3]);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 
     let deadline = Instant::now() + Duration::from_secs(15);
-    while counts(&sql).await != [1, 1, 1, 1] {
+    while counts(&sql).await != [1, 1, 1, 1, 1] {
         assert!(
             Instant::now() < deadline,
             "{:?} are left of {SWEPT:?}",
@@ -160,8 +161,8 @@ async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
     let first = Server::start().await;
     let sql = first.sql().await;
     sql.batch_execute(
-        "insert into sign_in_failures (email, failures, last_failure_at)
-         select n || '@example.com', 1, now() - interval '25 hours' from generate_series(1, 3000) n;
+        "insert into login_failures (account, network, failures, last_failure_at)
+         select n || '@example.com', '192.0.2.1', 1, now() - interval '25 hours' from generate_series(1, 3000) n;
          insert into revocations (session_id, ended_at)
          select gen_random_uuid(), now() - interval '2 days' from generate_series(1, 3000)",
     )
@@ -178,7 +179,7 @@ async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
             .send()
             .await
             .expect(200);
-        let [_, revocations, failures, _] = counts(&sql).await;
+        let [_, revocations, failures, ..] = counts(&sql).await;
         if revocations == 0 && failures == 0 {
             break;
         }

@@ -82,7 +82,7 @@ async fn ratio_of_times(server: &Server, known: &str, rounds: usize) -> f64 {
     let mut times = [Vec::new(), Vec::new()];
     for round in 0..rounds {
         // Or the tenth guess would be the last one that is checked.
-        sql.execute("delete from sign_in_failures", &[])
+        sql.execute("delete from login_failures", &[])
             .await
             .expect("a clean slate");
         let unknown = format!("{round}@example.com");

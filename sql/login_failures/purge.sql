@@ -1,0 +1,7 @@
+-- Deletes a batch of failures that are a day old.
+-- No parameters.
+delete from login_failures
+where ctid = any(array(
+    select ctid from login_failures
+    where last_failure_at < now() - interval '24 hours'
+    limit 500 for update skip locked))

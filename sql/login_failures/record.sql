@@ -1,0 +1,39 @@
+-- Counts a failed attempt for its network and, in a login from a network that the account does not
+-- use, for all such networks together. The tenth failure in a row from a network and each after it
+-- blocks that network for 30 s, doubling to an hour; the hundredth from unused networks blocks
+-- those for a day. An attempt that finds such a block begun while it was being checked does not
+-- count; the row gives the seconds until that block ends, 0 if there was none.
+-- $1 the e-mail, or the user id of a signed-in user, $2 the network, or 'session'
+with due as (
+    select $2::text as network
+    union all
+    select '*'
+    where $2 <> 'session'
+      and not exists (
+          select from users u
+          join login_networks n on n.user_id = u.id
+          where u.email = $1 and n.network = $2
+            and n.last_used_at > clock_timestamp() - interval '30 days')
+), counted as (
+    insert into login_failures as f (account, network, failures, last_failure_at)
+    select $1, network, 1, clock_timestamp() from due
+    on conflict (account, network) do update
+    set failures = case when f.last_failure_at < clock_timestamp() - interval '24 hours'
+                        then 1 else f.failures + 1 end,
+        last_failure_at = clock_timestamp(),
+        blocked_until = clock_timestamp()
+            + case when f.last_failure_at < clock_timestamp() - interval '24 hours' then null
+                   when f.network = '*' and f.failures >= 99 then interval '24 hours'
+                   when f.network <> '*' and f.failures >= 9
+                   then least(30 * power(2, least(f.failures - 9, 7)), 3600) * interval '1 second'
+              end
+    where f.blocked_until is null or f.blocked_until <= clock_timestamp()
+    returning network
+)
+select case when (select count(*) from counted) = (select count(*) from due) then 0
+            -- A block that began this very moment is not visible here.
+            else coalesce(greatest(1, (
+                select extract(epoch from max(f.blocked_until) - clock_timestamp())
+                from login_failures f
+                where f.account = $1 and f.network in (select network from due))), 1)
+       end::float8 as retry_after_secs

@@ -1,0 +1,15 @@
+-- What a login needs: always one row, with the account where there is one and the seconds for
+-- which attempts on this address, known or not, are refused from this network.
+-- $1 e-mail, $2 network
+select u.id, u.password_hash,
+       coalesce((
+           select extract(epoch from max(f.blocked_until) - clock_timestamp())
+           from login_failures f
+           where f.account = request.email
+             and f.network = any(array[$2, case when n.user_id is null then '*' end])), 0)::float8
+           as retry_after_secs
+from (select $1::text as email) request
+left join users u on u.email = request.email
+left join login_networks n
+       on n.user_id = u.id and n.network = $2
+      and n.last_used_at > clock_timestamp() - interval '30 days'

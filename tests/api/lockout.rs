@@ -1,0 +1,307 @@
+//! Failed logins are counted by account and client network: nobody's guesses lock out the networks
+//! that the owner uses, and no count says whether there is an account.
+
+use serde_json::json;
+
+use crate::auth::{ANOTHER_PASSWORD, delete_account, login};
+use crate::harness::{PASSWORD, Response, Server, User, until};
+use crate::sweeping::age;
+use crate::throttling::{pass, wait_of};
+
+/// A service that believes the `X-Forwarded-For` of these tests.
+async fn server() -> Server {
+    Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await
+}
+
+/// The n-th address of a botnet, each in a network of its own.
+fn stranger(n: usize) -> String {
+    if n.is_multiple_of(2) {
+        format!("198.51.100.{}", n / 2)
+    } else {
+        format!("2001:db8:0:{n:x}::{n:x}")
+    }
+}
+
+async fn login_from(server: &Server, client: &str, email: &str, password: &str) -> Response {
+    server
+        .post("/api/v1/auth/login")
+        .header("x-forwarded-for", client)
+        .json(json!({"email": email, "password": password}))
+        .send()
+        .await
+}
+
+async fn refresh_from(server: &Server, client: &str, token: &str) -> Response {
+    server
+        .post("/api/v1/auth/refresh")
+        .header("x-forwarded-for", client)
+        .json(json!({"refresh_token": token}))
+        .send()
+        .await
+}
+
+/// Wrong guesses in a row, each of them checked.
+async fn wrong(server: &Server, client: &str, email: &str, times: usize) {
+    for _ in 0..times {
+        login_from(server, client, email, ANOTHER_PASSWORD)
+            .await
+            .problem(401, "invalid_credentials");
+    }
+}
+
+/// As if so many strangers had guessed before.
+async fn add_strangers(server: &Server, email: &str, failures: i32) {
+    let changed = server
+        .sql()
+        .await
+        .execute(
+            "update login_failures set failures = failures + $2 where account = $1 and network = '*'",
+            &[&email, &failures],
+        )
+        .await
+        .expect("the count of all strangers");
+    assert_eq!(changed, 1, "nobody guessed at {email} before");
+}
+
+/// Ann, who registered at home.
+async fn ann_at_home(server: &Server) -> User {
+    server.register("ann@example.com").await
+}
+
+/// What somebody at home is to the service: the test itself.
+const HOME: &str = "127.0.0.1";
+
+#[tokio::test]
+async fn guesses_from_one_network_lock_out_no_other() {
+    let server = server().await;
+    let ann = ann_at_home(&server).await;
+    for email in [ann.email.as_str(), "nobody@example.com"] {
+        wrong(&server, "203.0.113.1", email, 10).await;
+        wait_of(login_from(&server, "203.0.113.1", email, &ann.password).await);
+        wrong(&server, "203.0.113.2", email, 1).await;
+        // All of a /64 are one client, and nobody else is.
+        wrong(&server, "2001:db8:1:2::1", email, 5).await;
+        wrong(&server, "2001:db8:1:2:3:4:5:6", email, 5).await;
+        wait_of(login_from(&server, "2001:db8:1:2::7", email, &ann.password).await);
+        wrong(&server, "2001:db8:1:3::1", email, 1).await;
+    }
+    login_from(&server, "203.0.113.2", &ann.email, &ann.password)
+        .await
+        .expect(200);
+    login_from(&server, HOME, &ann.email, &ann.password)
+        .await
+        .expect(200);
+    // The success at home is none of the guesser's.
+    wait_of(login_from(&server, "203.0.113.1", &ann.email, &ann.password).await);
+}
+
+#[tokio::test]
+async fn a_hundred_failures_lock_out_strangers_and_not_the_owner() {
+    let server = server().await;
+    let ann = ann_at_home(&server).await;
+    let refreshed_at = stranger(900);
+    let logged_in_at = stranger(901);
+    refresh_from(&server, &refreshed_at, &ann.refresh_token)
+        .await
+        .expect(200);
+    login_from(&server, &logged_in_at, &ann.email, &ann.password)
+        .await
+        .expect(200);
+    for email in [ann.email.as_str(), "nobody@example.com"] {
+        for n in 0..3 {
+            wrong(&server, &stranger(n), email, 1).await;
+        }
+        add_strangers(&server, email, 95).await;
+        wrong(&server, &stranger(3), email, 1).await;
+        // The owner's successes do not set the strangers' count to nothing.
+        if email == ann.email {
+            for network in [HOME, &refreshed_at, &logged_in_at] {
+                wrong(&server, network, email, 1).await;
+                login_from(&server, network, email, &ann.password)
+                    .await
+                    .expect(200);
+            }
+        }
+        wrong(&server, &stranger(4), email, 1).await;
+        for client in [stranger(4), stranger(5), "203.0.113.77".to_owned()] {
+            for password in [ann.password.as_str(), ANOTHER_PASSWORD] {
+                let wait = wait_of(login_from(&server, &client, email, password).await);
+                assert!((86_000..=86_400).contains(&wait), "{wait} for {email}");
+            }
+        }
+    }
+    for network in [HOME, &refreshed_at, &logged_in_at] {
+        login_from(&server, network, &ann.email, &ann.password)
+            .await
+            .expect(200);
+        wait_of(login_from(&server, &stranger(5), &ann.email, &ann.password).await);
+    }
+    server
+        .get("/api/v1/auth/me")
+        .header("x-forwarded-for", stranger(5))
+        .bearer(&ann.access_token)
+        .send()
+        .await
+        .expect(200);
+
+    pass(&server, "24 hours 1 second").await;
+    for email in [ann.email.as_str(), "nobody@example.com"] {
+        wrong(&server, &stranger(5), email, 2).await;
+    }
+    login_from(&server, &stranger(6), &ann.email, &ann.password)
+        .await
+        .expect(200);
+}
+
+#[tokio::test]
+async fn a_network_that_was_not_used_for_thirty_days_is_a_strangers() {
+    let server = server().await;
+    let ann = ann_at_home(&server).await;
+    let sql = server.sql().await;
+    wrong(&server, &stranger(0), &ann.email, 1).await;
+    add_strangers(&server, &ann.email, 98).await;
+    age(&sql, "login_networks", "29 days 22 hours", "true").await;
+    wrong(&server, HOME, &ann.email, 1).await;
+    login_from(&server, HOME, &ann.email, &ann.password)
+        .await
+        .expect(200);
+
+    // That login was the last use.
+    age(&sql, "login_networks", "29 days 22 hours", "true").await;
+    wrong(&server, HOME, &ann.email, 1).await;
+    age(&sql, "login_networks", "3 hours", "true").await;
+    wrong(&server, HOME, &ann.email, 1).await;
+    wait_of(login_from(&server, HOME, &ann.email, &ann.password).await);
+
+    // A refresh is a use as well.
+    refresh_from(&server, HOME, &ann.refresh_token)
+        .await
+        .expect(200);
+    login_from(&server, HOME, &ann.email, &ann.password)
+        .await
+        .expect(200);
+}
+
+/// Who rotates through a large prefix fills no table.
+#[tokio::test]
+async fn an_account_has_a_hundred_networks_and_the_least_recently_used_goes() {
+    let server = server().await;
+    let ann = ann_at_home(&server).await;
+    let sql = server.sql().await;
+    sql.batch_execute(
+        "insert into login_networks (user_id, network, last_used_at)
+         select id, '192.0.2.' || n, now() - n * interval '1 day'
+         from users, generate_series(1, 20) n;
+         insert into login_networks (user_id, network, last_used_at)
+         select id, '192.0.3.' || n, now() - n * interval '1 minute'
+         from users, generate_series(1, 79) n",
+    )
+    .await
+    .expect("a hundred networks");
+    let networks = async || -> (i64, bool, bool) {
+        let row = sql
+            .query_one(
+                "select count(*), bool_or(network = '192.0.2.20'), bool_or(network = '192.0.2.19')
+                 from login_networks",
+                &[],
+            )
+            .await
+            .expect("networks");
+        (row.get(0), row.get(1), row.get(2))
+    };
+    assert_eq!(networks().await, (100, true, true));
+    // The oldest itself comes back.
+    login_from(&server, "192.0.2.20", &ann.email, &ann.password)
+        .await
+        .expect(200);
+    assert_eq!(networks().await, (100, true, true));
+    refresh_from(&server, "203.0.113.200", &ann.refresh_token)
+        .await
+        .expect(200);
+    assert_eq!(networks().await, (100, true, false));
+    login_from(&server, "203.0.113.201", &ann.email, &ann.password)
+        .await
+        .expect(200);
+    assert_eq!(networks().await.0, 100);
+}
+
+/// The same at each attempt, whatever the owner does meanwhile elsewhere; and a deleted account is
+/// as one that never was.
+#[tokio::test]
+async fn no_attempt_tells_whether_there_is_an_account() {
+    let server = server().await;
+    let ann = ann_at_home(&server).await;
+    let emails = [ann.email.as_str(), "nobody@example.com"];
+    let guess = async |client: &str| -> u16 {
+        let mut statuses = [0; 2];
+        for (status, email) in statuses.iter_mut().zip(emails) {
+            *status = login_from(&server, client, email, ANOTHER_PASSWORD)
+                .await
+                .status;
+        }
+        assert_eq!(statuses[0], statuses[1], "from {client}");
+        statuses[0]
+    };
+    for n in 0..12 {
+        if n == 6 {
+            login_from(&server, HOME, &ann.email, &ann.password)
+                .await
+                .expect(200);
+        }
+        let expected = if n < 10 { 401 } else { 429 };
+        assert_eq!(guess("203.0.113.1").await, expected, "guess {n}");
+    }
+    for email in emails {
+        add_strangers(&server, email, 85).await;
+    }
+    for n in 0..7 {
+        if n == 3 {
+            // From a network that was a stranger's until now.
+            login_from(&server, "203.0.113.99", &ann.email, &ann.password)
+                .await
+                .expect(200);
+        }
+        let expected = if n < 5 { 401 } else { 429 };
+        assert_eq!(guess(&stranger(n)).await, expected, "guess {n}");
+    }
+    delete_account(&server, &ann.access_token, &ann.password)
+        .await
+        .expect(204);
+    assert_eq!(guess("203.0.113.1").await, 429);
+    assert_eq!(guess(&stranger(7)).await, 429);
+}
+
+/// A right password that was being checked while the lockout began is refused as well.
+#[tokio::test]
+async fn a_right_password_is_refused_if_the_lockout_began_while_it_was_checked() {
+    let first = server().await;
+    let ann = ann_at_home(&first).await;
+    let sql = first.sql().await;
+    sql.batch_execute(
+        "insert into login_failures (account, network, failures, last_failure_at)
+         values ('ann@example.com', '203.0.113.1', 9, now())",
+    )
+    .await
+    .expect("nine failures");
+    // It takes long, because the hash is renewed at a higher cost before the session is made.
+    let slow = [("TRUSTED_PROXIES", "127.0.0.1"), ("BCRYPT_COST", "13")];
+    let slow = first.sibling(&slow).await;
+    let right = login_from(&slow, "203.0.113.1", &ann.email, &ann.password);
+    let lockout = async {
+        until("the login has looked for a lockout", async || {
+            let looked = "select from pg_stat_activity where datname = current_database()
+                          and state = 'idle' and query like '%users u on u.email = request.email%'";
+            !sql.query(looked, &[]).await.expect("activity").is_empty()
+        })
+        .await;
+        sql.execute(
+            "update login_failures set blocked_until = now() + interval '1 minute'",
+            &[],
+        )
+        .await
+        .expect("a lockout");
+    };
+    let (right, ()) = tokio::join!(right, lockout);
+    wait_of(right);
+    login(&first, &ann.email, PASSWORD).await.expect(200);
+}
