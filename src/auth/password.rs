@@ -9,6 +9,7 @@ use std::time::Instant;
 use log::error;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
+use unicode_normalization::UnicodeNormalization;
 
 use crate::db::Deadline;
 use crate::error::{Error, Fault};
@@ -22,6 +23,12 @@ const MAX_BYTES: usize = 72;
 /// What waits for a thread at most, by the number of threads, at a cost of 12: at a quarter of a
 /// second each the last of them is served within 8 s. Each step of the cost doubles that.
 const QUEUE_PER_THREAD: usize = 32;
+
+/// NFC, as RFC 8265 section 4.2.2 has it: keyboards differ in how they compose an accent. Everything
+/// below works on normalized passwords.
+pub(crate) fn normalize(password: &str) -> String {
+    password.nfc().collect()
+}
 
 /// The rules that need no thought: length and NUL.
 pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), Fault> {
@@ -133,7 +140,7 @@ impl Passwords {
         hash: Option<&str>,
         deadline: Deadline,
     ) -> Result<Verdict, Error> {
-        let password = password.to_owned();
+        let password = normalize(password);
         let known = hash.is_some() && is_possible(&password);
         let hash = hash
             .filter(|_| known)
@@ -212,9 +219,10 @@ fn work(jobs: &Mutex<Receiver<Job>>) {
 
 /// A new hash, for who sets a password without a server running.
 pub(crate) fn hash_checked(password: &str, email: &str, cost: u32) -> Result<String, String> {
-    check_length(password, "").map_err(|fault| fault.detail().to_owned())?;
-    check_strength(password, email).map_err(|(_, detail)| detail)?;
-    bcrypt::hash(password, cost).map_err(|error| error.to_string())
+    let password = normalize(password);
+    check_length(&password, "").map_err(|fault| fault.detail().to_owned())?;
+    check_strength(&password, email).map_err(|(_, detail)| detail)?;
+    bcrypt::hash(&password, cost).map_err(|error| error.to_string())
 }
 
 /// A hash of no password, as costly as a real one: a salt and a digest that nobody made, 22 and 31

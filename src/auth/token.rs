@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::config::{MAX_ACCESS_TTL, Secret};
 use crate::error::Error;
 use crate::labels::TokenRejection;
-use crate::model::{self, Email, User};
+use crate::model::{self, User};
 
 /// A token of ours has some 400 bytes; no honest one comes near this.
 const MAX_BYTES: usize = 4096;
@@ -168,7 +168,7 @@ fn check(claims: AccessClaims) -> Result<AccessClaims, TokenRejection> {
     if claims.sub != claims.user_id {
         return Err(TokenRejection::ClaimsMismatch);
     }
-    if Email::parse(&claims.email).is_err() {
+    if !claims.email.contains('@') {
         return Err(TokenRejection::Malformed);
     }
     if claims.iat > now() + CLOCK_LEEWAY || claims.exp < claims.iat {

@@ -4,7 +4,7 @@ use hyper::StatusCode;
 use log::info;
 use serde::Serialize;
 
-use crate::auth::password::check_length;
+use crate::auth::password::{check_length, normalize};
 use crate::auth::throttle::client_network;
 use crate::db::sessions::{self, Revocation, SessionState};
 use crate::db::users::{self, LockoutKey, NewSession};
@@ -297,7 +297,7 @@ fn check_lockout(retry_after_secs: f64) -> Result<(), Error> {
 
 /// A password that is to be kept, within the bounds; how guessable it is shows when it is hashed.
 fn new_password(members: &mut Members, pointer: &'static str) -> Option<String> {
-    let password = members.text(pointer)?;
+    let password = normalize(&members.text(pointer)?);
     match check_length(&password, pointer) {
         Ok(()) => Some(password),
         Err(fault) => {

@@ -314,6 +314,122 @@ async fn an_address_is_one_account_however_it_is_written() {
     }
 }
 
+/// One account, however its letters are composed and in whatever case they are written; what is
+/// another letter is another account.
+#[tokio::test]
+async fn an_address_is_one_account_however_unicode_writes_it() {
+    let server = Server::start().await;
+    for (registered, stored, others) in [
+        (
+            "Ange\u{301}le@example.com",
+            "angéle@example.com",
+            &["ANG\u{c9}LE@example.com", "ange\u{301}le@example.com"][..],
+        ),
+        (
+            "ΝΊΚΟΣ@example.com",
+            "νίκοσ@example.com",
+            &[
+                "νίκος@example.com",
+                "νίκοσ@example.com",
+                "Νι\u{301}κος@EXAMPLE.com",
+            ],
+        ),
+        (
+            "\u{17f}am@example.\u{212a}iwi",
+            "sam@example.kiwi",
+            &["SAM@example.kiwi"],
+        ),
+        (
+            "STRAẞE@example.com",
+            "straße@example.com",
+            &["straße@example.com"],
+        ),
+    ] {
+        let body = register(&server, registered, PASSWORD)
+            .await
+            .expect(201)
+            .json();
+        assert_eq!(body["user"]["email"], stored);
+        for other in others {
+            register(&server, other, PASSWORD)
+                .await
+                .problem(409, "email_taken");
+            let body = login(&server, other, PASSWORD).await.expect(200).json();
+            assert_eq!(body["user"]["email"], stored, "{other}");
+        }
+    }
+    for another in ["strasse@example.com", "angele@example.com"] {
+        register(&server, another, PASSWORD).await.expect(201);
+    }
+}
+
+/// Addresses from before this rule are found by it, unless that would be somebody else's.
+#[tokio::test]
+async fn addresses_that_an_older_version_stored_go_on_working() {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    let migration = crate::sql::files()
+        .into_iter()
+        .find(|(name, _)| name.contains("/V4__"))
+        .expect("the migration")
+        .1;
+    let update = &migration[migration.find("with renamed as").expect("the update")..];
+    let cases = [
+        ("an\u{200b}n@example.com", "ann@example.com"),
+        ("ange\u{301}le@example.com", "angéle@example.com"),
+        ("νίκος@example.com", "νίκοσ@example.com"),
+        ("µ\u{17f}\u{307}@example.com", "μṡ@example.com"),
+        ("α\u{345}@example.com", "ᾳ@example.com"),
+        ("straße@example.com", "straße@example.com"),
+        ("bob@example.com", "bob@example.com"),
+        ("bo\u{ad}b@example.com", "bo\u{ad}b@example.com"),
+        ("\u{2060}@example.com", "\u{2060}@example.com"),
+        ("cid\u{feff}@example.com", "cid@example.com"),
+        ("cid\u{200e}@example.com", "cid\u{200e}@example.com"),
+    ];
+    let registered = register(&server, "template@example.com", PASSWORD).await;
+    let session = registered.expect(201).json();
+    for (stored, _) in &cases {
+        sql.execute(
+            "insert into users (id, email, password_hash, created_at, updated_at)
+             select gen_random_uuid(), $1, password_hash, now() + random() * interval '1 s', now()
+             from users where email = 'template@example.com'",
+            &[stored],
+        )
+        .await
+        .expect("an account of before");
+    }
+    sql.batch_execute(update).await.expect("the migration");
+    let rows = sql
+        .query("select email from users", &[])
+        .await
+        .expect("users");
+    let emails: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    for (stored, now) in cases {
+        if stored.starts_with("cid") {
+            continue;
+        }
+        assert!(
+            emails.contains(now),
+            "{stored:?}: {now:?} is not in {emails:?}"
+        );
+        if stored.starts_with(['b', '\u{2060}']) {
+            continue;
+        }
+        login(&server, now, PASSWORD).await.expect(200);
+    }
+    // Of two that would be one, one is.
+    assert!(emails.contains("cid@example.com"));
+    assert_eq!(
+        emails
+            .iter()
+            .filter(|email| email.starts_with("cid"))
+            .count(),
+        2
+    );
+    assert_signed_in(&server, &text(&session, "access_token")).await;
+}
+
 #[tokio::test]
 async fn an_address_that_is_none_is_refused() {
     let server = Server::start().await;
@@ -335,6 +451,15 @@ async fn an_address_that_is_none_is_refused() {
         "ann@exam\u{7f}ple.com",
         "ann@exam\u{85}ple.com",
         "ann@exam\r\nple.com",
+        // Invisible: zero width, directional, soft hyphen, BOM, variation selector, tag, filler.
+        "an\u{200b}n@example.com",
+        "ann\u{200d}@example.com",
+        "\u{202e}ann@example.com",
+        "ann@example\u{ad}.com",
+        "\u{feff}ann@example.com",
+        "ann@example.com\u{fe0f}",
+        "ann\u{e0061}@example.com",
+        "ann\u{3164}@example.com",
         &too_long,
         // 254 code points, but more bytes.
         &format!("{}@example.com", "ä".repeat(254 - "@example.com".len())),

@@ -64,7 +64,62 @@ async fn passwords_have_8_code_points_to_72_bytes() {
     }
 }
 
-/// A password is what it is, to the byte.
+/// RFC 8265: a keyboard that composes an accent in another way types the same password, wherever
+/// a password is asked for; and the bounds are those of the composed one.
+#[tokio::test]
+async fn a_password_is_the_same_however_its_accents_are_composed() {
+    let server = Server::start().await;
+    let composed = "mélange-Ångström-où";
+    let decomposed = "me\u{301}lange-A\u{30a}ngstro\u{308}m-ou\u{300}";
+    register(&server, "ann@example.com", decomposed)
+        .await
+        .expect(201);
+    register(&server, "bob@example.com", composed)
+        .await
+        .expect(201);
+    for email in ["ann@example.com", "bob@example.com"] {
+        for password in [composed, decomposed, "mélange-\u{212b}ngström-où"] {
+            login(&server, email, password).await.expect(200);
+        }
+        login(&server, email, "melange-Angstrom-ou")
+            .await
+            .problem(401, "invalid_credentials");
+    }
+    let ann = server.login("ann@example.com", composed).await;
+    let next = "de\u{301}ja\u{300}-vu-encore-une-fois";
+    let changed = change_password(&server, &ann.access_token, decomposed, next).await;
+    assert!(changed.status < 300, "{}", changed.status);
+    let ann = server
+        .login("ann@example.com", "déjà-vu-encore-une-fois")
+        .await;
+    crate::auth::delete_account(&server, &ann.access_token, next)
+        .await
+        .expect(204);
+
+    // 7 code points once composed, and 72 bytes once composed.
+    let seven = "e\u{301}kV7#pQ";
+    assert_eq!(seven.chars().count(), 8);
+    register(&server, "cid@example.com", seven)
+        .await
+        .problem(422, "validation_failed");
+    let longest = format!("{}{}", "e\u{301}", &BYTES_71[..70]);
+    assert_eq!(longest.len(), 73);
+    register(&server, "cid@example.com", &longest)
+        .await
+        .expect(201);
+    login(&server, "cid@example.com", &longest)
+        .await
+        .expect(200);
+    // U+1D160 is three code points when composed, as Unicode has it: 84 bytes.
+    register(&server, "dan@example.com", &"\u{1d160}".repeat(7))
+        .await
+        .problem(422, "validation_failed");
+    login(&server, "bob@example.com", &"\u{1d160}".repeat(18))
+        .await
+        .problem(401, "invalid_credentials");
+}
+
+/// Otherwise a password is what it is, to the byte.
 #[tokio::test]
 async fn nothing_like_the_password_is_the_password() {
     let server = Server::start().await;
@@ -77,8 +132,8 @@ async fn nothing_like_the_password_is_the_password() {
         "  kV7#pQ2mÄz ",
         "  kv7#pq2mäz  ",
         "  KV7#PQ2MÄZ  ",
-        // The same to the eye: the umlaut as two code points.
-        "  kV7#pQ2mA\u{308}z  ",
+        // A letter of its own.
+        "  kV7#pQ2m\u{212b}z  ",
         "  kV7#pQ2mÄz  \0",
     ] {
         login(&server, "ann@example.com", other)
