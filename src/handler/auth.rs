@@ -217,6 +217,7 @@ pub(crate) async fn change_password(
     user: SignedIn,
     body: Body<'_>,
 ) -> Result<Response, Error> {
+    call.app.addresses.check(call.client)?;
     let mut members = body.object().await?;
     let current = members.text("/current_password");
     let new = new_password(&mut members, "/new_password");

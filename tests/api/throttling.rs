@@ -297,7 +297,7 @@ async fn knock(server: &Server, forwarded_for: &[&str]) -> u16 {
     status
 }
 
-/// Registrations, logins and refreshes draw on one allowance.
+/// Registrations, logins, refreshes and changes of password draw on one allowance.
 #[tokio::test]
 async fn from_one_address_only_so_many_attempts_a_minute() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "3")]).await;
@@ -314,6 +314,7 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
         register(&server, "bob@example.com", PASSWORD).await,
         login(&server, "ann@example.com", PASSWORD).await,
         refresh(&server, "x").await,
+        change_password(&server, &token, PASSWORD, ANOTHER_PASSWORD).await,
     ] {
         // 3 a minute: one in 20 s.
         let wait = wait_of(response);
