@@ -291,6 +291,8 @@ async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_
             count == 1
         })
         .await;
+        // The result follows the commit.
+        sleep(Duration::from_millis(100)).await;
         rig.proxy().turns(Weather::Fair);
         request.await.unwrap().expect(201);
     }
