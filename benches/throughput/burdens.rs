@@ -12,19 +12,24 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, runtime};
 
 use crate::{
     BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, PASSWORD, Result, SIGNING_IN,
-    client::{Writer, fetch, header, load, read_answer},
+    client::{Load, Writer, fetch, header, load, read_answer},
+    interrupt::check,
     processes::resident,
     work::{Draw, Person, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
 };
 
 impl Bench {
     /// Sign-ins against bare bcrypt, and what reads notice of them.
-    pub(crate) fn sign_ins(&self) -> Result<Value> {
+    pub(crate) fn sign_ins(&mut self) -> Result<()> {
         let length = self.options.seconds.max(Duration::from_secs(3));
         let cores = thread::available_parallelism()?.get();
         let workers = cores.saturating_sub(1).max(1);
         self.step("bare bcrypt");
         let bare = bare_bcrypt(workers, length)?;
+        self.report.record("sign_ins.bcrypt_cost", BCRYPT_COST)?;
+        self.report.record("sign_ins.hashing_threads", workers)?;
+        self.report
+            .record("sign_ins.bare_bcrypt_per_second", bare)?;
         let (people, address, watched) = (&self.people, self.address, self.watched());
         let sign_in = |draw: &mut Draw, out: &mut Vec<u8>| {
             let body = json!({"email": email(draw.below(USERS)), "password": PASSWORD}).to_string();
@@ -37,8 +42,14 @@ impl Bench {
         let reading = || load(address, CONNECTIONS, length, 0, &watched, &read);
         self.step("sign-ins alone");
         let alone = signing_in()?;
+        self.report
+            .record("sign_ins.alone_per_second", alone.rate())?;
+        self.report
+            .record("sign_ins.alone_to_bare_bcrypt", alone.rate() / bare)?;
+        self.report.record("sign_ins.alone_failed", alone.failed)?;
         self.step("reads alone");
         let quiet = reading()?;
+        self.report.record("sign_ins.reads_quiet", reads(&quiet))?;
         self.step(&format!("reads while {SIGNING_IN} clients sign in"));
         let (beside, during) = thread::scope(|scope| {
             let beside = scope.spawn(signing_in);
@@ -46,19 +57,12 @@ impl Bench {
             (beside.join(), during)
         });
         let (beside, during) = (beside.map_err(|_| "the sign-ins panicked")??, during?);
-        Ok(json!({
-            "bcrypt_cost": BCRYPT_COST,
-            "hashing_threads": workers,
-            "bare_bcrypt_per_second": bare,
-            "alone_per_second": alone.rate(),
-            "alone_to_bare_bcrypt": alone.rate() / bare,
-            "alone_failed": alone.failed,
-            "beside_reads_per_second": beside.rate(),
-            "beside_reads_failed": beside.failed,
-            "reads_quiet": {"requests_per_second": quiet.rate(), "p95_ms": quiet.percentile(95), "p99_ms": quiet.percentile(99)},
-            "reads_beside": {"requests_per_second": during.rate(), "p95_ms": during.percentile(95), "p99_ms": during.percentile(99), "failed": during.failed},
-            "reads_beside_to_quiet": during.rate() / quiet.rate(),
-        }))
+        let to_quiet = during.rate() / quiet.rate();
+        let report = &mut self.report;
+        report.record("sign_ins.beside_reads_per_second", beside.rate())?;
+        report.record("sign_ins.beside_reads_failed", beside.failed)?;
+        report.record("sign_ins.reads_beside", reads(&during))?;
+        report.record("sign_ins.reads_beside_to_quiet", to_quiet)
     }
 
     /// Resident memory with 2,000 connections open that each had one answer.
@@ -87,7 +91,7 @@ impl Bench {
     }
 
     /// What somebody with a million tasks pays, against somebody with a thousand.
-    pub(crate) fn growth(&self) -> Result<Value> {
+    pub(crate) fn growth(&mut self) -> Result<()> {
         let many = if self.options.quick {
             100_000
         } else {
@@ -102,15 +106,12 @@ impl Bench {
             "vacuum analyze tasks",
             "checkpoint",
         ])?;
-        let mut found = vec![
-            self.grown("a user with 1,000 tasks", small, 300_000_000, 1_000)?,
-            self.grown(
-                &format!("a user with {many} tasks"),
-                large,
-                400_000_000,
-                many,
-            )?,
-        ];
+        let mut found = Vec::new();
+        let grown = self.grown("a user with 1,000 tasks", small, 300_000_000, 1_000)?;
+        self.record_grown(&mut found, grown)?;
+        let what = format!("a user with {many} tasks");
+        let grown = self.grown(&what, large, 400_000_000, many)?;
+        self.record_grown(&mut found, grown)?;
         if self.options.growth {
             self.step("ten million tasks more");
             self.database.sql(&[
@@ -118,14 +119,16 @@ impl Bench {
                 "vacuum analyze tasks",
                 "checkpoint",
             ])?;
-            found.push(self.grown(
-                "the same, 10,000,000 tasks of others beside",
-                large,
-                400_000_000,
-                many,
-            )?);
+            let what = "the same, 10,000,000 tasks of others beside";
+            let grown = self.grown(what, large, 400_000_000, many)?;
+            self.record_grown(&mut found, grown)?;
         }
-        Ok(Value::from(found))
+        Ok(())
+    }
+
+    fn record_grown(&mut self, found: &mut Vec<Value>, grown: Value) -> Result<()> {
+        found.push(grown);
+        self.report.record("growth", &*found)
     }
 
     /// Reads, first pages and pages from the middle of one user's tasks.
@@ -176,6 +179,15 @@ impl Bench {
     }
 }
 
+fn reads(load: &Load) -> Value {
+    json!({
+        "requests_per_second": load.rate(),
+        "p95_ms": load.percentile(95),
+        "p99_ms": load.percentile(99),
+        "failed": load.failed,
+    })
+}
+
 /// Verifications per second of bcrypt alone, on as many threads as the service gives to it.
 fn bare_bcrypt(threads: usize, length: Duration) -> Result<f64> {
     let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;
@@ -184,6 +196,7 @@ fn bare_bcrypt(threads: usize, length: Duration) -> Result<f64> {
         let verify = || {
             let mut count = 0.0;
             while begin.elapsed() < length {
+                check()?;
                 bcrypt::verify(PASSWORD, &hash)?;
                 count += 1.0;
             }

@@ -16,10 +16,12 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     runtime::{self, Runtime},
+    time::timeout_at,
 };
 
 use crate::{
     Result,
+    interrupt::{check, sleep_until},
     processes::{Cpu, Watched},
     work::Draw,
 };
@@ -27,6 +29,8 @@ use crate::{
 /// As many as pgbench gets with `-j`.
 const LOAD_THREADS: usize = 2;
 const WARM_UP: Duration = Duration::from_millis(500);
+/// The last answers may come this long after the end of a load.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Writes the next request of a connection and returns the status that it should get.
 pub(crate) type Writer<'a> = dyn Fn(&mut Draw, &mut Vec<u8>) -> u16 + Sync + 'a;
@@ -39,10 +43,18 @@ pub(crate) struct Load {
     took: Vec<u32>,
     /// The other answers.
     pub(crate) failed: u64,
+    /// There was nothing left to do before the time was up.
+    pub(crate) ran_out: bool,
     pub(crate) cpu: Cpu,
 }
 
 impl Load {
+    fn add(&mut self, mut part: Load) {
+        self.took.append(&mut part.took);
+        self.failed += part.failed;
+        self.ran_out |= part.ran_out;
+    }
+
     pub(crate) fn rate(&self) -> f64 {
         self.took.len() as f64 / self.seconds
     }
@@ -70,14 +82,18 @@ pub(crate) fn load(
     let begin = Instant::now() + WARM_UP;
     let end = begin + length;
     let run = |of_thread: usize| -> Result<Load> {
-        let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
+        let runtime = runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         let mine = (of_thread..connections).step_by(LOAD_THREADS);
         let tallies =
             mine.map(|connection| converse(address, connection as u64, share, begin, end, writer));
+        let tallies = runtime.block_on(async {
+            timeout_at((end + ANSWER_TIMEOUT).into(), try_join_all(tallies)).await
+        });
         let mut all = Load::default();
-        for mut tally in runtime.block_on(try_join_all(tallies))? {
-            all.took.append(&mut tally.took);
-            all.failed += tally.failed;
+        for tally in tallies.map_err(|_| "the server does not answer")?? {
+            all.add(tally);
         }
         Ok(all)
     };
@@ -85,20 +101,20 @@ pub(crate) fn load(
         let threads: Vec<_> = (0..LOAD_THREADS)
             .map(|thread| scope.spawn(move || run(thread)))
             .collect();
-        thread::sleep(begin.saturating_duration_since(Instant::now()));
+        sleep_until(begin)?;
         let (before, from) = (watched.cpu(), Instant::now());
-        thread::sleep(end.saturating_duration_since(Instant::now()));
+        sleep_until(end)?;
         let mut all = Load {
             seconds: from.elapsed().as_secs_f64(),
             cpu: watched.cpu().since(&before),
             ..Load::default()
         };
         for thread in threads {
-            let mut part = thread
-                .join()
-                .map_err(|_| "a thread of the load panicked")??;
-            all.took.append(&mut part.took);
-            all.failed += part.failed;
+            all.add(
+                thread
+                    .join()
+                    .map_err(|_| "a thread of the load panicked")??,
+            );
         }
         all.took.sort_unstable();
         Ok(all)
@@ -126,11 +142,13 @@ pub(crate) async fn converse(
     let mut tally = Load::default();
     loop {
         let started = Instant::now();
-        if started >= end {
+        if started >= end || tally.ran_out {
             return Ok(tally);
         }
+        check()?;
         request.clear();
         let expected = writer(&mut draw, &mut request);
+        tally.ran_out = draw.count > draw.share;
         stream.write_all(&request).await?;
         let status = read_answer(&mut stream, &mut answer).await?;
         // By their end: a sign-in can wait in a queue for longer than the warm-up lasts.

@@ -8,7 +8,8 @@
 //! in its favour. pgbench asks for one task or one page with each statement, as one client does.
 //!
 //! Then: reads while 16 clients sign in, memory, start-up, and what a user with a million tasks
-//! pays. The table goes to stdout, all figures to `target/throughput.json`.
+//! pays. Every figure goes to stdout and to `target/throughput.json` as soon as it is measured; the
+//! tables follow at the end, after a failure or a signal too.
 //!
 //! | option | variable | what |
 //! |---|---|---|
@@ -23,15 +24,14 @@
 
 mod burdens;
 mod client;
+mod interrupt;
 mod processes;
 mod report;
 mod work;
 
 use std::{
     cell::Cell,
-    env,
-    error::Error,
-    fs,
+    env, fs,
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -39,20 +39,19 @@ use std::{
     time::Duration,
 };
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use client::{Load, load, serve_constant};
 use processes::{Database, Process, Watched, await_answer, free_address, resident, start_server};
-use report::{machine, median, medians, print_report};
+use report::{Pgbench, Report, Round, median};
 use work::{Person, TASKS, USERS, Work, count_victims, insert_people, insert_tasks};
 
-type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Error>;
 
 const CONNECTIONS: usize = 64;
 const SIGNING_IN: usize = 16;
 const IDLE_CONNECTIONS: usize = 2_000;
-/// Deletes need tasks to delete: enough for this rate, which no disk of ours reaches.
-const DELETES_PER_SECOND: u64 = 20_000;
 const PASSWORD: &str = "correct horse battery staple";
 const BCRYPT_COST: u32 = 12;
 const SECRET: &str = "a secret of the bench alone, of 32 bytes at least";
@@ -62,13 +61,12 @@ fn main() -> Result<()> {
     if let Some(address) = options.bare {
         return serve_constant(address);
     }
+    interrupt::watch()?;
     let mut bench = Bench::set_up(options)?;
-    let report = bench.run()?;
-    print_report(&report);
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("throughput.json");
-    fs::write(&path, serde_json::to_string_pretty(&report)?)?;
-    println!("\nAll figures: {}", path.display());
-    Ok(())
+    let outcome = bench.run();
+    eprint!("\r\x1b[K");
+    bench.report.finish(outcome.as_ref().err())?;
+    outcome
 }
 
 struct Options {
@@ -155,6 +153,9 @@ struct Bench {
     steps: usize,
     /// Where the next tasks to delete begin.
     victims: u64,
+    /// There are enough tasks to delete at this rate; doubled whenever they run out.
+    deletes_per_second: u64,
+    report: Report,
     // In the order in which they end.
     server: Process,
     other: Option<(Process, SocketAddr)>,
@@ -199,6 +200,8 @@ impl Bench {
             step: Cell::new(0),
             steps: options.steps(),
             victims: 1_000_000_000,
+            deletes_per_second: 20_000,
+            report: Report::new(&options, database.version()),
             options,
             address,
             start_ups,
@@ -222,53 +225,29 @@ impl Bench {
         Ok(())
     }
 
-    fn run(&mut self) -> Result<Value> {
+    fn run(&mut self) -> Result<()> {
         let all = self.options.only.is_empty();
-        let constant = if all { Some(self.constant()?) } else { None };
-        let mut rows = Vec::new();
+        if all {
+            self.report.record("start_up_ms", median(&self.start_ups))?;
+            self.report.record("memory_mib.idle", self.memory_idle)?;
+            self.constant()?;
+        }
         for round in 0..self.options.rounds {
             for (at, work) in self.options.work().into_iter().enumerate() {
                 // Nobody is always the one that comes first.
-                let row = self.round(work, round + at)?;
-                rows.push((work, row));
+                self.round(work, round + at)?;
             }
         }
-        let work: Vec<Value> = self
-            .options
-            .work()
-            .iter()
-            .map(|work| {
-                let rounds: Vec<&Value> = rows
-                    .iter()
-                    .filter(|row| row.0 == *work)
-                    .map(|row| &row.1)
-                    .collect();
-                json!({"work": work.name(), "median": medians(&rounds), "rounds": rounds})
-            })
-            .collect();
-        let mut report = json!({
-            "machine": machine(),
-            "postgresql": self.database.version(),
-            "seconds": self.options.seconds.as_secs(),
-            "rounds": self.options.rounds,
-            "work": work,
-        });
-        if let Some(constant) = constant {
-            let memory_loaded = resident(self.server.id());
-            let sign_ins = self.sign_ins()?;
-            let memory_connected = self.idle_connections()?;
-            let growth = self.growth()?;
-            report["burdens"] = json!({
-                "constant_answer": constant,
-                "sign_ins": sign_ins,
-                "memory_mib": {"idle": self.memory_idle, "after_the_load": memory_loaded,
-                               "idle_connections_2000": memory_connected},
-                "start_up_ms": median(&self.start_ups),
-                "growth": growth,
-            });
+        if all {
+            let loaded = resident(self.server.id());
+            self.report.record("memory_mib.after_the_load", loaded)?;
+            self.sign_ins()?;
+            let connected = self.idle_connections()?;
+            self.report
+                .record("memory_mib.idle_connections_2000", connected)?;
+            self.growth()?;
         }
-        eprint!("\r\x1b[K");
-        Ok(report)
+        Ok(())
     }
 
     /// The progress line.
@@ -285,7 +264,7 @@ impl Bench {
     }
 
     /// The client against a server that does nothing.
-    fn constant(&mut self) -> Result<Value> {
+    fn constant(&mut self) -> Result<()> {
         self.step("a constant answer");
         let address = free_address()?;
         let mut command = Command::new(env::current_exe()?);
@@ -304,52 +283,40 @@ impl Bench {
             &watched,
             &|draw, out| Work::Read.request(people, 0, draw, out),
         )?;
-        Ok(json!({
-            "requests_per_second": seen.rate(),
-            "server_us": seen.cost(seen.cpu.server),
-            "client_us": seen.cost(seen.cpu.client),
-        }))
+        self.report.record(
+            "constant_answer",
+            json!({
+                "requests_per_second": seen.rate(),
+                "server_us": seen.cost(seen.cpu.server),
+                "client_us": seen.cost(seen.cpu.client),
+            }),
+        )
     }
 
     /// One kind of work, by everybody; `first` says who begins.
-    fn round(&mut self, work: Work, first: usize) -> Result<Value> {
-        let (mut service, mut pgbench, mut other) = (None, None, None);
-        let parts = if self.other.is_some() { 3 } else { 2 };
+    fn round(&mut self, work: Work, first: usize) -> Result<()> {
+        let mut round = Round::default();
+        let outcome = self.measure(work, first, &mut round);
+        self.report.record_round(work, &round)?;
+        outcome
+    }
+
+    fn measure(&mut self, work: Work, first: usize, round: &mut Round) -> Result<()> {
+        let other = self.other.as_ref();
+        let other = other.map(|(process, address)| (process.id(), *address));
+        let parts = if other.is_some() { 3 } else { 2 };
         for turn in first..first + parts {
             match turn % parts {
-                0 => service = Some(self.service(work, self.server.id(), self.address)?),
-                1 => pgbench = Some(self.pgbench(work)?),
+                0 => round.service = Some(self.service(work, self.server.id(), self.address)?),
+                1 => round.pgbench = Some(self.pgbench(work)?),
                 _ => {
-                    if let Some((process, address)) = &self.other {
-                        other = Some(self.service(work, process.id(), *address)?);
+                    if let Some((process, address)) = other {
+                        round.other = Some(self.service(work, process, address)?);
                     }
                 }
             }
         }
-        let (Some(service), Some(pgbench)) = (service, pgbench) else {
-            return Err("a round without one of its parts".into());
-        };
-        let figures = |load: &Load| {
-            json!({
-                "ratio": load.rate() / pgbench.0,
-                "requests_per_second": load.rate(),
-                "pgbench_per_second": pgbench.0,
-                "p50_ms": load.percentile(50),
-                "p95_ms": load.percentile(95),
-                "p99_ms": load.percentile(99),
-                "server_us": load.cost(load.cpu.server),
-                "postgres_us": load.cost(load.cpu.postgres),
-                "pgbench_postgres_us": pgbench.1,
-                "client_us": load.cost(load.cpu.client),
-                "failed": load.failed,
-            })
-        };
-        let mut row = figures(&service);
-        if let Some(other) = &other {
-            row["to_other"] = json!(service.rate() / other.rate());
-            row["other"] = figures(other);
-        }
-        Ok(row)
+        Ok(())
     }
 
     /// Both begin with the same work behind them and none of its cost ahead. Returns how many
@@ -357,7 +324,7 @@ impl Bench {
     fn prepare(&mut self, work: Work, clients: u64, length: Duration) -> Result<u64> {
         let mut share = 0;
         if work == Work::Delete {
-            share = (length.as_secs() + 1) * DELETES_PER_SECOND / clients;
+            share = (length.as_secs() + 1) * self.deletes_per_second / clients;
             self.victims += 1_000_000_000;
             self.database
                 .sql(&[&insert_tasks(self.victims, share * clients)])?;
@@ -371,48 +338,58 @@ impl Bench {
     /// One kind of work, by the server with this process id.
     fn service(&mut self, work: Work, server: u32, address: SocketAddr) -> Result<Load> {
         self.step(&format!("{}: the service", work.name()));
-        let length = self.options.seconds;
-        let share = self.prepare(work, CONNECTIONS as u64, length)?;
-        let (people, victims) = (&self.people, self.victims);
-        let watched = Watched {
-            server: Some(server),
-            postmaster: self.database.postmaster,
-        };
-        load(
-            address,
-            CONNECTIONS,
-            length,
-            share,
-            &watched,
-            &|draw, out| work.request(people, victims, draw, out),
-        )
+        loop {
+            let length = self.options.seconds;
+            let share = self.prepare(work, CONNECTIONS as u64, length)?;
+            let (people, victims) = (&self.people, self.victims);
+            let watched = Watched {
+                server: Some(server),
+                postmaster: self.database.postmaster,
+            };
+            let load = load(
+                address,
+                CONNECTIONS,
+                length,
+                share,
+                &watched,
+                &|draw, out| work.request(people, victims, draw, out),
+            )?;
+            if !load.ran_out {
+                return Ok(load);
+            }
+            self.deletes_per_second *= 2;
+        }
     }
 
-    /// Transactions per second, and PostgreSQL's microseconds of CPU for each.
-    fn pgbench(&mut self, work: Work) -> Result<(f64, Option<f64>)> {
+    fn pgbench(&mut self, work: Work) -> Result<Pgbench> {
         self.step(&format!("{}: pgbench", work.name()));
-        let length = self.options.seconds;
-        let share = self.prepare(work, 20, length)?;
         let mix = if work == Work::Mix {
             Work::MIX.to_vec()
         } else {
             vec![(work, 1)]
         };
-        let mut scripts = Vec::new();
-        for (work, weight) in mix {
-            let path = self.directory.path().join(format!("{}.sql", work.name()));
-            fs::write(&path, work.script(self.victims, share)?)?;
-            scripts.push((path, weight));
-        }
-        let before = self.watched().cpu();
-        let (rate, done) = self.database.pgbench(&scripts, length)?;
-        let cpu = self.watched().settled().since(&before).postgres;
-        if work == Work::Delete {
-            let left = self.database.sql(&[&count_victims(self.victims)])?;
-            if share as f64 * 20.0 - left.trim().parse::<f64>()? < done {
-                return Err("pgbench ran out of tasks: raise DELETES_PER_SECOND".into());
+        loop {
+            let length = self.options.seconds;
+            let share = self.prepare(work, 20, length)?;
+            let mut scripts = Vec::new();
+            for (work, weight) in &mix {
+                let path = self.directory.path().join(format!("{}.sql", work.name()));
+                fs::write(&path, work.script(self.victims, share)?)?;
+                scripts.push((path, *weight));
             }
+            let before = self.watched().cpu();
+            let (rate, done) = self.database.pgbench(&scripts, length)?;
+            let cpu = self.watched().settled().since(&before).postgres;
+            if work == Work::Delete {
+                let left = self.database.sql(&[&count_victims(self.victims)])?;
+                // Some of its deletes have found nothing.
+                if share as f64 * 20.0 - left.trim().parse::<f64>()? < done {
+                    self.deletes_per_second *= 2;
+                    continue;
+                }
+            }
+            let postgres_us = cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / done);
+            return Ok(Pgbench { rate, postgres_us });
         }
-        Ok((rate, cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / done)))
     }
 }

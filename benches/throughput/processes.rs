@@ -9,10 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use todo_api::embedded_postgres::Postgres;
 use tokio::runtime::{self, Runtime};
 
-use crate::{BCRYPT_COST, Result, SECRET, client::fetch};
+use crate::{
+    BCRYPT_COST, Result, SECRET,
+    client::fetch,
+    interrupt::{POLL_INTERVAL, check},
+};
 
 /// `/proc` counts CPU time in these, on every architecture that Linux runs on today.
 const TICK: Duration = Duration::from_millis(10);
@@ -236,10 +241,24 @@ impl Drop for Database {
     }
 }
 
-pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .map_err(|error| format!("{:?}: {error}", command.get_program()))?;
+/// Runs a program to its end and returns what it printed.
+fn output(command: &mut Command) -> Result<String> {
+    let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = piped.stdin(Stdio::null()).spawn();
+    let child = child.map_err(|error| format!("{:?}: {error}", command.get_program()))?;
+    let pid = Pid::from_child(&child);
+    let output = thread::scope(|scope| {
+        let running = scope.spawn(|| child.wait_with_output());
+        while !running.is_finished() {
+            if check().is_err() {
+                let _ = kill_process(pid, Signal::TERM);
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+        running.join()
+    });
+    let output = output.map_err(|_| "the thread that waited for a program panicked")??;
+    check()?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
         return Err(format!("{:?} failed: {words}", command.get_program()).into());
@@ -285,6 +304,7 @@ pub(crate) fn start_server(
 pub(crate) fn await_answer(address: SocketAddr) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
+        check()?;
         let answer = fetch(address, b"GET /readyz HTTP/1.1\r\nHost: bench\r\n\r\n");
         if answer.is_ok_and(|(status, _)| status == 200) {
             return Ok(());

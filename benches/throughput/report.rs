@@ -1,10 +1,18 @@
 //! The medians and the table.
 
-use std::{fs, thread};
+use std::{
+    fmt::Display,
+    fs,
+    path::{Path, PathBuf},
+    thread,
+};
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{CONNECTIONS, IDLE_CONNECTIONS, SIGNING_IN};
+use crate::{
+    CONNECTIONS, Error, IDLE_CONNECTIONS, Options, Result, SIGNING_IN, client::Load, work::Work,
+};
 
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
@@ -13,7 +21,7 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// The median of each figure over the rounds.
-pub(crate) fn medians(rounds: &[&Value]) -> Value {
+fn medians(rounds: &[&Value]) -> Value {
     let figures = rounds[0].as_object().into_iter().flatten();
     let medians = figures.map(|(name, first)| {
         let values = rounds.iter().map(|round| &round[name]);
@@ -28,7 +36,7 @@ pub(crate) fn medians(rounds: &[&Value]) -> Value {
     Value::Object(medians.collect())
 }
 
-pub(crate) fn machine() -> Value {
+fn machine() -> Value {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu
         .lines()
@@ -41,10 +49,134 @@ pub(crate) fn machine() -> Value {
     })
 }
 
-pub(crate) fn print_report(report: &Value) {
+/// What one round of one kind of work has measured so far.
+#[derive(Default)]
+pub(crate) struct Round {
+    pub(crate) service: Option<Load>,
+    pub(crate) pgbench: Option<Pgbench>,
+    pub(crate) other: Option<Load>,
+}
+
+pub(crate) struct Pgbench {
+    /// Transactions per second.
+    pub(crate) rate: f64,
+    /// PostgreSQL's microseconds of CPU for each.
+    pub(crate) postgres_us: Option<f64>,
+}
+
+impl Round {
+    fn figures(&self, load: Option<&Load>) -> Value {
+        let (rate, pgbench) = (load.map(Load::rate), self.pgbench.as_ref());
+        json!({
+            "ratio": rate.zip(pgbench).map(|(rate, pgbench)| rate / pgbench.rate),
+            "requests_per_second": rate,
+            "pgbench_per_second": pgbench.map(|pgbench| pgbench.rate),
+            "p50_ms": load.map(|load| load.percentile(50)),
+            "p95_ms": load.map(|load| load.percentile(95)),
+            "p99_ms": load.map(|load| load.percentile(99)),
+            "server_us": load.and_then(|load| load.cost(load.cpu.server)),
+            "postgres_us": load.and_then(|load| load.cost(load.cpu.postgres)),
+            "pgbench_postgres_us": pgbench.and_then(|pgbench| pgbench.postgres_us),
+            "client_us": load.and_then(|load| load.cost(load.cpu.client)),
+            "failed": load.map(|load| load.failed),
+        })
+    }
+}
+
+/// All figures so far, in a file that is as new as the last of them.
+pub(crate) struct Report {
+    figures: Value,
+    path: PathBuf,
+}
+
+impl Report {
+    pub(crate) fn new(options: &Options, postgresql: Option<&str>) -> Self {
+        let work = options.work();
+        let work = work
+            .iter()
+            .map(|work| json!({"work": work.name(), "rounds": []}));
+        Self {
+            figures: json!({
+                "machine": machine(),
+                "postgresql": postgresql,
+                "seconds": options.seconds.as_secs(),
+                "rounds": options.rounds,
+                "complete": false,
+                "work": work.collect::<Vec<_>>(),
+            }),
+            path: Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("throughput.json"),
+        }
+    }
+
+    pub(crate) fn record_round(&mut self, work: Work, round: &Round) -> Result<()> {
+        let mut row = round.figures(round.service.as_ref());
+        if let Some(other) = &round.other {
+            let service = round.service.as_ref();
+            row["to_other"] = json!(service.map(|service| service.rate() / other.rate()));
+            row["other"] = round.figures(Some(other));
+        }
+        print_figure(
+            work.name(),
+            format_args!(
+                "{}/s, pgbench {}/s, ratio {}, p95 {} ms",
+                show(&row["requests_per_second"], 0),
+                show(&row["pgbench_per_second"], 0),
+                show(&row["ratio"], 2),
+                show(&row["p95_ms"], 2)
+            ),
+        );
+        let all = self.figures["work"].as_array_mut().into_iter().flatten();
+        for one in all.filter(|one| one["work"] == work.name()) {
+            if let Some(rounds) = one["rounds"].as_array_mut() {
+                rounds.push(row.clone());
+                one["median"] = medians(&rounds.iter().collect::<Vec<_>>());
+            }
+        }
+        self.write()
+    }
+
+    /// A figure beside the rounds; dots in its name lead into objects.
+    pub(crate) fn record(&mut self, name: &str, figure: impl Serialize) -> Result<()> {
+        let figure = serde_json::to_value(figure)?;
+        print_figure(name, &figure);
+        let place = name
+            .split('.')
+            .fold(&mut self.figures["burdens"], |object, name| {
+                &mut object[name]
+            });
+        *place = figure;
+        self.write()
+    }
+
+    /// Prints the tables, of an incomplete run too.
+    pub(crate) fn finish(&mut self, error: Option<&Error>) -> Result<()> {
+        match error {
+            None => self.figures["complete"] = true.into(),
+            Some(error) => println!("\nIncomplete: {error}"),
+        }
+        self.write()?;
+        print_report(&self.figures);
+        println!("\nAll figures: {}", self.path.display());
+        Ok(())
+    }
+
+    fn write(&self) -> Result<()> {
+        let unfinished = self.path.with_extension("json.unfinished");
+        fs::write(&unfinished, serde_json::to_string_pretty(&self.figures)?)?;
+        Ok(fs::rename(&unfinished, &self.path)?)
+    }
+}
+
+/// One line, in the place of the progress line.
+fn print_figure(name: &str, figure: impl Display) {
+    eprint!("\r\x1b[K");
+    println!("{name}: {figure}");
+}
+
+fn print_report(report: &Value) {
     let machine = &report["machine"];
     println!(
-        "{} cores, {}, Linux {}; PostgreSQL {}; medians of {} rounds of {} s; {CONNECTIONS} connections\n",
+        "\n{} cores, {}, Linux {}; PostgreSQL {}; medians of {} rounds of {} s; {CONNECTIONS} connections\n",
         machine["cores"],
         machine["cpu"].as_str().unwrap_or("CPU unknown"),
         machine["kernel"].as_str().unwrap_or("–"),
@@ -120,7 +252,7 @@ fn print_burdens(report: &Value) {
         show(&sign_ins["alone_per_second"], 1),
         show(&sign_ins["alone_to_bare_bcrypt"], 2),
         show(&sign_ins["bare_bcrypt_per_second"], 1),
-        sign_ins["hashing_threads"],
+        show(&sign_ins["hashing_threads"], 0),
         show(&sign_ins["beside_reads_per_second"], 1),
     );
     println!(
@@ -150,7 +282,7 @@ fn print_burdens(report: &Value) {
             show(&row["read_per_second"], 0),
             show(&row["list_per_second"], 0),
             show(&row["middle_page_per_second"], 0),
-            row["failed"],
+            show(&row["failed"], 0),
         );
     }
 }
