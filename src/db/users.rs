@@ -3,6 +3,7 @@
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+use super::retry::Repeat;
 use super::sessions::SessionState;
 use super::statements::Sql;
 use super::{Database, DbError, Deadline};
@@ -188,38 +189,41 @@ pub(crate) async fn change_password(
     keep: Option<Uuid>,
     lifetimes: Lifetimes,
 ) -> Result<Option<PasswordChange>, DbError> {
-    let mut held = db.hold(deadline).await?;
-    held.begin(deadline).await?;
-    let changed = held
-        .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
-        .await?;
-    let Some(user) = changed.first().map(user) else {
-        return Ok(None);
-    };
-    let (idle, max) = (lifetimes.refresh_idle, lifetimes.refresh_max);
-    let renewed = held
-        .query(
-            deadline,
-            Sql::SessionsRenew,
-            &[&id, &keep, &idle.as_secs_f64(), &max.as_secs_f64()],
-        )
-        .await?;
-    let Some(row) = renewed.first() else {
-        return Ok(None);
-    };
-    let kept = keep
-        .zip(row.get("generation"))
-        .map(|(id, generation)| SessionState {
-            id,
-            generation,
-            epoch: row.get("epoch"),
-            expires_in: row.get("expires_in"),
-        });
-    let ended = row.get("ended_ids");
-    if keep.is_none() || kept.is_some() {
-        held.commit(deadline).await?;
-    }
-    Ok(Some(PasswordChange { user, ended, kept }))
+    db.retry(deadline, Repeat::Never, || async {
+        let mut held = db.hold(deadline).await?;
+        held.begin(deadline).await?;
+        let changed = held
+            .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
+            .await?;
+        let Some(user) = changed.first().map(user) else {
+            return Ok(None);
+        };
+        let (idle, max) = (lifetimes.refresh_idle, lifetimes.refresh_max);
+        let renewed = held
+            .query(
+                deadline,
+                Sql::SessionsRenew,
+                &[&id, &keep, &idle.as_secs_f64(), &max.as_secs_f64()],
+            )
+            .await?;
+        let Some(row) = renewed.first() else {
+            return Ok(None);
+        };
+        let kept = keep
+            .zip(row.get("generation"))
+            .map(|(id, generation)| SessionState {
+                id,
+                generation,
+                epoch: row.get("epoch"),
+                expires_in: row.get("expires_in"),
+            });
+        let ended = row.get("ended_ids");
+        if keep.is_none() || kept.is_some() {
+            held.commit(deadline).await?;
+        }
+        Ok(Some(PasswordChange { user, ended, kept }))
+    })
+    .await
 }
 
 /// Deletes an account with everything of it. Gives the sessions that ended; `None` if the

@@ -250,3 +250,20 @@ async fn of_two_changes_of_password_in_one_session_one_wins() {
     assert_alive([&here, &there], &first.expect(200).json()).await;
     login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
 }
+
+/// The database ends a deadlock by rolling back the change, which waited first.
+#[tokio::test]
+async fn a_change_of_password_that_met_a_deadlock_is_made_all_the_same() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let other = Held::new(&server, "sessions", &ann.session_id).await;
+    let deadlock = async {
+        other.waiting(1).await;
+        let lock = format!("select 1 from users where id = '{}' for update", ann.id);
+        other.sql.batch_execute(&lock).await.expect("the account");
+        other.sql.batch_execute("commit").await.expect("let go");
+    };
+    let change = change_password(&server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD);
+    let (changed, ()) = tokio::join!(change, deadlock);
+    assert_alive([&server; 2], &changed.expect(200).json()).await;
+}

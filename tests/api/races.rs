@@ -17,7 +17,7 @@ const COSTLIER: (&str, &str) = ("BCRYPT_COST", "11");
 
 /// A row that somebody holds.
 pub(crate) struct Held {
-    sql: tokio_postgres::Client,
+    pub(crate) sql: tokio_postgres::Client,
     watch: tokio_postgres::Client,
 }
 
@@ -35,7 +35,7 @@ impl Held {
     }
 
     /// Waits until as many backends wait for a lock.
-    async fn waiting(&self, backends: i64) {
+    pub(crate) async fn waiting(&self, backends: i64) {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let waiting: i64 = self
