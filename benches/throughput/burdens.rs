@@ -106,12 +106,9 @@ impl Bench {
             "vacuum analyze tasks",
             "checkpoint",
         ])?;
-        let mut found = Vec::new();
-        let grown = self.grown("a user with 1,000 tasks", small, 300_000_000, 1_000)?;
-        self.record_grown(&mut found, grown)?;
+        self.grown("a user with 1,000 tasks", small, 300_000_000, 1_000)?;
         let what = format!("a user with {many} tasks");
-        let grown = self.grown(&what, large, 400_000_000, many)?;
-        self.record_grown(&mut found, grown)?;
+        self.grown(&what, large, 400_000_000, many)?;
         if self.options.growth {
             self.step("ten million tasks more");
             self.database.sql(&[
@@ -120,19 +117,13 @@ impl Bench {
                 "checkpoint",
             ])?;
             let what = "the same, 10,000,000 tasks of others beside";
-            let grown = self.grown(what, large, 400_000_000, many)?;
-            self.record_grown(&mut found, grown)?;
+            self.grown(what, large, 400_000_000, many)?;
         }
         Ok(())
     }
 
-    fn record_grown(&mut self, found: &mut Vec<Value>, grown: Value) -> Result<()> {
-        found.push(grown);
-        self.report.record("growth", &*found)
-    }
-
     /// Reads, first pages and pages from the middle of one user's tasks.
-    fn grown(&self, what: &str, user: usize, first: u64, count: u64) -> Result<Value> {
+    fn grown(&mut self, what: &str, user: usize, first: u64, count: u64) -> Result<()> {
         let person = &self.people[user];
         let middle = self.middle(person, count)?;
         let watched = self.watched();
@@ -149,13 +140,13 @@ impl Bench {
         })?;
         let list = run(&|_, out| person.request(out, "GET", "?limit=20", None, 200))?;
         let deep = run(&|_, out| person.request(out, "GET", &middle, None, 200))?;
-        Ok(json!({
-            "what": what,
+        let figures = json!({
             "failed": read.failed + list.failed + deep.failed,
             "read_per_second": read.rate(), "read_p50_ms": read.percentile(50),
             "list_per_second": list.rate(), "list_p50_ms": list.percentile(50),
             "middle_page_per_second": deep.rate(), "middle_page_p50_ms": deep.percentile(50),
-        }))
+        });
+        self.report.record(&format!("growth.{what}"), figures)
     }
 
     /// The query for a page in the middle of somebody's tasks, found by following `Link`.

@@ -65,6 +65,10 @@ pub(crate) struct Pgbench {
 }
 
 impl Round {
+    fn is_empty(&self) -> bool {
+        self.service.is_none() && self.pgbench.is_none() && self.other.is_none()
+    }
+
     fn figures(&self, load: Option<&Load>) -> Value {
         let (rate, pgbench) = (load.map(Load::rate), self.pgbench.as_ref());
         json!({
@@ -109,6 +113,9 @@ impl Report {
     }
 
     pub(crate) fn record_round(&mut self, work: Work, round: &Round) -> Result<()> {
+        if round.is_empty() {
+            return Ok(());
+        }
         let mut row = round.figures(round.service.as_ref());
         if let Some(other) = &round.other {
             let service = round.service.as_ref();
@@ -275,10 +282,10 @@ fn print_burdens(report: &Value) {
     println!(
         "| growth | read one/s | list 20/s | 20 from the middle/s | failed |\n|---|---:|---:|---:|---:|"
     );
-    for row in report["growth"].as_array().into_iter().flatten() {
+    for (what, row) in report["growth"].as_object().into_iter().flatten() {
         println!(
             "| {} | {} | {} | {} | {} |",
-            row["what"].as_str().unwrap_or_default(),
+            what,
             show(&row["read_per_second"], 0),
             show(&row["list_per_second"], 0),
             show(&row["middle_page_per_second"], 0),

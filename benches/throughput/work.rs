@@ -134,18 +134,21 @@ impl Work {
                     "false",
                     "null",
                     "null",
+                    "true",
                 ];
                 task + &owner + "\\set t random(0, 999999)\n" + &statement("update", &values)?
             }
             Work::Toggle => {
-                let values = [&user, &id, "null", "false", "null", "true", "null", "null"];
+                let values = [
+                    &user, &id, "null", "false", "null", "true", "null", "null", "true",
+                ];
                 task + &owner + &statement("update", &values)?
             }
             Work::Delete => {
                 format!(
                     "\\set i :i + 1\n\\set n {OFFSET} + {victims} + :client_id * {share} + :i\n"
                 ) + &owner
-                    + &statement("delete", &[&user, &id, "null"])?
+                    + &statement("delete", &[&user, &id, "null", "true"])?
             }
             Work::Mix => return Err("the mix is several scripts".into()),
         })
