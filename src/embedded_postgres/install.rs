@@ -61,9 +61,9 @@ impl Installation {
         };
         Err(Error(match wanted {
             Some(major) => format!(
-                "the data in {} was made by PostgreSQL {major}, which is not on this machine{there}: \
-                 install it (Debian, Ubuntu: apt install postgresql-{major}; macOS: brew install postgresql@{major}) \
-                 or take the data over with pg_upgrade",
+                "the data in {} was written by PostgreSQL {major}, which is not installed{there}: \
+                 install it as well (Debian, Ubuntu: apt install postgresql-{major}; macOS: brew install postgresql@{major}), \
+                 then move the data as docs/operations.md says under “A new major version of PostgreSQL”",
                 cluster.display()
             ),
             None => format!(

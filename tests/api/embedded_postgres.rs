@@ -455,7 +455,13 @@ async fn a_cluster_of_a_version_that_is_not_here_is_left_alone() {
     let version = directory.path().join("cluster/PG_VERSION");
     fs::write(&version, "9\n").unwrap();
     let refusal = refusal(directory.path()).await;
-    assert!(refusal.contains("was made by PostgreSQL 9,"), "{refusal}");
+    assert!(
+        refusal.contains("was written by PostgreSQL 9,"),
+        "{refusal}"
+    );
+    let recipe = "A new major version of PostgreSQL";
+    assert!(refusal.contains(recipe), "{refusal}");
+    assert!(include_str!("../../docs/operations.md").contains(&format!("### {recipe}\n")));
 }
 
 #[tokio::test]
