@@ -8,7 +8,7 @@
 // AUTH_RATE_PER_MINUTE=0. A page with plots: K6_WEB_DASHBOARD=true K6_WEB_DASHBOARD_EXPORT=load.html
 
 import { people, thresholds, trendStats } from './lib/api.js';
-import { ENDPOINTS, visit } from './lib/visit.js';
+import { ENDPOINTS, user_journey } from './lib/user_journey.js';
 
 export const options = {
   vus: Number(__ENV.VUS || 20),
@@ -20,4 +20,4 @@ export const options = {
 
 export const setup = () => people(Number(__ENV.USERS || 20));
 
-export default visit;
+export default user_journey;

@@ -4,7 +4,7 @@
 //   k6 run -e RATE=5 -e DURATION=8h k6/soak.js
 
 import { people, thresholds, trendStats } from './lib/api.js';
-import { ENDPOINTS, visit } from './lib/visit.js';
+import { ENDPOINTS, user_journey } from './lib/user_journey.js';
 
 export const options = {
   scenarios: {
@@ -17,11 +17,11 @@ export const options = {
     },
   },
   setupTimeout: '5m',
-  // A visit that nobody was free to make was not made: the service was too slow for the rate.
+  // A user_journey that nobody was free to make was not made: the service was too slow for the rate.
   thresholds: { ...thresholds(ENDPOINTS), dropped_iterations: ['count==0'] },
   summaryTrendStats: trendStats,
 };
 
 export const setup = () => people(Number(__ENV.USERS || 20));
 
-export default visit;
+export default user_journey;

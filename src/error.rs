@@ -4,12 +4,12 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 
-use crate::db::{DbError, describe};
+use crate::db::{DbError, error_message};
+use crate::domain::ValidationError;
 use crate::labels::{AuthFailure, LoginFailure, TokenRejection};
-use crate::model::Refusal;
 
 /// What a kind of problem is, for its clients and for its page under `/problems/`.
-pub(crate) struct Problem {
+pub(crate) struct ProblemType {
     /// Its name in the contract.
     pub(crate) code: &'static str,
     /// The HTTP status that it comes with.
@@ -25,8 +25,8 @@ pub(crate) struct Problem {
 macro_rules! problems {
     ($($name:ident = $status:literal $code:literal $title:literal $meaning:literal $advice:literal;)*) => {
         /// Every kind of problem that the service answers with.
-        pub(crate) const PROBLEMS: &[&Problem] = &[$(&$name),*];
-        $(const $name: Problem = Problem {
+        pub(crate) const PROBLEMS: &[&ProblemType] = &[$(&$name),*];
+        $(const $name: ProblemType = ProblemType {
             code: $code, status: $status, title: $title, meaning: $meaning, advice: $advice,
         };)*
     };
@@ -111,7 +111,7 @@ problems! {
 }
 
 /// The kind of problem with this code.
-pub(crate) fn problem(code: &str) -> Option<&'static Problem> {
+pub(crate) fn problem(code: &str) -> Option<&'static ProblemType> {
     PROBLEMS
         .iter()
         .copied()
@@ -120,23 +120,23 @@ pub(crate) fn problem(code: &str) -> Option<&'static Problem> {
 
 /// One fault of a request, with the place it is at.
 #[derive(Debug, Serialize)]
-pub(crate) struct Fault {
+pub(crate) struct FieldError {
     #[serde(flatten)]
-    place: Place,
+    location: ErrorLocation,
     code: &'static str,
     detail: Cow<'static, str>,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Place {
+enum ErrorLocation {
     /// A JSON pointer (RFC 6901) into the body.
     Pointer(&'static str),
     /// The name of a query parameter.
     Parameter(&'static str),
 }
 
-impl Fault {
+impl FieldError {
     /// A fault in the body; `pointer` is a JSON pointer like `/title`.
     pub(crate) fn at(
         pointer: &'static str,
@@ -144,7 +144,7 @@ impl Fault {
         detail: impl Into<Cow<'static, str>>,
     ) -> Self {
         Self {
-            place: Place::Pointer(pointer),
+            location: ErrorLocation::Pointer(pointer),
             code,
             detail: detail.into(),
         }
@@ -156,14 +156,14 @@ impl Fault {
     }
 
     /// A value of the body that the model refused.
-    pub(crate) fn refused(pointer: &'static str, refusal: Refusal) -> Self {
+    pub(crate) fn refused(pointer: &'static str, refusal: ValidationError) -> Self {
         Self::at(pointer, refusal.code, refusal.detail)
     }
 
     /// A fault in the query.
     pub(crate) fn parameter(name: &'static str, code: &'static str, detail: &'static str) -> Self {
         Self {
-            place: Place::Parameter(name),
+            location: ErrorLocation::Parameter(name),
             code,
             detail: detail.into(),
         }
@@ -178,7 +178,7 @@ pub(crate) enum Error {
     /// Something before the body breaks a rule.
     MalformedRequest(&'static str),
     /// Somebody was not let in, for a reason that goes to the log alone.
-    Unauthenticated(Refused),
+    Unauthenticated(AuthError),
     /// The path's user is not the token's.
     Forbidden,
     /// The password that confirms a change is wrong.
@@ -208,7 +208,7 @@ pub(crate) enum Error {
         is_patch: bool,
     },
     /// Every fault of the request.
-    Validation(Vec<Fault>),
+    Validation(Vec<FieldError>),
     /// The key was used with other values.
     IdempotencyKeyReused,
     /// Try again after so many seconds; who braked is for the log.
@@ -232,7 +232,7 @@ pub(crate) enum Error {
 
 /// Why somebody was not let in. The client learns the kind of token alone.
 #[derive(Debug)]
-pub(crate) enum Refused {
+pub(crate) enum AuthError {
     /// No bearer token.
     MissingToken,
     /// A bearer token that is no good: the reason.
@@ -266,14 +266,14 @@ impl UnsupportedBody {
 
 impl Error {
     /// The kind of problem that the client is told.
-    pub(crate) fn problem(&self) -> &'static Problem {
+    pub(crate) fn problem(&self) -> &'static ProblemType {
         match self {
             Self::MalformedJson(_) => &MALFORMED_JSON,
             Self::MalformedRequest(_) => &MALFORMED_REQUEST,
-            Self::Unauthenticated(Refused::MissingToken) => &MISSING_TOKEN,
-            Self::Unauthenticated(Refused::AccessToken(_)) => &INVALID_TOKEN,
-            Self::Unauthenticated(Refused::RefreshToken(_)) => &INVALID_REFRESH_TOKEN,
-            Self::Unauthenticated(Refused::Credentials(_)) => &INVALID_CREDENTIALS,
+            Self::Unauthenticated(AuthError::MissingToken) => &MISSING_TOKEN,
+            Self::Unauthenticated(AuthError::AccessToken(_)) => &INVALID_TOKEN,
+            Self::Unauthenticated(AuthError::RefreshToken(_)) => &INVALID_REFRESH_TOKEN,
+            Self::Unauthenticated(AuthError::Credentials(_)) => &INVALID_CREDENTIALS,
             Self::Forbidden => &FORBIDDEN,
             Self::WrongPassword => &WRONG_PASSWORD,
             Self::RegistrationClosed => &REGISTRATION_CLOSED,
@@ -302,8 +302,8 @@ impl Error {
             Self::MalformedJson(detail) => detail.clone().into(),
             Self::MalformedRequest(detail) => (*detail).into(),
             Self::UnsupportedMediaType { body, .. } => body.detail().into(),
-            Self::Validation(faults) => {
-                let details: Vec<&str> = faults.iter().map(|fault| fault.detail.as_ref()).collect();
+            Self::Validation(errors) => {
+                let details: Vec<&str> = errors.iter().map(|fault| fault.detail.as_ref()).collect();
                 details.join("; ").into()
             }
             Self::TooManyAttempts { retry_after, .. } => {
@@ -322,15 +322,15 @@ impl Error {
     /// request is safe to repeat, which this is not once it may have been executed.
     pub(crate) fn of_unrepeatable(error: DbError) -> Self {
         match error {
-            DbError::Lost(reason) => Self::OutcomeUnknown(reason),
+            DbError::ConnectionLost(reason) => Self::OutcomeUnknown(reason),
             other => other.into(),
         }
     }
 
     /// The faults, for a 422.
-    pub(crate) fn faults(&self) -> &[Fault] {
+    pub(crate) fn errors(&self) -> &[FieldError] {
         match self {
-            Self::Validation(faults) => faults,
+            Self::Validation(errors) => errors,
             _ => &[],
         }
     }
@@ -349,12 +349,12 @@ impl Error {
         let token = |reason| Some(AuthFailure::Token(reason));
         let login = |reason| Some(AuthFailure::Login(reason));
         match self {
-            Self::Unauthenticated(Refused::MissingToken) => token(TokenRejection::MissingToken),
-            Self::Unauthenticated(Refused::AccessToken(reason) | Refused::RefreshToken(reason)) => {
-                token(*reason)
-            }
+            Self::Unauthenticated(AuthError::MissingToken) => token(TokenRejection::MissingToken),
+            Self::Unauthenticated(
+                AuthError::AccessToken(reason) | AuthError::RefreshToken(reason),
+            ) => token(*reason),
             Self::Forbidden => token(TokenRejection::NotOwner),
-            Self::Unauthenticated(Refused::Credentials(reason))
+            Self::Unauthenticated(AuthError::Credentials(reason))
             | Self::TooManyAttempts { reason, .. } => login(*reason),
             Self::WrongPassword => login(LoginFailure::WrongPassword),
             _ => None,
@@ -365,11 +365,11 @@ impl Error {
 impl From<DbError> for Error {
     fn from(error: DbError) -> Self {
         match error {
-            DbError::Transient(reason) | DbError::Lost(reason) | DbError::Unavailable(reason) => {
-                Self::DatabaseUnavailable(reason)
-            }
+            DbError::Transient(reason)
+            | DbError::ConnectionLost(reason)
+            | DbError::Unavailable(reason) => Self::DatabaseUnavailable(reason),
             DbError::Overloaded => Self::Overloaded,
-            DbError::Refused(reason) => Self::Internal(describe(&reason)),
+            DbError::Refused(reason) => Self::Internal(error_message(&reason)),
         }
     }
 }

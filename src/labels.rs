@@ -22,29 +22,29 @@ labels! {
     /// Why an access token or a refresh token was rejected.
     TokenRejection {
         MissingToken = "missing_token",
-        MultipleAuthorizationHeaders = "several_authorizations",
+        MultipleAuthorizationHeaders = "multiple_authorization_headers",
         Oversized = "oversized_token",
         Malformed = "malformed_token",
         UnexpectedHeader = "unexpected_header",
         WrongAlgorithm = "wrong_algorithm",
         BadSignature = "bad_signature",
         MissingClaim = "missing_claim",
-        ClaimsMismatch = "contradictory_claims",
+        ClaimsMismatch = "claims_mismatch",
         NotYetValid = "not_yet_valid",
         LifetimeTooLong = "lifetime_too_long",
         Expired = "expired_token",
-        RevokedSession = "ended_session",
+        RevokedSession = "revoked_session",
         ReusedRefreshToken = "reused_refresh_token",
         NoSuchUser = "no_such_user",
-        NotOwner = "other_user",
+        NotOwner = "not_owner",
     }
 
     /// Why a login, or a password that confirms a change, was refused.
     LoginFailure {
         WrongPassword = "wrong_password",
         UnknownAccount = "unknown_account",
-        InvalidEmail = "no_email_address",
-        PasswordChangedConcurrently = "password_changed_meanwhile",
+        InvalidEmail = "invalid_email",
+        PasswordChangedConcurrently = "password_changed_concurrently",
         Throttled = "throttled",
         RateLimited = "rate_limited",
     }

@@ -27,28 +27,16 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod auth;
-pub mod command;
-mod conditional;
+pub mod cli;
 pub mod config;
-mod connection;
-mod connection_table;
-mod content_type;
-mod cors;
 pub mod db;
+mod domain;
 pub mod embedded_postgres;
 mod error;
-mod guard;
-mod handler;
+mod http;
 mod labels;
-pub mod logging;
-pub mod metrics;
-mod model;
-mod origin;
-mod request;
-mod response;
-mod router;
-pub mod server;
 mod shutdown;
+pub mod telemetry;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -59,44 +47,44 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 use uuid::Uuid;
 
-use auth::password::Passwords;
-use auth::revocations::Revocations;
-use auth::throttle::{
-    Addresses, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS, client_network,
+use auth::login_limits::{
+    IpRateLimiter, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS, client_network,
 };
-use auth::token::Tokens;
+use auth::password::PasswordHasher;
+use auth::revocations::Revocations;
+use auth::token::TokenIssuer;
 use config::{Config, Secret};
-use cors::Cors;
+use db::purge::Purger;
 use db::sessions::{ALL_EPOCHS, Revocation};
-use db::sweep::Sweeper;
 use db::users::{LockoutKey, NewSession};
 use db::{Database, Deadline};
 use error::Error;
-use handler::pages;
+use http::cors::Cors;
+use http::handlers::meta;
 use labels::RevocationCause;
-use logging::Complaints;
-use metrics::Metrics;
+use telemetry::logging::ThrottledLog;
+use telemetry::metrics::Metrics;
 
 /// What every handler can reach.
-pub struct App {
+pub struct AppState {
     config: Config,
     database: Database,
-    tokens: Tokens,
+    tokens: TokenIssuer,
     revocations: Arc<Revocations>,
-    passwords: Passwords,
+    passwords: PasswordHasher,
     login_slots: KeyedSemaphore<LockoutKey>,
-    addresses: Addresses,
+    ip_limiter: IpRateLimiter,
     cors: Cors,
     metrics: Arc<Metrics>,
-    complaints: Complaints,
-    sweeper: Arc<Sweeper>,
-    large_answers: Arc<Semaphore>,
-    large_by_user: KeyedSemaphore<Uuid>,
-    stopping: AtomicBool,
+    refusal_log: ThrottledLog,
+    purger: Arc<Purger>,
+    large_response_permits: Arc<Semaphore>,
+    large_response_permits_per_user: KeyedSemaphore<Uuid>,
+    shutting_down: AtomicBool,
 }
 
 /// How long ago a database that is awake has answered somebody.
-const AWAKE: Duration = Duration::from_secs(1);
+const RECENTLY_RESPONDED: Duration = Duration::from_secs(1);
 
 /// Large answers that are not read yet; at a MiB each, what they may take of the memory …
 const LARGE_ANSWERS: usize = 128;
@@ -104,9 +92,9 @@ const LARGE_ANSWERS: usize = 128;
 const LARGE_ANSWERS_PER_USER: usize = 4;
 
 /// A place among the large answers of all and of one user.
-type LargePlace = (OwnedSemaphorePermit, KeyedPermit<Uuid>);
+type LargeResponsePermit = (OwnedSemaphorePermit, KeyedPermit<Uuid>);
 
-impl App {
+impl AppState {
     /// Everything in its place; the error is one line for the operator.
     pub fn new(
         config: Config,
@@ -115,28 +103,28 @@ impl App {
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, String> {
         let lifetimes = config.lifetimes;
-        let tokens = Tokens::new(
+        let tokens = TokenIssuer::new(
             secret,
             config.jwt_secret_previous.as_ref(),
             lifetimes.access,
         )
         .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
-        let passwords = Passwords::new(config.bcrypt_cost, metrics.clone())
+        let passwords = PasswordHasher::new(config.bcrypt_cost, metrics.clone())
             .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
-        pages::declare_responses(&metrics)
+        meta::declare_responses(&metrics)
             .map_err(|error| format!("the OpenAPI document is no JSON: {error}"))?;
         Ok(Arc::new(Self {
             tokens,
             passwords,
             revocations: Arc::default(),
             login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
-            addresses: Addresses::new(config.auth_rate_per_minute),
+            ip_limiter: IpRateLimiter::new(config.auth_rate_per_minute),
             cors: Cors::new(&config.cors_origins),
-            complaints: Complaints::default(),
-            sweeper: Arc::default(),
-            large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
-            large_by_user: KeyedSemaphore::new(LARGE_ANSWERS_PER_USER),
-            stopping: AtomicBool::new(false),
+            refusal_log: ThrottledLog::default(),
+            purger: Arc::default(),
+            large_response_permits: Arc::new(Semaphore::new(LARGE_ANSWERS)),
+            large_response_permits_per_user: KeyedSemaphore::new(LARGE_ANSWERS_PER_USER),
+            shutting_down: AtomicBool::new(false),
             database,
             metrics,
             config,
@@ -145,11 +133,11 @@ impl App {
 
     /// From now on answers close their connections, and `/readyz` sends clients elsewhere.
     fn stop(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
+        self.shutting_down.store(true, Ordering::Relaxed);
     }
 
     fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Relaxed)
+        self.shutting_down.load(Ordering::Relaxed)
     }
 
     fn new_session<'a>(&self, user_agent: Option<&'a str>, client: IpAddr) -> NewSession<'a> {
@@ -163,13 +151,16 @@ impl App {
     }
 
     /// Waits for a place for one more large answer to this user.
-    async fn place_for_large(
+    async fn acquire_large_response(
         &self,
         user_id: Uuid,
         deadline: Deadline,
-    ) -> Result<LargePlace, Error> {
-        let turn = self.large_by_user.acquire(user_id, deadline).await?;
-        let place = self.large_answers.clone().acquire_owned();
+    ) -> Result<LargeResponsePermit, Error> {
+        let turn = self
+            .large_response_permits_per_user
+            .acquire(user_id, deadline)
+            .await?;
+        let place = self.large_response_permits.clone().acquire_owned();
         match timeout_at(deadline.at(), place).await {
             Ok(Ok(place)) => Ok((place, turn)),
             _ => Err(Error::Overloaded),
@@ -177,7 +168,7 @@ impl App {
     }
 
     /// Sessions that this instance has just ended: their access tokens are refused here at once.
-    fn ended(&self, cause: RevocationCause, sessions: &[Uuid]) {
+    fn record_revoked(&self, cause: RevocationCause, sessions: &[Uuid]) {
         let revocations = sessions.iter().map(|session_id| Revocation {
             session_id: *session_id,
             before_epoch: ALL_EPOCHS,
@@ -188,18 +179,18 @@ impl App {
 
     /// Sweeps old rows in the wake of a request that the database has answered, now and then: one
     /// that is asleep is not woken for it.
-    fn sweep_if_due(&self) {
-        if !self.database.answered_within(AWAKE) || !self.sweeper.is_due() {
+    fn spawn_purge_if_due(&self) {
+        if !self.database.answered_within(RECENTLY_RESPONDED) || !self.purger.is_due() {
             return;
         }
-        let (sweeper, database) = (self.sweeper.clone(), self.database.clone());
-        tokio::spawn(async move { sweeper.sweep(&database).await });
+        let (purger, database) = (self.purger.clone(), self.database.clone());
+        tokio::spawn(async move { purger.purge(&database).await });
     }
 }
 
 /// How thoroughly the tests try what parses a client's bytes: as many cases as `FUZZ_CASES` says.
 #[cfg(test)]
-fn fuzz() -> proptest::test_runner::Config {
+fn proptest_config() -> proptest::test_runner::Config {
     let cases = std::env::var("FUZZ_CASES").ok();
     proptest::test_runner::Config {
         cases: cases.and_then(|cases| cases.parse().ok()).unwrap_or(2000),

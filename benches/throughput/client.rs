@@ -22,8 +22,8 @@ use tokio::{
 use crate::{
     Result,
     interrupt::{check, sleep_until},
-    processes::{Cpu, Watched},
-    work::Draw,
+    processes::{Cpu, CpuSampler},
+    work::Rng,
 };
 
 /// As many as pgbench gets with `-j`.
@@ -33,7 +33,7 @@ const WARM_UP: Duration = Duration::from_millis(500);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Writes the next request of a connection and returns the status that it should get.
-pub(crate) type Writer<'a> = dyn Fn(&mut Draw, &mut Vec<u8>) -> u16 + Sync + 'a;
+pub(crate) type Writer<'a> = dyn Fn(&mut Rng, &mut Vec<u8>) -> u16 + Sync + 'a;
 
 /// What a load saw between the end of its warm-up and its own end.
 #[derive(Default)]
@@ -76,7 +76,7 @@ pub(crate) fn load(
     connections: usize,
     length: Duration,
     share: u64,
-    watched: &Watched,
+    watched: &CpuSampler,
     writer: &Writer,
 ) -> Result<Load> {
     let begin = Instant::now() + WARM_UP;
@@ -132,7 +132,7 @@ pub(crate) async fn converse(
 ) -> Result<Load> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    let mut draw = Draw {
+    let mut draw = Rng {
         connection,
         share,
         count: 0,

@@ -22,11 +22,11 @@
 //!
 //! CPU and memory come from `/proc`; elsewhere than on Linux those columns are empty.
 
-mod burdens;
 mod client;
 mod interrupt;
 mod processes;
 mod report;
+mod scenarios;
 mod work;
 
 use std::{
@@ -42,7 +42,9 @@ use std::{
 use serde_json::json;
 
 use client::{Load, load, serve_constant};
-use processes::{Database, Process, Watched, await_answer, free_address, resident, start_server};
+use processes::{
+    CpuSampler, Database, Process, await_answer, free_address, resident, start_server,
+};
 use report::{Pgbench, Report, Round, median};
 use work::{Person, TASKS, USERS, Work, count_victims, insert_people, insert_tasks};
 
@@ -132,13 +134,13 @@ impl Options {
     fn steps(&self) -> usize {
         let parts = if self.against.is_some() { 3 } else { 2 };
         let rounds = self.rounds * self.work().len() * parts;
-        let burdens = match (self.only.is_empty(), self.growth) {
+        let scenarios = match (self.only.is_empty(), self.growth) {
             (false, _) => 0,
             (true, false) => 7,
             (true, true) => 8,
         };
         // Filling comes first.
-        1 + rounds + burdens
+        1 + rounds + scenarios
     }
 }
 
@@ -152,7 +154,7 @@ struct Bench {
     step: Cell<usize>,
     steps: usize,
     /// Where the next tasks to delete begin.
-    victims: u64,
+    delete_range: u64,
     /// There are enough tasks to delete at this rate; doubled whenever they run out.
     deletes_per_second: u64,
     report: Report,
@@ -203,7 +205,7 @@ impl Bench {
             people: (0..USERS).map(Person::new).collect::<Result<_>>()?,
             step: Cell::new(0),
             steps: options.steps(),
-            victims: 1_000_000_000,
+            delete_range: 1_000_000_000,
             deletes_per_second: 20_000,
             report: Report::new(&options, database.version()),
             options,
@@ -260,8 +262,8 @@ impl Bench {
         eprint!("\r\x1b[K[{}/{}] {what}", self.step.get(), self.steps);
     }
 
-    fn watched(&self) -> Watched {
-        Watched {
+    fn watched(&self) -> CpuSampler {
+        CpuSampler {
             server: Some(self.server.id()),
             postmaster: self.database.postmaster,
         }
@@ -274,7 +276,7 @@ impl Bench {
         let mut command = Command::new(env::current_exe()?);
         let process = Process::spawn(command.arg("--bare").arg(address.to_string()))?;
         await_answer(address)?;
-        let watched = Watched {
+        let watched = CpuSampler {
             server: Some(process.id()),
             postmaster: None,
         };
@@ -329,9 +331,9 @@ impl Bench {
         let mut share = 0;
         if work == Work::Delete {
             share = (length.as_secs() + 1) * self.deletes_per_second / clients;
-            self.victims += 1_000_000_000;
+            self.delete_range += 1_000_000_000;
             self.database
-                .sql(&[&insert_tasks(self.victims, share * clients)])?;
+                .sql(&[&insert_tasks(self.delete_range, share * clients)])?;
         }
         if !matches!(work, Work::Read | Work::List) {
             self.database.sql(&["vacuum analyze tasks", "checkpoint"])?;
@@ -345,8 +347,8 @@ impl Bench {
         loop {
             let length = self.options.seconds;
             let share = self.prepare(work, CONNECTIONS as u64, length)?;
-            let (people, victims) = (&self.people, self.victims);
-            let watched = Watched {
+            let (people, delete_range) = (&self.people, self.delete_range);
+            let watched = CpuSampler {
                 server: Some(server),
                 postmaster: self.database.postmaster,
             };
@@ -356,7 +358,7 @@ impl Bench {
                 length,
                 share,
                 &watched,
-                &|draw, out| work.request(people, victims, draw, out),
+                &|draw, out| work.request(people, delete_range, draw, out),
             )?;
             if !load.ran_out {
                 return Ok(load);
@@ -378,14 +380,14 @@ impl Bench {
             let mut scripts = Vec::new();
             for (work, weight) in &mix {
                 let path = self.directory.path().join(format!("{}.sql", work.name()));
-                fs::write(&path, work.script(self.victims, share)?)?;
+                fs::write(&path, work.script(self.delete_range, share)?)?;
                 scripts.push((path, *weight));
             }
             let before = self.watched().cpu();
             let (rate, done) = self.database.pgbench(&scripts, length)?;
             let cpu = self.watched().settled().since(&before).postgres;
             if work == Work::Delete {
-                let left = self.database.sql(&[&count_victims(self.victims)])?;
+                let left = self.database.sql(&[&count_victims(self.delete_range)])?;
                 // Some of its deletes have found nothing.
                 if share as f64 * 20.0 - left.trim().parse::<f64>()? < done {
                     self.deletes_per_second *= 2;

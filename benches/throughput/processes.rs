@@ -46,7 +46,7 @@ impl Drop for Process {
 }
 
 /// Whose CPU time a measurement looks at, by process id.
-pub(crate) struct Watched {
+pub(crate) struct CpuSampler {
     pub(crate) server: Option<u32>,
     pub(crate) postmaster: Option<u32>,
 }
@@ -71,7 +71,7 @@ impl Cpu {
     }
 }
 
-impl Watched {
+impl CpuSampler {
     pub(crate) fn cpu(&self) -> Cpu {
         Cpu {
             server: self.server.and_then(|pid| Some(Stat::of(pid)?.own)),

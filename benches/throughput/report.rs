@@ -148,7 +148,7 @@ impl Report {
         print_figure(name, &figure);
         let place = name
             .split('.')
-            .fold(&mut self.figures["burdens"], |object, name| {
+            .fold(&mut self.figures["scenarios"], |object, name| {
                 &mut object[name]
             });
         *place = figure;
@@ -192,8 +192,8 @@ fn print_report(report: &Value) {
         report["seconds"],
     );
     print_work(&report["work"]);
-    if report["burdens"].is_object() {
-        print_burdens(&report["burdens"]);
+    if report["scenarios"].is_object() {
+        print_burdens(&report["scenarios"]);
     }
 }
 

@@ -56,8 +56,8 @@ impl Work {
     pub(crate) fn request(
         self,
         people: &[Person],
-        victims: u64,
-        draw: &mut Draw,
+        delete_range: u64,
+        draw: &mut Rng,
         out: &mut Vec<u8>,
     ) -> u16 {
         let task = draw.below(TASKS);
@@ -76,7 +76,7 @@ impl Work {
             }
             Work::Toggle => person.request(out, "PATCH", &format!("{one}/complete"), None, 200),
             Work::Delete => {
-                let victim = victims + draw.connection * draw.share + draw.count;
+                let victim = delete_range + draw.connection * draw.share + draw.count;
                 draw.count += 1;
                 people[owner(victim)].request(out, "DELETE", &format!("/{}", id(victim)), None, 204)
             }
@@ -84,7 +84,7 @@ impl Work {
                 let mut point = draw.below(100);
                 for (work, percent) in Self::MIX {
                     if point < percent {
-                        return work.request(people, victims, draw, out);
+                        return work.request(people, delete_range, draw, out);
                     }
                     point -= percent;
                 }
@@ -94,7 +94,7 @@ impl Work {
     }
 
     /// The same as a script for pgbench, around the service's own statement where that is for one.
-    pub(crate) fn script(self, victims: u64, share: u64) -> Result<String> {
+    pub(crate) fn script(self, delete_range: u64, share: u64) -> Result<String> {
         let task = format!("\\set n {OFFSET} + random(0, {})\n", TASKS - 1);
         let owner = format!("\\set u {OFFSET} + :n % {USERS}\n");
         // Ids are made of text here because pgbench's own variables are 64 bits at most.
@@ -146,7 +146,7 @@ impl Work {
             }
             Work::Delete => {
                 format!(
-                    "\\set i :i + 1\n\\set n {OFFSET} + {victims} + :client_id * {share} + :i\n"
+                    "\\set i :i + 1\n\\set n {OFFSET} + {delete_range} + :client_id * {share} + :i\n"
                 ) + &owner
                     + &statement("delete", &[&user, &id, "null", "true"])?
             }
@@ -252,7 +252,7 @@ pub(crate) fn email(n: u64) -> String {
 }
 
 /// What one connection draws its requests from.
-pub(crate) struct Draw {
+pub(crate) struct Rng {
     pub(crate) connection: u64,
     /// How many tasks to delete each connection has to itself.
     pub(crate) share: u64,
@@ -260,7 +260,7 @@ pub(crate) struct Draw {
     pub(crate) state: u64,
 }
 
-impl Draw {
+impl Rng {
     /// Xorshift: even enough to choose rows by.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.state ^= self.state << 13;

@@ -5,7 +5,7 @@
 -- for us or us for them.
 -- $1 user id, $2 the hash that was verified, $3 the hash to keep, $4 session id,
 -- $5 seconds until the session idles out, $6 user agent, $7 network
-with person as (
+with account as (
     select id, email, created_at, updated_at from users u
     where id = $1 and password_hash = $2
       and not exists (
@@ -19,19 +19,19 @@ with person as (
     for no key update
 ), renewed as (
     update users u set password_hash = $3
-    from person p
+    from account p
     where u.id = p.id and u.password_hash = $2 and $3 <> $2
 ), cleared as (
-    delete from login_failures where account = (select email from person) and network = $7
+    delete from login_failures where account = (select email from account) and network = $7
 ), session as (
     insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at, user_agent)
     select $4, id, 1, clock_timestamp(), clock_timestamp(), clock_timestamp(),
            clock_timestamp() + $5::float8 * interval '1 second', $6
-    from person
+    from account
 ), noted as (
     -- At most once an hour.
     insert into login_networks (user_id, network, last_used_at)
-    select id, $7, clock_timestamp() from person
+    select id, $7, clock_timestamp() from account
     where not exists (
         select from login_networks n
         where n.user_id = $1 and n.network = $7
@@ -48,4 +48,4 @@ with person as (
     where n.user_id = noted.user_id and n.last_used_at = oldest.last_used_at and n.network <> $7
 )
 select id, email, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
-from person
+from account

@@ -15,5 +15,5 @@ with changed as (
 )
 select c.id, c.user_id, c.title, c.description, c.completed, c.created_at, c.updated_at,
        c.id is null and $8 is not null
-           and exists (select from tasks t where t.user_id = $1 and t.id = $2) as moved_on
+           and exists (select from tasks t where t.user_id = $1 and t.id = $2) as version_mismatch
 from (select) one left join changed c on true

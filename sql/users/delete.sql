@@ -2,14 +2,14 @@
 -- writes); no row if the password was changed or a lockout began meanwhile. Failed logins at the
 -- address stay: that they were forgotten would tell that there was an account.
 -- $1 user id, $2 the hash that was verified
-with person as (
+with account as (
     delete from users where id = $1 and password_hash = $2
     and not exists (
         select from login_failures
         where account = $1::text and network = 'session' and blocked_until > clock_timestamp())
     returning id
 ), cleared as (
-    delete from login_failures where account = (select id::text from person) and network = 'session'
+    delete from login_failures where account = (select id::text from account) and network = 'session'
 )
 select (select coalesce(array_agg(s.id), '{}') from sessions s where s.user_id = $1) as session_ids
-from person
+from account

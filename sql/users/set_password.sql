@@ -1,7 +1,7 @@
 -- Replaces the hash that was verified and forgets the wrong attempts of signed-in users; no row if
 -- the password was changed or a lockout began meanwhile.
 -- $1 user id, $2 the hash that was verified, $3 the new hash
-with person as (
+with account as (
     update users
     set password_hash = $3,
         updated_at = greatest(clock_timestamp(), updated_at + interval '1 microsecond')
@@ -11,6 +11,6 @@ with person as (
           where account = $1::text and network = 'session' and blocked_until > clock_timestamp())
     returning id, email, created_at, updated_at
 ), cleared as (
-    delete from login_failures where account = (select id::text from person) and network = 'session'
+    delete from login_failures where account = (select id::text from account) and network = 'session'
 )
-select id, email, created_at, updated_at from person
+select id, email, created_at, updated_at from account

@@ -12,9 +12,9 @@ use tokio::time::timeout_at;
 use unicode_normalization::UnicodeNormalization;
 
 use crate::db::Deadline;
-use crate::error::{Error, Fault};
-use crate::logging::caught;
-use crate::metrics::Metrics;
+use crate::error::{Error, FieldError};
+use crate::telemetry::logging::catch_panic;
+use crate::telemetry::metrics::Metrics;
 
 /// OWASP ASVS 5.0, 6.2.1: eight at least. Counted in code points.
 const MIN_CHARACTERS: usize = 8;
@@ -31,7 +31,7 @@ pub(crate) fn normalize(password: &str) -> String {
 }
 
 /// The rules that need no thought: length and NUL.
-pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), Fault> {
+pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), FieldError> {
     let (code, detail) = if password.chars().count() < MIN_CHARACTERS {
         ("too_short", "the password must have at least 8 characters")
     } else if password.len() > MAX_BYTES {
@@ -47,11 +47,11 @@ pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), 
     } else {
         return Ok(());
     };
-    Err(Fault::at(pointer, code, detail))
+    Err(FieldError::at(pointer, code, detail))
 }
 
 /// Whether a password can be anybody's at all; if not, it is merely a wrong one.
-fn is_possible(password: &str) -> bool {
+fn length_ok(password: &str) -> bool {
     check_length(password, "").is_ok()
 }
 
@@ -79,20 +79,20 @@ fn check_strength(password: &str, email: &str) -> Result<(), (&'static str, Stri
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The threads that hash.
-pub(crate) struct Passwords {
+pub(crate) struct PasswordHasher {
     cost: u32,
     queue: SyncSender<Job>,
     metrics: Arc<Metrics>,
 }
 
 /// What verifying a password said.
-pub(crate) struct Verdict {
-    pub(crate) right: bool,
+pub(crate) struct Verification {
+    pub(crate) matches: bool,
     /// The hash of the same password at today's cost, where the stored one has another.
-    pub(crate) renewed: Option<String>,
+    pub(crate) rehashed: Option<String>,
 }
 
-impl Passwords {
+impl PasswordHasher {
     /// One thread less than there are cores, so that one is always left to everybody else.
     pub(crate) fn new(cost: u32, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         let threads = thread::available_parallelism()
@@ -105,7 +105,7 @@ impl Passwords {
             let jobs = jobs.clone();
             thread::Builder::new()
                 .name(format!("hash-{number}"))
-                .spawn(move || work(&jobs))?;
+                .spawn(move || worker_loop(&jobs))?;
         }
         Ok(Self {
             cost,
@@ -125,7 +125,7 @@ impl Passwords {
         let (cost, email) = (self.cost, email.to_owned());
         self.run(deadline, move || {
             check_strength(&password, &email).map_err(|(code, detail)| {
-                Error::Validation(vec![Fault::at(pointer, code, detail)])
+                Error::Validation(vec![FieldError::at(pointer, code, detail)])
             })?;
             bcrypt_hash(&password, cost)
         })
@@ -139,34 +139,34 @@ impl Passwords {
         password: &str,
         hash: Option<&str>,
         deadline: Deadline,
-    ) -> Result<Verdict, Error> {
+    ) -> Result<Verification, Error> {
         let password = normalize(password);
-        let known = hash.is_some() && is_possible(&password);
+        let known = hash.is_some() && length_ok(&password);
         let hash = hash
             .filter(|_| known)
-            .map_or_else(|| decoy(self.cost), str::to_owned);
-        let password = if is_possible(&password) {
+            .map_or_else(|| dummy_hash(self.cost), str::to_owned);
+        let password = if length_ok(&password) {
             password
         } else {
             "impossible".into()
         };
         let cost = self.cost;
         self.run(deadline, move || {
-            let right = bcrypt_verify(&password, &hash)? && known;
-            let made_at = cost_of(&hash).unwrap_or(cost);
-            if !right {
+            let matches = bcrypt_verify(&password, &hash)? && known;
+            let stored_cost = cost_of(&hash).unwrap_or(cost);
+            if !matches {
                 // A guess at an old, cheaper hash takes as long as any: each step of the cost
                 // doubles the work, so these add up to what is missing.
-                for cost in made_at..cost {
-                    bcrypt_verify(&password, &decoy(cost))?;
+                for cost in stored_cost..cost {
+                    bcrypt_verify(&password, &dummy_hash(cost))?;
                 }
             }
-            let renewed = if right && made_at != cost {
+            let rehashed = if matches && stored_cost != cost {
                 Some(bcrypt_hash(&password, cost)?)
             } else {
                 None
             };
-            Ok(Verdict { right, renewed })
+            Ok(Verification { matches, rehashed })
         })
         .await?
     }
@@ -205,20 +205,20 @@ impl Passwords {
     }
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>) {
+fn worker_loop(jobs: &Mutex<Receiver<Job>>) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else {
             return;
         };
-        if let Err(panic) = caught(job) {
+        if let Err(panic) = catch_panic(job) {
             error!("hashing a password failed: {panic}");
         }
     }
 }
 
 /// A new hash, for who sets a password without a server running.
-pub(crate) fn hash_checked(password: &str, email: &str, cost: u32) -> Result<String, String> {
+pub(crate) fn hash_new_password(password: &str, email: &str, cost: u32) -> Result<String, String> {
     let password = normalize(password);
     check_length(&password, "").map_err(|fault| fault.detail().to_owned())?;
     check_strength(&password, email).map_err(|(_, detail)| detail)?;
@@ -227,7 +227,7 @@ pub(crate) fn hash_checked(password: &str, email: &str, cost: u32) -> Result<Str
 
 /// A hash of no password, as costly as a real one: a salt and a digest that nobody made, 22 and 31
 /// characters of bcrypt's alphabet.
-fn decoy(cost: u32) -> String {
+fn dummy_hash(cost: u32) -> String {
     format!("$2b${cost:02}$abcdefghijklmnopqrstuuAbCdEfGhIjKlMnOpQrStUvWxYz01232")
 }
 
@@ -252,17 +252,17 @@ mod tests {
 
     #[test]
     fn the_bounds_are_eight_characters_and_seventy_two_bytes() {
-        assert!(!is_possible("1234567"));
-        assert!(is_possible("éééééééé"));
-        assert!(is_possible(&"é".repeat(36)));
-        assert!(!is_possible(&format!("{}x", "é".repeat(36))));
-        assert!(!is_possible("nul\0 inside"));
+        assert!(!length_ok("1234567"));
+        assert!(length_ok("éééééééé"));
+        assert!(length_ok(&"é".repeat(36)));
+        assert!(!length_ok(&format!("{}x", "é".repeat(36))));
+        assert!(!length_ok("nul\0 inside"));
     }
 
     #[test]
     fn the_decoy_is_a_hash_that_verifies_to_no() {
-        assert!(!bcrypt_verify("impossible", &decoy(10)).unwrap());
-        assert_eq!(decoy(10).len(), 60);
+        assert!(!bcrypt_verify("impossible", &dummy_hash(10)).unwrap());
+        assert_eq!(dummy_hash(10).len(), 60);
     }
 
     #[test]

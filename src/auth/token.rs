@@ -13,9 +13,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use crate::config::{MAX_ACCESS_TTL, Secret};
+use crate::domain::{self, User};
 use crate::error::Error;
 use crate::labels::TokenRejection;
-use crate::model::{self, User};
 
 /// A token of ours has some 400 bytes; no honest one comes near this.
 const MAX_BYTES: usize = 4096;
@@ -63,7 +63,7 @@ fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
         }
 
         fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Uuid, E> {
-            model::id(text).ok_or_else(|| E::custom("no id"))
+            domain::parse_id(text).ok_or_else(|| E::custom("no id"))
         }
     }
     deserializer.deserialize_str(Id)
@@ -80,7 +80,7 @@ struct KeyRing {
 }
 
 /// Makes and verifies every token.
-pub(crate) struct Tokens {
+pub(crate) struct TokenIssuer {
     access: KeyRing,
     /// The same keys, for the sign-out of somebody whose token merely expired.
     expired_access: KeyRing,
@@ -88,7 +88,7 @@ pub(crate) struct Tokens {
     access_ttl: Duration,
 }
 
-impl Tokens {
+impl TokenIssuer {
     pub(crate) fn new(
         secret: &Secret,
         previous: Option<&Secret>,
@@ -141,7 +141,7 @@ impl Tokens {
 
     /// What a good access token says, or the reason why it is none.
     pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims, TokenRejection> {
-        check(self.access.verify(token)?)
+        validate_claims(self.access.verify(token)?)
     }
 
     /// The same, whether or not it has expired.
@@ -149,7 +149,7 @@ impl Tokens {
         &self,
         token: &str,
     ) -> Result<AccessClaims, TokenRejection> {
-        check(self.expired_access.verify(token)?)
+        validate_claims(self.expired_access.verify(token)?)
     }
 
     /// What a refresh token says, or the reason why it is none. Whether it is still good, the
@@ -164,7 +164,7 @@ impl Tokens {
     }
 }
 
-fn check(claims: AccessClaims) -> Result<AccessClaims, TokenRejection> {
+fn validate_claims(claims: AccessClaims) -> Result<AccessClaims, TokenRejection> {
     if claims.sub != claims.user_id {
         return Err(TokenRejection::ClaimsMismatch);
     }
@@ -259,13 +259,13 @@ mod tests {
 
     use super::*;
 
-    fn tokens() -> Tokens {
+    fn tokens() -> TokenIssuer {
         let secret = Secret::from("a secret of the tests, 32 bytes at least".to_owned());
-        Tokens::new(&secret, None, Duration::from_secs(60)).unwrap()
+        TokenIssuer::new(&secret, None, Duration::from_secs(60)).unwrap()
     }
 
     proptest! {
-        #![proptest_config(crate::fuzz())]
+        #![proptest_config(crate::proptest_config())]
 
         #[test]
         fn what_we_did_not_sign_is_no_token(text in prop_oneof![

@@ -8,8 +8,8 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
     (
         1,
-        "people_tasks_sessions",
-        include_str!("../../sql/migrations/V1__people_tasks_sessions.sql"),
+        "initial",
+        include_str!("../../sql/migrations/V1__initial.sql"),
     ),
     (
         2,

@@ -5,16 +5,16 @@
 //! (`gather`). Every statement has a connection to itself until it is answered: what shared one with
 //! a write would wait for its fsync, and what travels together gains nothing by sharing.
 
+mod batch;
+mod connect;
 mod deadline;
-mod gather;
 mod isolation;
 mod migrations;
 mod pool;
-mod reach;
+pub(crate) mod purge;
 mod retry;
 pub(crate) mod sessions;
 mod statements;
-pub(crate) mod sweep;
 pub(crate) mod tasks;
 pub(crate) mod tls;
 pub mod url;
@@ -35,28 +35,28 @@ use tokio_postgres::error::{Severity, SqlState};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
-use crate::metrics::Metrics;
+use crate::telemetry::metrics::Metrics;
+pub use connect::{Endpoint, FatalError, Pooler, ServerInfo};
 pub use deadline::Deadline;
 pub(crate) use deadline::{AUTHENTICATION_TIMEOUT, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
 use isolation::Isolation;
-use pool::{Link, Pool, Pooled};
-pub use reach::{Found, Pooler, Refusal, Target};
+use pool::{Connection, Pool, Pooled};
 use retry::Repeat;
 use statements::Sql;
 
 type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
 /// The part of it that getting a connection may take, connecting and preparing included.
-const CONNECTION_BOUND: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A query that takes this long makes us ask whether the database is there at all.
-const SUSPICIOUS: Duration = Duration::from_secs(1);
+const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// A queue for connections that has stood this long is no burst any more …
-const STANDING: Duration = Duration::from_millis(500);
+const QUEUE_TARGET: Duration = Duration::from_millis(500);
 /// … and whoever joins it then waits no longer than this before being shed ("controlled delay":
 /// a standing queue makes everybody late and nothing faster).
-const STANDING_WAIT: Duration = Duration::from_millis(50);
+const QUEUE_SHED_AFTER: Duration = Duration::from_millis(50);
 /// Searches at a time, so that nobody's searches take the pool.
-const SEARCHES: usize = 5;
+const MAX_SEARCHES: usize = 5;
 
 /// How long the server has to confirm that it has canceled a statement.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -67,7 +67,7 @@ pub(crate) enum DbError {
     /// Rolled back or not sent; another attempt may succeed.
     Transient(String),
     /// The connection was lost while the statement ran: whether it was executed is unknown.
-    Lost(String),
+    ConnectionLost(String),
     /// The database is unavailable, or was too slow.
     Unavailable(String),
     /// All connections are busy and have been for too long.
@@ -79,11 +79,11 @@ pub(crate) enum DbError {
 impl fmt::Display for DbError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Transient(reason) | Self::Lost(reason) | Self::Unavailable(reason) => {
+            Self::Transient(reason) | Self::ConnectionLost(reason) | Self::Unavailable(reason) => {
                 f.write_str(reason)
             }
             Self::Overloaded => f.write_str("all connections are busy"),
-            Self::Refused(error) => f.write_str(&describe(error)),
+            Self::Refused(error) => f.write_str(&error_message(error)),
         }
     }
 }
@@ -96,7 +96,7 @@ impl DbError {
 }
 
 /// An error of tokio-postgres with its cause: it prints only "db error" by itself.
-pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
+pub(crate) fn error_message(error: &tokio_postgres::Error) -> String {
     match (error.as_db_error(), error.source()) {
         // Not the detail or the hint: they may quote a row.
         (Some(db), _) => format!("{} (SQLSTATE {})", db.message(), db.code().code()),
@@ -107,7 +107,7 @@ pub(crate) fn describe(error: &tokio_postgres::Error) -> String {
 
 /// Whether the server or the way to it failed, rather than the statement: the same may do better
 /// on another connection or a little later.
-fn is_lost(error: &tokio_postgres::Error) -> bool {
+fn is_connection_error(error: &tokio_postgres::Error) -> bool {
     match error.code() {
         // Operator intervention, connection exceptions, no resources (a full disk is one), a
         // standby, a forgotten prepared statement, a transaction that has to be repeated.
@@ -143,7 +143,7 @@ fn is_unknown(error: &tokio_postgres::Error) -> bool {
 }
 
 /// Whether a connection that met this error is still good.
-fn leaves_connection(error: &tokio_postgres::Error) -> bool {
+fn connection_survives(error: &tokio_postgres::Error) -> bool {
     let Some(code) = error.code() else {
         return false;
     };
@@ -161,7 +161,7 @@ pub(crate) enum State {
     /// It answers.
     Up,
     /// It does not; one task of ours asks until it does.
-    Away,
+    Down,
 }
 
 /// The database, for everybody.
@@ -169,7 +169,7 @@ pub(crate) enum State {
 pub struct Database(Arc<Inner>);
 
 struct Inner {
-    target: Target,
+    endpoint: Endpoint,
     pool: Pool,
     /// As many as connections, first come first served: the pool itself lets newcomers overtake.
     places: Arc<Semaphore>,
@@ -182,39 +182,39 @@ struct Inner {
     /// Milliseconds since `epoch`: when somebody last got a connection without waiting.
     unhindered: AtomicU64,
     isolation: Arc<Isolation>,
-    gathered: tasks::Gathered,
+    batchers: tasks::Batchers,
     metrics: Arc<Metrics>,
 }
 
 impl Database {
     /// A database that nobody has asked yet; `bring_up` makes it ready.
-    pub fn new(target: Target, pool_size: u32, metrics: Arc<Metrics>) -> Self {
+    pub fn new(endpoint: Endpoint, pool_size: u32, metrics: Arc<Metrics>) -> Self {
         Self(Arc::new_cyclic(|inner: &std::sync::Weak<Inner>| {
             let inner = inner.clone();
             let failed = move |reason| {
                 if let Some(inner) = inner.upgrade() {
-                    Database(inner).suspect(reason);
+                    Database(inner).start_probe(reason);
                 }
             };
             let isolation = Arc::<Isolation>::default();
             Inner {
                 pool: pool::build(
-                    target.clone(),
+                    endpoint.clone(),
                     pool_size,
-                    CONNECTION_BOUND,
+                    CONNECT_TIMEOUT,
                     isolation.clone(),
                     failed,
                 ),
                 isolation,
-                target,
-                places: Arc::new(Semaphore::new(pool::for_requests(pool_size) as usize)),
-                searches: Arc::new(Semaphore::new(SEARCHES.min(pool_size as usize))),
+                endpoint,
+                places: Arc::new(Semaphore::new(pool::request_capacity(pool_size) as usize)),
+                searches: Arc::new(Semaphore::new(MAX_SEARCHES.min(pool_size as usize))),
                 state: watch::Sender::new(State::Starting),
                 probing: AtomicBool::new(false),
                 epoch: Instant::now(),
                 answered: AtomicU64::new(0),
                 unhindered: AtomicU64::new(0),
-                gathered: tasks::Gathered::default(),
+                batchers: tasks::Batchers::default(),
                 metrics,
             }
         }))
@@ -222,16 +222,19 @@ impl Database {
 
     /// Where it is, without a password.
     pub(crate) fn location(&self) -> &str {
-        self.0.target.place()
+        self.0.endpoint.place()
     }
 
     /// Waits until the database answers and has our schema, with a line now and then. An error is
     /// one that waiting does not mend, or that no contact came about within `patience`.
-    pub async fn bring_up(&self, patience: Option<Duration>) -> Result<Found, Refusal> {
+    pub async fn wait_until_ready(
+        &self,
+        patience: Option<Duration>,
+    ) -> Result<ServerInfo, FatalError> {
         let begun = Instant::now();
         let mut told = None;
         loop {
-            let reason = match self.0.target.arrive().await {
+            let reason = match self.0.endpoint.connect_and_migrate().await {
                 Ok(found) => {
                     self.0.state.send_replace(State::Up);
                     self.answered();
@@ -242,20 +245,20 @@ impl Database {
                     });
                     return Ok(found);
                 }
-                Err(reach::Trouble::Refused(refusal)) => return Err(refusal),
-                Err(reach::Trouble::Away(reason)) => reason,
+                Err(connect::ConnectError::Fatal(refusal)) => return Err(refusal),
+                Err(connect::ConnectError::Transient(reason)) => reason,
             };
-            self.0.state.send_replace(State::Away);
+            self.0.state.send_replace(State::Down);
             if patience.is_some_and(|patience| begun.elapsed() > patience) {
-                let place = self.0.target.place();
-                return Err(Refusal(format!(
+                let place = self.0.endpoint.place();
+                return Err(FatalError(format!(
                     "cannot use the database at {place}: {reason}"
                 )));
             }
             if told.is_none_or(|at: Instant| at.elapsed() > Duration::from_secs(10)) {
                 warn!(
                     "waiting for the database at {}: {reason}",
-                    self.0.target.place()
+                    self.0.endpoint.place()
                 );
                 told = Some(Instant::now());
             }
@@ -275,16 +278,17 @@ impl Database {
         if since < 5000 {
             return true;
         }
-        self.ask(Deadline::after(CONNECTION_BOUND)).await.is_ok()
+        self.ask(Deadline::after(CONNECT_TIMEOUT)).await.is_ok()
     }
 
     /// One round trip over a connection of the pool.
     async fn ask(&self, deadline: Deadline) -> Result<(), DbError> {
-        let mut held = self.hold(deadline).await?;
-        held.run(deadline, |link| async move {
-            link.client().check_connection().await
-        })
-        .await
+        let mut lease = self.acquire(deadline).await?;
+        lease
+            .run(deadline, |link| async move {
+                link.client().check_connection().await
+            })
+            .await
     }
 
     /// Asks a question, again over a fresh connection if its own is lost.
@@ -310,9 +314,9 @@ impl Database {
         };
         let place = Arc::new(place);
         self.retry(deadline, Repeat::Read, || async {
-            let mut held = self.hold(deadline).await?;
-            held.search = Some(place.clone());
-            held.query(deadline, sql, params).await
+            let mut lease = self.acquire(deadline).await?;
+            lease.search = Some(place.clone());
+            lease.query(deadline, sql, params).await
         })
         .await
     }
@@ -346,8 +350,8 @@ impl Database {
         params: Params<'_>,
     ) -> Result<u64, DbError> {
         self.retry(deadline, Repeat::Never, || async {
-            let mut held = self.hold(deadline).await?;
-            held.execute(deadline, sql, params).await
+            let mut lease = self.acquire(deadline).await?;
+            lease.execute(deadline, sql, params).await
         })
         .await
     }
@@ -360,20 +364,20 @@ impl Database {
         params: Params<'_>,
     ) -> Result<Vec<Row>, DbError> {
         self.retry(deadline, repeat, || async {
-            let mut held = self.hold(deadline).await?;
-            held.query(deadline, sql, params).await
+            let mut lease = self.acquire(deadline).await?;
+            lease.query(deadline, sql, params).await
         })
         .await
     }
 
     /// A connection to keep until it is answered.
-    async fn hold(&self, deadline: Deadline) -> Result<Held, DbError> {
+    async fn acquire(&self, deadline: Deadline) -> Result<Lease, DbError> {
         let (place, pooled) = self.checkout(deadline).await?;
-        Ok(Held {
+        Ok(Lease {
             database: self.clone(),
             connection: Some((place, pooled)),
             search: None,
-            unfinished: false,
+            in_flight: false,
         })
     }
 
@@ -382,7 +386,7 @@ impl Database {
         deadline: Deadline,
     ) -> Result<(OwnedSemaphorePermit, Pooled), DbError> {
         let started = Instant::now();
-        let patience = started + CONNECTION_BOUND;
+        let patience = started + CONNECT_TIMEOUT;
         let bound = deadline.at().min(patience);
         let mut state = self.0.state.subscribe();
         if *state.borrow() == State::Starting {
@@ -400,7 +404,7 @@ impl Database {
         let pooled = tokio::select! {
             biased;
             pooled = self.0.pool.get_owned() => pooled,
-            _ = state.wait_for(|state| *state == State::Away) => {
+            _ = state.wait_for(|state| *state == State::Down) => {
                 return Err(DbError::Unavailable("the database went away".into()));
             }
             () = sleep_until(bound) => Err(bb8::RunError::TimedOut),
@@ -413,7 +417,7 @@ impl Database {
             }
             Err(error) => {
                 let reason = format!("no connection: {error}");
-                self.suspect(reason.clone());
+                self.start_probe(reason.clone());
                 Err(DbError::Transient(reason))
             }
         }
@@ -427,17 +431,17 @@ impl Database {
                 .store(self.millis_at(now), Ordering::Relaxed);
             return Ok(place);
         }
-        let _waiting = self.0.metrics.db_waiting();
+        let _waiting = self.0.metrics.db_pool_waiters();
         let since = self
             .millis_at(now)
             .saturating_sub(self.0.unhindered.load(Ordering::Relaxed));
-        let stands = Duration::from_millis(since) > STANDING;
+        let stands = Duration::from_millis(since) > QUEUE_TARGET;
         let patience = match stands {
             // Connections are on their way: to a database that wakes up or is far away that takes
             // longer than any queue should stand.
-            _ if self.0.pool.is_growing() => CONNECTION_BOUND,
-            true => STANDING_WAIT,
-            false => STANDING,
+            _ if self.0.pool.is_connecting() => CONNECT_TIMEOUT,
+            true => QUEUE_SHED_AFTER,
+            false => QUEUE_TARGET,
         };
         let mut state = self.0.state.subscribe();
         tokio::select! {
@@ -445,7 +449,7 @@ impl Database {
             place = self.0.places.clone().acquire_owned() => {
                 place.map_err(|_| DbError::Unavailable("the service is stopping".into()))
             }
-            _ = state.wait_for(|state| *state == State::Away) => {
+            _ = state.wait_for(|state| *state == State::Down) => {
                 Err(DbError::Unavailable("the database went away".into()))
             }
             () = sleep_until(bound.min(now + patience)) => Err(DbError::Overloaded),
@@ -458,40 +462,40 @@ impl Database {
     async fn answer<T>(
         &self,
         deadline: Deadline,
-        link: &Arc<Link>,
+        link: &Arc<Connection>,
         query: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, DbError> {
         let started = Instant::now();
         let _query_time = self.0.metrics.db_query.start_timer();
         // A request that hashes passwords has more time, but no statement has.
         let ends = deadline.at().min(started + REQUEST_TIMEOUT);
-        let suspicious = started + SUSPICIOUS;
+        let suspicious = started + PROBE_AFTER;
         let mut query = pin!(query);
         let result = match timeout_at(ends.min(suspicious), &mut query).await {
             Ok(result) => result,
             Err(_) => {
                 // One that had less time than that was late before it was sent.
                 if suspicious <= ends {
-                    self.suspect("a query takes long".into());
+                    self.start_probe("a query takes long".into());
                 }
                 let mut state = self.0.state.subscribe();
                 let in_time = tokio::select! {
                     biased;
                     result = &mut query => Some(result),
-                    _ = state.wait_for(|state| *state == State::Away) => {
-                        self.give_up(link);
-                        return Err(DbError::Lost("the database went away".into()));
+                    _ = state.wait_for(|state| *state == State::Down) => {
+                        self.abandon(link);
+                        return Err(DbError::ConnectionLost("the database went away".into()));
                     }
                     () = sleep_until(ends) => None,
                 };
                 match in_time {
                     Some(result) => result,
                     None => {
-                        self.give_up(link);
+                        self.abandon(link);
                         let Ok(result) = timeout(CANCEL_TIMEOUT, &mut query).await else {
                             // If it was the connection that failed, those opened with it may have.
-                            self.0.pool.retire_silent_since(started);
-                            return Err(DbError::Lost("a query ran out of time".into()));
+                            self.0.pool.evict_unresponsive_since(started);
+                            return Err(DbError::ConnectionLost("a query ran out of time".into()));
                         };
                         result
                     }
@@ -509,11 +513,11 @@ impl Database {
     }
 
     /// What a failed statement means for its connection and for the request.
-    fn failure(&self, link: &Link, error: tokio_postgres::Error) -> DbError {
-        if !is_lost(&error) {
+    fn failure(&self, link: &Connection, error: tokio_postgres::Error) -> DbError {
+        if !is_connection_error(&error) {
             return DbError::Refused(Arc::new(error));
         }
-        let reason = describe(&error);
+        let reason = error_message(&error);
         match error.code() {
             Some(&SqlState::T_R_SERIALIZATION_FAILURE) => {
                 self.0.isolation.is_not_read_committed(&reason);
@@ -523,28 +527,28 @@ impl Database {
             ),
             _ => {}
         }
-        if leaves_connection(&error) {
+        if connection_survives(&error) {
             return match is_rollback(&error) {
                 true => DbError::Transient(reason),
                 false => DbError::Unavailable(reason),
             };
         }
-        link.retire();
+        link.evict();
         // An error ends the statement; a fatal one ends the connection, whatever the statement did.
         let severity = error
             .as_db_error()
             .and_then(|error| error.parsed_severity());
         match severity {
             Some(Severity::Error) if !is_unknown(&error) => DbError::Transient(reason),
-            _ => DbError::Lost(reason),
+            _ => DbError::ConnectionLost(reason),
         }
     }
 
     /// Cancels what runs on this connection. It is not used again: the request to cancel may reach
     /// the server late, and would cancel the next statement.
-    fn give_up(&self, link: &Link) {
-        link.retire();
-        self.0.target.cancel(link.client());
+    fn abandon(&self, link: &Connection) {
+        link.evict();
+        self.0.endpoint.cancel(link.client());
     }
 
     fn answered(&self) {
@@ -561,15 +565,15 @@ impl Database {
 
     /// Asks whether the database is there, unless somebody does already; if it is not, says so
     /// to everybody and goes on asking until it is.
-    fn suspect(&self, reason: String) {
+    fn start_probe(&self, reason: String) {
         if *self.0.state.borrow() != State::Up || self.0.probing.swap(true, Ordering::AcqRel) {
             return;
         }
         let database = self.clone();
         tokio::spawn(async move {
-            if let Err(cause) = database.probe_thrice().await {
+            if let Err(cause) = database.confirm_down().await {
                 let reason = format!("{cause} ({reason})");
-                database.wait_until_found(&reason).await;
+                database.wait_for_recovery(&reason).await;
             } else {
                 database.0.probing.store(false, Ordering::Release);
             }
@@ -578,14 +582,14 @@ impl Database {
 
     /// One connection that fails may be chance; three in a row while nobody else has an answer, or
     /// one that hangs, is not.
-    async fn probe_thrice(&self) -> Result<(), String> {
+    async fn confirm_down(&self) -> Result<(), String> {
         let begun = self.millis();
         let mut cause = String::new();
         for _ in 0..3 {
-            match timeout(CONNECTION_BOUND, self.probe()).await {
+            match timeout(CONNECT_TIMEOUT, self.probe()).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => cause = error,
-                Err(_) => return Err("no answer within 2 s".into()),
+                Err(_) => return Err("no answer with_timeout 2 s".into()),
             }
             if self.0.answered.load(Ordering::Relaxed) > begun {
                 return Ok(());
@@ -598,18 +602,22 @@ impl Database {
     /// A connection beside the pool's, for which the bound on sockets leaves room, and one round
     /// trip. Where there is no room after all, that says nothing of the database.
     async fn probe(&self) -> Result<(), String> {
-        let socket = timeout(SUSPICIOUS, self.0.pool.socket()).await;
+        let socket = timeout(PROBE_AFTER, self.0.pool.socket()).await;
         let Ok(_socket) = socket else {
             return Ok(());
         };
-        self.0.target.ping().await.map_err(|error| describe(&error))
+        self.0
+            .endpoint
+            .ping()
+            .await
+            .map_err(|error| error_message(&error))
     }
 
-    async fn wait_until_found(&self, reason: &str) {
+    async fn wait_for_recovery(&self, reason: &str) {
         let lost = Instant::now();
         warn!("database lost: {reason}");
-        self.0.state.send_replace(State::Away);
-        self.0.pool.retire_all();
+        self.0.state.send_replace(State::Down);
+        self.0.pool.evict_all();
         while !matches!(timeout(REQUEST_TIMEOUT, self.probe()).await, Ok(Ok(()))) {
             sleep(Duration::from_millis(250)).await;
         }
@@ -643,16 +651,16 @@ impl Database {
 }
 
 /// A connection that nobody else uses meanwhile.
-pub(crate) struct Held {
+pub(crate) struct Lease {
     database: Database,
     /// Gone only in `drop`.
     connection: Option<(OwnedSemaphorePermit, Pooled)>,
     search: Option<Arc<OwnedSemaphorePermit>>,
     /// Whether a query or a transaction is under way.
-    unfinished: bool,
+    in_flight: bool,
 }
 
-impl Held {
+impl Lease {
     async fn query(
         &mut self,
         deadline: Deadline,
@@ -683,13 +691,13 @@ impl Held {
 
     /// Whether a statement has to open a transaction to run in READ COMMITTED.
     fn needs_transaction(&self) -> bool {
-        !self.unfinished && self.database.0.isolation.is_explicit()
+        !self.in_flight && self.database.0.isolation.is_explicit()
     }
 
     async fn run<T, F>(
         &mut self,
         deadline: Deadline,
-        query: impl FnOnce(Arc<Link>) -> F,
+        query: impl FnOnce(Arc<Connection>) -> F,
     ) -> Result<T, DbError>
     where
         F: Future<Output = Result<T, tokio_postgres::Error>>,
@@ -701,25 +709,25 @@ impl Held {
             return Err(DbError::Unavailable("the deadline has passed".into()));
         }
         let link = pooled.link();
-        let was_unfinished = std::mem::replace(&mut self.unfinished, true);
+        let was_unfinished = std::mem::replace(&mut self.in_flight, true);
         let result = self
             .database
             .answer(deadline, &link, query(link.clone()))
             .await;
-        self.unfinished = was_unfinished;
+        self.in_flight = was_unfinished;
         result
     }
 
     /// Opens a transaction; until `commit` or `rollback` the connection is not given back.
     async fn begin(&mut self, deadline: Deadline) -> Result<(), DbError> {
         self.batch(deadline, isolation::BEGIN).await?;
-        self.unfinished = true;
+        self.in_flight = true;
         Ok(())
     }
 
     async fn commit(mut self, deadline: Deadline) -> Result<(), DbError> {
         self.batch(deadline, "commit").await?;
-        self.unfinished = false;
+        self.in_flight = false;
         Ok(())
     }
 
@@ -731,23 +739,23 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for Lease {
     /// A client that went away left its query running: the connection goes back to the pool only
     /// when the answer is in, and without a transaction.
     fn drop(&mut self) {
-        let Some((place, pooled)) = self.connection.take().filter(|_| self.unfinished) else {
+        let Some((place, pooled)) = self.connection.take().filter(|_| self.in_flight) else {
             return;
         };
         let search = self.search.take();
-        let target = self.database.0.target.clone();
+        let endpoint = self.database.0.endpoint.clone();
         tokio::spawn(async move {
             let link = pooled.link();
             if !matches!(
-                timeout(REQUEST_TIMEOUT, end_of_work(link.client())).await,
+                timeout(REQUEST_TIMEOUT, rollback(link.client())).await,
                 Ok(Ok(()))
             ) {
-                target.cancel(link.client());
-                link.retire();
+                endpoint.cancel(link.client());
+                link.evict();
             }
             drop((pooled, place, search));
         });
@@ -755,6 +763,6 @@ impl Drop for Held {
 }
 
 /// Answered after all that was asked before it; harmless outside of a transaction.
-async fn end_of_work(client: &Client) -> Result<(), tokio_postgres::Error> {
+async fn rollback(client: &Client) -> Result<(), tokio_postgres::Error> {
     client.batch_execute("rollback").await
 }

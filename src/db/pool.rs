@@ -16,32 +16,32 @@ use tokio_postgres::{Client, Statement};
 
 use super::isolation::Isolation;
 use super::statements::{Prepared, Sql};
-use super::{Target, describe};
+use super::{Endpoint, error_message};
 
 /// Neon suspends after 300 s; a connection that it is about to close is no use to anybody.
-const IDLE: Duration = Duration::from_secs(240);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(240);
 /// A connection lives this long at most, and up to a fifth less, so that those opened in one burst
 /// are not all replaced in another.
 const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
 
 /// A connection as the pool hands it out.
-pub(super) type Pooled = bb8::PooledConnection<'static, Connections>;
+pub(super) type Pooled = bb8::PooledConnection<'static, ConnectionManager>;
 
 /// One connection and the statements that it knows.
-pub(super) struct Link {
+pub(super) struct Connection {
     client: Client,
     statements: Prepared,
     /// The task that owns the socket. Dropping a client does not close a socket on which answers
     /// are outstanding; aborting this does.
-    driver: AbortHandle,
-    retired: AtomicBool,
+    io_task: AbortHandle,
+    evicted: AtomicBool,
     opened: Instant,
     lifetime: Duration,
     /// Milliseconds since `opened`: when it last answered.
     answered: AtomicU64,
 }
 
-impl Link {
+impl Connection {
     pub(super) fn client(&self) -> &Client {
         &self.client
     }
@@ -51,16 +51,16 @@ impl Link {
     }
 
     /// Nobody gets this connection again; it closes when who uses it is done.
-    pub(super) fn retire(&self) {
-        self.retired.store(true, Ordering::Release);
+    pub(super) fn evict(&self) {
+        self.evicted.store(true, Ordering::Release);
     }
 
-    pub(super) fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Acquire)
+    pub(super) fn is_evicted(&self) -> bool {
+        self.evicted.load(Ordering::Acquire)
     }
 
     fn is_usable(&self) -> bool {
-        !self.is_retired() && !self.client.is_closed()
+        !self.is_evicted() && !self.client.is_closed()
     }
 
     /// It works.
@@ -75,49 +75,49 @@ impl Link {
     }
 }
 
-impl Drop for Link {
+impl Drop for Connection {
     fn drop(&mut self) {
-        if self.is_retired() {
-            self.driver.abort();
+        if self.is_evicted() {
+            self.io_task.abort();
         }
     }
 }
 
 /// What the pool keeps.
-pub(super) struct Handle(Arc<Link>);
+pub(super) struct Handle(Arc<Connection>);
 
 impl Handle {
-    pub(super) fn link(&self) -> Arc<Link> {
+    pub(super) fn link(&self) -> Arc<Connection> {
         self.0.clone()
     }
 }
 
 /// Makes and checks connections for bb8. bb8-postgres's own manager asks the server at every
 /// checkout, which costs as much as a read, and keeps no hold on the socket.
-pub(super) struct Connections {
-    target: Target,
+pub(super) struct ConnectionManager {
+    endpoint: Endpoint,
     bound: Duration,
-    sockets: Arc<Semaphore>,
-    opening: Arc<AtomicUsize>,
-    links: Arc<Mutex<Vec<Weak<Link>>>>,
+    socket_permits: Arc<Semaphore>,
+    connecting: Arc<AtomicUsize>,
+    live: Arc<Mutex<Vec<Weak<Connection>>>>,
     isolation: Arc<Isolation>,
 }
 
-impl ManageConnection for Connections {
+impl ManageConnection for ConnectionManager {
     type Connection = Handle;
-    type Error = NoConnection;
+    type Error = ConnectError;
 
-    async fn connect(&self) -> Result<Handle, NoConnection> {
-        let _opening = Opening::of(&self.opening);
+    async fn connect(&self) -> Result<Handle, ConnectError> {
+        let _opening = ConnectingGuard::of(&self.connecting);
         timeout(self.bound, self.open())
             .await
-            .unwrap_or_else(|_| Err(NoConnection::Failed("connecting ran out of time".into())))
+            .unwrap_or_else(|_| Err(ConnectError::Failed("connecting ran out of time".into())))
     }
 
-    async fn is_valid(&self, handle: &mut Handle) -> Result<(), NoConnection> {
+    async fn is_valid(&self, handle: &mut Handle) -> Result<(), ConnectError> {
         match handle.0.is_usable() {
             true => Ok(()),
-            false => Err(NoConnection::Stale),
+            false => Err(ConnectError::Stale),
         }
     }
 
@@ -127,49 +127,49 @@ impl ManageConnection for Connections {
     }
 }
 
-impl Connections {
-    async fn open(&self) -> Result<Handle, NoConnection> {
+impl ConnectionManager {
+    async fn open(&self) -> Result<Handle, ConnectError> {
         // The socket before may still be closing: never more of them than the pool has places.
-        let socket = acquire(&self.sockets).await;
-        let (client, connection) = self.target.connect().await.map_err(NoConnection::from)?;
-        let driver = tokio::spawn(async move {
+        let socket = acquire(&self.socket_permits).await;
+        let (client, connection) = self.endpoint.connect().await.map_err(ConnectError::from)?;
+        let io_task = tokio::spawn(async move {
             let _socket = socket;
             // What ends a connection reaches whoever waits for an answer on it.
             connection.await.ok();
         });
-        let half_way = AbortOnDrop(Some(driver.abort_handle()));
+        let half_way = AbortOnDrop(Some(io_task.abort_handle()));
         let isolation = self.isolation.detect(&client);
-        let (statements, ()) = try_join(Prepared::on(&client), isolation)
+        let (statements, ()) = try_join(Prepared::prepare_all(&client), isolation)
             .await
-            .map_err(NoConnection::from)?;
-        let link = Arc::new(Link {
+            .map_err(ConnectError::from)?;
+        let link = Arc::new(Connection {
             client,
             statements,
-            driver: driver.abort_handle(),
-            retired: AtomicBool::new(false),
+            io_task: io_task.abort_handle(),
+            evicted: AtomicBool::new(false),
             opened: Instant::now(),
             lifetime: MAX_LIFETIME.mul_f64(1.0 - fastrand::f64() / 5.0),
             answered: AtomicU64::new(0),
         });
         half_way.disarm();
-        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        links.retain(|link| link.strong_count() > 0);
-        links.push(Arc::downgrade(&link));
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.retain(|link| link.strong_count() > 0);
+        live.push(Arc::downgrade(&link));
         Ok(Handle(link))
     }
 }
 
 /// A connection on its way, counted until it is dropped.
-struct Opening(Arc<AtomicUsize>);
+struct ConnectingGuard(Arc<AtomicUsize>);
 
-impl Opening {
+impl ConnectingGuard {
     fn of(count: &Arc<AtomicUsize>) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(count.clone())
     }
 }
 
-impl Drop for Opening {
+impl Drop for ConnectingGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -186,57 +186,57 @@ impl AbortOnDrop {
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
-        if let Some(driver) = &self.0 {
-            driver.abort();
+        if let Some(io_task) = &self.0 {
+            io_task.abort();
         }
     }
 }
 
-async fn acquire(sockets: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-    sockets.clone().acquire_owned().await.ok()
+async fn acquire(socket_permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    socket_permits.clone().acquire_owned().await.ok()
 }
 
 /// bb8's pool, with a way to be rid of every connection at once.
 pub(super) struct Pool {
-    pool: bb8::Pool<Connections>,
-    sockets: Arc<Semaphore>,
-    opening: Arc<AtomicUsize>,
-    links: Arc<Mutex<Vec<Weak<Link>>>>,
+    pool: bb8::Pool<ConnectionManager>,
+    socket_permits: Arc<Semaphore>,
+    connecting: Arc<AtomicUsize>,
+    live: Arc<Mutex<Vec<Weak<Connection>>>>,
 }
 
 impl Pool {
     /// Nobody gets any of today's connections again.
-    pub(super) fn retire_all(&self) {
-        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        for link in links.iter().filter_map(Weak::upgrade) {
-            link.retire();
-            link.driver.abort();
+    pub(super) fn evict_all(&self) {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        for link in live.iter().filter_map(Weak::upgrade) {
+            link.evict();
+            link.io_task.abort();
         }
     }
 
     /// Nobody gets a connection again that has not answered since then.
-    pub(super) fn retire_silent_since(&self, moment: Instant) {
-        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        for link in links.iter().filter_map(Weak::upgrade) {
+    pub(super) fn evict_unresponsive_since(&self, moment: Instant) {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        for link in live.iter().filter_map(Weak::upgrade) {
             if link.is_silent_since(moment) {
-                link.retire();
+                link.evict();
             }
         }
     }
 
     /// Whether connections are being made.
-    pub(super) fn is_growing(&self) -> bool {
-        self.opening.load(Ordering::Relaxed) > 0
+    pub(super) fn is_connecting(&self) -> bool {
+        self.connecting.load(Ordering::Relaxed) > 0
     }
 
     /// A socket's worth of the pool's bound.
     pub(super) async fn socket(&self) -> Option<OwnedSemaphorePermit> {
-        acquire(&self.sockets).await
+        acquire(&self.socket_permits).await
     }
 }
 
 impl Deref for Pool {
-    type Target = bb8::Pool<Connections>;
+    type Target = bb8::Pool<ConnectionManager>;
 
     fn deref(&self) -> &Self::Target {
         &self.pool
@@ -244,34 +244,34 @@ impl Deref for Pool {
 }
 
 /// Of the connections that we may have, one is left to ask whether the database is there.
-pub(super) fn for_requests(size: u32) -> u32 {
+pub(super) fn request_capacity(size: u32) -> u32 {
     size.saturating_sub(1).max(1)
 }
 
 /// A pool that connects when it is first asked; `failed` hears why a connection could not be made.
 pub(super) fn build(
-    target: Target,
+    endpoint: Endpoint,
     size: u32,
     bound: Duration,
     isolation: Arc<Isolation>,
     failed: impl Fn(String) + Send + Sync + Clone + 'static,
 ) -> Pool {
-    let sockets = Arc::new(Semaphore::new(size as usize));
-    let size = for_requests(size);
-    let links = Arc::default();
-    let opening = Arc::default();
-    let connections = Connections {
-        target,
+    let socket_permits = Arc::new(Semaphore::new(size as usize));
+    let size = request_capacity(size);
+    let live = Arc::default();
+    let connecting = Arc::default();
+    let connections = ConnectionManager {
+        endpoint,
         bound,
-        sockets: sockets.clone(),
-        opening: Arc::clone(&opening),
-        links: Arc::clone(&links),
+        socket_permits: socket_permits.clone(),
+        connecting: Arc::clone(&connecting),
+        live: Arc::clone(&live),
         isolation,
     };
     let pool = bb8::Pool::builder()
         .max_size(size)
         .connection_timeout(bound)
-        .idle_timeout(IDLE)
+        .idle_timeout(IDLE_TIMEOUT)
         .max_lifetime(None)
         // The connection used last is used next, so that surplus ones reach their idle timeout.
         .queue_strategy(QueueStrategy::Lifo)
@@ -279,28 +279,28 @@ pub(super) fn build(
         .build_unchecked(connections);
     Pool {
         pool,
-        sockets,
-        opening,
-        links,
+        socket_permits,
+        connecting,
+        live,
     }
 }
 
 /// Why a connection is none.
 #[derive(Debug)]
-pub(super) enum NoConnection {
+pub(super) enum ConnectError {
     /// It could not be made.
     Failed(String),
     /// It was closed or retired while it lay in the pool: no news.
     Stale,
 }
 
-impl From<tokio_postgres::Error> for NoConnection {
+impl From<tokio_postgres::Error> for ConnectError {
     fn from(error: tokio_postgres::Error) -> Self {
-        Self::Failed(describe(&error))
+        Self::Failed(error_message(&error))
     }
 }
 
-impl fmt::Display for NoConnection {
+impl fmt::Display for ConnectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Failed(reason) => f.write_str(reason),
@@ -309,19 +309,19 @@ impl fmt::Display for NoConnection {
     }
 }
 
-impl std::error::Error for NoConnection {}
+impl std::error::Error for ConnectError {}
 
 #[derive(Clone)]
 struct Sink<F>(F);
 
-impl<F: Fn(String) + Send + Sync + Clone + 'static> bb8::ErrorSink<NoConnection> for Sink<F> {
-    fn sink(&self, error: NoConnection) {
-        if let NoConnection::Failed(reason) = error {
+impl<F: Fn(String) + Send + Sync + Clone + 'static> bb8::ErrorSink<ConnectError> for Sink<F> {
+    fn sink(&self, error: ConnectError) {
+        if let ConnectError::Failed(reason) = error {
             (self.0)(reason);
         }
     }
 
-    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<NoConnection>> {
+    fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<ConnectError>> {
         Box::new(self.clone())
     }
 }

@@ -47,7 +47,7 @@ impl Database {
         loop {
             let error = match attempt().await {
                 Err(error @ DbError::Transient(_)) => error,
-                Err(error @ DbError::Lost(_)) if repeat != Repeat::Never => error,
+                Err(error @ DbError::ConnectionLost(_)) if repeat != Repeat::Never => error,
                 Err(error @ (DbError::Unavailable(_) | DbError::Overloaded))
                     if unknown.is_some() =>
                 {
@@ -55,7 +55,7 @@ impl Database {
                 }
                 result => return result,
             };
-            if repeat == Repeat::Insert && matches!(error, DbError::Lost(_)) {
+            if repeat == Repeat::Insert && matches!(error, DbError::ConnectionLost(_)) {
                 unknown = Some(error.clone());
             }
             let pause = backoff.next();

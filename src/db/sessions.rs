@@ -7,8 +7,8 @@ use uuid::Uuid;
 use super::statements::Sql;
 use super::users::{NewSession, user};
 use super::{Database, DbError, Deadline};
-use crate::config::Lifetimes;
-use crate::model::{Session, Time, User};
+use crate::config::TokenLifetimes;
+use crate::domain::{Rfc3339, Session, User};
 
 /// What the tokens of a session are made from.
 pub(crate) struct SessionState {
@@ -69,7 +69,7 @@ pub(crate) async fn refresh(
     deadline: Deadline,
     id: Uuid,
     generation: i32,
-    lifetimes: Lifetimes,
+    lifetimes: TokenLifetimes,
     network: &str,
 ) -> Result<Option<(User, SessionState)>, DbError> {
     let rows = db
@@ -139,9 +139,9 @@ pub(crate) async fn list(
         Session {
             id,
             user_agent: row.get(1),
-            created_at: Time(row.get(2)),
-            last_used_at: Time(row.get(3)),
-            expires_at: Time(row.get(4)),
+            created_at: Rfc3339(row.get(2)),
+            last_used_at: Rfc3339(row.get(3)),
+            expires_at: Rfc3339(row.get(4)),
             current: id == current,
         }
     };

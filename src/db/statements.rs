@@ -12,19 +12,19 @@ macro_rules! statements {
         pub(crate) enum Sql { $(#[doc = $path] $name,)* }
 
         impl Sql {
-            const TEXTS: &[&str] = &[$(include_str!(concat!("../../sql/", $path))),*];
+            const SOURCES: &[&str] = &[$(include_str!(concat!("../../sql/", $path))),*];
         }
     };
 }
 
 statements! {
-    IdempotencyKeysSweep = "idempotency_keys/sweep.sql",
+    IdempotencyKeysPurge = "idempotency_keys/purge.sql",
     LoginFailuresClear = "login_failures/clear.sql",
     LoginFailuresPurge = "login_failures/purge.sql",
     LoginFailuresRecord = "login_failures/record.sql",
     LoginNetworksPurge = "login_networks/purge.sql",
     RevocationsSince = "revocations/since.sql",
-    RevocationsSweep = "revocations/sweep.sql",
+    RevocationsPurge = "revocations/purge.sql",
     SessionsEnd = "sessions/end.sql",
     SessionsEndByRefreshToken = "sessions/end_by_refresh_token.sql",
     SessionsEndOthers = "sessions/end_others.sql",
@@ -33,16 +33,16 @@ statements! {
     SessionsRefresh = "sessions/refresh.sql",
     SessionsRenew = "sessions/renew.sql",
     SessionsSignIn = "sessions/sign_in.sql",
-    SessionsSweep = "sessions/sweep.sql",
+    SessionsPurge = "sessions/purge.sql",
     TasksCount = "tasks/count.sql",
     TasksCreate = "tasks/create.sql",
-    TasksCreateOnce = "tasks/create_once.sql",
+    TasksCreateIdempotent = "tasks/create_idempotent.sql",
     TasksDelete = "tasks/delete.sql",
     TasksDeleteCompleted = "tasks/delete_completed.sql",
-    TasksGet = "tasks/get.sql",
+    TasksGetBatch = "tasks/get_batch.sql",
     TasksListNewest = "tasks/list_newest.sql",
     TasksListOldest = "tasks/list_oldest.sql",
-    TasksNewest = "tasks/newest.sql",
+    TasksListNewestBatch = "tasks/list_newest_batch.sql",
     TasksUpdate = "tasks/update.sql",
     UsersDelete = "users/delete.sql",
     UsersForLogin = "users/for_login.sql",
@@ -57,8 +57,8 @@ pub(crate) struct Prepared(Vec<Statement>);
 
 impl Prepared {
     /// Prepares them in one flight: a connection costs one round trip more, not thirty.
-    pub(crate) async fn on(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        try_join_all(Sql::TEXTS.iter().map(|text| client.prepare(text)))
+    pub(crate) async fn prepare_all(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        try_join_all(Sql::SOURCES.iter().map(|text| client.prepare(text)))
             .await
             .map(Self)
     }

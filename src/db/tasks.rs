@@ -8,13 +8,13 @@ use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
-use super::gather::{Gathering, Question};
+use super::batch::{BatchQuery, Batcher};
 use super::statements::Sql;
-use super::{Database, DbError, Deadline, Held};
-use crate::model::{Completion, Description, NewTask, Task, TaskChange, Time, Title};
+use super::{Database, DbError, Deadline, Lease};
+use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange, Title};
 
 /// A page that travels with those of others; a longer one goes alone.
-pub(crate) const SHORT_PAGE: i64 = 100;
+pub(crate) const MAX_BATCHED_LIMIT: i64 = 100;
 
 /// Which tasks a list has, and in which order.
 #[derive(Clone, Debug, Default)]
@@ -44,16 +44,16 @@ impl Versions {
 }
 
 /// What came of a statement that preconditions guard.
-pub(crate) enum Guarded<T> {
+pub(crate) enum Conditional<T> {
     Done(T),
     /// The task is in another version.
-    MovedOn,
+    VersionMismatch,
     /// There is no such task.
-    Missing,
+    NotFound,
 }
 
 /// Whether a new task was made.
-pub(crate) enum Created {
+pub(crate) enum CreateOutcome {
     /// This is it, or the one that the same request made before.
     Task(Task),
     /// The key was used for a task with other values.
@@ -69,8 +69,8 @@ pub(crate) async fn create(
     user_id: Uuid,
     new: NewTask,
     key: Option<&str>,
-) -> Result<Created, DbError> {
-    let (id, created_at) = NewTask::identify();
+) -> Result<CreateOutcome, DbError> {
+    let (id, created_at) = NewTask::new_id();
     let title = new.title.as_str();
     let description = new.description.as_ref().map(Description::as_str);
     let params: super::Params = &[
@@ -84,7 +84,7 @@ pub(crate) async fn create(
     ];
     let (sql, params) = match key {
         None => (Sql::TasksCreate, &params[..6]),
-        Some(_) => (Sql::TasksCreateOnce, params),
+        Some(_) => (Sql::TasksCreateIdempotent, params),
     };
     let rows = match db.insert(deadline, sql, params).await {
         // Nobody else has this id: the first run of a repeated insert has made it.
@@ -92,7 +92,7 @@ pub(crate) async fn create(
         rows => rows,
     };
     match rows.map(|rows| rows.first().map(task)) {
-        Ok(None) => Ok(Created::Task(Task {
+        Ok(None) => Ok(CreateOutcome::Task(Task {
             id,
             user_id,
             title: title.to_owned(),
@@ -106,10 +106,10 @@ pub(crate) async fn create(
                 && task.description.as_deref() == description
                 && task.completed == new.completed =>
         {
-            Ok(Created::Task(task))
+            Ok(CreateOutcome::Task(task))
         }
-        Ok(_) => Ok(Created::KeyReused),
-        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Ok(Created::NoSuchUser),
+        Ok(_) => Ok(CreateOutcome::KeyReused),
+        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Ok(CreateOutcome::NoSuchUser),
         Err(error) => Err(error),
     }
 }
@@ -121,7 +121,7 @@ pub(crate) async fn get(
     user_id: Uuid,
     id: Uuid,
 ) -> Result<Option<Task>, DbError> {
-    let rows = db.gather(deadline, One { user_id, id }).await?;
+    let rows = db.submit(deadline, GetTask { user_id, id }).await?;
     Ok(rows.first().map(task))
 }
 
@@ -142,15 +142,15 @@ pub(crate) async fn list(
     let params: super::Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
     let rows = if filter.text.is_some() || filter.completed.is_some() {
         db.search(deadline, sql, params).await?
-    } else if filter.oldest_first || limit > Newest::LONGEST {
+    } else if filter.oldest_first || limit > ListNewest::MAX_LIMIT {
         db.read(deadline, sql, params).await?
     } else {
-        let page = Newest {
+        let page = ListNewest {
             user_id,
             after,
             limit,
         };
-        let mut rows = db.gather(deadline, page).await?;
+        let mut rows = db.submit(deadline, page).await?;
         // The statement promises the order of the askers, not that of each one's rows.
         rows.sort_unstable_by_key(|row| Reverse(row.get::<_, Uuid>(0)));
         rows
@@ -160,64 +160,70 @@ pub(crate) async fn list(
 
 /// What many ask at the same moment.
 #[derive(Default)]
-pub(super) struct Gathered {
-    one: Gathering<One>,
-    newest: Gathering<Newest>,
+pub(super) struct Batchers {
+    one: Batcher<GetTask>,
+    newest: Batcher<ListNewest>,
 }
 
 /// A task of a user.
-struct One {
+struct GetTask {
     user_id: Uuid,
     id: Uuid,
 }
 
-impl Question for One {
-    const MOST: usize = 64;
+impl BatchQuery for GetTask {
+    const MAX_BATCH: usize = 64;
 
-    fn gathering(db: &Database) -> &Gathering<Self> {
-        &db.0.gathered.one
+    fn batcher(db: &Database) -> &Batcher<Self> {
+        &db.0.batchers.one
     }
 
-    async fn ask(
-        held: &mut Held,
+    async fn execute(
+        lease: &mut Lease,
         deadline: Deadline,
         questions: &[Self],
     ) -> Result<Vec<Row>, DbError> {
         let user_ids: Vec<Uuid> = questions.iter().map(|one| one.user_id).collect();
         let ids: Vec<Uuid> = questions.iter().map(|one| one.id).collect();
-        held.query(deadline, Sql::TasksGet, &[&user_ids, &ids])
+        lease
+            .query(deadline, Sql::TasksGetBatch, &[&user_ids, &ids])
             .await
     }
 }
 
 /// A short page of a user's tasks, newest first.
-struct Newest {
+struct ListNewest {
     user_id: Uuid,
     after: Option<Uuid>,
     limit: i64,
 }
 
-impl Newest {
+impl ListNewest {
     /// The most of `limit`: a short page, and one more to see whether there is more.
-    const LONGEST: i64 = SHORT_PAGE + 1;
+    const MAX_LIMIT: i64 = MAX_BATCHED_LIMIT + 1;
 }
 
-impl Question for Newest {
-    const MOST: usize = 32;
+impl BatchQuery for ListNewest {
+    const MAX_BATCH: usize = 32;
 
-    fn gathering(db: &Database) -> &Gathering<Self> {
-        &db.0.gathered.newest
+    fn batcher(db: &Database) -> &Batcher<Self> {
+        &db.0.batchers.newest
     }
 
-    async fn ask(
-        held: &mut Held,
+    async fn execute(
+        lease: &mut Lease,
         deadline: Deadline,
         questions: &[Self],
     ) -> Result<Vec<Row>, DbError> {
         let user_ids: Vec<Uuid> = questions.iter().map(|page| page.user_id).collect();
         let after: Vec<Option<Uuid>> = questions.iter().map(|page| page.after).collect();
         let limits: Vec<i64> = questions.iter().map(|page| page.limit).collect();
-        held.query(deadline, Sql::TasksNewest, &[&user_ids, &after, &limits])
+        lease
+            .query(
+                deadline,
+                Sql::TasksListNewestBatch,
+                &[&user_ids, &after, &limits],
+            )
             .await
     }
 }
@@ -247,7 +253,7 @@ pub(crate) async fn update(
     id: Uuid,
     change: &TaskChange,
     versions: &Versions,
-) -> Result<Guarded<Task>, DbError> {
+) -> Result<Conditional<Task>, DbError> {
     let title = change.title.as_ref().map(Title::as_str);
     let description = change
         .description
@@ -268,7 +274,7 @@ pub(crate) async fn update(
                 &title,
                 &change.description.is_some(),
                 &description,
-                &(change.completed == Some(Completion::Flip)),
+                &(change.completed == Some(Completion::Toggle)),
                 &completed,
                 &versions,
                 &among,
@@ -287,7 +293,7 @@ pub(crate) async fn delete(
     user_id: Uuid,
     id: Uuid,
     versions: &Versions,
-) -> Result<Guarded<()>, DbError> {
+) -> Result<Conditional<()>, DbError> {
     let (versions, among) = versions.params();
     let rows = db
         .write(
@@ -312,14 +318,18 @@ pub(crate) async fn delete_completed(
 }
 
 /// Reads the one row of a guarded statement; `moved_on` is the column that says why not.
-fn guarded<T>(row: Option<&Row>, moved_on: usize, done: impl Fn(&Row) -> Option<T>) -> Guarded<T> {
+fn guarded<T>(
+    row: Option<&Row>,
+    version_mismatch: usize,
+    done: impl Fn(&Row) -> Option<T>,
+) -> Conditional<T> {
     match row {
         Some(row) => match done(row) {
-            Some(done) => Guarded::Done(done),
-            None if row.get(moved_on) => Guarded::MovedOn,
-            None => Guarded::Missing,
+            Some(done) => Conditional::Done(done),
+            None if row.get(version_mismatch) => Conditional::VersionMismatch,
+            None => Conditional::NotFound,
         },
-        None => Guarded::Missing,
+        None => Conditional::NotFound,
     }
 }
 
@@ -330,7 +340,7 @@ fn task(row: &Row) -> Task {
         title: row.get(2),
         description: row.get(3),
         completed: row.get(4),
-        created_at: Time(row.get(5)),
-        updated_at: Time(row.get(6)),
+        created_at: Rfc3339(row.get(5)),
+        updated_at: Rfc3339(row.get(6)),
     }
 }

@@ -7,8 +7,8 @@ use super::retry::Repeat;
 use super::sessions::SessionState;
 use super::statements::Sql;
 use super::{Database, DbError, Deadline};
-use crate::config::Lifetimes;
-use crate::model::{Email, Time, User};
+use crate::config::TokenLifetimes;
+use crate::domain::{Email, Rfc3339, User};
 
 /// What a login needs to know before the password is checked.
 pub(crate) struct LoginRecord {
@@ -42,7 +42,7 @@ impl LockoutKey {
     }
 
     /// A signed-in user who confirms a change, from any network.
-    pub(crate) fn signed_in(user_id: Uuid) -> Self {
+    pub(crate) fn authenticate(user_id: Uuid) -> Self {
         Self {
             account: user_id.to_string(),
             network: "session".to_owned(),
@@ -187,19 +187,19 @@ pub(crate) async fn change_password(
     verified: &str,
     hash: &str,
     keep: Option<Uuid>,
-    lifetimes: Lifetimes,
+    lifetimes: TokenLifetimes,
 ) -> Result<Option<PasswordChange>, DbError> {
     db.retry(deadline, Repeat::Never, || async {
-        let mut held = db.hold(deadline).await?;
-        held.begin(deadline).await?;
-        let changed = held
+        let mut lease = db.acquire(deadline).await?;
+        lease.begin(deadline).await?;
+        let changed = lease
             .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
             .await?;
         let Some(user) = changed.first().map(user) else {
             return Ok(None);
         };
         let (idle, max) = (lifetimes.refresh_idle, lifetimes.refresh_max);
-        let renewed = held
+        let renewed = lease
             .query(
                 deadline,
                 Sql::SessionsRenew,
@@ -219,7 +219,7 @@ pub(crate) async fn change_password(
             });
         let ended = row.get("ended_ids");
         if keep.is_none() || kept.is_some() {
-            held.commit(deadline).await?;
+            lease.commit(deadline).await?;
         }
         Ok(Some(PasswordChange { user, ended, kept }))
     })
@@ -245,7 +245,7 @@ pub(super) fn user(row: &Row) -> User {
     User {
         id: row.get(0),
         email: row.get(1),
-        created_at: Time(row.get(2)),
-        updated_at: Time(row.get(3)),
+        created_at: Rfc3339(row.get(2)),
+        updated_at: Rfc3339(row.get(3)),
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::net::TcpSocket;
 use tokio::time::{sleep, timeout};
 
-use crate::faults::{either, family};
+use crate::faults::{family, short_or_full};
 use crate::harness::{DataDir, Process, SECRET, Server, until};
 use crate::http::{Wire, head};
 
@@ -207,7 +207,11 @@ async fn an_idle_connection_outlives_the_idle_time_of_the_usual_proxies() {
     let mut wire = Wire::open(&server).await;
     for _ in 0..2 {
         assert_eq!(health(&mut wire).await, 200);
-        sleep(either(Duration::from_millis(10), Duration::from_secs(125))).await;
+        sleep(short_or_full(
+            Duration::from_millis(10),
+            Duration::from_secs(125),
+        ))
+        .await;
     }
     assert_eq!(health(&mut wire).await, 200);
 }

@@ -90,21 +90,21 @@ struct Case {
     /// triggers and cascades touch count.
     pages: u64,
     /// Rows that it may read and not give back.
-    in_vain: u64,
+    rows_discarded: u64,
     /// Rows that it may sort whatever its parameters are: a few are sorted as fast as read in order.
     sorted: u64,
     /// Why it may read a table from its beginning, if it may.
     reads_all: &'static str,
 }
 
-const NOTHING: Case = Case {
+const DEFAULT_CASE: Case = Case {
     file: "",
     what: "",
     with: "",
     given: "",
     rows: 0,
     pages: 0,
-    in_vain: 0,
+    rows_discarded: 0,
     sorted: 0,
     reads_all: "",
 };
@@ -112,7 +112,7 @@ const NOTHING: Case = Case {
 macro_rules! cases {
     ($($file:literal { $($what:literal: $with:literal => $($field:ident $value:expr),+;)+ })+) => {
         const CASES: &[Case] = &[$($(
-            Case { file: $file, what: $what, with: $with, $($field: $value,)+ ..NOTHING },
+            Case { file: $file, what: $what, with: $with, $($field: $value,)+ ..DEFAULT_CASE },
         )+)+];
     };
 }
@@ -131,7 +131,7 @@ const A_BATCH: u64 = 500 * 6;
 
 // About twice what is measured, unless the rows that are read account for it.
 cases! {
-    "idempotency_keys/sweep.sql" {
+    "idempotency_keys/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
         "twenty are due": "" => rows 20, pages 130,
             given "update idempotency_keys set created_at = now() - interval '2 days'
@@ -162,7 +162,7 @@ cases! {
             rows 1, pages 2 * A_WRITE;
         "one more while signed in": "nth(7)::text, 'session'" => rows 1, pages A_WRITE;
         "one while blocked": "'user7@example.com', '192.0.2.7'" =>
-            rows 1, pages 2 * A_WRITE, in_vain 1,
+            rows 1, pages 2 * A_WRITE, rows_discarded 1,
             given "update login_failures set blocked_until = now() + interval '1 hour'
                    where account = 'user7@example.com'";
     }
@@ -186,7 +186,7 @@ cases! {
         "from another server": "200, now()" => rows 10_001, pages 230,
             reads_all "every row is asked for";
     }
-    "revocations/sweep.sql" {
+    "revocations/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
         "twenty are due": "" => rows 20, pages 130,
             given "update revocations set ended_at = now() - interval '2 days'
@@ -204,13 +204,13 @@ cases! {
         "gone": "nth(500000), 3" => rows 0, pages A_ROW;
     }
     "sessions/end_others.sql" {
-        "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, in_vain 1;
+        "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, rows_discarded 1;
         // Three pages for a session, nine for its revocation.
-        "as many others as there can be": "nth(5000), nth(65)" => rows 99, pages 99 * 20, in_vain 1;
+        "as many others as there can be": "nth(5000), nth(65)" => rows 99, pages 99 * 20, rows_discarded 1;
     }
     "sessions/end_reused.sql" {
         "a token that was used": "nth(6), 2" => rows 1, pages A_WRITE;
-        "one that was not": "nth(6), 3" => rows 0, pages A_ROW, in_vain 1;
+        "one that was not": "nth(6), 3" => rows 0, pages A_ROW, rows_discarded 1;
         "gone": "nth(500000), 2" => rows 0, pages A_ROW;
     }
     "sessions/list.sql" {
@@ -219,48 +219,48 @@ cases! {
     }
     "sessions/refresh.sql" {
         // A new version of the row, which goes into three indexes.
-        "the newest token": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, in_vain 3;
+        "the newest token": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
         "within the hour": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" =>
-            rows 1, pages 40, in_vain 1,
+            rows 1, pages 40, rows_discarded 1,
             given "update login_networks set last_used_at = now() where user_id = nth(7)";
         // All networks of the user are looked at for the oldest.
         "from a network too many": "nth(7), 3, 1e6, 1e6, 1e7, '192.0.2.200'" =>
-            rows 1, pages 90, in_vain 99;
-        "the one before": "nth(6), 2, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, in_vain 3;
-        "an older one": "nth(6), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW, in_vain 1;
+            rows 1, pages 90, rows_discarded 99;
+        "the one before": "nth(6), 2, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
+        "an older one": "nth(6), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW, rows_discarded 1;
         "gone": "nth(500000), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW;
     }
     "sessions/renew.sql" {
-        "one other": "nth(7), nth(6), 1e6, 1e7" => rows 1, pages 3 * A_WRITE, in_vain 1;
+        "one other": "nth(7), nth(6), 1e6, 1e7" => rows 1, pages 3 * A_WRITE, rows_discarded 1;
         "the session is over": "nth(7), nth(500000), 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
         "none to keep": "nth(7), null, 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
     }
     "sessions/sign_in.sql" {
         "after wrong attempts":
             "nth(7), hash(7), hash(7), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
-            rows 1, pages 3 * A_WRITE, in_vain 3;
+            rows 1, pages 3 * A_WRITE, rows_discarded 3;
         "with an old hash":
             "nth(7), hash(7), hash(70000), nth(500000), 1e6, 'Firefox', '192.0.2.1'" =>
-            rows 1, pages 4 * A_WRITE, in_vain 5;
+            rows 1, pages 4 * A_WRITE, rows_discarded 5;
         "from a network too many":
             "nth(8), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.200'" =>
-            rows 1, pages 4 * A_WRITE, in_vain 99;
+            rows 1, pages 4 * A_WRITE, rows_discarded 99;
         // The hundred are read and put in order.
         "beyond a hundred sessions":
             "nth(5000), hash(5000), hash(5000), nth(500000), 1e6, 'Firefox', '192.0.2.1'" =>
-            rows 1, pages 130 + 4 * A_WRITE, in_vain 3;
+            rows 1, pages 130 + 4 * A_WRITE, rows_discarded 3;
         "while blocked":
             "nth(7), hash(7), hash(7), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
-            rows 0, pages 2 * A_ROW, in_vain 1,
+            rows 0, pages 2 * A_ROW, rows_discarded 1,
             given "update login_failures set blocked_until = now() + interval '1 hour'
                    where account = 'user7@example.com' and network = '*'";
         "the password was changed":
             "nth(7), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
-            rows 0, pages A_ROW, in_vain 1;
+            rows 0, pages A_ROW, rows_discarded 1;
         "nobody": "nth(500000), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
             rows 0, pages A_ROW;
     }
-    "sessions/sweep.sql" {
+    "sessions/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
         // Here and below, the trigger wants each row as it was: one page more.
         "twenty are due": "" => rows 20, pages 170,
@@ -274,18 +274,18 @@ cases! {
         // The index alone.
         "all": "nth(7), null, null" => rows 1, pages 30;
         // A filter looks at all tasks of the user, and at nobody else's.
-        "the completed": "nth(7), true, null" => rows 1, pages THOUSAND, in_vain 975;
-        "a search": "nth(7), null, 'PLANTS'" => rows 1, pages THOUSAND, in_vain 990;
+        "the completed": "nth(7), true, null" => rows 1, pages THOUSAND, rows_discarded 975;
+        "a search": "nth(7), null, 'PLANTS'" => rows 1, pages THOUSAND, rows_discarded 990;
     }
     "tasks/create.sql" {
         "a task": "nth(7), nth(500000), 'dust the shelf', null, false, moment(500000)" =>
             rows 1, pages A_WRITE;
     }
-    "tasks/create_once.sql" {
+    "tasks/create_idempotent.sql" {
         "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'new'" =>
             rows 1, pages 2 * A_WRITE;
         "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'key 6'" =>
-            rows 1, pages A_WRITE, in_vain 1;
+            rows 1, pages A_WRITE, rows_discarded 1;
         "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'key 6'" =>
             rows 1, pages 2 * A_WRITE,
             given "update idempotency_keys set created_at = now() - interval '2 days'
@@ -296,7 +296,7 @@ cases! {
         "this version": "nth(7), nth(50006), array[moment(1), moment(50006)], true" =>
             rows 1, pages 2 * A_ROW;
         "another version": "nth(7), nth(50006), array[moment(1)], true" =>
-            rows 1, pages 2 * A_ROW, in_vain 1;
+            rows 1, pages 2 * A_ROW, rows_discarded 1;
         "any but another": "nth(7), nth(50006), array[moment(1)], false" =>
             rows 1, pages 2 * A_ROW;
         "somebody else's": "nth(7), nth(50007), array[moment(50007)], true" =>
@@ -304,10 +304,10 @@ cases! {
     }
     "tasks/delete_completed.sql" {
         // Looks at all tasks of the user, and at nobody else's.
-        "25 of 1,000": "nth(7)" => rows 25, pages THOUSAND + 100, in_vain 975;
+        "25 of 1,000": "nth(7)" => rows 25, pages THOUSAND + 100, rows_discarded 975;
         "no tasks": "nth(4000)" => rows 0, pages A_ROW;
     }
-    "tasks/get.sql" {
+    "tasks/get_batch.sql" {
         "a task": "array[nth(7)], array[nth(50006)]" => rows 1, pages A_ROW;
         "none": "array[nth(7)], array[nth(500000)]" => rows 0, pages A_ROW;
         "somebody else's": "array[nth(7)], array[nth(50007)]" => rows 0, pages A_ROW;
@@ -320,10 +320,10 @@ cases! {
         "the last": "nth(7), null, null, nth(3006), 51" => rows 30, pages FIFTY_ONE;
         "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
         "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
-        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, in_vain 1;
+        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, rows_discarded 1;
         // A filter that few match looks at all tasks of the user, and at nobody else's.
-        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, in_vain 975;
-        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, in_vain 990;
+        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, rows_discarded 975;
+        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, rows_discarded 990;
     }
     "tasks/list_oldest.sql" {
         "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
@@ -331,12 +331,12 @@ cases! {
         "the last": "nth(7), null, null, nth(96906), 51" => rows 30, pages FIFTY_ONE;
         "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
         "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
-        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, in_vain 2;
+        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, rows_discarded 2;
         // As above.
-        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, in_vain 975;
-        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, in_vain 990;
+        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, rows_discarded 975;
+        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, rows_discarded 990;
     }
-    "tasks/newest.sql" {
+    "tasks/list_newest_batch.sql" {
         "the first page": "array[nth(7)], array[null]::uuid[], array[51]" => rows 51, pages FIFTY_ONE;
         "one amid": "array[nth(7)], array[nth(50006)], array[51]" => rows 51, pages FIFTY_ONE;
         "the last": "array[nth(7)], array[nth(3006)], array[51]" => rows 30, pages FIFTY_ONE;
@@ -353,7 +353,7 @@ cases! {
             rows 1, pages A_WRITE;
         "another version":
             "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], true" =>
-            rows 1, pages 2 * A_ROW, in_vain 1;
+            rows 1, pages 2 * A_ROW, rows_discarded 1;
         "any but another":
             "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], false" =>
             rows 1, pages A_WRITE;
@@ -363,10 +363,10 @@ cases! {
     }
     "users/delete.sql" {
         // Two pages a task: one to find it, one to delete it.
-        "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 3000, in_vain 1;
+        "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 3000, rows_discarded 1;
         // The account, a session with its revocation, two keys.
         "without tasks": "nth(4000), hash(4000)" => rows 1, pages 3 * A_WRITE;
-        "the password was changed": "nth(7), hash(8)" => rows 0, pages A_ROW, in_vain 2;
+        "the password was changed": "nth(7), hash(8)" => rows 0, pages A_ROW, rows_discarded 2;
     }
     "users/for_password_check.sql" {
         "somebody": "nth(7)" => rows 1, pages 2 * A_ROW;
@@ -374,7 +374,7 @@ cases! {
     }
     "users/for_login.sql" {
         "from a known network": "'user7@example.com', '192.0.2.1'" =>
-            rows 1, pages 2 * A_ROW, in_vain 2;
+            rows 1, pages 2 * A_ROW, rows_discarded 2;
         "from elsewhere": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
         "nobody": "'nobody7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
     }
@@ -391,15 +391,15 @@ cases! {
             rows 0, pages A_ROW;
     }
     "users/set_password.sql" {
-        "as verified": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE, in_vain 1;
-        "changed meanwhile": "nth(7), hash(8), hash(70000)" => rows 0, pages A_ROW, in_vain 2;
+        "as verified": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE, rows_discarded 1;
+        "changed meanwhile": "nth(7), hash(8), hash(70000)" => rows 0, pages A_ROW, rows_discarded 2;
     }
 }
 
 const READS_ALL: &str = "reads a table from its beginning";
 
 /// What a statement did.
-struct Reading {
+struct PlanStats {
     /// Whether the plan was for any parameters.
     generic: bool,
     rows: u64,
@@ -414,7 +414,7 @@ struct Reading {
     plan: Vec<String>,
 }
 
-impl Reading {
+impl PlanStats {
     /// Where this is more than the case allows.
     fn complaints(&self, case: &Case) -> Vec<String> {
         let mut complaints = Vec::new();
@@ -427,17 +427,17 @@ impl Reading {
                 self.pages, case.pages
             ));
         }
-        if self.removed > case.in_vain {
+        if self.removed > case.rows_discarded {
             complaints.push(format!(
                 "removes {} rows, more than {}",
-                self.removed, case.in_vain
+                self.removed, case.rows_discarded
             ));
         }
         // An index has the order. Where it is known how few rows that spares, to put in order what
         // is given back anyway may be cheaper.
         let sorted = match self.generic {
             true => case.sorted,
-            false => case.rows + case.in_vain,
+            false => case.rows + case.rows_discarded,
         };
         if self.sorted > sorted {
             complaints.push(format!("sorts {} rows, more than {sorted}", self.sorted));
@@ -489,7 +489,7 @@ async fn filled() -> (Server, Client) {
 
 /// Runs a statement twice, each time in a transaction that is rolled back: once for what it gives,
 /// once for what it reads.
-async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> Reading {
+async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> PlanStats {
     let prepare = format!("deallocate all; set plan_cache_mode = {plan}; prepare s as {text}");
     sql.batch_execute(&prepare).await.expect(text);
     let execute = match with {
@@ -518,7 +518,7 @@ async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> 
     // behind.
     let planning = ["Shared Hit Blocks", "Shared Read Blocks"]
         .map(|kind| explained["Planning"][kind].as_u64().unwrap_or(0));
-    let mut reading = Reading {
+    let mut reading = PlanStats {
         generic: plan == PLANS[0],
         rows: *rows,
         pages: (after.pages - before.pages).saturating_sub(planning.iter().sum()),
@@ -622,7 +622,7 @@ async fn a_page_deep_in_a_list_costs_no_more_than_the_first() {
         ("tasks/list_newest.sql", "nth(7), null, null, AFTER, 51"),
         ("tasks/list_oldest.sql", "nth(7), null, null, AFTER, 51"),
         (
-            "tasks/newest.sql",
+            "tasks/list_newest_batch.sql",
             "array[nth(7)], array[AFTER]::uuid[], array[51]",
         ),
     ] {
@@ -681,7 +681,7 @@ async fn a_statement_that_reads_too_much_is_noticed() {
     let case = Case {
         rows: 10,
         pages: FIFTY_ONE,
-        ..NOTHING
+        ..DEFAULT_CASE
     };
     for (rest, expected) in [
         ("order by user_id, id limit 10", None),

@@ -209,22 +209,22 @@ fn socket_url(directory: &Path) -> String {
 // ---------------------------------------------------------------- databases
 
 /// The PostgreSQL that all tests share, and the thread that talks to it as its superuser.
-struct Host {
+struct SharedPostgres {
     url: String,
     statements: tokio::sync::mpsc::UnboundedSender<Statement>,
 }
 
 type Statement = (String, mpsc::Sender<Result<(), String>>);
 
-impl Host {
-    fn shared() -> &'static Host {
-        static HOST: OnceLock<Host> = OnceLock::new();
+impl SharedPostgres {
+    fn shared() -> &'static SharedPostgres {
+        static HOST: OnceLock<SharedPostgres> = OnceLock::new();
         HOST.get_or_init(|| {
             let (started, start) = mpsc::channel();
             let (statements, received) = tokio::sync::mpsc::unbounded_channel();
-            thread::spawn(|| Host::run(started, received));
+            thread::spawn(|| SharedPostgres::run(started, received));
             let url = start.recv().expect("no PostgreSQL for the tests");
-            Host { url, statements }
+            SharedPostgres { url, statements }
         })
     }
 
@@ -292,7 +292,7 @@ impl Database {
     pub(crate) async fn create_with(options: &str) -> Database {
         let name = format!("test_{}_{}", std::process::id(), unique());
         let statement = format!("create database {name} {options}");
-        tokio::task::spawn_blocking(move || Host::shared().execute(statement))
+        tokio::task::spawn_blocking(move || SharedPostgres::shared().execute(statement))
             .await
             .unwrap()
             .unwrap();
@@ -309,7 +309,7 @@ impl Database {
     }
 
     pub(crate) fn url(&self) -> String {
-        let url = &Host::shared().url;
+        let url = &SharedPostgres::shared().url;
         let (server, options) = url
             .split_once('?')
             .map_or((url.as_str(), None), |(s, o)| (s, Some(o)));
@@ -326,7 +326,8 @@ impl Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        let dropped = Host::shared().execute(format!("drop database {} with (force)", self.name));
+        let dropped =
+            SharedPostgres::shared().execute(format!("drop database {} with (force)", self.name));
         // A second panic would abort the whole run and hide the first.
         if !thread::panicking() {
             dropped.unwrap();

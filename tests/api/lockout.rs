@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::auth::{ANOTHER_PASSWORD, delete_account, login};
 use crate::harness::{PASSWORD, Response, Server, User, until};
-use crate::sweeping::age;
+use crate::purge::age;
 use crate::throttling::{pass, wait_of};
 
 /// A service that believes the `X-Forwarded-For` of these tests.

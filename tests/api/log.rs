@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::auth::{ANOTHER_PASSWORD, change_password, login, refresh, sign_out, text};
 use crate::harness::{PASSWORD, Request, Server, claims, forge};
-use crate::sweeping::age;
+use crate::purge::age;
 
 /// A request id that no other request has, to find its lines by.
 pub(crate) fn unique_id() -> String {

@@ -14,20 +14,20 @@ mod connections;
 mod database_url;
 mod embedded_postgres;
 mod migrations;
+mod purge;
 mod startup;
-mod sweeping;
 
 // What the API promises.
 mod acceptance;
 mod cors;
 mod explain;
-mod gathering;
 mod http;
 mod idempotency;
 mod metrics;
 mod openapi;
 mod pages;
 mod preconditions;
+mod read_batching;
 mod smuggling;
 mod sql;
 mod tasks;
@@ -40,6 +40,7 @@ mod hashing;
 mod isolation;
 mod lockout;
 mod log;
+mod login_enumeration;
 mod password_change;
 mod passwords;
 mod races;
@@ -47,7 +48,6 @@ mod refresh;
 mod revocations;
 mod session_limit;
 mod sessions;
-mod telling;
 mod throttling;
 mod tokens;
 

@@ -52,15 +52,15 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
         .map(|label| (label, values(&text, label)));
     for (name, some) in [
         (
-            "todo_api_sign_ins_total{outcome=",
+            "todo_api_logins_total{outcome=",
             ["success", "rate_limited"],
         ),
         (
-            "todo_api_tokens_refused_total{reason=",
-            ["missing_token", "other_user"],
+            "todo_api_tokens_rejected_total{reason=",
+            ["missing_token", "not_owner"],
         ),
         (
-            "todo_api_sessions_ended_total{cause=",
+            "todo_api_sessions_revoked_total{cause=",
             ["logout", "account_deleted"],
         ),
     ] {
@@ -125,10 +125,10 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
         assert_eq!(values(&text, label), known);
     }
     for (name, expected) in [
-        ("todo_api_sign_ins_total{outcome=\"success\"", 1),
-        ("todo_api_sign_ins_total{outcome=\"wrong_password\"", 1),
+        ("todo_api_logins_total{outcome=\"success\"", 1),
+        ("todo_api_logins_total{outcome=\"wrong_password\"", 1),
         (
-            "todo_api_tokens_refused_total{reason=\"malformed_token\"",
+            "todo_api_tokens_rejected_total{reason=\"malformed_token\"",
             20,
         ),
     ] {
@@ -139,12 +139,12 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
     }
     for name in [
         "todo_api_http_request_duration_seconds_bucket{route=\"/healthz\",le=\"1\"}",
-        "todo_api_db_wait_seconds_count",
-        "todo_api_db_query_seconds_count",
+        "todo_api_db_pool_acquire_duration_seconds_count",
+        "todo_api_db_query_duration_seconds_count",
         "todo_api_db_connections{state=\"idle\"}",
-        "todo_api_db_waiting 0",
-        "todo_api_hash_queue_length 0",
-        "todo_api_hash_seconds_count",
+        "todo_api_db_pool_waiters 0",
+        "todo_api_password_hash_queue_length 0",
+        "todo_api_password_hash_duration_seconds_count",
         "todo_api_build_info{version=",
         "process_start_time_seconds",
     ] {

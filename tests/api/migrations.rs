@@ -6,10 +6,10 @@ use serde_json::Value;
 use tokio::time::{Duration, Instant, sleep};
 use tokio_postgres::Client;
 
-use crate::faults::either;
+use crate::faults::short_or_full;
 use crate::harness::{Database, PASSWORD, Process, SECRET, Server, until};
 
-const V1: &str = include_str!("../../sql/migrations/V1__people_tasks_sessions.sql");
+const V1: &str = include_str!("../../sql/migrations/V1__initial.sql");
 
 /// What the first version of the service inserts, with each column it knew, for the user `N`.
 const V1_INSERTS: &str = "
@@ -175,7 +175,7 @@ async fn a_migration_that_was_merged_after_a_later_one_is_still_applied() {
 /// the defaults of the database would end it.
 #[tokio::test]
 async fn two_instances_start_at_once_and_one_of_them_migrates_however_long_it_takes() {
-    let seconds = either(3, 70);
+    let seconds = short_or_full(3, 70);
     let database = Database::create().await;
     let sql = database.sql().await;
     slow_down(&sql, seconds).await;

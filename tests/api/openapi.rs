@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::harness::{Request, Response, Server, User};
 
 const DOCUMENT: &str = include_str!("../../src/openapi.json");
-const ROUTER: &str = include_str!("../../src/router.rs");
+const ROUTER: &str = include_str!("../../src/http/router.rs");
 const ERRORS: &str = include_str!("../../src/error.rs");
 
 /// The password in the document's examples.

@@ -74,7 +74,7 @@ async fn walk(server: &Server, user: &User, target: String) -> Vec<Vec<String>> 
 
 /// What happens between two pages.
 #[derive(Clone, Debug)]
-enum Meanwhile {
+enum ConcurrentEdit {
     Create {
         completed: bool,
         found: bool,
@@ -96,15 +96,15 @@ struct Walk {
     completed: Option<bool>,
     search: bool,
     /// What happens after each page; after the last it begins anew.
-    meanwhile: Vec<Vec<Meanwhile>>,
+    meanwhile: Vec<Vec<ConcurrentEdit>>,
 }
 
 fn walks() -> impl Strategy<Value = Walk> {
     let meanwhile = prop_oneof![
-        3 => (any::<bool>(), any::<bool>()).prop_map(|(completed, found)| Meanwhile::Create { completed, found }),
-        3 => any::<usize>().prop_map(Meanwhile::Delete),
-        1 => Just(Meanwhile::DeleteLastSeen),
-        1 => any::<usize>().prop_map(Meanwhile::Edit),
+        3 => (any::<bool>(), any::<bool>()).prop_map(|(completed, found)| ConcurrentEdit::Create { completed, found }),
+        3 => any::<usize>().prop_map(ConcurrentEdit::Delete),
+        1 => Just(ConcurrentEdit::DeleteLastSeen),
+        1 => any::<usize>().prop_map(ConcurrentEdit::Edit),
     ];
     (
         prop::collection::vec(any::<(bool, bool)>(), 0..20),
@@ -191,7 +191,7 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
         }
         for step in meanwhile.next().into_iter().flatten() {
             let gone = match step {
-                Meanwhile::Create { completed, found } => {
+                ConcurrentEdit::Create { completed, found } => {
                     let id = create(server, user, *completed, *found).await;
                     if wanted(*completed, *found) {
                         may_be_seen.insert(id.clone());
@@ -199,7 +199,7 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
                     alive.push(id);
                     continue;
                 }
-                Meanwhile::Edit(at) if !alive.is_empty() => {
+                ConcurrentEdit::Edit(at) if !alive.is_empty() => {
                     let path = format!("{}/{}", user.tasks(), alive[at % alive.len()]);
                     let request = server.patch(&path).bearer(&user.access_token);
                     request
@@ -209,8 +209,10 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
                         .expect(200);
                     continue;
                 }
-                Meanwhile::Delete(at) if !alive.is_empty() => alive[at % alive.len()].clone(),
-                Meanwhile::DeleteLastSeen if seen.last().is_some_and(|id| alive.contains(id)) => {
+                ConcurrentEdit::Delete(at) if !alive.is_empty() => alive[at % alive.len()].clone(),
+                ConcurrentEdit::DeleteLastSeen
+                    if seen.last().is_some_and(|id| alive.contains(id)) =>
+                {
                     seen.last().cloned().expect("just looked at")
                 }
                 _ => continue,

@@ -11,7 +11,7 @@ use crate::auth::{
 };
 use crate::harness::{PASSWORD, Response, Server, User, claims};
 use crate::log::settled;
-use crate::races::{BOTH, Held, race};
+use crate::races::{BOTH, RowLock, race};
 use crate::sessions::{NOBODYS_TASKS, assert_dies, list};
 
 /// A third password, as good as the others.
@@ -182,7 +182,7 @@ async fn a_refresh_beside_a_change_of_password_in_one_session_leaves_only_its_to
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
         let (refreshed, changed) = race(
             order,
             held,
@@ -214,7 +214,7 @@ async fn a_logout_beside_a_change_of_password_comes_before_or_after_it() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
         let (signed_out, changed) = race(
             order,
             held,
@@ -239,7 +239,7 @@ async fn of_two_changes_of_password_in_one_session_one_wins() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann: User = here.user().await;
-    let held = Held::new(&here, "users", &ann.id).await;
+    let held = RowLock::new(&here, "users", &ann.id).await;
     let (first, second) = held
         .race(
             change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
@@ -256,7 +256,7 @@ async fn of_two_changes_of_password_in_one_session_one_wins() {
 async fn a_change_of_password_that_met_a_deadlock_is_made_all_the_same() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let other = Held::new(&server, "sessions", &ann.session_id).await;
+    let other = RowLock::new(&server, "sessions", &ann.session_id).await;
     let deadlock = async {
         other.waiting(1).await;
         let lock = format!("select 1 from users where id = '{}' for update", ann.id);

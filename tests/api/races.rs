@@ -16,14 +16,14 @@ use crate::sessions::assert_dies;
 const COSTLIER: (&str, &str) = ("BCRYPT_COST", "11");
 
 /// A row that somebody holds.
-pub(crate) struct Held {
+pub(crate) struct RowLock {
     pub(crate) sql: tokio_postgres::Client,
     watch: tokio_postgres::Client,
 }
 
-impl Held {
+impl RowLock {
     /// Takes the row lock that every change of the row has to wait for.
-    pub(crate) async fn new(server: &Server, table: &str, id: &str) -> Held {
+    pub(crate) async fn new(server: &Server, table: &str, id: &str) -> RowLock {
         let sql = server.sql().await;
         sql.batch_execute(&format!(
             "begin; select 1 from {table} where id = '{id}' for update"
@@ -31,7 +31,7 @@ impl Held {
         .await
         .expect("the row");
         let watch = server.sql().await;
-        Held { sql, watch }
+        RowLock { sql, watch }
     }
 
     /// Waits until as many backends wait for a lock.
@@ -90,7 +90,7 @@ pub(crate) const BOTH: [Order; 2] = [Order::AsNamed, Order::Reversed];
 /// Runs two requests into a held row in the given order; the answers come as they were named.
 pub(crate) async fn race(
     order: Order,
-    held: Held,
+    held: RowLock,
     a: impl Future<Output = Response>,
     b: impl Future<Output = Response>,
 ) -> (Response, Response) {
@@ -125,7 +125,7 @@ async fn sign_in_beside_a_change_of_password(
     order: Order,
 ) -> (User, Response, Response) {
     let ann = here.user().await;
-    let held = Held::new(here, "users", &ann.id).await;
+    let held = RowLock::new(here, "users", &ann.id).await;
     let (signed_in, changed) = race(
         order,
         held,
@@ -143,7 +143,7 @@ async fn sign_in_beside_the_end_of_the_account(
     order: Order,
 ) -> (User, Response, Response) {
     let ann = here.user().await;
-    let held = Held::new(here, "users", &ann.id).await;
+    let held = RowLock::new(here, "users", &ann.id).await;
     let (signed_in, deleted) = race(
         order,
         held,
@@ -214,7 +214,7 @@ async fn two_sign_ins_that_both_renew_an_old_hash_both_succeed() {
     let ann = here.user().await;
     let old = stored_hash(&here, &ann).await;
     assert!(old.starts_with("$2b$10$"), "{old}");
-    let held = Held::new(&here, "users", &ann.id).await;
+    let held = RowLock::new(&here, "users", &ann.id).await;
     let (first, second) = held
         .race(
             login(&there, &ann.email, &ann.password),
@@ -279,7 +279,7 @@ async fn of_two_changes_of_password_at_once_one_wins() {
         .await
         .expect(200)
         .json();
-    let held = Held::new(&here, "users", &ann.id).await;
+    let held = RowLock::new(&here, "users", &ann.id).await;
     let (first, second) = held
         .race(
             change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
@@ -312,7 +312,7 @@ async fn a_refresh_beside_a_sign_out_does_not_bring_the_session_back() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
         let sign_out = here
             .post("/api/v1/auth/logout")
             .bearer(&ann.access_token)
@@ -338,7 +338,7 @@ async fn a_refresh_beside_a_change_of_password_does_not_save_the_session() {
             .await
             .expect(200)
             .json();
-        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
         let (refreshed, changed) = race(
             order,
             held,
@@ -368,7 +368,7 @@ async fn a_refresh_beside_the_end_of_the_account_leaves_no_live_token() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = Held::new(&here, "sessions", &ann.session_id).await;
+        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
         let (refreshed, deleted) = race(
             order,
             held,
@@ -393,7 +393,7 @@ async fn a_task_created_beside_the_end_of_the_account_is_no_orphan() {
     for key in [None, Some("the-only-one")] {
         for order in BOTH {
             let ann = here.user().await;
-            let held = Held::new(&here, "users", &ann.id).await;
+            let held = RowLock::new(&here, "users", &ann.id).await;
             let mut create = there.post(ann.tasks()).bearer(&ann.access_token);
             if let Some(key) = key {
                 create = create.header("idempotency-key", key);

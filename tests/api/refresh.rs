@@ -9,8 +9,8 @@ use serde_json::json;
 use crate::auth::{assert_signed_in, refresh, sign_out, text};
 use crate::harness::{Server, User, claims, forge};
 use crate::log::{settled, unique_id, warnings};
+use crate::purge::age;
 use crate::sessions::assert_dies;
-use crate::sweeping::age;
 use crate::tokens;
 
 /// Moves one session's whole past back in time, as if that long had gone by.

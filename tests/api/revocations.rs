@@ -6,8 +6,8 @@ use tokio::time::sleep;
 
 use crate::auth::assert_signed_in;
 use crate::harness::Server;
+use crate::purge::age;
 use crate::sessions::assert_dies;
-use crate::sweeping::age;
 
 /// Whether the whole form of the tests was asked for, which takes minutes.
 fn is_full() -> bool {

@@ -8,8 +8,8 @@ use tokio_postgres::Client;
 use crate::auth::{assert_signed_in, login, refresh, text};
 use crate::harness::{Server, User, until};
 use crate::metrics::scrape;
+use crate::purge::age;
 use crate::sessions::{assert_dies, list};
-use crate::sweeping::age;
 
 /// Gives a user this many more sessions, as old as this.
 async fn add_sessions(sql: &Client, user: &User, count: i32, used: &str) {
@@ -73,7 +73,7 @@ async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
         assert_signed_in(&there, &user.access_token).await;
     }
     let metrics = scrape(&here).await;
-    let counted = "sessions_ended_total{cause=\"session_limit\"} 2";
+    let counted = "sessions_revoked_total{cause=\"session_limit\"} 2";
     assert!(metrics.contains(counted), "{metrics}");
 }
 

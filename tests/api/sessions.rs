@@ -11,7 +11,7 @@ use crate::auth::{
     refresh, sign_out, text,
 };
 use crate::harness::{PASSWORD, Server, User, claims};
-use crate::sweeping::age;
+use crate::purge::age;
 
 /// Somebody else's tasks: 403 to a good token and 401 to any other, before the database is
 /// asked for anything but what has ended.

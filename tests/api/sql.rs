@@ -27,7 +27,7 @@ const NOT_BY_OWNER: [(&str, &str); 6] = [
         "a session is made for the person who is made by the same statement: $1",
     ),
     (
-        "sessions/sweep.sql",
+        "sessions/purge.sql",
         "forgets what has expired, whosever it was",
     ),
 ];

@@ -160,7 +160,7 @@ async fn a_wrong_variable_is_named() {
         ("ACCESS_TOKEN_TTL", "1h"),
         ("REFRESH_TOKEN_IDLE_TTL", "-5"),
         ("REFRESH_TOKEN_MAX_TTL", "1e9"),
-        ("REFRESH_GRACE", "ten"),
+        ("REFRESH_TOKEN_GRACE", "ten"),
     ];
     let directory = DataDir::new();
     let runs = cases.map(|(name, value)| {

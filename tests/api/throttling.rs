@@ -7,7 +7,7 @@ use crate::auth::{
     ANOTHER_PASSWORD, change_password, delete_account, login, refresh, register, sign_out,
 };
 use crate::harness::{PASSWORD, Response, Server};
-use crate::sweeping::age;
+use crate::purge::age;
 
 /// The seconds of a 429 of ours.
 pub(crate) fn wait_of(response: Response) -> u32 {
@@ -282,7 +282,7 @@ async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_ten_get_a_verdi
 }
 
 /// A refresh with what is no token: the cheapest request that the brake counts.
-async fn knock(server: &Server, forwarded_for: &[&str]) -> u16 {
+async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     let mut request = server.post("/api/v1/auth/refresh");
     for value in forwarded_for {
         request = request.header("x-forwarded-for", *value);
@@ -330,7 +330,7 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
 #[tokio::test]
 async fn with_a_rate_of_nothing_there_is_no_brake() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "0")]).await;
-    let statuses = join_all((0..400).map(|_| knock(&server, &[]))).await;
+    let statuses = join_all((0..400).map(|_| login_status(&server, &[]))).await;
     assert!(statuses.iter().all(|&status| status == 401));
 }
 
@@ -340,9 +340,12 @@ async fn a_forwarded_address_is_not_believed_from_a_stranger() {
     for trusted in ["", "192.0.2.1,10.0.0.0/8,::2"] {
         let server =
             Server::with(&[("AUTH_RATE_PER_MINUTE", "1"), ("TRUSTED_PROXIES", trusted)]).await;
-        assert_eq!(knock(&server, &["203.0.113.2"]).await, 401);
-        assert_eq!(knock(&server, &["203.0.113.3"]).await, 429);
-        assert_eq!(knock(&server, &["127.0.0.1, 203.0.113.4"]).await, 429);
+        assert_eq!(login_status(&server, &["203.0.113.2"]).await, 401);
+        assert_eq!(login_status(&server, &["203.0.113.3"]).await, 429);
+        assert_eq!(
+            login_status(&server, &["127.0.0.1, 203.0.113.4"]).await,
+            429
+        );
         let log = crate::log::settled(&server).await;
         assert!(!log.contains("203.0.113."), "{log}");
         assert!(log.contains("client=127.0.0.1"), "{log}");
@@ -361,7 +364,7 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     ])
     .await;
     let used_up = async |forwarded_for: &[&str]| {
-        assert_eq!(knock(&server, forwarded_for).await, 401);
+        assert_eq!(login_status(&server, forwarded_for).await, 401);
     };
 
     used_up(&["203.0.113.9"]).await;
@@ -380,20 +383,23 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         // Some proxies write the port as well.
         &["203.0.113.9:41234"],
     ] {
-        assert_eq!(knock(&server, same).await, 429, "{same:?}");
+        assert_eq!(login_status(&server, same).await, 429, "{same:?}");
     }
-    assert_eq!(knock(&server, &["203.0.113.10"]).await, 401);
-    assert_eq!(knock(&server, &["203.0.113.9, 203.0.113.11"]).await, 401);
+    assert_eq!(login_status(&server, &["203.0.113.10"]).await, 401);
+    assert_eq!(
+        login_status(&server, &["203.0.113.9, 203.0.113.11"]).await,
+        401
+    );
 
     // One household has a /64 of IPv6, and one address of IPv4 however it is written.
     used_up(&["2001:db8:1:2::1"]).await;
-    assert_eq!(knock(&server, &["2001:db8:1:2:ffff::9"]).await, 429);
-    assert_eq!(knock(&server, &["2001:DB8:1:2:0:0:0:3"]).await, 429);
-    assert_eq!(knock(&server, &["[2001:db8:1:2::7]:443"]).await, 429);
-    assert_eq!(knock(&server, &["2001:db8:1:3::1"]).await, 401);
+    assert_eq!(login_status(&server, &["2001:db8:1:2:ffff::9"]).await, 429);
+    assert_eq!(login_status(&server, &["2001:DB8:1:2:0:0:0:3"]).await, 429);
+    assert_eq!(login_status(&server, &["[2001:db8:1:2::7]:443"]).await, 429);
+    assert_eq!(login_status(&server, &["2001:db8:1:3::1"]).await, 401);
     used_up(&["::ffff:203.0.113.50"]).await;
-    assert_eq!(knock(&server, &["203.0.113.50"]).await, 429);
-    assert_eq!(knock(&server, &["::ffff:203.0.113.51"]).await, 401);
+    assert_eq!(login_status(&server, &["203.0.113.50"]).await, 429);
+    assert_eq!(login_status(&server, &["::ffff:203.0.113.51"]).await, 401);
 
     // What is no address is nobody else's allowance: the proxy itself is the client.
     used_up(&["nonsense"]).await;
@@ -404,7 +410,11 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         ", ,",
         "\"203.0.113.10\"",
     ] {
-        assert_eq!(knock(&server, &[nonsense]).await, 429, "{nonsense:?}");
+        assert_eq!(
+            login_status(&server, &[nonsense]).await,
+            429,
+            "{nonsense:?}"
+        );
     }
-    assert_eq!(knock(&server, &["203.0.113.12"]).await, 401);
+    assert_eq!(login_status(&server, &["203.0.113.12"]).await, 401);
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use serde_json::json;
 
-use super::Rig;
+use super::Cluster;
 use crate::{
     harness::{Server, User, until},
     tasks::path_of,
@@ -54,7 +54,7 @@ async fn concurrent_toggles_are_served_whatever_the_default_isolation_is() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_toggles_are_served_if_the_default_changes_under_open_connections() {
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "12")]).await;
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
     let task = format!("{}/{}", rig.user.tasks(), rig.task);
     toggle_300_times(&rig.server, &rig.user, &task).await;
     let sql = rig.sql().await;

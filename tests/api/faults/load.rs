@@ -36,7 +36,7 @@ const PAUSE: Duration = Duration::from_millis(25);
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Fate {
+pub(super) enum Outcome {
     /// It was answered with this status.
     Status(u16),
     /// No connection was to be had, or the one there was had been closed before anything was sent.
@@ -47,10 +47,10 @@ pub(super) enum Fate {
     Forgotten,
 }
 
-impl fmt::Display for Fate {
+impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fate::Status(status) => write!(f, "{status}"),
+            Outcome::Status(status) => write!(f, "{status}"),
             fate => write!(f, "{fate:?}"),
         }
     }
@@ -70,7 +70,7 @@ pub(super) enum Work {
 pub(super) struct Answer {
     pub(super) asked: Instant,
     pub(super) took: Duration,
-    pub(super) fate: Fate,
+    pub(super) fate: Outcome,
     pub(super) work: Work,
     /// The problem's code, where the answer is one.
     pub(super) code: String,
@@ -79,12 +79,12 @@ pub(super) struct Answer {
 
 impl Answer {
     pub(super) fn is_good(&self) -> bool {
-        matches!(self.fate, Fate::Status(200..=299))
+        matches!(self.fate, Outcome::Status(200..=299))
     }
 
     /// A refusal as the contract has it: nothing was changed, and when to come again.
     pub(super) fn is_refusal(&self, code: &str) -> bool {
-        self.fate == Fate::Status(503) && self.retry_after && self.code == code
+        self.fate == Outcome::Status(503) && self.retry_after && self.code == code
     }
 
     fn ended(&self) -> Instant {
@@ -93,13 +93,13 @@ impl Answer {
 }
 
 /// An answer on the wire.
-pub(super) struct Heard {
-    pub(super) fate: Fate,
+pub(super) struct WireResponse {
+    pub(super) fate: Outcome,
     pub(super) retry_after: bool,
     pub(super) body: Bytes,
 }
 
-impl Heard {
+impl WireResponse {
     pub(super) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
@@ -166,18 +166,18 @@ impl Client {
         self.connection.is_some()
     }
 
-    pub(super) async fn ask(&mut self, request: Request<Full<Bytes>>) -> Heard {
+    pub(super) async fn ask(&mut self, request: Request<Full<Bytes>>) -> WireResponse {
         let heard = timeout(FORGOTTEN, self.exchange(request)).await;
         let (fate, retry_after, body) = match heard {
-            Ok(Ok((status, retry_after, body))) => (Fate::Status(status), retry_after, body),
+            Ok(Ok((status, retry_after, body))) => (Outcome::Status(status), retry_after, body),
             Ok(Err(fate)) => (fate, false, Bytes::new()),
-            Err(_) => (Fate::Forgotten, false, Bytes::new()),
+            Err(_) => (Outcome::Forgotten, false, Bytes::new()),
         };
-        if !matches!(fate, Fate::Status(_)) {
+        if !matches!(fate, Outcome::Status(_)) {
             // As a balancer does: the next instance, if there is another.
             self.turn += 1;
         }
-        Heard {
+        WireResponse {
             fate,
             retry_after,
             body,
@@ -187,12 +187,12 @@ impl Client {
     async fn exchange(
         &mut self,
         request: Request<Full<Bytes>>,
-    ) -> Result<(u16, bool, Bytes), Fate> {
+    ) -> Result<(u16, bool, Bytes), Outcome> {
         let mut request = Some(request);
         let (connection, answer) = loop {
-            let mut connection = self.connected().await.ok_or(Fate::Refused)?;
+            let mut connection = self.connected().await.ok_or(Outcome::Refused)?;
             let Some(next) = request.take() else {
-                return Err(Fate::Lost);
+                return Err(Outcome::Lost);
             };
             match connection.try_send_request(next).await {
                 Ok(answer) => break (connection, answer),
@@ -203,7 +203,7 @@ impl Client {
         let status = answer.status().as_u16();
         let retry_after = answer.headers().contains_key(header::RETRY_AFTER);
         let body = answer.into_body().collect().await;
-        let body = body.map_err(|_| Fate::Lost)?.to_bytes();
+        let body = body.map_err(|_| Outcome::Lost)?.to_bytes();
         self.connection = Some(connection);
         Ok((status, retry_after, body))
     }
@@ -211,25 +211,25 @@ impl Client {
 
 /// Who asks, and for what.
 #[derive(Clone)]
-pub(super) struct Asker {
+pub(super) struct Credentials {
     pub(super) id: String,
     token: String,
 }
 
-impl From<&User> for Asker {
-    fn from(user: &User) -> Asker {
-        Asker {
+impl From<&User> for Credentials {
+    fn from(user: &User) -> Credentials {
+        Credentials {
             id: user.id.clone(),
             token: user.access_token.clone(),
         }
     }
 }
 
-impl Asker {
+impl Credentials {
     /// Out of the answer to a registration.
-    pub(super) fn from_tokens(tokens: &Value) -> Asker {
+    pub(super) fn from_tokens(tokens: &Value) -> Credentials {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
-        Asker {
+        Credentials {
             id: text(&tokens["user"]["id"]),
             token: text(&tokens["access_token"]),
         }
@@ -261,17 +261,17 @@ impl Asker {
 
 /// Everything that the clients of a load were told.
 #[derive(Default)]
-pub(super) struct Ledger {
+pub(super) struct RequestLog {
     answers: Mutex<Vec<Answer>>,
     /// Task id by title.
     acknowledged: Mutex<HashMap<String, String>>,
     repeated: AtomicU64,
 }
 
-impl Ledger {
-    pub(super) fn note(&self, work: Work, asked: Instant, heard: &Heard) -> bool {
+impl RequestLog {
+    pub(super) fn note(&self, work: Work, asked: Instant, heard: &WireResponse) -> bool {
         let code = match heard.fate {
-            Fate::Status(400..) => heard.json()["code"].as_str().unwrap_or("none").to_owned(),
+            Outcome::Status(400..) => heard.json()["code"].as_str().unwrap_or("none").to_owned(),
             _ => String::new(),
         };
         let answer = Answer {
@@ -287,7 +287,7 @@ impl Ledger {
         good
     }
 
-    pub(super) fn acknowledge(&self, title: String, heard: &Heard) {
+    pub(super) fn acknowledge(&self, title: String, heard: &WireResponse) {
         let id = heard.json()["id"].as_str().unwrap().to_owned();
         self.acknowledged.lock().unwrap().insert(title, id);
     }
@@ -354,7 +354,7 @@ impl Ledger {
         let bad: Vec<_> = self
             .all()
             .into_iter()
-            .filter(|answer| !matches!(answer.fate, Fate::Status(_)) || answer.took > bound)
+            .filter(|answer| !matches!(answer.fate, Outcome::Status(_)) || answer.took > bound)
             .collect();
         assert!(
             bad.is_empty(),
@@ -377,7 +377,7 @@ impl Ledger {
 
 /// What became of requests, and how long the slowest and the 95th of a hundred took.
 pub(super) fn summary(answers: &[Answer]) -> String {
-    let mut fates: BTreeMap<(Fate, &str), usize> = BTreeMap::new();
+    let mut fates: BTreeMap<(Outcome, &str), usize> = BTreeMap::new();
     for answer in answers {
         *fates.entry((answer.fate, &answer.code)).or_default() += 1;
     }
@@ -406,7 +406,7 @@ pub(super) fn percentile(answers: &[Answer], percent: usize) -> Duration {
 
 /// Clients at work; they end when it is dropped.
 pub(super) struct Load {
-    pub(super) ledger: Arc<Ledger>,
+    pub(super) ledger: Arc<RequestLog>,
     addresses: Addresses,
     stop: Arc<AtomicBool>,
     clients: JoinSet<()>,
@@ -423,7 +423,7 @@ impl Load {
     }
 
     /// So many clients that read this task all the time.
-    pub(super) fn reading(mut self, clients: usize, asker: &Asker, task: &str) -> Load {
+    pub(super) fn reading(mut self, clients: usize, asker: &Credentials, task: &str) -> Load {
         for _ in 0..clients {
             let mut client = Client::new(self.addresses.clone(), self.clients.len());
             let (ledger, stop) = (self.ledger.clone(), self.stop.clone());
@@ -441,7 +441,7 @@ impl Load {
     }
 
     /// So many clients that make tasks, each until it is acknowledged.
-    pub(super) fn writing(mut self, clients: usize, asker: &Asker) -> Load {
+    pub(super) fn writing(mut self, clients: usize, asker: &Credentials) -> Load {
         for _ in 0..clients {
             let number = self.clients.len();
             let mut client = Client::new(self.addresses.clone(), number);
@@ -472,7 +472,7 @@ impl Load {
     }
 
     /// Waits for the answers under way and ends.
-    pub(super) async fn end(mut self) -> Arc<Ledger> {
+    pub(super) async fn end(mut self) -> Arc<RequestLog> {
         self.stop.store(true, Ordering::Relaxed);
         while let Some(client) = self.clients.join_next().await {
             client.unwrap();

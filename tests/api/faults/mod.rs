@@ -31,7 +31,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use tokio_postgres::{Client as Sql, NoTls};
 
 use crate::harness::{DataDir, SECRET, Server, User, until};
-use load::{Addresses, Asker, Ledger, Load};
+use load::{Addresses, Credentials, Load, RequestLog};
 use proxy::Proxy;
 
 /// A request has its answer from the database within 5 s; the rest is for a busy machine.
@@ -40,7 +40,7 @@ const ANSWERED: Duration = Duration::from_secs(8);
 const HEALED: Duration = Duration::from_secs(8);
 
 /// The short or the whole form of a test.
-pub(crate) fn either<T>(short: T, full: T) -> T {
+pub(crate) fn short_or_full<T>(short: T, full: T) -> T {
     if env::var("FAULTS").is_ok_and(|form| form == "full") {
         full
     } else {
@@ -49,7 +49,7 @@ pub(crate) fn either<T>(short: T, full: T) -> T {
 }
 
 /// Tests that measure time under load go one after another.
-async fn alone() -> MutexGuard<'static, ()> {
+async fn serialize() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::const_new(());
     TURN.lock().await
 }
@@ -59,7 +59,7 @@ fn report(test: &str, counted: impl AsRef<str>) {
 }
 
 /// A service, its PostgreSQL, and perhaps a network between them.
-struct Rig {
+struct Cluster {
     server: Server,
     user: User,
     /// The id of a task that is there from the beginning.
@@ -69,18 +69,18 @@ struct Rig {
     directory: DataDir,
 }
 
-impl Rig {
+impl Cluster {
     /// The service on the socket of a PostgreSQL of the test's own.
-    async fn direct(variables: &[(&str, &str)]) -> Rig {
-        Rig::build(false, variables).await
+    async fn direct(variables: &[(&str, &str)]) -> Cluster {
+        Cluster::build(false, variables).await
     }
 
     /// The same with a proxy in between.
-    async fn proxied(variables: &[(&str, &str)]) -> Rig {
-        Rig::build(true, variables).await
+    async fn proxied(variables: &[(&str, &str)]) -> Cluster {
+        Cluster::build(true, variables).await
     }
 
-    async fn build(proxied: bool, variables: &[(&str, &str)]) -> Rig {
+    async fn build(proxied: bool, variables: &[(&str, &str)]) -> Cluster {
         let directory = DataDir::new();
         let postgres = Postgres::start(directory.path()).await.unwrap();
         let proxy = match proxied {
@@ -96,7 +96,7 @@ impl Rig {
         let server = Server::with(&all).await;
         let user = server.user().await;
         let task = user.create_task(&server, "there from the beginning").await;
-        Rig {
+        Cluster {
             server,
             user,
             task: task["id"].as_str().unwrap().to_owned(),
@@ -106,8 +106,8 @@ impl Rig {
         }
     }
 
-    fn asker(&self) -> Asker {
-        Asker::from(&self.user)
+    fn asker(&self) -> Credentials {
+        Credentials::from(&self.user)
     }
 
     fn addresses(&self) -> Addresses {
@@ -175,7 +175,7 @@ async fn backends(sql: &Sql) -> Vec<i32> {
 }
 
 /// Waits until so many answers in a row are good; gives the time since then.
-async fn until_well(ledger: &Ledger, since: Instant) -> Duration {
+async fn until_well(ledger: &RequestLog, since: Instant) -> Duration {
     until("requests are answered again", async || {
         ledger.is_well(20, since)
     })

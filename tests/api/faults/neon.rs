@@ -13,26 +13,26 @@ use rustix::process::{Pid, Signal, kill_process};
 use todo_api::embedded_postgres::Postgres;
 
 use super::{
-    ANSWERED, HEALED, Rig, alone, backends, either,
-    load::{Client, Fate},
-    proxy::Weather,
-    report, until_connected,
+    ANSWERED, Cluster, HEALED, backends,
+    load::{Client, Outcome},
+    proxy::NetworkCondition,
+    report, serialize, short_or_full, until_connected,
 };
 use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_fell_asleep_is_woken_by_the_first_request() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     let sql = rig.sql().await;
     let asker = rig.asker();
     let read = format!("/{}", rig.task);
     let waking = Duration::from_secs(1);
-    let rounds = either(3, 20);
+    let rounds = short_or_full(3, 20);
     let mut slowest = Duration::ZERO;
     for round in 0..rounds {
         // All connections are closed while nobody wants anything.
-        rig.proxy().turns(Weather::Asleep(waking));
+        rig.proxy().turns(NetworkCondition::Asleep(waking));
         until("all connections are closed", async || {
             backends(&sql).await.is_empty()
         })
@@ -55,11 +55,11 @@ async fn a_database_that_fell_asleep_is_woken_by_the_first_request() {
         assert!(
             fates
                 .iter()
-                .all(|fate| matches!(fate, Fate::Status(200 | 201))),
+                .all(|fate| matches!(fate, Outcome::Status(200 | 201))),
             "{fates:?}"
         );
         slowest = slowest.max(took);
-        rig.proxy().turns(Weather::Fair);
+        rig.proxy().turns(NetworkCondition::Fair);
     }
     assert!(slowest >= waking, "nobody had to wait");
     report(
@@ -73,11 +73,11 @@ async fn a_database_that_fell_asleep_is_woken_by_the_first_request() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_wakes_slowly_is_refused_and_then_served() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[]).await;
     // Longer than a request can wait for a connection.
     let waking = Duration::from_secs(4);
-    rig.proxy().turns(Weather::Asleep(2 * waking));
+    rig.proxy().turns(NetworkCondition::Asleep(2 * waking));
     let begin = Instant::now();
     let mut refused = 0;
     loop {
@@ -101,7 +101,7 @@ async fn a_database_that_wakes_slowly_is_refused_and_then_served() {
         refused += 1;
         assert!(begin.elapsed() < waking + HEALED, "still refused");
         if begin.elapsed() > waking {
-            rig.proxy().turns(Weather::Fair);
+            rig.proxy().turns(NetworkCondition::Fair);
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -200,7 +200,7 @@ async fn a_pooler_in_session_mode_serves() {
     };
     let server = Server::with(&[("DATABASE_URL", &pooler.url)]).await;
     let user = server.user().await;
-    let tasks = either(50, 1000);
+    let tasks = short_or_full(50, 1000);
     for number in 0..tasks {
         user.create_task(&server, &format!("number {number}")).await;
     }
@@ -235,7 +235,7 @@ async fn a_pooler_that_forgets_statements_is_refused_by_name() {
         ("JWT_SECRET", SECRET),
         ("LISTEN_ADDR", "127.0.0.1:0"),
     ];
-    let rounds = either(3, 50);
+    let rounds = short_or_full(3, 50);
     let mut line = String::new();
     for _ in 0..rounds {
         let process = Process::spawn(&[], &variables);

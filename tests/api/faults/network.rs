@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::{
-    ANSWERED, HEALED, Rig, alone, backends, either,
+    ANSWERED, Cluster, HEALED, backends,
     load::{Work, percentile, summary},
-    proxy::Weather,
-    report, until_well,
+    proxy::NetworkCondition,
+    report, serialize, short_or_full, until_well,
 };
 use crate::harness::until;
 
 /// As many backends as the pool has places, and none left over from before.
-async fn until_no_leak(rig: &Rig) -> usize {
+async fn until_no_leak(rig: &Cluster) -> usize {
     let sql = rig.sql().await;
     let mut now = 0;
     until("no more backends than places", async || {
@@ -26,12 +26,12 @@ async fn until_no_leak(rig: &Rig) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     let load = rig.load(8, 4);
     let ledger = load.ledger.clone();
     let mut counted = Vec::new();
-    for _ in 0..either(1, 5) {
+    for _ in 0..short_or_full(1, 5) {
         let calm = Instant::now();
         until("there is a load", async || {
             ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 20
@@ -39,7 +39,7 @@ async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
         .await;
         let lost = rig.server.log().matches("database lost").count();
         let begin = Instant::now();
-        rig.proxy().turns(Weather::Blackhole);
+        rig.proxy().turns(NetworkCondition::Blackhole);
         until("its absence is noticed", async || {
             rig.server.log().matches("database lost").count() > lost
         })
@@ -48,7 +48,11 @@ async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
         assert!(noticed < ANSWERED, "noticed after {noticed:?}");
 
         let known = Instant::now();
-        sleep(either(Duration::from_secs(2), Duration::from_secs(10))).await;
+        sleep(short_or_full(
+            Duration::from_secs(2),
+            Duration::from_secs(10),
+        ))
+        .await;
         rig.server.get("/healthz").send().await.expect(200);
         rig.server
             .get("/readyz")
@@ -70,7 +74,7 @@ async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
         );
 
         let over = Instant::now();
-        rig.proxy().turns(Weather::Fair);
+        rig.proxy().turns(NetworkCondition::Fair);
         let healed = until_well(&ledger, over).await;
         assert!(healed < HEALED, "well only after {healed:?}");
         counted.push(format!(
@@ -95,14 +99,19 @@ async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_is_far_away_serves_all_the_same() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     // Half of it each way; connections are made anew as well.
-    rig.proxy().turns(Weather::Asleep(Duration::ZERO));
-    rig.proxy().turns(Weather::Slow(Duration::from_millis(100)));
+    rig.proxy().turns(NetworkCondition::Asleep(Duration::ZERO));
+    rig.proxy()
+        .turns(NetworkCondition::Slow(Duration::from_millis(100)));
     let begin = Instant::now();
     let load = rig.load(8, 4);
-    sleep(either(Duration::from_secs(5), Duration::from_secs(60))).await;
+    sleep(short_or_full(
+        Duration::from_secs(5),
+        Duration::from_secs(60),
+    ))
+    .await;
     let ledger = load.end().await;
     ledger.assert_all_answered_within(ANSWERED);
     let kept = ledger.assert_kept(&rig.sql().await).await;
@@ -120,16 +129,16 @@ async fn a_database_that_is_far_away_serves_all_the_same() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_break_in_mid_answer_cost_no_acknowledged_task() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     let load = rig.load(8, 4);
     let ledger = load.ledger.clone();
     let begin = Instant::now();
-    let rounds = either(8, 100);
+    let rounds = short_or_full(8, 100);
     for _ in 0..rounds {
-        rig.proxy().turns(Weather::Reset);
+        rig.proxy().turns(NetworkCondition::Reset);
         sleep(Duration::from_millis(100)).await;
-        rig.proxy().turns(Weather::Fair);
+        rig.proxy().turns(NetworkCondition::Fair);
         let calm = Instant::now();
         until("both are served in between", async || {
             ledger.good_since(calm, Work::Read) > 10 && ledger.good_since(calm, Work::Write) > 5
@@ -140,10 +149,14 @@ async fn connections_that_break_in_mid_answer_cost_no_acknowledged_task() {
 
     // And when every answer breaks for long.
     let storm = Instant::now();
-    rig.proxy().turns(Weather::Reset);
-    sleep(either(Duration::from_secs(2), Duration::from_secs(10))).await;
+    rig.proxy().turns(NetworkCondition::Reset);
+    sleep(short_or_full(
+        Duration::from_secs(2),
+        Duration::from_secs(10),
+    ))
+    .await;
     let over = Instant::now();
-    rig.proxy().turns(Weather::Fair);
+    rig.proxy().turns(NetworkCondition::Fair);
     let healed = until_well(&ledger, over).await;
     assert!(healed < HEALED, "well only after {healed:?}");
     let ledger = load.end().await;
@@ -173,12 +186,12 @@ async fn connections_that_break_in_mid_answer_cost_no_acknowledged_task() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_only_we_remember_are_given_up() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     let load = rig.load(8, 6);
     let ledger = load.ledger.clone();
     let mut counted = Vec::new();
-    for _ in 0..either(1, 5) {
+    for _ in 0..short_or_full(1, 5) {
         let calm = Instant::now();
         until("there is a load", async || {
             ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 50
@@ -211,8 +224,8 @@ async fn connections_that_only_we_remember_are_given_up() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_only_we_remember_cost_one_request_and_not_each_one() {
-    let _turn = alone().await;
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     let sql = rig.sql().await;
     let load = rig.load(8, 6);
     until("several connections are open", async || {

@@ -20,11 +20,11 @@ use tokio::{
 use tokio_postgres::Client as Sql;
 
 use super::{
-    ANSWERED, HEALED, Rig, alone, backends, either,
-    load::{Addresses, Answer, Asker, Client, Ledger, Load, Work, percentile, summary},
+    ANSWERED, Cluster, HEALED, backends,
+    load::{Addresses, Answer, Client, Credentials, Load, RequestLog, Work, percentile, summary},
     memory,
-    proxy::Weather,
-    raise_file_limit, report,
+    proxy::NetworkCondition,
+    raise_file_limit, report, serialize, short_or_full,
 };
 use crate::harness::{Server, User, until};
 
@@ -46,8 +46,8 @@ fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
 async fn two_thousand_connections_are_served_over_twenty() {
     const CONNECTIONS: usize = 2000;
     raise_file_limit();
-    let _turn = alone().await;
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "20")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
     let (most, watching) = watch_backends(rig.sql().await);
     let pid = rig.server.pid();
     let idle = memory(pid).0;
@@ -58,9 +58,9 @@ async fn two_thousand_connections_are_served_over_twenty() {
         assert!(client.connect().await, "{} connected", clients.len());
         clients.push(client);
     }
-    let ledger = Arc::new(Ledger::default());
+    let ledger = Arc::new(RequestLog::default());
     let asker = rig.asker();
-    let rounds = either(1, 6);
+    let rounds = short_or_full(1, 6);
     // A round takes ten seconds: 200 requests a second, a fifth of them writes.
     let round = Duration::from_secs(10);
     let begin = tokio::time::Instant::now();
@@ -114,12 +114,12 @@ async fn two_thousand_connections_are_served_over_twenty() {
 /// Requests at a rate that does not wait for answers; connections as many as that takes.
 async fn offer(
     address: SocketAddr,
-    asker: &Asker,
+    asker: &Credentials,
     rate: u32,
     time: Duration,
     what: &str,
-) -> Arc<Ledger> {
-    let ledger = Arc::new(Ledger::default());
+) -> Arc<RequestLog> {
+    let ledger = Arc::new(RequestLog::default());
     let idle: Arc<Mutex<Vec<Client>>> = Arc::default();
     let begin = tokio::time::Instant::now();
     let mut under_way = JoinSet::new();
@@ -154,12 +154,13 @@ async fn offer(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn twice_what_it_can_serve_is_shed_quickly_and_the_rest_is_served_in_time() {
     raise_file_limit();
-    let _turn = alone().await;
+    let _turn = serialize().await;
     // One of them is kept to ask whether the database is there.
-    let rig = Rig::proxied(&[("DB_POOL_SIZE", "5")]).await;
+    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "5")]).await;
     // Four connections to a database 40 ms away carry 100 writes a second on any machine.
     let capacity = 100;
-    rig.proxy().turns(Weather::Slow(Duration::from_millis(20)));
+    rig.proxy()
+        .turns(NetworkCondition::Slow(Duration::from_millis(20)));
     let address = rig.server.addr();
     let asker = rig.asker();
     // The connections are made.
@@ -172,7 +173,7 @@ async fn twice_what_it_can_serve_is_shed_quickly_and_the_rest_is_served_in_time(
     )
     .await;
 
-    let time = either(Duration::from_secs(5), Duration::from_secs(60));
+    let time = short_or_full(Duration::from_secs(5), Duration::from_secs(60));
     let ledger = offer(address, &asker, 2 * capacity, time, "during").await;
     let over = Instant::now();
     let mut waited = None;
@@ -231,7 +232,7 @@ async fn twice_what_it_can_serve_is_shed_quickly_and_the_rest_is_served_in_time(
 
 /// What a client without manners does.
 #[derive(Clone, Copy)]
-enum Rude {
+enum AbusiveClient {
     /// Sends half a head and no more.
     Silent,
     /// Sends a head byte by byte, one a second.
@@ -244,11 +245,11 @@ enum Rude {
     DeafToDocs,
 }
 
-impl Rude {
+impl AbusiveClient {
     /// What a deaf one asks for.
     fn wanted(self, tasks: &str) -> &str {
         match self {
-            Rude::DeafToDocs => "/docs/swagger-ui-bundle.js",
+            AbusiveClient::DeafToDocs => "/docs/swagger-ui-bundle.js",
             _ => tasks,
         }
     }
@@ -267,19 +268,19 @@ impl Rude {
         let (tasks, token) = (user.tasks(), &user.access_token);
         let credentials = format!("Host: a\r\nAuthorization: Bearer {token}\r\n");
         let drop_by_drop = match self {
-            Rude::Silent => {
+            AbusiveClient::Silent => {
                 let half = format!("GET {tasks} HTTP/1.1\r\n{credentials}");
                 stream.write_all(half.as_bytes()).await.unwrap();
                 return stream;
             }
-            Rude::SlowHead => format!("GET {tasks} HTTP/1.1\r\n{credentials}\r\n"),
-            Rude::SlowBody => {
+            AbusiveClient::SlowHead => format!("GET {tasks} HTTP/1.1\r\n{credentials}\r\n"),
+            AbusiveClient::SlowBody => {
                 let head =
                     format!("POST {tasks} HTTP/1.1\r\n{credentials}Content-Length: 400\r\n\r\n");
                 stream.write_all(head.as_bytes()).await.unwrap();
                 format!("{:400}", r#"{"title": "slowly"}"#)
             }
-            Rude::Deaf | Rude::DeafToDocs => {
+            AbusiveClient::Deaf | AbusiveClient::DeafToDocs => {
                 let _place = lists.acquire().await.unwrap();
                 // Several, because the kernel takes in the first few megabytes.
                 let ask = format!("GET {} HTTP/1.1\r\n{credentials}\r\n", self.wanted(&tasks));
@@ -331,7 +332,7 @@ async fn fill_a_megabyte(sql: &Sql, user: &User) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rude_clients_are_cut_off_and_others_do_not_notice() {
     raise_file_limit();
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let user = Arc::new(server.user().await);
     let sql = server.sql().await;
@@ -339,8 +340,8 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
     let polite = server.user().await;
     let task = polite.create_task(&server, "read me").await;
     let load = Load::on(&Addresses::of(&[server.addr()]))
-        .reading(2, &Asker::from(&polite), task["id"].as_str().unwrap())
-        .writing(1, &Asker::from(&polite));
+        .reading(2, &Credentials::from(&polite), task["id"].as_str().unwrap())
+        .writing(1, &Credentials::from(&polite));
     let ledger = load.ledger.clone();
     let calm = Instant::now();
     until("there is a load", async || {
@@ -350,25 +351,25 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
 
     let pid = server.pid();
     let (before, idle) = (connections(server.addr()), memory(pid).0);
-    let rude = either(160, 1000);
+    let rude = short_or_full(160, 1000);
     let lists = Arc::new(Semaphore::new(2));
     let begin = Instant::now();
     let mut rude_ones = JoinSet::new();
     for number in 0..rude {
         let kind = match number % 4 {
-            0 => Rude::Silent,
-            1 => Rude::SlowHead,
-            2 => Rude::SlowBody,
+            0 => AbusiveClient::Silent,
+            1 => AbusiveClient::SlowHead,
+            2 => AbusiveClient::SlowBody,
             // One user has no more than a few large lists at a time.
-            _ if number < 8 => Rude::Deaf,
-            _ => Rude::DeafToDocs,
+            _ if number < 8 => AbusiveClient::Deaf,
+            _ => AbusiveClient::DeafToDocs,
         };
         rude_ones.spawn(kind.behave(server.addr(), user.clone(), lists.clone()));
     }
     // The deaf ones among them are kept here, unread, to the end.
     let mut streams = Vec::new();
     let mut most = 0;
-    let bound = either(Duration::from_secs(60), Duration::from_secs(120));
+    let bound = short_or_full(Duration::from_secs(60), Duration::from_secs(120));
     loop {
         while let Some(stream) = rude_ones.try_join_next() {
             streams.push(stream.unwrap());
@@ -418,7 +419,7 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_user_leaves_unread_is_bounded_and_no_other_is_kept_waiting() {
     raise_file_limit();
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let (user, other) = (Arc::new(server.user().await), server.user().await);
     let sql = server.sql().await;
@@ -432,15 +433,15 @@ async fn what_one_user_leaves_unread_is_bounded_and_no_other_is_kept_waiting() {
     assert!(whole > 1024 * 1024, "{whole} bytes");
 
     let idle = memory(server.pid()).0;
-    let deaf = either(40, 500);
+    let deaf = short_or_full(40, 500);
     let lists = Arc::new(Semaphore::new(deaf));
     let mut rude_ones = JoinSet::new();
     for _ in 0..deaf {
-        rude_ones.spawn(Rude::Deaf.behave(server.addr(), user.clone(), lists.clone()));
+        rude_ones.spawn(AbusiveClient::Deaf.behave(server.addr(), user.clone(), lists.clone()));
     }
     let streams = rude_ones.join_all().await;
     let mut slowest = Duration::ZERO;
-    for _ in 0..either(5, 50) {
+    for _ in 0..short_or_full(5, 50) {
         let asked = Instant::now();
         let theirs = list(&other).await.expect(200);
         assert!(

@@ -8,7 +8,7 @@ use std::{
 use futures_util::future::join_all;
 use tokio::time::sleep;
 
-use super::{Rig, backends, either};
+use super::{Cluster, backends, short_or_full};
 
 /// Backends that have executed a statement since this moment of the server's.
 async fn used_since(sql: &tokio_postgres::Client, since: &str) -> BTreeSet<i32> {
@@ -25,7 +25,7 @@ async fn used_since(sql: &tokio_postgres::Client, since: &str) -> BTreeSet<i32> 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_timeout() {
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "12")]).await;
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
     let sql = rig.sql().await;
     let task = format!("{}/{}", rig.user.tasks(), rig.task);
     let read = || rig.server.get(&task).bearer(&rig.user.access_token).send();
@@ -57,7 +57,7 @@ async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_ti
     );
 
     // The idle timeout is 4 minutes, and it is looked for twice a minute.
-    let rest = either(Duration::ZERO, Duration::from_secs(280));
+    let rest = short_or_full(Duration::ZERO, Duration::from_secs(280));
     let begin = Instant::now();
     while begin.elapsed() < rest {
         write().await.expect(200);

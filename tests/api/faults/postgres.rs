@@ -12,18 +12,18 @@ use todo_api::embedded_postgres::Postgres;
 use tokio::time::sleep;
 
 use super::{
-    ANSWERED, HEALED, Rig, alone, backends, either, family,
-    load::{Addresses, Asker, Client, Fate, Load, Work, percentile, summary},
-    report, signal_all, until_well,
+    ANSWERED, Cluster, HEALED, backends, family,
+    load::{Addresses, Client, Credentials, Load, Outcome, Work, percentile, summary},
+    report, serialize, short_or_full, signal_all, until_well,
 };
 use crate::harness::{DataDir, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_database_is_noticed_refused_at_once_and_found_again() {
-    let _turn = alone().await;
-    let rounds = either(1, 5);
+    let _turn = serialize().await;
+    let rounds = short_or_full(1, 5);
     let mut counted = Vec::new();
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "20")]).await;
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
     let sql = rig.sql().await;
     let load = rig.load(8, 4);
     let ledger = load.ledger.clone();
@@ -48,7 +48,11 @@ async fn a_frozen_database_is_noticed_refused_at_once_and_found_again() {
 
         // From here on everybody is refused at once.
         let known = Instant::now();
-        sleep(either(Duration::from_secs(2), Duration::from_secs(10))).await;
+        sleep(short_or_full(
+            Duration::from_secs(2),
+            Duration::from_secs(10),
+        ))
+        .await;
         rig.server.get("/healthz").send().await.expect(200);
         let unready = rig.server.get("/readyz").send().await;
         unready.problem(503, "database_unavailable");
@@ -102,8 +106,8 @@ async fn a_frozen_database_is_noticed_refused_at_once_and_found_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_statement_that_takes_long_is_not_taken_for_a_lost_database() {
-    let _turn = alone().await;
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "4")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "4")]).await;
     let task = format!("{}/{}", rig.user.tasks(), rig.task);
     let load = rig.load(6, 4);
     let ledger = load.ledger.clone();
@@ -113,7 +117,7 @@ async fn a_statement_that_takes_long_is_not_taken_for_a_lost_database() {
         backends(&sql).await.len() >= 3
     })
     .await;
-    let rounds = either(1, 5);
+    let rounds = short_or_full(1, 5);
     let mut during = Vec::new();
     for _ in 0..rounds {
         let mut locking = rig.sql().await;
@@ -154,9 +158,9 @@ async fn a_statement_that_takes_long_is_not_taken_for_a_lost_database() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_outlives_a_killed_database() {
-    let _turn = alone().await;
-    let kills = either(3, 20);
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let kills = short_or_full(3, 20);
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
     let load = rig.load(2, 8);
     let ledger = load.ledger.clone();
     let mut slowest = Duration::ZERO;
@@ -204,12 +208,12 @@ async fn what_was_acknowledged_outlives_a_killed_database() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reads_do_not_fail_while_backends_are_terminated() {
-    let _turn = alone().await;
-    let rig = Rig::direct(&[("DB_POOL_SIZE", "8")]).await;
+    let _turn = serialize().await;
+    let rig = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
     let sql = rig.sql().await;
     let load = rig.load(8, 4);
     let ledger = load.ledger.clone();
-    let time = either(Duration::from_secs(4), Duration::from_secs(60));
+    let time = short_or_full(Duration::from_secs(4), Duration::from_secs(60));
     let begin = Instant::now();
     let (mut rounds, mut terminated) = (0, 0);
     while begin.elapsed() < time {
@@ -273,7 +277,7 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
         );
         return;
     }
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let directory = DataDir::new();
     // In a mount namespace of its own the small disk goes with the processes on it.
     let mut command = Command::new("unshare");
@@ -316,14 +320,15 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
             .body(body.into())
             .unwrap();
         let heard = sign_up.ask(request).await;
-        asker = (heard.fate == Fate::Status(201)).then(|| Asker::from_tokens(&heard.json()));
+        asker =
+            (heard.fate == Outcome::Status(201)).then(|| Credentials::from_tokens(&heard.json()));
         asker.is_some()
     })
     .await;
     let load = Load::on(&Addresses::of(&[address])).writing(4, &asker.unwrap());
     let ledger = load.ledger.clone();
     let mut counted = Vec::new();
-    for round in 0..either(1, 3) {
+    for round in 0..short_or_full(1, 3) {
         let calm = Instant::now();
         until("writes are acknowledged", async || {
             ledger.good_since(calm, Work::Write) > 50
@@ -408,7 +413,7 @@ async fn process_answers(address: std::net::SocketAddr) {
     let heard = Client::at(address)
         .ask(request.body(Default::default()).unwrap())
         .await;
-    assert_eq!(heard.fate, Fate::Status(200));
+    assert_eq!(heard.fate, Outcome::Status(200));
 }
 
 #[tokio::test]
@@ -438,7 +443,7 @@ async fn a_database_that_is_late_is_waited_for_with_a_line_now_and_then() {
     server.wait_for_log("waiting for the database").await;
     let waits = || server.log().matches("waiting for the database").count() as u64;
     let mut refused = 0;
-    while begin.elapsed() < either(Duration::from_secs(3), Duration::from_secs(35)) {
+    while begin.elapsed() < short_or_full(Duration::from_secs(3), Duration::from_secs(35)) {
         server.get("/healthz").send().await.expect(200);
         let early = server.get("/readyz").send().await;
         early.problem(503, "database_unavailable");

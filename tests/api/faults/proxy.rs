@@ -17,7 +17,7 @@ use tokio::{
 
 /// What the network does with what passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Weather {
+pub(super) enum NetworkCondition {
     /// It passes.
     Fair,
     /// It passes after this time, each way.
@@ -34,7 +34,7 @@ pub(super) enum Weather {
 /// A TCP proxy before a PostgreSQL on a unix socket.
 pub(super) struct Proxy {
     address: SocketAddr,
-    weather: watch::Sender<Weather>,
+    weather: watch::Sender<NetworkCondition>,
     /// Connections before this moment are closed.
     closed: watch::Sender<Instant>,
     /// Connections before this moment are half-open: the other side has forgotten them.
@@ -52,7 +52,7 @@ impl Proxy {
     pub(super) async fn before(socket_directory: &Path) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (weather, seen) = watch::channel(Weather::Fair);
+        let (weather, seen) = watch::channel(NetworkCondition::Fair);
         let (closed, closing) = watch::channel(Instant::now());
         let (forgotten, forgetting) = watch::channel(Instant::now());
         let upstream = socket_directory.join(".s.PGSQL.5432");
@@ -81,9 +81,9 @@ impl Proxy {
         format!("postgres://todo@{}/todo", self.address)
     }
 
-    pub(super) fn turns(&self, weather: Weather) {
+    pub(super) fn turns(&self, weather: NetworkCondition) {
         self.weather.send_replace(weather);
-        if matches!(weather, Weather::Asleep(_)) {
+        if matches!(weather, NetworkCondition::Asleep(_)) {
             self.closed.send_replace(Instant::now());
         }
     }
@@ -98,15 +98,15 @@ impl Proxy {
 async fn pass(
     mut stream: TcpStream,
     upstream: PathBuf,
-    mut weather: watch::Receiver<Weather>,
+    mut weather: watch::Receiver<NetworkCondition>,
     mut closed: watch::Receiver<Instant>,
     mut forgotten: watch::Receiver<Instant>,
 ) {
     let opened = Instant::now();
     let now = *weather.borrow();
     match now {
-        Weather::Asleep(waking) => {
-            let awake = weather.wait_for(|weather| !matches!(weather, Weather::Asleep(_)));
+        NetworkCondition::Asleep(waking) => {
+            let awake = weather.wait_for(|weather| !matches!(weather, NetworkCondition::Asleep(_)));
             timeout(waking, awake).await.ok();
         }
         _ => blackhole_over(&mut weather).await,
@@ -144,7 +144,7 @@ enum Ending {
 async fn carry(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
-    mut weather: watch::Receiver<Weather>,
+    mut weather: watch::Receiver<NetworkCondition>,
     answers: bool,
 ) -> Ending {
     let (on_the_way, mut arriving) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
@@ -153,7 +153,7 @@ async fn carry(
         let mut piece = vec![0; 16 * 1024];
         while let Ok(length @ 1..) = from.read(&mut piece).await {
             let delay = match *skies.borrow() {
-                Weather::Slow(delay) => delay,
+                NetworkCondition::Slow(delay) => delay,
                 _ => Duration::ZERO,
             };
             let packet = (Instant::now() + delay, piece[..length].to_vec());
@@ -166,7 +166,7 @@ async fn carry(
         while let Some((due, bytes)) = arriving.recv().await {
             sleep_until(due).await;
             blackhole_over(&mut weather).await;
-            let resets = answers && *weather.borrow() == Weather::Reset;
+            let resets = answers && *weather.borrow() == NetworkCondition::Reset;
             let passing = if resets { bytes.len() / 2 } else { bytes.len() };
             if to.write_all(&bytes[..passing]).await.is_err() {
                 return Ending::Closed;
@@ -183,7 +183,7 @@ async fn carry(
     }
 }
 
-async fn blackhole_over(weather: &mut watch::Receiver<Weather>) {
-    let over = weather.wait_for(|weather| *weather != Weather::Blackhole);
+async fn blackhole_over(weather: &mut watch::Receiver<NetworkCondition>) {
+    let over = weather.wait_for(|weather| *weather != NetworkCondition::Blackhole);
     over.await.ok();
 }

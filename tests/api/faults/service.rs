@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{
-    ANSWERED, HEALED, alone, either,
-    load::{Addresses, Asker, Fate, Load, Work, summary},
-    report, until_well,
+    ANSWERED, HEALED,
+    load::{Addresses, Credentials, Load, Outcome, Work, summary},
+    report, serialize, short_or_full, until_well,
 };
 use crate::connections::{listening_socket, start_with_sockets};
 use crate::harness::{DataDir, SECRET, Server, User, until};
@@ -17,15 +17,15 @@ const STOPPED: Duration = Duration::from_secs(13);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_outlives_a_killed_service() {
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let directory = DataDir::new();
     let variables = [("DATA_DIR", directory.text())];
     let mut server = Server::with(&variables).await;
     let user = server.user().await;
     let addresses = Addresses::of(&[server.addr()]);
-    let load = Load::on(&addresses).writing(8, &Asker::from(&user));
+    let load = Load::on(&addresses).writing(8, &Credentials::from(&user));
     let ledger = load.ledger.clone();
-    let kills = either(2, 20);
+    let kills = short_or_full(2, 20);
     let mut slowest = Duration::ZERO;
     for _ in 0..kills {
         let calm = Instant::now();
@@ -58,18 +58,18 @@ async fn what_was_acknowledged_outlives_a_killed_service() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_goes_unanswered_when_the_service_stops() {
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let mut server = Server::start().await;
     let user = server.user().await;
     let task = user.create_task(&server, "read me").await;
     let task = task["id"].as_str().unwrap();
-    let asker = Asker::from(&user);
+    let asker = Credentials::from(&user);
     let addresses = Addresses::of(&[server.addr()]);
     let load = Load::on(&addresses)
         .reading(16, &asker, task)
         .writing(8, &asker);
     let ledger = load.ledger.clone();
-    let stops = either(3, 20);
+    let stops = short_or_full(3, 20);
     let mut slowest = Duration::ZERO;
     for _ in 0..stops {
         let calm = Instant::now();
@@ -103,14 +103,14 @@ async fn no_request_goes_unanswered_when_the_service_stops() {
     let bad: Vec<_> = ledger
         .all()
         .into_iter()
-        .filter(|answer| !answer.is_good() && answer.fate != Fate::Refused)
+        .filter(|answer| !answer.is_good() && answer.fate != Outcome::Refused)
         .collect();
     assert!(bad.is_empty(), "{}", summary(&bad));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_behind_a_socket_loses_no_request_at_all() {
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let first = Server::start().await;
     let user = first.user().await;
     let task = user.create_task(&first, "read me").await;
@@ -129,12 +129,12 @@ async fn a_restart_behind_a_socket_loses_no_request_at_all() {
     let mut process = start();
     assert_eq!(process.listening().await, address);
 
-    let asker = Asker::from(&user);
+    let asker = Credentials::from(&user);
     let load = Load::on(&Addresses::of(&[address]))
         .reading(16, &asker, task)
         .writing(8, &asker);
     let ledger = load.ledger.clone();
-    let restarts = either(3, 20);
+    let restarts = short_or_full(3, 20);
     for _ in 0..restarts {
         let calm = Instant::now();
         until("there is a load", async || {
@@ -165,7 +165,7 @@ async fn a_restart_behind_a_socket_loses_no_request_at_all() {
     // A connection that the service has closed between two requests carried none.
     assert!(
         bad.iter()
-            .all(|answer| answer.fate == Fate::Status(503) && answer.retry_after),
+            .all(|answer| answer.fate == Outcome::Status(503) && answer.retry_after),
         "{}",
         summary(&bad)
     );
@@ -174,19 +174,19 @@ async fn a_restart_behind_a_socket_loses_no_request_at_all() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_instances_one_can_be_killed_and_nobody_notices() {
-    let _turn = alone().await;
+    let _turn = serialize().await;
     let mut one = Server::start().await;
     let mut two = one.sibling(&[]).await;
     let user = one.user().await;
     let task = user.create_task(&one, "read me").await;
     let task = task["id"].as_str().unwrap();
-    let asker = Asker::from(&user);
+    let asker = Credentials::from(&user);
     let addresses = Addresses::of(&[one.addr(), two.addr()]);
     let load = Load::on(&addresses)
         .reading(8, &asker, task)
         .writing(8, &asker);
     let ledger = load.ledger.clone();
-    let kills = either(3, 20);
+    let kills = short_or_full(3, 20);
     for _ in 0..kills {
         let calm = Instant::now();
         until("there is a load", async || {
@@ -215,7 +215,7 @@ async fn of_two_instances_one_can_be_killed_and_nobody_notices() {
     assert!(
         !answers
             .iter()
-            .any(|answer| matches!(answer.fate, Fate::Status(300..))),
+            .any(|answer| matches!(answer.fate, Outcome::Status(300..))),
         "{}",
         ledger.summary()
     );

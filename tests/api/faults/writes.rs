@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 use tokio_postgres::Client as Sql;
 
-use super::{Rig, proxy::Weather};
+use super::{Cluster, proxy::NetworkCondition};
 use crate::{
     harness::{PASSWORD, Response, Server, until},
     http::{Answer, Wire},
@@ -268,7 +268,7 @@ async fn a_write_whose_connection_is_lost_is_refused_as_what_it_is() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_once() {
-    let rig = Rig::proxied(&[]).await;
+    let rig = Cluster::proxied(&[]).await;
     let sql = rig.sql().await;
     let (server, user) = (&rig.server, &rig.user);
     let create = server
@@ -284,7 +284,7 @@ async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_
     ];
     for (request, stored) in [create, register].into_iter().zip(stored) {
         // The result of the first run is cut in two.
-        rig.proxy().turns(Weather::Reset);
+        rig.proxy().turns(NetworkCondition::Reset);
         let request = tokio::spawn(request.send());
         until("it is stored", async || {
             let count: i64 = sql.query_one(stored, &[]).await.unwrap().get(0);
@@ -293,7 +293,7 @@ async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_
         .await;
         // The result follows the commit.
         sleep(Duration::from_millis(100)).await;
-        rig.proxy().turns(Weather::Fair);
+        rig.proxy().turns(NetworkCondition::Fair);
         request.await.unwrap().expect(201);
     }
     assert_eq!(count(&sql, "title = 'new'").await, 1);

@@ -1,0 +1,203 @@
+//! What the rounds do not show: sign-ins beside reads, idle connections, a user with a million tasks.
+
+use std::{
+    io::Write,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+use tokio::{io::AsyncWriteExt, net::TcpStream, runtime};
+
+use crate::{
+    BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, PASSWORD, Result, SIGNING_IN,
+    client::{Load, Writer, fetch, header, load, read_answer},
+    interrupt::check,
+    processes::resident,
+    work::{Person, Rng, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
+};
+
+impl Bench {
+    /// Sign-ins against bare bcrypt, and what reads notice of them.
+    pub(crate) fn sign_ins(&mut self) -> Result<()> {
+        let length = self.options.seconds.max(Duration::from_secs(3));
+        let cores = thread::available_parallelism()?.get();
+        let workers = cores.saturating_sub(1).max(1);
+        self.step("bare bcrypt");
+        let bare = bare_bcrypt(workers, length)?;
+        self.report.record("sign_ins.bcrypt_cost", BCRYPT_COST)?;
+        self.report.record("sign_ins.hashing_threads", workers)?;
+        self.report
+            .record("sign_ins.bare_bcrypt_per_second", bare)?;
+        let (people, address, watched) = (&self.people, self.address, self.watched());
+        let sign_in = |draw: &mut Rng, out: &mut Vec<u8>| {
+            let body = json!({"email": email(draw.below(USERS)), "password": PASSWORD}).to_string();
+            let _ = write!(out, "POST /api/v1/auth/login HTTP/1.1\r\nHost: bench\r\n");
+            write_body(out, Some(&body));
+            200
+        };
+        let read = |draw: &mut Rng, out: &mut Vec<u8>| Work::Read.request(people, 0, draw, out);
+        let signing_in = || load(address, SIGNING_IN, length, 0, &watched, &sign_in);
+        let reading = || load(address, CONNECTIONS, length, 0, &watched, &read);
+        self.step("sign-ins alone");
+        let alone = signing_in()?;
+        self.report
+            .record("sign_ins.alone_per_second", alone.rate())?;
+        self.report
+            .record("sign_ins.alone_to_bare_bcrypt", alone.rate() / bare)?;
+        self.report.record("sign_ins.alone_failed", alone.failed)?;
+        self.step("reads alone");
+        let quiet = reading()?;
+        self.report.record("sign_ins.reads_quiet", reads(&quiet))?;
+        self.step(&format!("reads while {SIGNING_IN} clients sign in"));
+        let (beside, during) = thread::scope(|scope| {
+            let beside = scope.spawn(signing_in);
+            let during = reading();
+            (beside.join(), during)
+        });
+        let (beside, during) = (beside.map_err(|_| "the sign-ins panicked")??, during?);
+        let to_quiet = during.rate() / quiet.rate();
+        let report = &mut self.report;
+        report.record("sign_ins.beside_reads_per_second", beside.rate())?;
+        report.record("sign_ins.beside_reads_failed", beside.failed)?;
+        report.record("sign_ins.reads_beside", reads(&during))?;
+        report.record("sign_ins.reads_beside_to_quiet", to_quiet)
+    }
+
+    /// Resident memory with 2,000 connections open that each had one answer.
+    pub(crate) fn idle_connections(&self) -> Result<Option<f64>> {
+        self.step("2,000 idle connections");
+        let limit = getrlimit(Resource::Nofile);
+        let raised = Rlimit {
+            current: limit.maximum,
+            ..limit
+        };
+        setrlimit(Resource::Nofile, raised)?;
+        let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async {
+            let (mut open, mut answer) = (Vec::new(), Vec::new());
+            for n in 0..IDLE_CONNECTIONS {
+                let mut stream = TcpStream::connect(self.address).await?;
+                let mut request = Vec::new();
+                let person = &self.people[n % self.people.len()];
+                person.request(&mut request, "GET", "?limit=20", None, 200);
+                stream.write_all(&request).await?;
+                read_answer(&mut stream, &mut answer).await?;
+                open.push(stream);
+            }
+            Ok(resident(self.server.id()))
+        })
+    }
+
+    /// What somebody with a million tasks pays, against somebody with a thousand.
+    pub(crate) fn growth(&mut self) -> Result<()> {
+        let many = if self.options.quick {
+            100_000
+        } else {
+            1_000_000
+        };
+        self.step(&format!("a user with {many} tasks"));
+        // Two people out of the crowd; their tasks' numbers keep clear of everybody else's.
+        let (small, large) = (1, 2);
+        self.database.sql(&[
+            &insert_tasks_of(small, 300_000_000, 1_000),
+            &insert_tasks_of(large, 400_000_000, many),
+            "vacuum analyze tasks",
+            "checkpoint",
+        ])?;
+        self.grown("a user with 1,000 tasks", small, 300_000_000, 1_000)?;
+        let what = format!("a user with {many} tasks");
+        self.grown(&what, large, 400_000_000, many)?;
+        if self.options.growth {
+            self.step("ten million tasks more");
+            self.database.sql(&[
+                &insert_tasks(500_000_000_000, 10_000_000),
+                "vacuum analyze tasks",
+                "checkpoint",
+            ])?;
+            let what = "the same, 10,000,000 tasks of others beside";
+            self.grown(what, large, 400_000_000, many)?;
+        }
+        Ok(())
+    }
+
+    /// Reads, first pages and pages from the middle of one user's tasks.
+    fn grown(&mut self, what: &str, user: usize, first: u64, count: u64) -> Result<()> {
+        let person = &self.people[user];
+        let middle = self.middle(person, count)?;
+        let watched = self.watched();
+        let length = self.options.seconds.min(Duration::from_secs(3));
+        let run = |writer: &Writer| load(self.address, CONNECTIONS, length, 0, &watched, writer);
+        let read = run(&|draw, out| {
+            person.request(
+                out,
+                "GET",
+                &format!("/{}", id(first + draw.below(count))),
+                None,
+                200,
+            )
+        })?;
+        let list = run(&|_, out| person.request(out, "GET", "?limit=20", None, 200))?;
+        let deep = run(&|_, out| person.request(out, "GET", &middle, None, 200))?;
+        let figures = json!({
+            "failed": read.failed + list.failed + deep.failed,
+            "read_per_second": read.rate(), "read_p50_ms": read.percentile(50),
+            "list_per_second": list.rate(), "list_p50_ms": list.percentile(50),
+            "middle_page_per_second": deep.rate(), "middle_page_p50_ms": deep.percentile(50),
+        });
+        self.report.record(&format!("growth.{what}"), figures)
+    }
+
+    /// The query for a page in the middle of somebody's tasks, found by following `Link`.
+    fn middle(&self, person: &Person, count: u64) -> Result<String> {
+        let mut query = "?limit=1000".to_owned();
+        let mut seen = 0;
+        while seen < count / 2 {
+            let mut request = Vec::new();
+            person.request(&mut request, "GET", &query, None, 200);
+            let (status, answer) = fetch(self.address, &request)?;
+            let link =
+                header(&answer, "link").and_then(|link| link.split_once('<')?.1.split_once('>'));
+            let next = link.and_then(|(target, _)| target.split_once('?'));
+            let Some((_, next)) = next.filter(|_| status == 200) else {
+                break;
+            };
+            query = format!("?{next}");
+            seen += answer.matches(r#""completed":"#).count() as u64;
+        }
+        Ok(query.replace("limit=1000", "limit=20"))
+    }
+}
+
+fn reads(load: &Load) -> Value {
+    json!({
+        "requests_per_second": load.rate(),
+        "p95_ms": load.percentile(95),
+        "p99_ms": load.percentile(99),
+        "failed": load.failed,
+    })
+}
+
+/// Verifications per second of bcrypt alone, on as many threads as the service gives to it.
+fn bare_bcrypt(threads: usize, length: Duration) -> Result<f64> {
+    let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;
+    let begin = Instant::now();
+    let counts = thread::scope(|scope| {
+        let verify = || {
+            let mut count = 0.0;
+            while begin.elapsed() < length {
+                check()?;
+                bcrypt::verify(PASSWORD, &hash)?;
+                count += 1.0;
+            }
+            Ok(count / begin.elapsed().as_secs_f64())
+        };
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(verify)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| "a hashing thread panicked")?)
+            .collect::<Result<Vec<f64>>>()
+    })?;
+    Ok(counts.iter().sum())
+}

@@ -1,0 +1,163 @@
+use std::fmt;
+use std::sync::LazyLock;
+
+use regex::Regex;
+use unicode_normalization::UnicodeNormalization;
+
+use super::ValidationError;
+
+/// White space, control and invisible characters.
+static FORBIDDEN: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"[\p{White_Space}\x00-\x1F\x7F-\x9F\p{Default_Ignorable_Code_Point}]")
+        .expect("a valid pattern")
+});
+
+/// An e-mail address, trimmed, in NFC and with its case folded: compared and stored as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Email(String);
+
+impl Email {
+    /// RFC 5321 section 4.5.3.1.3 bounds a path at 256 bytes with its angle brackets.
+    const MAX_BYTES: usize = 254;
+
+    /// Accepts one `@` with something on both sides and no forbidden character.
+    pub(crate) fn parse(text: &str) -> Result<Self, ValidationError> {
+        // Folding can take a text out of NFC.
+        let address: String = text.trim().nfc().flat_map(fold_case).nfc().collect();
+        if address.len() > Self::MAX_BYTES {
+            return Err(ValidationError::new(
+                "too_long",
+                "email must have at most 254 bytes",
+            ));
+        }
+        let well_formed = matches!(address.split_once('@'),
+            Some((local, domain)) if !local.is_empty() && !domain.is_empty() && !domain.contains('@'));
+        if !well_formed || FORBIDDEN.is_match(&address) {
+            return Err(ValidationError::new(
+                "invalid_email",
+                "email must be an address like ann@example.com, without spaces or invisible characters",
+            ));
+        }
+        Ok(Self(address))
+    }
+
+    /// The address as it is stored.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Unicode's simple case folding: the lower case of the upper case, so that `σ` and `ς` are one
+/// letter, and `s` and `ſ`. `ß` and others whose upper case is several letters stay, and so does
+/// the Turkish `ı`: they are letters of their own.
+fn fold_case(c: char) -> impl Iterator<Item = char> {
+    let mut upper = c.to_uppercase();
+    match (upper.next(), upper.next()) {
+        (Some(upper), None) if c != 'ı' => upper.to_lowercase(),
+        _ => c.to_lowercase(),
+    }
+}
+
+impl fmt::Display for Email {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_address_is_trimmed_and_lowered() {
+        assert_eq!(
+            Email::parse("  Ann@Example.COM\t").unwrap().as_str(),
+            "ann@example.com"
+        );
+    }
+
+    #[test]
+    fn letters_that_differ_only_in_case_are_one() {
+        let parse = |local: &str| Email::parse(&format!("{local}@b")).unwrap();
+        for same in [
+            &["νίκος", "νίκοσ", "ΝΊΚΟΣ", "ΝΙ\u{301}ΚΟΣ"][..],
+            &["ς.ς", "Σ.Σ", "σ.σ"],
+            &["ſ\u{307}k", "ẛ\u{212a}", "Ṡk", "s\u{307}K"],
+            &["µ\u{212b}ϐ", "Μåβ", "μa\u{30a}Β"],
+            &["straße", "STRAẞE"],
+            &["İ", "i\u{307}", "I\u{307}"],
+            &["\u{1fb3}", "\u{1fbc}", "α\u{345}"],
+            &["ǰ", "J\u{30c}"],
+        ] {
+            for spelling in same {
+                assert_eq!(parse(spelling), parse(same[0]), "{spelling}");
+            }
+        }
+        for (one, other) in [("straße", "strasse"), ("ı", "i"), ("İ", "i"), ("e", "é")] {
+            assert_ne!(parse(one), parse(other));
+        }
+    }
+
+    #[test]
+    fn invisible_characters_are_refused() {
+        for invisible in "\u{ad}\u{34f}\u{61c}\u{115f}\u{17b4}\u{180e}\u{200b}\u{200d}\u{200f}\u{202e}\u{2060}\u{2065}\u{2069}\u{3164}\u{fe0f}\u{feff}\u{ffa0}\u{fff0}\u{1d173}\u{e0041}\u{e01ef}".chars() {
+            for address in [
+                format!("a{invisible}b@c"),
+                format!("a@b{invisible}c"),
+                format!("{invisible}a@b"),
+                format!("a@b{invisible}"),
+            ] {
+                assert!(Email::parse(&address).is_err(), "{address:?}");
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(crate::proptest_config())]
+
+        #[test]
+        fn a_stored_address_is_read_back_as_it_is(local in "\\PC{1,8}") {
+            if let Ok(email) = Email::parse(&format!("{local}@b")) {
+                prop_assert_eq!(Email::parse(email.as_str()).unwrap(), email);
+            }
+        }
+    }
+
+    #[test]
+    fn every_letter_is_read_back_as_it_is() {
+        let has_case = |c: &char| c.to_uppercase().ne([*c]) || c.to_lowercase().ne([*c]);
+        for c in ('\0'..=char::MAX).filter(has_case) {
+            if let Ok(email) = Email::parse(&format!("x{c}@b")) {
+                assert_eq!(Email::parse(email.as_str()).unwrap(), email, "{c}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        for text in [
+            "",
+            "@",
+            "a@",
+            "@b",
+            "a",
+            "a@b@c",
+            "a b@c",
+            "a@b\u{0}c",
+            "a\u{7f}@b",
+            "a@b\u{2003}c",
+        ] {
+            assert!(Email::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_bound_is_in_bytes_and_after_lowering() {
+        let fits = format!("{}@b", "a".repeat(252));
+        assert!(Email::parse(&fits).is_ok());
+        assert!(Email::parse(&format!("a{fits}")).is_err());
+        assert!(Email::parse(&format!("{}@b", "é".repeat(127))).is_err());
+    }
+}

@@ -1,6 +1,0 @@
-//! One function a route: parse, one call to the database, respond.
-
-pub(crate) mod auth;
-pub(crate) mod pages;
-pub(crate) mod sessions;
-pub(crate) mod tasks;

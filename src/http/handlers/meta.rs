@@ -1,0 +1,125 @@
+//! The service's own pages: is it alive, is it ready, what can it do.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use bytes::Bytes;
+use hyper::StatusCode;
+use hyper::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, HeaderName, HeaderValue, REFERRER_POLICY,
+};
+use serde_json::Value;
+use swagger_ui_redist::SwaggerUi;
+
+use crate::error::{Error, problem as kind};
+use crate::http::context::RequestContext;
+use crate::http::response::{self, Response};
+use crate::telemetry::metrics::Metrics;
+
+const OPENAPI: &str = include_str!("../../openapi.json");
+const DOCS: &str = include_str!("../../docs/index.html");
+const INIT: &str = include_str!("../../docs/init.js");
+const STYLE: &str = include_str!("../../docs/docs.css");
+const PROBLEM: &str = include_str!("../../docs/problem.html");
+
+/// Our own origin and nothing else: no inline script, no frame around it.
+const CSP: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
+                      connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const HTML: &str = "text/html; charset=utf-8";
+const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
+
+/// `GET /healthz`: the process lives.
+pub(crate) fn healthz() -> Result<Response, Error> {
+    response::json(StatusCode::OK, &serde_json::json!({ "status": "ok" }))
+}
+
+/// `GET /readyz`: send requests here.
+pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response, Error> {
+    if context.app.is_stopping() {
+        return Err(Error::Stopping);
+    }
+    if !context.app.database.is_ready().await {
+        return Err(Error::DatabaseUnavailable("not ready".into()));
+    }
+    response::json(StatusCode::OK, &serde_json::json!({ "status": "ready" }))
+}
+
+/// `GET /openapi.json`
+pub(crate) fn openapi() -> Response {
+    response::bytes(StatusCode::OK, "application/json", OPENAPI)
+}
+
+/// Creates the metrics of every documented response at zero.
+pub(crate) fn declare_responses(metrics: &Metrics) -> Result<(), serde_json::Error> {
+    let document: Value = serde_json::from_str(OPENAPI)?;
+    let fields = |value: &Value| value.as_object().cloned().into_iter().flatten();
+    for (route, item) in fields(&document["paths"]) {
+        for (method, operation) in fields(&item) {
+            for (status, _) in fields(&operation["responses"]) {
+                metrics.declare_response(&route, &method.to_uppercase(), &status);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `GET /docs`
+pub(crate) fn docs(context: &RequestContext<'_>) -> Response {
+    page(context, DOCS)
+}
+
+/// `GET /docs/{file}`: Swagger UI's files and ours, out of memory.
+pub(crate) fn docs_file(file: &str) -> Result<Response, Error> {
+    static FILES: LazyLock<HashMap<&'static str, (&'static str, Bytes)>> = LazyLock::new(|| {
+        let ours = [("init.js", INIT), ("docs.css", STYLE)];
+        let ours = ours
+            .into_iter()
+            .map(|(name, text)| (name, Bytes::from_static(text.as_bytes())));
+        let theirs = SwaggerUi::static_files()
+            .iter()
+            .map(|(file, data)| (file.file_name(), Bytes::from_static(data)));
+        ours.chain(theirs)
+            .filter_map(|(name, data)| Some((name, (content_type(name)?, data))))
+            .collect()
+    });
+    let (content_type, data) = FILES.get(file).ok_or(Error::NotFound)?;
+    let mut response = response::bytes(StatusCode::OK, content_type, data.clone());
+    response
+        .headers_mut()
+        .insert(CACHE_CONTROL, HeaderValue::from_static("max-age=3600"));
+    Ok(response)
+}
+
+fn content_type(file: &str) -> Option<&'static str> {
+    match file.rsplit('.').next()? {
+        "css" => Some("text/css; charset=utf-8"),
+        "html" => Some(HTML),
+        "js" => Some("text/javascript; charset=utf-8"),
+        "png" => Some("image/png"),
+        _ => None,
+    }
+}
+
+/// `GET /problems/{code}`: what a problem means and what to do.
+pub(crate) fn problem(context: &RequestContext<'_>, code: &str) -> Result<Response, Error> {
+    let kind = kind(code).ok_or(Error::NotFound)?;
+    let page_text = PROBLEM
+        .replace("{title}", kind.title)
+        .replace("{status}", &kind.status.to_string())
+        .replace("{code}", kind.code)
+        .replace("{meaning}", kind.meaning)
+        .replace("{advice}", kind.advice);
+    Ok(page(context, &page_text))
+}
+
+/// A page. Its links are relative, because a proxy may have stripped a prefix from the path.
+fn page(context: &RequestContext<'_>, html: &str) -> Response {
+    let depth = context.head.uri.path().matches('/').skip(1).count();
+    let html = html.replace("{root}", &"../".repeat(depth));
+    let mut response = response::bytes(StatusCode::OK, HTML, html);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(CSP));
+    headers.insert(FRAME_OPTIONS, HeaderValue::from_static("DENY"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    response
+}

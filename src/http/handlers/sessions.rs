@@ -1,0 +1,61 @@
+//! `/api/v1/auth/sessions`: where somebody is signed in.
+
+use hyper::StatusCode;
+
+use crate::db::sessions::{self, ALL_EPOCHS};
+use crate::domain::parse_id;
+use crate::error::Error;
+use crate::http::context::RequestContext;
+use crate::http::middleware::AuthenticatedUser;
+use crate::http::response::{self, Response};
+use crate::labels::RevocationCause;
+
+/// `GET /api/v1/auth/sessions`
+pub(crate) async fn list(
+    context: &RequestContext<'_>,
+    user: AuthenticatedUser,
+) -> Result<Response, Error> {
+    let sessions = sessions::list(
+        &context.app.database,
+        context.deadline(),
+        user.id,
+        user.session,
+    )
+    .await?;
+    response::json(StatusCode::OK, &sessions)
+}
+
+/// `DELETE /api/v1/auth/sessions/{id}`
+pub(crate) async fn end(
+    context: &RequestContext<'_>,
+    user: AuthenticatedUser,
+    session: &str,
+) -> Result<Response, Error> {
+    let session = parse_id(session).ok_or(Error::SessionNotFound)?;
+    let database = &context.app.database;
+    if !sessions::end(database, context.deadline(), user.id, session, ALL_EPOCHS).await? {
+        return Err(Error::SessionNotFound);
+    }
+    context
+        .app
+        .record_revoked(RevocationCause::EndedByUser, &[session]);
+    Ok(response::no_content())
+}
+
+/// `DELETE /api/v1/auth/sessions`
+pub(crate) async fn end_others(
+    context: &RequestContext<'_>,
+    user: AuthenticatedUser,
+) -> Result<Response, Error> {
+    let ended = sessions::end_others(
+        &context.app.database,
+        context.deadline(),
+        user.id,
+        user.session,
+    )
+    .await?;
+    context
+        .app
+        .record_revoked(RevocationCause::EndedByUser, &ended);
+    Ok(response::no_content())
+}

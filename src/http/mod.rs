@@ -1,0 +1,13 @@
+//! The HTTP side: connections, routing, request parsing, handlers and responses.
+
+pub(crate) mod conditional;
+pub(crate) mod connection_table;
+pub(crate) mod content_type;
+pub(crate) mod context;
+pub(crate) mod cors;
+pub(crate) mod handlers;
+mod middleware;
+pub(crate) mod response;
+pub(crate) mod router;
+pub(crate) mod server;
+mod timeout_io;
