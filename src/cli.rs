@@ -16,14 +16,15 @@ use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::AppState;
 use crate::auth::password;
 use crate::config::{Config, DatabaseSource, Secret, TokenLifetimes};
 use crate::db::users::{self, LockoutKey};
 use crate::db::{Database, Deadline, Endpoint, Pooler, REQUEST_TIMEOUT, ServerInfo};
 use crate::domain::Email;
 use crate::embedded_postgres;
+use crate::http::handlers::meta;
 use crate::http::server;
+use crate::http::state::AppState;
 use crate::shutdown::ShutdownSignals;
 use crate::telemetry::logging;
 use crate::telemetry::metrics::Metrics;
@@ -179,6 +180,7 @@ async fn serve(config: Config) -> Result<(), BoxError> {
     let mut shutdown = ShutdownSignals::listen()?;
 
     let metrics = Metrics::new();
+    meta::declare_responses(&metrics)?;
     // Making or recovering a private PostgreSQL can take a while; giving it up tells it to end.
     let opened = tokio::select! {
         opened = open(&config, metrics.clone()) => opened?,

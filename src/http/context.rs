@@ -19,11 +19,11 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-use crate::AppState;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
 use crate::domain::{Email, ValidationError};
 use crate::error::{Error, FieldError};
 use crate::http::content_type;
+use crate::http::state::AppState;
 use crate::labels::TokenRejection;
 
 /// The longest task fits many times over.

@@ -3,10 +3,10 @@
 
 use uuid::Uuid;
 
-use crate::AppState;
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
 use crate::error::{AuthError, Error};
 use crate::http::context::RequestContext;
+use crate::http::state::AppState;
 use crate::labels::TokenRejection;
 
 /// Somebody with a good access token.

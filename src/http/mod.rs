@@ -10,4 +10,5 @@ mod middleware;
 pub(crate) mod response;
 pub(crate) mod router;
 pub(crate) mod server;
+pub(crate) mod state;
 mod timeout_io;

@@ -9,11 +9,11 @@ use hyper::header::{
 };
 use serde::Serialize;
 
-use crate::LargeResponsePermit;
 use crate::domain::Task;
 use crate::error::{Error, FieldError, UnsupportedBody};
 use crate::http::conditional::entity_tag;
 use crate::http::content_type::ACCEPT_PATCH;
+use crate::http::state::LargeResponsePermit;
 
 /// An answer.
 pub(crate) type Response = hyper::Response<Full<Bytes>>;

@@ -15,12 +15,12 @@ use hyper::{Method, Request};
 use log::{debug, error, warn};
 use percent_encoding::percent_decode_str;
 
-use crate::AppState;
 use crate::error::Error;
 use crate::http::context::{Body, REQUEST_ID, RequestContext, check_host, drain};
 use crate::http::handlers::{auth, meta, sessions, tasks};
 use crate::http::middleware::{authenticate, require_owner};
 use crate::http::response::{self, Response};
+use crate::http::state::AppState;
 use crate::telemetry::logging::{self, ACCESS, logfmt_value};
 use crate::telemetry::metrics::UNMATCHED_ROUTE;
 
@@ -228,7 +228,7 @@ pub(crate) async fn handle(
     // hyper closes a connection without notice if the body is still arriving when the response is
     // written. The client has to be told with the response, so the body comes first.
     let drained = !must_close && drain(&head, unread).await;
-    if !drained || app.is_stopping() {
+    if !drained || app.is_shutting_down() {
         let headers = response.headers_mut();
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }

@@ -21,10 +21,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::AppState;
 use crate::http::connection_table::{ConnectionPermit, ConnectionTable};
 use crate::http::response;
 use crate::http::router;
+use crate::http::state::AppState;
 use crate::http::timeout_io::{ConnectionState, TimeoutStream};
 
 /// A request's head; hyper responds with 431 to a longer one.
@@ -55,7 +55,7 @@ pub(crate) async fn serve(
     };
     let accept = || join_all(listeners.iter().map(|listener| acceptor.accept(listener)));
     stop.run_until_cancelled(accept()).await;
-    app.stop();
+    app.begin_shutdown();
     info!("stopping: finishing what was accepted");
     timeout(ACCEPT_GRACE, accept()).await.ok();
     for listener in &listeners {

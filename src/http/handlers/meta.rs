@@ -35,7 +35,7 @@ pub(crate) fn healthz() -> Result<Response, Error> {
 
 /// `GET /readyz`: send requests here.
 pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response, Error> {
-    if context.app.is_stopping() {
+    if context.app.is_shutting_down() {
         return Err(Error::Stopping);
     }
     if !context.app.database.is_ready().await {

@@ -1,0 +1,147 @@
+//! The state that all requests share.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout_at;
+use uuid::Uuid;
+
+use crate::auth::login_limits::{
+    IpRateLimiter, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS, client_network,
+};
+use crate::auth::password::PasswordHasher;
+use crate::auth::revocations::Revocations;
+use crate::auth::token::TokenIssuer;
+use crate::config::{Config, Secret};
+use crate::db::purge::Purger;
+use crate::db::sessions::{ALL_EPOCHS, Revocation};
+use crate::db::users::{LockoutKey, NewSession};
+use crate::db::{Database, Deadline};
+use crate::error::Error;
+use crate::http::cors::Cors;
+use crate::labels::RevocationCause;
+use crate::telemetry::logging::ThrottledLog;
+use crate::telemetry::metrics::Metrics;
+
+/// Old rows are purged only if the database responded this recently: a suspended one stays
+/// suspended.
+const RECENTLY_RESPONDED: Duration = Duration::from_secs(1);
+
+/// Large responses being sent at a time. Each takes up to 1 MiB of memory.
+const MAX_LARGE_RESPONSES: usize = 128;
+const MAX_LARGE_RESPONSES_PER_USER: usize = 4;
+
+/// Everything that handlers share.
+pub(crate) struct AppState {
+    pub(crate) config: Config,
+    pub(crate) database: Database,
+    pub(crate) tokens: TokenIssuer,
+    pub(crate) revocations: Arc<Revocations>,
+    pub(crate) passwords: PasswordHasher,
+    pub(crate) login_slots: KeyedSemaphore<LockoutKey>,
+    pub(crate) ip_limiter: IpRateLimiter,
+    pub(crate) cors: Cors,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) refusal_log: ThrottledLog,
+    purger: Arc<Purger>,
+    large_response_permits: Arc<Semaphore>,
+    large_response_permits_per_user: KeyedSemaphore<Uuid>,
+    shutting_down: AtomicBool,
+}
+
+/// Permission to send one large response: a permit of the whole service and one of the user.
+pub(crate) type LargeResponsePermit = (OwnedSemaphorePermit, KeyedPermit<Uuid>);
+
+impl AppState {
+    /// Creates the state. An error is one line for the operator.
+    pub(crate) fn new(
+        config: Config,
+        secret: &Secret,
+        database: Database,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, String> {
+        let previous_secret = config.jwt_secret_previous.as_ref();
+        let tokens = TokenIssuer::new(secret, previous_secret, config.lifetimes.access)
+            .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
+        let passwords = PasswordHasher::new(config.bcrypt_cost, metrics.clone())
+            .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
+        Ok(Arc::new(Self {
+            tokens,
+            passwords,
+            revocations: Arc::default(),
+            login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
+            ip_limiter: IpRateLimiter::new(config.auth_rate_per_minute),
+            cors: Cors::new(&config.cors_origins),
+            refusal_log: ThrottledLog::default(),
+            purger: Arc::default(),
+            large_response_permits: Arc::new(Semaphore::new(MAX_LARGE_RESPONSES)),
+            large_response_permits_per_user: KeyedSemaphore::new(MAX_LARGE_RESPONSES_PER_USER),
+            shutting_down: AtomicBool::new(false),
+            database,
+            metrics,
+            config,
+        }))
+    }
+
+    /// Makes responses close their connections and `/readyz` report that the service is stopping.
+    pub(crate) fn begin_shutdown(&self) {
+        self.shutting_down.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_shutting_down(&self) -> bool {
+        self.shutting_down.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn new_session<'a>(
+        &self,
+        user_agent: Option<&'a str>,
+        client: IpAddr,
+    ) -> NewSession<'a> {
+        NewSession {
+            id: Uuid::now_v7(),
+            idle: self.config.lifetimes.refresh_idle.as_secs_f64(),
+            user_agent,
+            network: client_network(client).to_string(),
+        }
+    }
+
+    /// Waits until one more large response may be sent to this user.
+    pub(crate) async fn acquire_large_response(
+        &self,
+        user_id: Uuid,
+        deadline: Deadline,
+    ) -> Result<LargeResponsePermit, Error> {
+        let of_user = self
+            .large_response_permits_per_user
+            .acquire(user_id, deadline)
+            .await?;
+        let of_service = self.large_response_permits.clone().acquire_owned();
+        match timeout_at(deadline.at(), of_service).await {
+            Ok(Ok(of_service)) => Ok((of_service, of_user)),
+            _ => Err(Error::Overloaded),
+        }
+    }
+
+    /// Records sessions that this instance has revoked, so that it rejects their access tokens at
+    /// once.
+    pub(crate) fn record_revoked(&self, cause: RevocationCause, sessions: &[Uuid]) {
+        let revocations = sessions.iter().map(|session_id| Revocation {
+            session_id: *session_id,
+            before_epoch: ALL_EPOCHS,
+        });
+        self.revocations.insert(revocations);
+        self.metrics.count_revoked(cause, sessions.len());
+    }
+
+    /// Purges old rows in the background if a purge is due and the database is awake.
+    pub(crate) fn spawn_purge_if_due(&self) {
+        if !self.database.answered_within(RECENTLY_RESPONDED) || !self.purger.is_due() {
+            return;
+        }
+        let (purger, database) = (self.purger.clone(), self.database.clone());
+        tokio::spawn(async move { purger.purge(&database).await });
+    }
+}
