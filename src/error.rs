@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::db::{DbError, error_message};
 use crate::domain::ValidationError;
-use crate::labels::{AuthFailure, LoginFailure, TokenRejection};
+use crate::telemetry::labels::{AuthFailure, LoginFailure, TokenRejection};
 
 /// What a kind of problem is, for its clients and for its page under `/problems/`.
 pub(crate) struct ProblemType {

@@ -34,7 +34,6 @@ mod domain;
 pub mod embedded_postgres;
 mod error;
 mod http;
-mod labels;
 mod shutdown;
 pub mod telemetry;
 

@@ -17,7 +17,7 @@ use tokio::time::timeout_at;
 
 use crate::db::Deadline;
 use crate::error::Error;
-use crate::labels::LoginFailure;
+use crate::telemetry::labels::LoginFailure;
 
 /// Attempts on one account from one network that one instance checks at the same time, so that they
 /// do not fill the hash queue.

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::config::{MAX_ACCESS_TTL, Secret};
 use crate::domain::{self, User};
 use crate::error::Error;
-use crate::labels::TokenRejection;
+use crate::telemetry::labels::TokenRejection;
 
 /// A token of ours has some 400 bytes; no honest one comes near this.
 const MAX_BYTES: usize = 4096;

@@ -24,7 +24,7 @@ use crate::domain::{Email, ValidationError};
 use crate::error::{Error, FieldError};
 use crate::http::content_type;
 use crate::http::state::AppState;
-use crate::labels::TokenRejection;
+use crate::telemetry::labels::TokenRejection;
 
 /// The longest task fits many times over.
 const MAX_BODY_BYTES: usize = 16 * 1024;

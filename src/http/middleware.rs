@@ -7,7 +7,7 @@ use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
 use crate::error::{AuthError, Error};
 use crate::http::context::RequestContext;
 use crate::http::state::AppState;
-use crate::labels::TokenRejection;
+use crate::telemetry::labels::TokenRejection;
 
 /// Somebody with a good access token.
 pub(crate) struct AuthenticatedUser {

@@ -22,7 +22,7 @@ use crate::db::users::{LockoutKey, NewSession};
 use crate::db::{Database, Deadline};
 use crate::error::Error;
 use crate::http::cors::Cors;
-use crate::labels::RevocationCause;
+use crate::telemetry::labels::RevocationCause;
 use crate::telemetry::logging::ThrottledLog;
 use crate::telemetry::metrics::Metrics;
 

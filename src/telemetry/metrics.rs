@@ -11,7 +11,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
-use crate::labels::{AuthFailure, LoginFailure, RevocationCause, TokenRejection};
+use crate::telemetry::labels::{AuthFailure, LoginFailure, RevocationCause, TokenRejection};
 
 /// What the service counts.
 pub struct Metrics {

@@ -1,4 +1,5 @@
 //! Log lines and metrics.
 
+pub(crate) mod labels;
 pub mod logging;
 pub mod metrics;

@@ -13,7 +13,7 @@ use crate::error::{AuthError, Error};
 use crate::http::context::{Body, JsonFields, RequestContext};
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
-use crate::labels::{LoginFailure, RevocationCause, TokenRejection};
+use crate::telemetry::labels::{LoginFailure, RevocationCause, TokenRejection};
 
 /// How often an attempt is checked because the hash changed while it was checked: once more for
 /// another login that renewed it, and once to spare. A lockout that begins meanwhile shows as well.

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::http::context::RequestContext;
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
-use crate::labels::RevocationCause;
+use crate::telemetry::labels::RevocationCause;
 
 /// `GET /api/v1/auth/sessions`
 pub(crate) async fn list(

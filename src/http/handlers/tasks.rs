@@ -13,7 +13,7 @@ use crate::http::conditional::Preconditions;
 use crate::http::context::{Body, JsonFields, RequestContext};
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
-use crate::labels::TokenRejection;
+use crate::telemetry::labels::TokenRejection;
 
 /// The default and the most of `limit`.
 const MAX_PAGE: i64 = 1000;

@@ -1,7 +1,7 @@
-//! The reasons that log lines name and that metrics have as label values: closed sets, so that
-//! every series exists from the start.
+//! Reasons, as log lines and metric labels spell them. The sets are closed, so that every series
+//! exists from the start.
 
-/// An enum with one text per variant.
+/// Defines enums with one label per variant.
 macro_rules! labels {
     ($($(#[$doc:meta])* $name:ident { $($variant:ident = $label:literal,)* })*) => {$(
         $(#[$doc])*
@@ -39,7 +39,7 @@ labels! {
         NotOwner = "not_owner",
     }
 
-    /// Why a login, or a password that confirms a change, was refused.
+    /// Why a login failed, or why the password that confirms a change was rejected.
     LoginFailure {
         WrongPassword = "wrong_password",
         UnknownAccount = "unknown_account",
