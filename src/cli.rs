@@ -380,19 +380,15 @@ async fn replace_password(
 ) -> Result<usize, BoxError> {
     let location = database.location();
     let failed = |error| format!("the database at {location} did not take it: {error}");
-    let deadline = Deadline::after(REQUEST_TIMEOUT);
+    let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
     let key = LockoutKey::login(email, String::new());
-    let record = users::for_login(database, deadline, &key)
-        .await
-        .map_err(failed)?;
+    let record = users::for_login(db, &key).await.map_err(failed)?;
     let (id, hash) = record
         .account
         .ok_or_else(|| format!("there is no account with this address in {location}"))?;
     // Otherwise somebody who guesses could keep the operator from it.
-    users::clear_failures(database, deadline, id)
-        .await
-        .map_err(failed)?;
-    let change = users::change_password(database, deadline, id, &hash, new, None, lifetimes).await;
+    users::clear_failures(db, id).await.map_err(failed)?;
+    let change = users::change_password(db, id, &hash, new, None, lifetimes).await;
     let change = change
         .map_err(failed)?
         .ok_or("the password was changed meanwhile; nothing was done")?;

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::auth::token::AccessClaims;
 use crate::config::MAX_ACCESS_TTL;
 use crate::db::sessions::{self, Cursor, Revocation};
-use crate::db::{AUTHENTICATION_TIMEOUT, Database, Deadline};
+use crate::db::{AUTHENTICATION_TIMEOUT, Deadline, Queries};
 use crate::error::Error;
 
 /// A revocation takes effect on every instance within this time.
@@ -46,8 +46,7 @@ impl Revocations {
     /// Whether an access token is revoked, as of one second before this call or later.
     pub(crate) async fn is_revoked(
         self: &Arc<Self>,
-        db: &Database,
-        deadline: Deadline,
+        db: Queries<'_>,
         claims: &AccessClaims,
     ) -> Result<bool, Error> {
         let now = Instant::now();
@@ -56,21 +55,17 @@ impl Revocations {
         }
         if !self.is_older(now, MAX_AGE) {
             if self.is_older(now, REFRESH_AFTER) && self.cursor.try_lock().is_ok() {
-                let (revocations, db) = (self.clone(), db.clone());
+                let (revocations, database) = (self.clone(), db.database().clone());
                 // If it fails, the requests that follow wait for one of their own.
                 tokio::spawn(async move {
-                    let refresh = revocations.refresh(
-                        &db,
-                        Deadline::after(AUTHENTICATION_TIMEOUT),
-                        now,
-                        REFRESH_AFTER,
-                    );
-                    refresh.await.ok();
+                    let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
+                    let db = database.with_deadline(deadline);
+                    revocations.refresh(db, now, REFRESH_AFTER).await.ok();
                 });
             }
             return Ok(false);
         }
-        self.refresh(db, deadline, now, MAX_AGE).await?;
+        self.refresh(db, now, MAX_AGE).await?;
         Ok(self.contains(claims))
     }
 
@@ -80,19 +75,13 @@ impl Revocations {
     }
 
     /// Reads what was revoked since the last refresh, unless another call has done so meanwhile.
-    async fn refresh(
-        &self,
-        db: &Database,
-        deadline: Deadline,
-        now: Instant,
-        max_age: Duration,
-    ) -> Result<(), Error> {
-        let mut cursor = timeout_at(deadline.at(), self.cursor.lock())
+    async fn refresh(&self, db: Queries<'_>, now: Instant, max_age: Duration) -> Result<(), Error> {
+        let mut cursor = timeout_at(db.deadline().at(), self.cursor.lock())
             .await
             .map_err(|_| Error::DatabaseUnavailable("no revocations in time".into()))?;
         if self.is_older(now, max_age) {
             let as_of = Instant::now();
-            let (revocations, next) = sessions::revoked_since(db, deadline, *cursor).await?;
+            let (revocations, next) = sessions::revoked_since(db, *cursor).await?;
             *cursor = next;
             self.merge(revocations, Some(as_of));
         }

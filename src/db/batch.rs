@@ -16,7 +16,7 @@ use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
 
-use super::{Database, DbError, Deadline, Lease, Repeat};
+use super::{Database, DbError, Deadline, Lease, Queries, Repeat};
 
 /// Statements of one kind under way that keep others waiting: few busy backends beat many
 /// half-idle ones.
@@ -138,8 +138,9 @@ impl<Q: BatchQuery> Worker<Q> {
             };
             // First the connection: what is asked while it is waited for goes along. If there is
             // none, those have waited in vain who have waited all the time.
-            let hold = || database.acquire(deadline);
-            let lease = database.retry(deadline, Repeat::Read, hold).await;
+            let queries = database.with_deadline(deadline);
+            let acquire = || database.acquire(deadline);
+            let lease = queries.retry(Repeat::Read, acquire).await;
             let most = lease.as_ref().map_or(count, |_| Q::MAX_BATCH);
             let asked = Q::batcher(&database).take(most);
             let mut asking = pin!(database.run_batch(lease, asked));
@@ -204,29 +205,31 @@ impl<Q: BatchQuery> Drop for Worker<Q> {
     }
 }
 
-impl Database {
+impl Queries<'_> {
     /// Asks a question together with all others of its kind that are asked at the same moment, and
     /// gives the rows that are its answer.
-    pub(super) async fn submit<Q: BatchQuery>(&self, deadline: Deadline, question: Q) -> Answer {
+    pub(super) async fn submit<Q: BatchQuery>(&self, question: Q) -> Answer {
         let (reply, answered) = oneshot::channel();
         let asked = Pending {
             question,
-            deadline,
+            deadline: self.deadline,
             reply,
         };
-        let one_more = Q::batcher(self).with(|queue| {
+        let one_more = Q::batcher(self.database).with(|queue| {
             queue.asked.push(asked);
             queue.takes_one_more()
         });
         if one_more {
-            Worker::<Q>::start(self.clone());
+            Worker::<Q>::start(self.database.clone());
         }
-        match timeout_at(deadline.at(), answered).await {
+        match timeout_at(self.deadline.at(), answered).await {
             Ok(Ok(answer)) => answer,
             _ => Err(DbError::Unavailable("a read ran out of time".into())),
         }
     }
+}
 
+impl Database {
     async fn run_batch<Q: BatchQuery>(
         &self,
         lease: Result<Lease, DbError>,
@@ -272,10 +275,11 @@ impl Database {
         match Q::execute(&mut lease, deadline, questions).await {
             Err(DbError::ConnectionLost(_) | DbError::Transient(_)) => {
                 drop(lease);
-                self.retry(deadline, Repeat::Read, || async {
-                    Q::execute(&mut self.acquire(deadline).await?, deadline, questions).await
-                })
-                .await
+                self.with_deadline(deadline)
+                    .retry(Repeat::Read, || async {
+                        Q::execute(&mut self.acquire(deadline).await?, deadline, questions).await
+                    })
+                    .await
             }
             answer => answer,
         }

@@ -220,6 +220,14 @@ impl Database {
         }))
     }
 
+    /// The database for work that has to be done by then.
+    pub(crate) fn with_deadline(&self, deadline: Deadline) -> Queries<'_> {
+        Queries {
+            database: self,
+            deadline,
+        }
+    }
+
     /// Where it is, without a password.
     pub(crate) fn location(&self) -> &str {
         self.0.endpoint.place()
@@ -289,85 +297,6 @@ impl Database {
                 link.client().check_connection().await
             })
             .await
-    }
-
-    /// Asks a question, again over a fresh connection if its own is lost.
-    pub(crate) async fn read(
-        &self,
-        deadline: Deadline,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
-        self.query(deadline, Repeat::Read, sql, params).await
-    }
-
-    /// A question that reads all of somebody's rows: one of few at a time.
-    pub(crate) async fn search(
-        &self,
-        deadline: Deadline,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
-        let place = timeout_at(deadline.at(), self.0.searches.clone().acquire_owned()).await;
-        let Ok(Ok(place)) = place else {
-            return Err(DbError::Overloaded);
-        };
-        let place = Arc::new(place);
-        self.retry(deadline, Repeat::Read, || async {
-            let mut lease = self.acquire(deadline).await?;
-            lease.search = Some(place.clone());
-            lease.query(deadline, sql, params).await
-        })
-        .await
-    }
-
-    /// Runs one statement that changes something; at most once.
-    pub(crate) async fn write(
-        &self,
-        deadline: Deadline,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
-        self.query(deadline, Repeat::Never, sql, params).await
-    }
-
-    /// Runs one statement that inserts rows under ids of ours. If its connection is lost it runs
-    /// again, and then finds the rows of the first run.
-    pub(crate) async fn insert(
-        &self,
-        deadline: Deadline,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
-        self.query(deadline, Repeat::Insert, sql, params).await
-    }
-
-    /// Like `write`, where only the number of rows matters.
-    pub(crate) async fn execute(
-        &self,
-        deadline: Deadline,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<u64, DbError> {
-        self.retry(deadline, Repeat::Never, || async {
-            let mut lease = self.acquire(deadline).await?;
-            lease.execute(deadline, sql, params).await
-        })
-        .await
-    }
-
-    async fn query(
-        &self,
-        deadline: Deadline,
-        repeat: Repeat,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
-        self.retry(deadline, repeat, || async {
-            let mut lease = self.acquire(deadline).await?;
-            lease.query(deadline, sql, params).await
-        })
-        .await
     }
 
     /// A connection to keep until it is answered.
@@ -647,6 +576,80 @@ impl Database {
     pub(crate) fn connections(&self) -> (u32, u32) {
         let state = self.0.pool.state();
         (state.connections, state.idle_connections)
+    }
+}
+
+/// The database with the deadline of the work that is about to be done on it.
+#[derive(Clone, Copy)]
+pub(crate) struct Queries<'a> {
+    database: &'a Database,
+    deadline: Deadline,
+}
+
+impl<'a> Queries<'a> {
+    pub(crate) fn database(self) -> &'a Database {
+        self.database
+    }
+
+    pub(crate) fn deadline(self) -> Deadline {
+        self.deadline
+    }
+
+    /// Asks a question, again over a fresh connection if its own is lost.
+    pub(crate) async fn read(&self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+        self.query(Repeat::Read, sql, params).await
+    }
+
+    /// A question that reads all of somebody's rows: one of few at a time.
+    pub(crate) async fn search(&self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+        let place = timeout_at(
+            self.deadline.at(),
+            self.database.0.searches.clone().acquire_owned(),
+        )
+        .await;
+        let Ok(Ok(place)) = place else {
+            return Err(DbError::Overloaded);
+        };
+        let place = Arc::new(place);
+        self.retry(Repeat::Read, || async {
+            let mut lease = self.database.acquire(self.deadline).await?;
+            lease.search = Some(place.clone());
+            lease.query(self.deadline, sql, params).await
+        })
+        .await
+    }
+
+    /// Runs one statement that changes something; at most once.
+    pub(crate) async fn write(&self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+        self.query(Repeat::Never, sql, params).await
+    }
+
+    /// Runs one statement that inserts rows under ids of ours. If its connection is lost it runs
+    /// again, and then finds the rows of the first run.
+    pub(crate) async fn insert(&self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+        self.query(Repeat::Insert, sql, params).await
+    }
+
+    /// Like `write`, where only the number of rows matters.
+    pub(crate) async fn execute(&self, sql: Sql, params: Params<'_>) -> Result<u64, DbError> {
+        self.retry(Repeat::Never, || async {
+            let mut lease = self.database.acquire(self.deadline).await?;
+            lease.execute(self.deadline, sql, params).await
+        })
+        .await
+    }
+
+    async fn query(
+        &self,
+        repeat: Repeat,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, DbError> {
+        self.retry(repeat, || async {
+            let mut lease = self.database.acquire(self.deadline).await?;
+            lease.query(self.deadline, sql, params).await
+        })
+        .await
     }
 }
 

@@ -57,7 +57,8 @@ async fn purge_all(db: &Database) -> Result<(), DbError> {
     for sql in everything {
         loop {
             let gone = db
-                .execute(Deadline::after(REQUEST_TIMEOUT), sql, &[])
+                .with_deadline(Deadline::after(REQUEST_TIMEOUT))
+                .execute(sql, &[])
                 .await?;
             if gone > 0 {
                 debug!("swept {gone} rows: {sql:?}");

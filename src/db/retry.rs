@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{Database, DbError, Deadline, State};
+use super::{DbError, Queries, State};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(5);
 const MAX_BACKOFF: Duration = Duration::from_millis(250);
@@ -33,11 +33,10 @@ impl Backoff {
     }
 }
 
-impl Database {
+impl Queries<'_> {
     /// Runs `attempt` until it succeeds, fails for good, or the deadline leaves no time for more.
     pub(super) async fn retry<T, F: Future<Output = Result<T, DbError>>>(
         &self,
-        deadline: Deadline,
         repeat: Repeat,
         attempt: impl Fn() -> F,
     ) -> Result<T, DbError> {
@@ -60,21 +59,21 @@ impl Database {
             }
             let pause = backoff.next();
             let is_up = match unknown {
-                None => self.is_up(),
+                None => self.database.is_up(),
                 // Worth waiting for: the next attempt tells what became of this one.
-                Some(_) => self.is_up_by(deadline).await,
+                Some(_) => self.is_up_by_deadline().await,
             };
-            if !is_up || Instant::now() + pause >= deadline.at() {
+            if !is_up || Instant::now() + pause >= self.deadline.at() {
                 return Err(unknown.unwrap_or(error));
             }
             sleep(pause).await;
         }
     }
 
-    async fn is_up_by(&self, deadline: Deadline) -> bool {
-        let mut state = self.0.state.subscribe();
+    async fn is_up_by_deadline(&self) -> bool {
+        let mut state = self.database.0.state.subscribe();
         let up = state.wait_for(|state| *state == State::Up);
-        timeout_at(deadline.at(), up).await.is_ok()
+        timeout_at(self.deadline.at(), up).await.is_ok()
     }
 }
 

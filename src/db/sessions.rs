@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::statements::Sql;
 use super::users::{NewSession, user};
-use super::{Database, DbError, Deadline};
+use super::{DbError, Queries};
 use crate::config::TokenLifetimes;
 use crate::domain::{Rfc3339, Session, User};
 
@@ -37,8 +37,7 @@ pub(crate) type Cursor = (i64, Timestamp);
 /// the sessions that ended for there are too many, too; `None` if the password was changed or the
 /// account deleted meanwhile.
 pub(crate) async fn sign_in(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
     verified: &str,
     hash: &str,
@@ -46,7 +45,6 @@ pub(crate) async fn sign_in(
 ) -> Result<Option<(User, Vec<Uuid>)>, DbError> {
     let rows = db
         .write(
-            deadline,
             Sql::SessionsSignIn,
             &[
                 &id,
@@ -65,8 +63,7 @@ pub(crate) async fn sign_in(
 /// Uses a refresh token of this generation from this network. Returns whose it is and what the
 /// next tokens are made from; `None` if it is not good any more.
 pub(crate) async fn refresh(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
     generation: i32,
     lifetimes: TokenLifetimes,
@@ -74,7 +71,6 @@ pub(crate) async fn refresh(
 ) -> Result<Option<(User, SessionState)>, DbError> {
     let rows = db
         .write(
-            deadline,
             Sql::SessionsRefresh,
             &[
                 &id,
@@ -97,13 +93,12 @@ pub(crate) async fn refresh(
 
 /// Ends the session of a refresh token that was used before; whether there was one.
 pub(crate) async fn end_reused(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
     generation: i32,
 ) -> Result<bool, DbError> {
     let rows = db
-        .write(deadline, Sql::SessionsEndReused, &[&id, &generation])
+        .write(Sql::SessionsEndReused, &[&id, &generation])
         .await?;
     Ok(!rows.is_empty())
 }
@@ -111,29 +106,23 @@ pub(crate) async fn end_reused(
 /// Ends the session that a refresh token belongs to, unless the token is of an earlier epoch;
 /// whether there was one.
 pub(crate) async fn end_by_refresh_token(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
     generation: i32,
 ) -> Result<bool, DbError> {
     let rows = db
-        .write(
-            deadline,
-            Sql::SessionsEndByRefreshToken,
-            &[&id, &generation],
-        )
+        .write(Sql::SessionsEndByRefreshToken, &[&id, &generation])
         .await?;
     Ok(!rows.is_empty())
 }
 
 /// The sessions of a user that are alive, newest first.
 pub(crate) async fn list(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     current: Uuid,
 ) -> Result<Vec<Session>, DbError> {
-    let rows = db.read(deadline, Sql::SessionsList, &[&user_id]).await?;
+    let rows = db.read(Sql::SessionsList, &[&user_id]).await?;
     let session = |row: &Row| {
         let id = row.get(0);
         Session {
@@ -151,40 +140,35 @@ pub(crate) async fn list(
 /// Ends one session of a user, unless its tokens up to this epoch are revoked already; whether
 /// there was one.
 pub(crate) async fn end(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     id: Uuid,
     epoch: i32,
 ) -> Result<bool, DbError> {
-    let rows = db
-        .write(deadline, Sql::SessionsEnd, &[&user_id, &id, &epoch])
-        .await?;
+    let rows = db.write(Sql::SessionsEnd, &[&user_id, &id, &epoch]).await?;
     Ok(!rows.is_empty())
 }
 
 /// Ends every session of a user but one; gives those that ended.
 pub(crate) async fn end_others(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     stays: Uuid,
 ) -> Result<Vec<Uuid>, DbError> {
     let rows = db
-        .write(deadline, Sql::SessionsEndOthers, &[&user_id, &stays])
+        .write(Sql::SessionsEndOthers, &[&user_id, &stays])
         .await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// What was revoked since a read of this cursor, and the cursor for the next one.
 pub(crate) async fn revoked_since(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     since: Option<Cursor>,
 ) -> Result<(Vec<Revocation>, Option<Cursor>), DbError> {
     let (cursor, server_started) = since.unzip();
     let rows = db
-        .read(deadline, Sql::RevocationsSince, &[&cursor, &server_started])
+        .read(Sql::RevocationsSince, &[&cursor, &server_started])
         .await?;
     let revocation = |row: &Row| {
         Some(Revocation {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::batch::{BatchQuery, Batcher};
 use super::statements::Sql;
-use super::{Database, DbError, Deadline, Lease};
+use super::{Database, DbError, Deadline, Lease, Queries};
 use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange, Title};
 
 /// A page that travels with those of others; a longer one goes alone.
@@ -64,8 +64,7 @@ pub(crate) enum CreateOutcome {
 
 /// Makes a task, under an Idempotency-Key at most once.
 pub(crate) async fn create(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     new: NewTask,
     key: Option<&str>,
@@ -86,7 +85,7 @@ pub(crate) async fn create(
         None => (Sql::TasksCreate, &params[..6]),
         Some(_) => (Sql::TasksCreateIdempotent, params),
     };
-    let rows = match db.insert(deadline, sql, params).await {
+    let rows = match db.insert(sql, params).await {
         // Nobody else has this id: the first run of a repeated insert has made it.
         Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Ok(Vec::new()),
         rows => rows,
@@ -115,20 +114,14 @@ pub(crate) async fn create(
 }
 
 /// One task of a user.
-pub(crate) async fn get(
-    db: &Database,
-    deadline: Deadline,
-    user_id: Uuid,
-    id: Uuid,
-) -> Result<Option<Task>, DbError> {
-    let rows = db.submit(deadline, GetTask { user_id, id }).await?;
+pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Option<Task>, DbError> {
+    let rows = db.submit(GetTask { user_id, id }).await?;
     Ok(rows.first().map(task))
 }
 
 /// A page of a user's tasks: up to `limit` of them after the task `after`.
 pub(crate) async fn list(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     filter: &Filter,
     after: Option<Uuid>,
@@ -141,16 +134,16 @@ pub(crate) async fn list(
     };
     let params: super::Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
     let rows = if filter.text.is_some() || filter.completed.is_some() {
-        db.search(deadline, sql, params).await?
+        db.search(sql, params).await?
     } else if filter.oldest_first || limit > ListNewest::MAX_LIMIT {
-        db.read(deadline, sql, params).await?
+        db.read(sql, params).await?
     } else {
         let page = ListNewest {
             user_id,
             after,
             limit,
         };
-        let mut rows = db.submit(deadline, page).await?;
+        let mut rows = db.submit(page).await?;
         // The statement promises the order of the askers, not that of each one's rows.
         rows.sort_unstable_by_key(|row| Reverse(row.get::<_, Uuid>(0)));
         rows
@@ -229,15 +222,9 @@ impl BatchQuery for ListNewest {
 }
 
 /// How many tasks a list has over all its pages.
-pub(crate) async fn count(
-    db: &Database,
-    deadline: Deadline,
-    user_id: Uuid,
-    filter: &Filter,
-) -> Result<i64, DbError> {
+pub(crate) async fn count(db: Queries<'_>, user_id: Uuid, filter: &Filter) -> Result<i64, DbError> {
     let rows = db
         .search(
-            deadline,
             Sql::TasksCount,
             &[&user_id, &filter.completed, &filter.text],
         )
@@ -247,8 +234,7 @@ pub(crate) async fn count(
 
 /// Changes a task if it is in a version that may be changed.
 pub(crate) async fn update(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     id: Uuid,
     change: &TaskChange,
@@ -266,7 +252,6 @@ pub(crate) async fn update(
     let (versions, among) = versions.params();
     let rows = db
         .write(
-            deadline,
             Sql::TasksUpdate,
             &[
                 &user_id,
@@ -288,19 +273,14 @@ pub(crate) async fn update(
 
 /// Deletes a task if it is in a version that may be changed.
 pub(crate) async fn delete(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     user_id: Uuid,
     id: Uuid,
     versions: &Versions,
 ) -> Result<Conditional<()>, DbError> {
     let (versions, among) = versions.params();
     let rows = db
-        .write(
-            deadline,
-            Sql::TasksDelete,
-            &[&user_id, &id, &versions, &among],
-        )
+        .write(Sql::TasksDelete, &[&user_id, &id, &versions, &among])
         .await?;
     Ok(guarded(rows.first(), 1, |row| {
         row.get::<_, bool>(0).then_some(())
@@ -308,13 +288,8 @@ pub(crate) async fn delete(
 }
 
 /// Deletes all completed tasks of a user and says how many they were.
-pub(crate) async fn delete_completed(
-    db: &Database,
-    deadline: Deadline,
-    user_id: Uuid,
-) -> Result<u64, DbError> {
-    db.execute(deadline, Sql::TasksDeleteCompleted, &[&user_id])
-        .await
+pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<u64, DbError> {
+    db.execute(Sql::TasksDeleteCompleted, &[&user_id]).await
 }
 
 /// Reads the one row of a guarded statement; `moved_on` is the column that says why not.

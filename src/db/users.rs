@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::retry::Repeat;
 use super::sessions::SessionState;
 use super::statements::Sql;
-use super::{Database, DbError, Deadline};
+use super::{DbError, Queries};
 use crate::config::TokenLifetimes;
 use crate::domain::{Email, Rfc3339, User};
 
@@ -82,8 +82,7 @@ impl NewSession<'_> {
 
 /// Makes an account with its first session; `None` if the address is taken.
 pub(crate) async fn register(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     email: &Email,
     hash: &str,
     session: &NewSession<'_>,
@@ -91,7 +90,6 @@ pub(crate) async fn register(
     let id = Uuid::now_v7();
     let rows = db
         .insert(
-            deadline,
             Sql::UsersRegister,
             &[
                 &id,
@@ -107,28 +105,20 @@ pub(crate) async fn register(
     match rows.first() {
         Some(row) => Ok(Some(user(row))),
         // Taken, or made by the first run of a repeated insert.
-        None => get(db, deadline, id).await,
+        None => get(db, id).await,
     }
 }
 
 /// The account of a signed-in user; `None` if it is gone.
-pub(crate) async fn get(
-    db: &Database,
-    deadline: Deadline,
-    id: Uuid,
-) -> Result<Option<User>, DbError> {
-    let rows = db.read(deadline, Sql::UsersGet, &[&id]).await?;
+pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>, DbError> {
+    let rows = db.read(Sql::UsersGet, &[&id]).await?;
     Ok(rows.first().map(user))
 }
 
 /// What a login needs.
-pub(crate) async fn for_login(
-    db: &Database,
-    deadline: Deadline,
-    key: &LockoutKey,
-) -> Result<LoginRecord, DbError> {
+pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord, DbError> {
     let rows = db
-        .read(deadline, Sql::UsersForLogin, &[&key.account, &key.network])
+        .read(Sql::UsersForLogin, &[&key.account, &key.network])
         .await?;
     let id: Option<Uuid> = rows.first().and_then(|row| row.get("id"));
     Ok(LoginRecord {
@@ -139,13 +129,10 @@ pub(crate) async fn for_login(
 
 /// What checking this user's password needs; `None` if the account is gone.
 pub(crate) async fn for_password_check(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
 ) -> Result<Option<PasswordCheck>, DbError> {
-    let rows = db
-        .read(deadline, Sql::UsersForPasswordCheck, &[&id])
-        .await?;
+    let rows = db.read(Sql::UsersForPasswordCheck, &[&id]).await?;
     Ok(rows.first().map(|row| PasswordCheck {
         email: row.get("email"),
         hash: row.get("password_hash"),
@@ -155,24 +142,16 @@ pub(crate) async fn for_password_check(
 
 /// Counts a wrong password. If a lockout began while it was being checked, it does not count, and
 /// the seconds until the lockout ends come back; 0 otherwise.
-pub(crate) async fn record_failure(
-    db: &Database,
-    deadline: Deadline,
-    key: &LockoutKey,
-) -> Result<f64, DbError> {
+pub(crate) async fn record_failure(db: Queries<'_>, key: &LockoutKey) -> Result<f64, DbError> {
     let (sql, params): (_, super::Params) =
         (Sql::LoginFailuresRecord, &[&key.account, &key.network]);
-    let rows = db.write(deadline, sql, params).await?;
+    let rows = db.write(sql, params).await?;
     Ok(rows.first().map_or(0.0, |row| row.get("retry_after_secs")))
 }
 
 /// Lifts every lockout of an account.
-pub(crate) async fn clear_failures(
-    db: &Database,
-    deadline: Deadline,
-    id: Uuid,
-) -> Result<u64, DbError> {
-    db.execute(deadline, Sql::LoginFailuresClear, &[&id]).await
+pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64, DbError> {
+    db.execute(Sql::LoginFailuresClear, &[&id]).await
 }
 
 /// Replaces the hash that was verified, ends every session but `keep` and revokes the tokens of that
@@ -181,16 +160,16 @@ pub(crate) async fn clear_failures(
 /// Two statements, because the second has to see the sessions of a sign-in that the first waited
 /// for.
 pub(crate) async fn change_password(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
     verified: &str,
     hash: &str,
     keep: Option<Uuid>,
     lifetimes: TokenLifetimes,
 ) -> Result<Option<PasswordChange>, DbError> {
-    db.retry(deadline, Repeat::Never, || async {
-        let mut lease = db.acquire(deadline).await?;
+    let deadline = db.deadline;
+    db.retry(Repeat::Never, || async {
+        let mut lease = db.database.acquire(deadline).await?;
         lease.begin(deadline).await?;
         let changed = lease
             .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
@@ -229,14 +208,11 @@ pub(crate) async fn change_password(
 /// Deletes an account with everything of it. Gives the sessions that ended; `None` if the
 /// password was changed meanwhile.
 pub(crate) async fn delete(
-    db: &Database,
-    deadline: Deadline,
+    db: Queries<'_>,
     id: Uuid,
     verified: &str,
 ) -> Result<Option<Vec<Uuid>>, DbError> {
-    let rows = db
-        .write(deadline, Sql::UsersDelete, &[&id, &verified])
-        .await?;
+    let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
     Ok(rows.first().map(|row| row.get(0)))
 }
 

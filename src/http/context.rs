@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
+use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, Queries, REQUEST_TIMEOUT};
 use crate::domain::{Email, ValidationError};
 use crate::error::{Error, FieldError};
 use crate::http::content_type;
@@ -76,6 +76,16 @@ impl<'a> RequestContext<'a> {
     /// The same for a request that hashes passwords: hashing and its queues are included.
     pub(crate) fn password_deadline(&self) -> Deadline {
         self.deadline_within(PASSWORD_REQUEST_TIMEOUT)
+    }
+
+    /// The database, with this request's deadline.
+    pub(crate) fn queries(&self) -> Queries<'a> {
+        self.app.database.with_deadline(self.deadline())
+    }
+
+    /// The same for a request that hashes passwords.
+    pub(crate) fn password_queries(&self) -> Queries<'a> {
+        self.app.database.with_deadline(self.password_deadline())
     }
 
     fn deadline_within(&self, timeout: Duration) -> Deadline {

@@ -6,7 +6,6 @@ use uuid::Uuid;
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
 use crate::error::{AuthError, Error};
 use crate::http::context::RequestContext;
-use crate::http::state::AppState;
 use crate::telemetry::labels::TokenRejection;
 
 /// Somebody with a good access token.
@@ -24,12 +23,8 @@ pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<Authent
     let claims = context.app.tokens.verify_access(token).map_err(refused)?;
     // Not the request's: the body is yet to be read.
     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
-    let AppState {
-        revocations,
-        database,
-        ..
-    } = context.app;
-    if revocations.is_revoked(database, deadline, &claims).await? {
+    let db = context.app.database.with_deadline(deadline);
+    if context.app.revocations.is_revoked(db, &claims).await? {
         return Err(refused(TokenRejection::RevokedSession));
     }
     Ok(AuthenticatedUser {

@@ -54,7 +54,7 @@ pub(crate) async fn register(
     let session = context
         .app
         .new_session(user_agent.as_deref(), context.client);
-    let user = users::register(&context.app.database, deadline, &email, &hash, &session).await?;
+    let user = users::register(context.password_queries(), &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
     let response = tokens(context, StatusCode::CREATED, &user, session.state())?;
     Ok(response::with_location(response, "/api/v1/auth/me".into()))
@@ -96,7 +96,6 @@ async fn sign_in(
     password: &str,
     session: &NewSession<'_>,
 ) -> Result<User, Error> {
-    let database = &context.app.database;
     let deadline = context.password_deadline();
     let key = LockoutKey::login(email, session.network.clone());
     let _permit = context
@@ -105,7 +104,7 @@ async fn sign_in(
         .acquire(key.clone(), deadline)
         .await?;
     for _ in 0..MAX_ATTEMPTS {
-        let record = users::for_login(database, deadline, &key).await?;
+        let record = users::for_login(context.password_queries(), &key).await?;
         check_lockout(record.retry_after_secs)?;
         let hash = record.account.as_ref().map(|(_, hash)| hash.as_str());
         let verdict = context
@@ -119,12 +118,12 @@ async fn sign_in(
             LoginFailure::UnknownAccount
         };
         let Some((id, hash)) = record.account.filter(|_| verdict.matches) else {
-            check_lockout(users::record_failure(database, deadline, &key).await?)?;
+            check_lockout(users::record_failure(context.password_queries(), &key).await?)?;
             return Err(Error::Unauthenticated(AuthError::Credentials(reason)));
         };
         let keep = verdict.rehashed.as_deref().unwrap_or(&hash);
         if let Some((user, ended)) =
-            sessions::sign_in(database, deadline, id, &hash, keep, session).await?
+            sessions::sign_in(context.password_queries(), id, &hash, keep, session).await?
         {
             context
                 .app
@@ -148,10 +147,9 @@ pub(crate) async fn refresh(
     let token = fields.finish_with(token)?;
     let refused = |reason| Error::Unauthenticated(AuthError::RefreshToken(reason));
     let claims = context.app.tokens.verify_refresh(&token).map_err(refused)?;
-    let (database, lifetimes) = (&context.app.database, context.app.config.lifetimes);
+    let lifetimes = context.app.config.lifetimes;
     let used = sessions::refresh(
-        database,
-        context.deadline(),
+        context.queries(),
         claims.sid,
         claims.generation,
         lifetimes,
@@ -160,9 +158,7 @@ pub(crate) async fn refresh(
     .await?;
     let Some((user, session)) = used else {
         // Either its session is over, or it was used before: then somebody else has it, too.
-        if !sessions::end_reused(database, context.deadline(), claims.sid, claims.generation)
-            .await?
-        {
+        if !sessions::end_reused(context.queries(), claims.sid, claims.generation).await? {
             return Err(refused(TokenRejection::RevokedSession));
         }
         context
@@ -179,22 +175,13 @@ pub(crate) async fn logout(
     body: Body<'_>,
 ) -> Result<Response, Error> {
     let refused = |reason| Error::Unauthenticated(AuthError::AccessToken(reason));
-    let database = &context.app.database;
     if let Some(token) = context.bearer_token().map_err(refused)? {
         let claims = context
             .app
             .tokens
             .verify_expired_access(token)
             .map_err(refused)?;
-        if sessions::end(
-            database,
-            context.deadline(),
-            claims.user_id,
-            claims.sid,
-            claims.epoch,
-        )
-        .await?
-        {
+        if sessions::end(context.queries(), claims.user_id, claims.sid, claims.epoch).await? {
             context
                 .app
                 .record_revoked(RevocationCause::Logout, &[claims.sid]);
@@ -212,13 +199,7 @@ pub(crate) async fn logout(
     let token = fields.finish_with(token)?;
     // RFC 7009 section 2.2: a token that is none is as good as revoked.
     if let Ok(claims) = context.app.tokens.verify_refresh(&token)
-        && sessions::end_by_refresh_token(
-            database,
-            context.deadline(),
-            claims.sid,
-            claims.generation,
-        )
-        .await?
+        && sessions::end_by_refresh_token(context.queries(), claims.sid, claims.generation).await?
     {
         context
             .app
@@ -232,7 +213,7 @@ pub(crate) async fn me(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
-    let user = users::get(&context.app.database, context.deadline(), user.id).await?;
+    let user = users::get(context.queries(), user.id).await?;
     response::json(StatusCode::OK, &user.ok_or_else(no_such_user)?)
 }
 
@@ -247,13 +228,7 @@ pub(crate) async fn delete_me(
     let password = fields.finish_with(password)?;
     for _ in 0..MAX_ATTEMPTS {
         let (_, hash) = verify_current_password(context, &user, &password).await?;
-        let ended = users::delete(
-            &context.app.database,
-            context.password_deadline(),
-            user.id,
-            &hash,
-        )
-        .await?;
+        let ended = users::delete(context.password_queries(), user.id, &hash).await?;
         if let Some(ended) = ended {
             context
                 .app
@@ -285,8 +260,7 @@ pub(crate) async fn change_password(
             .hash(new.clone(), &email, "/new_password", deadline)
             .await?;
         let change = users::change_password(
-            &context.app.database,
-            deadline,
+            context.password_queries(),
             user.id,
             &verified,
             &hash,
@@ -316,7 +290,6 @@ async fn verify_current_password(
     user: &AuthenticatedUser,
     password: &str,
 ) -> Result<(String, String), Error> {
-    let database = &context.app.database;
     let deadline = context.password_deadline();
     let key = LockoutKey::authenticate(user.id);
     let _permit = context
@@ -324,7 +297,7 @@ async fn verify_current_password(
         .login_slots
         .acquire(key.clone(), deadline)
         .await?;
-    let check = users::for_password_check(database, deadline, user.id)
+    let check = users::for_password_check(context.password_queries(), user.id)
         .await?
         .ok_or_else(no_such_user)?;
     check_lockout(check.retry_after_secs)?;
@@ -335,7 +308,7 @@ async fn verify_current_password(
         .await?
         .matches
     {
-        check_lockout(users::record_failure(database, deadline, &key).await?)?;
+        check_lockout(users::record_failure(context.password_queries(), &key).await?)?;
         return Err(Error::WrongPassword);
     }
     Ok((check.email, check.hash))

@@ -15,13 +15,7 @@ pub(crate) async fn list(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
-    let sessions = sessions::list(
-        &context.app.database,
-        context.deadline(),
-        user.id,
-        user.session,
-    )
-    .await?;
+    let sessions = sessions::list(context.queries(), user.id, user.session).await?;
     response::json(StatusCode::OK, &sessions)
 }
 
@@ -32,8 +26,7 @@ pub(crate) async fn end(
     session: &str,
 ) -> Result<Response, Error> {
     let session = parse_id(session).ok_or(Error::SessionNotFound)?;
-    let database = &context.app.database;
-    if !sessions::end(database, context.deadline(), user.id, session, ALL_EPOCHS).await? {
+    if !sessions::end(context.queries(), user.id, session, ALL_EPOCHS).await? {
         return Err(Error::SessionNotFound);
     }
     context
@@ -47,13 +40,7 @@ pub(crate) async fn end_others(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
-    let ended = sessions::end_others(
-        &context.app.database,
-        context.deadline(),
-        user.id,
-        user.session,
-    )
-    .await?;
+    let ended = sessions::end_others(context.queries(), user.id, user.session).await?;
     context
         .app
         .record_revoked(RevocationCause::EndedByUser, &ended);

@@ -41,15 +41,13 @@ pub(crate) async fn list(
         ),
         false => None,
     };
-    let database = &context.app.database;
     let total = match page.total {
-        true => Some(tasks::count(database, context.deadline(), user.id, &page.filter).await?),
+        true => Some(tasks::count(context.queries(), user.id, &page.filter).await?),
         false => None,
     };
     // One more than asked for tells whether there is more.
     let found = tasks::list(
-        database,
-        context.deadline(),
+        context.queries(),
         user.id,
         &page.filter,
         page.after,
@@ -89,7 +87,7 @@ pub(crate) async fn create(
     let fields = body.json_object().await?;
     let key = context.idempotency_key()?;
     let new = new_task(fields)?;
-    let created = tasks::create(&context.app.database, context.deadline(), user.id, new, key).await;
+    let created = tasks::create(context.queries(), user.id, new, key).await;
     let failed = match key {
         Some(_) => Error::from,
         None => Error::of_unrepeatable,
@@ -116,7 +114,7 @@ pub(crate) async fn get(
     task: &str,
 ) -> Result<Response, Error> {
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
-    let task = tasks::get(&context.app.database, context.deadline(), user.id, id)
+    let task = tasks::get(context.queries(), user.id, id)
         .await?
         .ok_or(Error::TaskNotFound)?;
     match Preconditions::parse(&context.head.headers).is_modified(task.updated_at.0)? {
@@ -165,14 +163,7 @@ pub(crate) async fn delete(
 ) -> Result<Response, Error> {
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
     let versions = Preconditions::parse(&context.head.headers).into_versions();
-    let deleted = tasks::delete(
-        &context.app.database,
-        context.deadline(),
-        user.id,
-        id,
-        &versions,
-    )
-    .await?;
+    let deleted = tasks::delete(context.queries(), user.id, id, &versions).await?;
     into_result(deleted).map(|()| response::no_content())
 }
 
@@ -194,8 +185,7 @@ pub(crate) async fn delete_completed(
     if !errors.is_empty() {
         return Err(Error::Validation(errors));
     }
-    let deleted =
-        tasks::delete_completed(&context.app.database, context.deadline(), user.id).await?;
+    let deleted = tasks::delete_completed(context.queries(), user.id).await?;
     response::json(StatusCode::OK, &serde_json::json!({ "deleted": deleted }))
 }
 
@@ -207,15 +197,7 @@ async fn update_task(
 ) -> Result<Response, Error> {
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
     let versions = Preconditions::parse(&context.head.headers).into_versions();
-    let changed = tasks::update(
-        &context.app.database,
-        context.deadline(),
-        user.id,
-        id,
-        change,
-        &versions,
-    )
-    .await;
+    let changed = tasks::update(context.queries(), user.id, id, change, &versions).await;
     // A second toggle undoes the first, unless If-Match keeps it from being executed.
     let failed = match change.completed {
         Some(Completion::Toggle) if !matches!(versions, Versions::Only(_)) => {
