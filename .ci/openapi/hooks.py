@@ -68,8 +68,10 @@ def before_call(context, case, kwargs):
 def complete(operation, body, truthful):
     if operation == "register":
         body["password"] = strong(body["password"])
-        if truthful or len(unicodedata.normalize("NFC", body["email"].strip()).lower().encode()) > 254:
-            # The first can be sent again, the second has more bytes than characters.
+        email = unicodedata.normalize("NFC", body["email"].strip()).lower()
+        if truthful or len(email.encode()) > 254 or any(ord(char) > 0xFFFF for char in email):
+            # The first can be sent again; the second has more bytes than characters; of the third, some
+            # are invisible, which a pattern for every JavaScript engine cannot say.
             body["email"] = f"{secrets.token_hex(8)}@example.com"
     elif operation == "changePassword":
         body["new_password"] = strong(body["new_password"])
