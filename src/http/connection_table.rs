@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::http::timeout_io::ConnectionState;
+use crate::http::connection_state::ConnectionState;
 
 /// A connection that was active more recently is likely to bring its next request in a moment.
 const MIN_IDLE: Duration = Duration::from_secs(1);

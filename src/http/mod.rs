@@ -1,10 +1,12 @@
 //! The HTTP side: connections, routing, request parsing, handlers and responses.
 
 pub(crate) mod conditional;
-pub(crate) mod connection_table;
+mod connection_state;
+mod connection_table;
 pub(crate) mod content_type;
 pub(crate) mod context;
 pub(crate) mod cors;
+mod framing;
 pub(crate) mod handlers;
 mod middleware;
 pub(crate) mod response;

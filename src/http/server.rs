@@ -21,11 +21,12 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::http::connection_state::ConnectionState;
 use crate::http::connection_table::{ConnectionPermit, ConnectionTable};
 use crate::http::response;
 use crate::http::router;
 use crate::http::state::AppState;
-use crate::http::timeout_io::{ConnectionState, TimeoutStream};
+use crate::http::timeout_io::TimeoutStream;
 
 /// A request's head; hyper responds with 431 to a longer one.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
