@@ -11,6 +11,7 @@ use super::{
     report, serialize, short_or_full, until_well,
 };
 use crate::harness::until;
+use crate::sessions::NOBODYS_TASKS;
 
 /// As many backends as the pool has places, and none left over from before.
 async fn until_no_leak(rig: &Cluster) -> usize {
@@ -252,4 +253,35 @@ async fn connections_that_only_we_remember_cost_one_request_and_not_each_one() {
         .count();
     assert!(failed <= 2, "{}", ledger.summary());
     rig.end().await;
+}
+
+/// What is revoked is read before what is known of it becomes too old to be used.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_waits_for_revocations_to_be_read() {
+    const ONE_WAY: Duration = Duration::from_millis(75);
+    let _turn = serialize().await;
+    let rig = Cluster::proxied(&[]).await;
+    rig.proxy().turns(NetworkCondition::Slow(ONE_WAY));
+    let started = Instant::now();
+    let mut waits = 0;
+    let mut requests = 0;
+    while started.elapsed() < Duration::from_secs(4) {
+        let sent = Instant::now();
+        // Refused by what is known of revocations alone.
+        let request = rig.server.get(NOBODYS_TASKS);
+        request
+            .bearer(&rig.user.access_token)
+            .send()
+            .await
+            .expect(403);
+        // The first one may have to wait, and a busy machine may stall once.
+        waits += usize::from(sent.elapsed() >= 2 * ONE_WAY);
+        requests += 1;
+        sleep(Duration::from_millis(10)).await;
+    }
+    report(
+        "revocations read ahead",
+        format!("{waits} of {requests} requests waited"),
+    );
+    assert!(waits <= 2, "{waits} of {requests} requests waited");
 }
