@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use crate::http::connection_state::ConnectionState;
 use crate::http::connection_table::{ConnectionPermit, ConnectionTable};
 use crate::http::response;
-use crate::http::router;
+use crate::http::service;
 use crate::http::state::AppState;
 use crate::http::timeout_io::TimeoutStream;
 
@@ -138,7 +138,7 @@ async fn serve_connection(
         let fault = state.on_request(request.body());
         let state = state.clone();
         async move {
-            let response = router::handle(app, request, peer, fault).await;
+            let response = service::handle(app, request, peer, fault).await;
             state.on_response();
             Ok::<_, Infallible>(response)
         }
