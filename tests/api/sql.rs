@@ -112,7 +112,7 @@ fn words(bare: &str) -> Vec<String> {
 /// is held to its own. A query within parentheses is one of its own: the scope of its neighbour
 /// does not count for it.
 fn is_scoped(statement: &str, table: &str) -> bool {
-    // Several owners at once, each with a row of `asked` to itself.
+    // Several owners at once, each with a row of `request` to itself.
     let owners = match statement.contains("from unnest((select $1::uuid[]),")
         && statement.contains(" with ordinality as request (user_id, ")
     {
