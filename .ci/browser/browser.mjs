@@ -1,4 +1,4 @@
-// Starts headless Chromium with a profile of its own and without background network traffic.
+// One headless Chromium with a profile of its own, which talks to nobody by itself.
 
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
