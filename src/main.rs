@@ -4,10 +4,15 @@ use std::process::ExitCode;
 
 use lexopt::Arg::{Long, Short, Value};
 use todo_api::cli::{self, Command};
+use todo_api::embedded_postgres;
 use todo_api::telemetry::logging;
 
 fn main() -> ExitCode {
     logging::set_panic_hook();
+    if let Err(error) = embedded_postgres::become_child() {
+        logging::print_fatal(&format!("cannot run PostgreSQL: {error}"));
+        return ExitCode::FAILURE;
+    }
     let command = match parse_args() {
         Ok(command) => command,
         Err(error) => {

@@ -1,5 +1,5 @@
-//! Cross-origin resource sharing, as the Fetch standard defines it. Credentials mode is not allowed,
-//! because tokens travel in a header and never in a cookie.
+//! Which pages of other origins may use the API (the Fetch standard's CORS protocol). Tokens come
+//! in a header and never in a cookie, so no credentials are allowed.
 
 use hyper::Method;
 use hyper::header::{
@@ -9,20 +9,21 @@ use hyper::header::{
 };
 use hyper::http::request::Parts;
 
-/// Preflights allow every method on every path: otherwise a page would see a network error instead
-/// of a 404 or 405.
-pub(crate) const ALL_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+/// All of the API, on every path: a page whose preflight fails sees a network error instead of the
+/// 404 or 405.
+const ALLOWED_METHODS: HeaderValue =
+    HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
 const ALLOWED_HEADERS: HeaderValue = HeaderValue::from_static(
     "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, Prefer, X-Request-Id",
 );
 const EXPOSED_HEADERS: HeaderValue = HeaderValue::from_static(
     "Location, Link, ETag, Preference-Applied, Retry-After, X-Request-Id, X-Total-Count",
 );
-/// Two hours, the longest time for which Chromium caches a preflight.
+/// Two hours: the most that Chromium remembers a preflight for.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("7200");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// The allowed origins.
+/// The origins that are allowed.
 pub(crate) struct Cors {
     origins: Vec<HeaderValue>,
 }
@@ -44,21 +45,20 @@ impl Cors {
             .filter(|origin| self.origins.contains(origin))
     }
 
-    /// Whether the request is a preflight from an allowed origin.
+    /// Whether a browser asks for an allowed origin what a request that follows may be.
     pub(crate) fn is_preflight(&self, head: &Parts) -> bool {
         head.method == Method::OPTIONS
             && head.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
             && self.allowed_origin(&head.headers).is_some()
     }
 
-    /// Whether the request comes from a page whose origin is neither the service's own nor allowed.
+    /// Whether the request comes from a page of an origin that is neither ours nor allowed.
     pub(crate) fn is_foreign(&self, headers: &HeaderMap) -> bool {
         let origin = headers.get(ORIGIN);
-        origin
-            .is_some_and(|origin| !self.origins.contains(origin) && !is_own_origin(origin, headers))
+        origin.is_some_and(|origin| !self.origins.contains(origin) && !is_ours(origin, headers))
     }
 
-    /// Adds the CORS headers to a response.
+    /// Adds what the browser needs to a response, an error's too.
     pub(crate) fn apply(&self, head: &Parts, headers: &mut HeaderMap) {
         if self.origins.is_empty() {
             return;
@@ -69,10 +69,7 @@ impl Cors {
         };
         headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
         if self.is_preflight(head) {
-            headers.insert(
-                ACCESS_CONTROL_ALLOW_METHODS,
-                HeaderValue::from_static(ALL_METHODS),
-            );
+            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, ALLOWED_METHODS);
             headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, ALLOWED_HEADERS);
             headers.insert(ACCESS_CONTROL_MAX_AGE, MAX_AGE);
         } else {
@@ -81,10 +78,9 @@ impl Cors {
     }
 }
 
-/// Whether the request was sent to the host of its origin. The scheme is not compared, because
-/// behind a proxy the service does not know it. A page of another origin cannot set `Host` at all,
-/// nor `X-Forwarded-Host` without a preflight.
-fn is_own_origin(origin: &HeaderValue, headers: &HeaderMap) -> bool {
+/// Whether the request went to the host that its page came from. Only the proxy knows the scheme.
+/// A page of another origin can set neither header without a preflight.
+fn is_ours(origin: &HeaderValue, headers: &HeaderMap) -> bool {
     let (host, default_port) = match origin.to_str().unwrap_or_default().split_once("://") {
         Some(("http", host)) => (host, ":80"),
         Some(("https", host)) => (host, ":443"),

@@ -1,4 +1,5 @@
-//! JWT authentication. It runs before the body is read.
+//! The JWT middleware: a bearer token becomes a signed-in user, or the request ends here, before
+//! anything of its body is read.
 
 use uuid::Uuid;
 
@@ -7,25 +8,24 @@ use crate::error::{AuthError, Error};
 use crate::http::context::RequestContext;
 use crate::telemetry::labels::TokenRejection;
 
-/// The user and the session of a valid access token.
+/// Somebody with a good access token.
 pub(crate) struct AuthenticatedUser {
     pub(crate) id: Uuid,
     pub(crate) session: Uuid,
 }
 
-/// Verifies the bearer token (FR-001, FR-002, FR-004).
+/// Who asks (FR-001, FR-002, FR-004). The answer to a refusal, and its line in the log, are made
+/// where all errors are.
 pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser, Error> {
-    let app = context.app;
-    let rejected = |reason| Error::Unauthenticated(AuthError::AccessToken(reason));
-    let token = context.bearer_token().map_err(rejected)?;
+    let refused = |reason| Error::Unauthenticated(AuthError::AccessToken(reason));
+    let token = context.bearer_token().map_err(refused)?;
     let token = token.ok_or(Error::Unauthenticated(AuthError::MissingToken))?;
-    let claims = app.tokens.verify_access(token).map_err(rejected)?;
-    // The request's own deadline starts only when the body has been read.
-    let db = app
-        .database
-        .with_deadline(Deadline::after(AUTHENTICATION_TIMEOUT));
-    if app.revocations.is_revoked(db, &claims).await? {
-        return Err(rejected(TokenRejection::RevokedSession));
+    let claims = context.app.tokens.verify_access(token).map_err(refused)?;
+    // Not the request's: the body is yet to be read.
+    let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
+    let db = context.app.database.with_deadline(deadline);
+    if context.app.revocations.is_revoked(db, &claims).await? {
+        return Err(refused(TokenRejection::RevokedSession));
     }
     Ok(AuthenticatedUser {
         id: claims.user_id,
@@ -33,15 +33,16 @@ pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<Authent
     })
 }
 
-/// Verifies the bearer token, and that the user in the path is the user of the token (FR-003).
+/// The same where the path names a user: it has to be the token's (FR-003).
 pub(crate) async fn require_owner(
     context: &RequestContext<'_>,
     user_id: &str,
 ) -> Result<AuthenticatedUser, Error> {
-    let user = authenticate(context).await?;
+    let signed_in = authenticate(context).await?;
     let mut buffer = Uuid::encode_buffer();
-    match user.id.hyphenated().encode_lower(&mut buffer) == user_id {
-        true => Ok(user),
-        false => Err(Error::Forbidden),
+    if signed_in.id.hyphenated().encode_lower(&mut buffer) == user_id {
+        Ok(signed_in)
+    } else {
+        Err(Error::Forbidden)
     }
 }
