@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    CONNECTIONS, Error, IDLE_CONNECTIONS, Options, Result, SIGNING_IN, client::Load, work::Work,
+    CONNECTIONS, Error, IDLE_CONNECTIONS, LOGIN_CLIENTS, Options, Result, client::Load, work::Work,
 };
 
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
@@ -255,7 +255,7 @@ fn print_burdens(report: &Value) {
     );
     let logins = &report["logins"];
     println!(
-        "{SIGNING_IN} clients signing in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s beside reads.",
+        "{LOGIN_CLIENTS} clients signing in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s beside reads.",
         show(&logins["alone_per_second"], 1),
         show(&logins["alone_to_bare_bcrypt"], 2),
         show(&logins["bare_bcrypt_per_second"], 1),
