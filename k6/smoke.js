@@ -1,9 +1,9 @@
-// One walk through every route, each answer as it should be. Seconds; the first thing to run.
+// Sends one request to every route and checks each response. Takes seconds.
 //
 //   k6 run k6/smoke.js
 
 import { check } from 'k6';
-import { call, PASSWORD, people, personOf, signIn, trendStats } from './lib/api.js';
+import { request, PASSWORD, registerUsers, toUser, logIn, trendStats } from './lib/api.js';
 
 export const options = {
   vus: 1,
@@ -13,74 +13,74 @@ export const options = {
 };
 
 export default function () {
-  call('healthz', 'GET', '/healthz');
-  call('readyz', 'GET', '/readyz');
-  call('openapi', 'GET', '/openapi.json');
-  call('docs', 'GET', '/docs');
-  call('problem page', 'GET', '/problems/validation_failed');
+  request('healthz', 'GET', '/healthz');
+  request('readyz', 'GET', '/readyz');
+  request('openapi', 'GET', '/openapi.json');
+  request('docs', 'GET', '/docs');
+  request('problem page', 'GET', '/problems/validation_failed');
 
-  const [{ email, tasks, token }] = people(1);
-  call('me', 'GET', '/api/v1/auth/me', { token });
+  const [{ email, tasks, token }] = registerUsers(1);
+  request('me', 'GET', '/api/v1/auth/me', { token });
 
   const milk = { title: 'Buy milk', description: 'Two litres' };
   const headers = { 'Idempotency-Key': `smoke-${Date.now()}` };
-  const created = call('create', 'POST', tasks, { token, body: milk, status: 201, headers });
+  const created = request('create', 'POST', tasks, { token, body: milk, status: 201, headers });
   const path = created.headers.Location;
-  const again = call('create again', 'POST', tasks, { token, body: milk, status: 201, headers });
-  check(again, { 'a retry makes no second task': (r) => r.json('id') === created.json('id') });
+  const again = request('create again', 'POST', tasks, { token, body: milk, status: 201, headers });
+  check(again, { 'a retry creates no second task': (r) => r.json('id') === created.json('id') });
 
-  const etag = call('read', 'GET', path, { token }).headers.Etag;
-  call('read unchanged', 'GET', path, { token, status: 304, headers: { 'If-None-Match': etag } });
+  const etag = request('read', 'GET', path, { token }).headers.Etag;
+  request('read unchanged', 'GET', path, { token, status: 304, headers: { 'If-None-Match': etag } });
   const put = { token, body: { title: 'Buy oat milk' }, headers: { 'If-Match': etag } };
-  call('edit', 'PUT', path, put);
-  call('edit what moved on', 'PUT', path, { ...put, status: 412 });
-  call('edit a part', 'PATCH', path, { token, body: { description: null } });
-  const done = call('toggle', 'PATCH', `${path}/complete`, { token });
-  check(done, { 'a toggled task is done': (r) => r.json('completed') === true });
+  request('edit', 'PUT', path, put);
+  request('edit an old version', 'PUT', path, { ...put, status: 412 });
+  request('edit a part', 'PATCH', path, { token, body: { description: null } });
+  const done = request('toggle', 'PATCH', `${path}/complete`, { token });
+  check(done, { 'the toggled task is completed': (r) => r.json('completed') === true });
 
-  const peas = call('create', 'POST', tasks, { token, body: { title: 'Sow peas' }, status: 201 });
-  const page = call('list', 'GET', `${tasks}?limit=1&total=true`, { token });
+  const peas = request('create', 'POST', tasks, { token, body: { title: 'Sow peas' }, status: 201 });
+  const page = request('list', 'GET', `${tasks}?limit=1&total=true`, { token });
   check(page, {
-    'the newest comes first': (r) => r.json('0.title') === 'Sow peas',
-    'there are two': (r) => r.headers['X-Total-Count'] === '2',
-    'the list goes on': (r) => r.headers.Link.includes('rel="next"'),
+    'the newest task is first': (r) => r.json('0.title') === 'Sow peas',
+    'the total is two': (r) => r.headers['X-Total-Count'] === '2',
+    'there is a next page': (r) => r.headers.Link.includes('rel="next"'),
   });
-  const found = call('search', 'GET', `${tasks}?q=OAT&completed=true`, { token });
-  check(found, { 'the search finds it': (r) => r.json('0.title') === 'Buy oat milk' });
-  const cleared = call('clear completed', 'DELETE', `${tasks}?completed=true`, { token });
-  check(cleared, { 'one was completed': (r) => r.json('deleted') === 1 });
-  call('read what is gone', 'GET', path, { token, status: 404 });
-  call('delete', 'DELETE', peas.headers.Location, { token, status: 204 });
+  const found = request('search', 'GET', `${tasks}?q=OAT&completed=true`, { token });
+  check(found, { 'the search finds the task': (r) => r.json('0.title') === 'Buy oat milk' });
+  const cleared = request('clear completed', 'DELETE', `${tasks}?completed=true`, { token });
+  check(cleared, { 'one completed task was deleted': (r) => r.json('deleted') === 1 });
+  request('read a deleted task', 'GET', path, { token, status: 404 });
+  request('delete', 'DELETE', peas.headers.Location, { token, status: 204 });
 
-  call('refused without a token', 'GET', tasks, { status: 401 });
-  call('refused to others', 'GET', '/api/v1/somebody/tasks', { token, status: 403 });
-  call('refused as invalid', 'POST', tasks, { token, body: {}, status: 422 });
+  request('refused without a token', 'GET', tasks, { status: 401 });
+  request('refused for another user', 'GET', '/api/v1/somebody/tasks', { token, status: 403 });
+  request('refused as invalid', 'POST', tasks, { token, body: {}, status: 422 });
 
-  const second = personOf(signIn(email));
-  const sessions = call('sessions', 'GET', '/api/v1/auth/sessions', { token }).json();
+  const second = toUser(logIn(email));
+  const sessions = request('sessions', 'GET', '/api/v1/auth/sessions', { token }).json();
   const other = sessions.find((session) => !session.current);
-  call('end a session', 'DELETE', `/api/v1/auth/sessions/${other.id}`, { token, status: 204 });
-  call('refused after its end', 'POST', '/api/v1/auth/refresh', {
+  request('end a session', 'DELETE', `/api/v1/auth/sessions/${other.id}`, { token, status: 204 });
+  request('refused after the session ended', 'POST', '/api/v1/auth/refresh', {
     body: { refresh_token: second.refreshToken }, status: 401,
   });
-  const third = personOf(signIn(email));
-  const fourth = personOf(call('refresh', 'POST', '/api/v1/auth/refresh', {
+  const third = toUser(logIn(email));
+  const fourth = toUser(request('refresh', 'POST', '/api/v1/auth/refresh', {
     body: { refresh_token: third.refreshToken },
   }));
-  call('end the others', 'DELETE', '/api/v1/auth/sessions', { token: fourth.token, status: 204 });
+  request('end other sessions', 'DELETE', '/api/v1/auth/sessions', { token: fourth.token, status: 204 });
   const passwords = { current_password: PASSWORD, new_password: `another-${PASSWORD}` };
-  const changed = personOf(call('change the password', 'PUT', '/api/v1/auth/password', {
+  const changed = toUser(request('change the password', 'PUT', '/api/v1/auth/password', {
     token: fourth.token, body: passwords,
   }));
-  call('refused after the change', 'GET', '/api/v1/auth/me', { token: fourth.token, status: 401 });
-  const fifth = personOf(call('sign in anew', 'POST', '/api/v1/auth/login', {
+  request('refused after the password change', 'GET', '/api/v1/auth/me', { token: fourth.token, status: 401 });
+  const fifth = toUser(request('login with the new password', 'POST', '/api/v1/auth/login', {
     body: { email, password: passwords.new_password },
   }));
-  call('sign out', 'POST', '/api/v1/auth/logout', { token: changed.token, status: 204 });
-  call('delete the account', 'DELETE', '/api/v1/auth/me', {
+  request('logout', 'POST', '/api/v1/auth/logout', { token: changed.token, status: 204 });
+  request('delete the account', 'DELETE', '/api/v1/auth/me', {
     token: fifth.token, body: { password: passwords.new_password }, status: 204,
   });
-  call('refused after the account', 'POST', '/api/v1/auth/login', {
+  request('refused after the account was deleted', 'POST', '/api/v1/auth/login', {
     body: { email, password: passwords.new_password }, status: 401,
   });
 }

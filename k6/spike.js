@@ -1,10 +1,10 @@
-// A crowd out of nowhere and gone again. While it is there the service may shed some of it with
-// 503 and Retry-After, but answers; before and after, everybody is served as in normal load.
+// A sudden spike of requests. During the spike the service may refuse some of them with 503 and
+// Retry-After, but must respond to all; before and after it, the thresholds of normal load hold.
 //
 //   k6 run -e PEAK=2000 k6/spike.js
 
 import { check } from 'k6';
-import { call, mine, people, thresholds, trendStats } from './lib/api.js';
+import { request, ownUser, registerUsers, thresholds, trendStats } from './lib/api.js';
 
 const CALM = 20;
 const PEAK = Number(__ENV.PEAK || 1000);
@@ -26,31 +26,31 @@ export const options = {
       { target: PEAK, duration: '1s' },
       { target: PEAK, duration: '20s' },
       { target: CALM, duration: '1s' },
-    ], 'crowd'),
-    // Five seconds to come to itself again.
+    ], 'spike'),
+    // Five seconds to recover.
     after: rate('37s', [{ target: CALM, duration: '20s' }], 'calm'),
   },
   setupTimeout: '5m',
   thresholds: {
     ...thresholds(['list', 'create']),
-    'http_req_duration{name:list in the crowd,expected_response:true}': ['p(95)<1000'],
-    'http_req_duration{name:create in the crowd,expected_response:true}': ['p(95)<1000'],
+    'http_req_duration{name:list during the spike,expected_response:true}': ['p(95)<1000'],
+    'http_req_duration{name:create during the spike,expected_response:true}': ['p(95)<1000'],
   },
   summaryTrendStats: trendStats,
 };
 
-export const setup = () => people(Number(__ENV.USERS || 20));
+export const setup = () => registerUsers(Number(__ENV.USERS || 20));
 
 export function calm(all) {
-  const { tasks, token } = mine(all);
-  call('list', 'GET', `${tasks}?limit=20`, { token });
-  call('create', 'POST', tasks, { token, body: { title: 'Buy milk' }, status: 201 });
+  const { tasks, token } = ownUser(all);
+  request('list', 'GET', `${tasks}?limit=20`, { token });
+  request('create', 'POST', tasks, { token, body: { title: 'Buy milk' }, status: 201 });
 }
 
-export function crowd(all) {
-  const { tasks, token } = mine(all);
-  const shed = Math.random() < 0.2
-    ? call('create in the crowd', 'POST', tasks, { token, body: { title: 'Buy milk' }, status: [201, 503] })
-    : call('list in the crowd', 'GET', `${tasks}?limit=20`, { token, status: [200, 503] });
-  if (shed.status === 503) check(shed, { 'shed with Retry-After': (r) => 'Retry-After' in r.headers });
+export function spike(all) {
+  const { tasks, token } = ownUser(all);
+  const response = Math.random() < 0.2
+    ? request('create during the spike', 'POST', tasks, { token, body: { title: 'Buy milk' }, status: [201, 503] })
+    : request('list during the spike', 'GET', `${tasks}?limit=20`, { token, status: [200, 503] });
+  if (response.status === 503) check(response, { 'refused with Retry-After': (r) => 'Retry-After' in r.headers });
 }

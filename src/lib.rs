@@ -28,14 +28,15 @@
 
 mod auth;
 pub mod cli;
-pub mod config;
+mod config;
 pub mod db;
 mod domain;
 pub mod embedded_postgres;
 mod error;
 mod http;
+mod serve;
 mod shutdown;
-pub mod telemetry;
+mod telemetry;
 
 /// Settings of the property tests. `FUZZ_CASES` sets the number of cases.
 #[cfg(test)]

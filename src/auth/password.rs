@@ -199,7 +199,7 @@ impl PasswordHasher {
             Err(_) => Err(Error::Overloaded),
         };
         self.metrics
-            .hash_time
+            .hash_duration
             .observe(started.elapsed().as_secs_f64());
         result
     }

@@ -10,9 +10,9 @@ use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 use crate::auth::token::AccessClaims;
-use crate::config::MAX_ACCESS_TTL;
 use crate::db::sessions::{self, Cursor, Revocation};
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline, Queries};
+use crate::domain::MAX_ACCESS_TTL;
 use crate::error::Error;
 
 /// A revocation takes effect on every instance within this time.

@@ -8,12 +8,12 @@ use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{
     Algorithm, DecodingKey, EncodingKey, Header, Validation, crypto, decode, encode,
 };
+use secrecy::{ExposeSecret, SecretString};
 use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
-use crate::config::{MAX_ACCESS_TTL, Secret};
-use crate::domain::{self, User};
+use crate::domain::{self, MAX_ACCESS_TTL, User};
 use crate::error::Error;
 use crate::telemetry::labels::TokenRejection;
 
@@ -90,13 +90,13 @@ pub(crate) struct TokenIssuer {
 
 impl TokenIssuer {
     pub(crate) fn new(
-        secret: &Secret,
-        previous: Option<&Secret>,
+        secret: &SecretString,
+        previous: Option<&SecretString>,
         access_ttl: Duration,
     ) -> Result<Self, Error> {
         let secrets: Vec<&[u8]> = std::iter::once(secret)
             .chain(previous)
-            .map(|secret| secret.expose().as_bytes())
+            .map(|secret| secret.expose_secret().as_bytes())
             .collect();
         let mut strict = Validation::new(Algorithm::HS256);
         strict.leeway = 0;
@@ -260,7 +260,7 @@ mod tests {
     use super::*;
 
     fn tokens() -> TokenIssuer {
-        let secret = Secret::from("a secret of the tests, 32 bytes at least".to_owned());
+        let secret = SecretString::from("a secret of the tests, 32 bytes at least");
         TokenIssuer::new(&secret, None, Duration::from_secs(60)).unwrap()
     }
 

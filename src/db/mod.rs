@@ -328,7 +328,7 @@ impl Database {
             return Err(DbError::Unavailable("the database is away".into()));
         }
         // Observed when dropped: whoever waited in vain counts, too.
-        let _wait = self.0.metrics.db_wait.start_timer();
+        let _wait = self.0.metrics.db_acquire_duration.start_timer();
         let place = self.place(started, bound).await?;
         let pooled = tokio::select! {
             biased;
@@ -360,7 +360,7 @@ impl Database {
                 .store(self.millis_at(now), Ordering::Relaxed);
             return Ok(place);
         }
-        let _waiting = self.0.metrics.db_pool_waiters();
+        let _waiting = self.0.metrics.db_pool_waiter();
         let since = self
             .millis_at(now)
             .saturating_sub(self.0.unhindered.load(Ordering::Relaxed));
@@ -395,7 +395,7 @@ impl Database {
         query: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, DbError> {
         let started = Instant::now();
-        let _query_time = self.0.metrics.db_query.start_timer();
+        let _query_time = self.0.metrics.db_query_duration.start_timer();
         // A request that hashes passwords has more time, but no statement has.
         let ends = deadline.at().min(started + REQUEST_TIMEOUT);
         let suspicious = started + PROBE_AFTER;

@@ -7,8 +7,7 @@ use uuid::Uuid;
 use super::statements::Sql;
 use super::users::{NewSession, user};
 use super::{DbError, Queries};
-use crate::config::TokenLifetimes;
-use crate::domain::{Rfc3339, Session, User};
+use crate::domain::{Rfc3339, Session, TokenLifetimes, User};
 
 /// What the tokens of a session are made from.
 pub(crate) struct SessionState {

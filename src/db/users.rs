@@ -7,8 +7,7 @@ use super::retry::Repeat;
 use super::sessions::SessionState;
 use super::statements::Sql;
 use super::{DbError, Queries};
-use crate::config::TokenLifetimes;
-use crate::domain::{Email, Rfc3339, User};
+use crate::domain::{Email, Rfc3339, TokenLifetimes, User};
 
 /// What a login needs to know before the password is checked.
 pub(crate) struct LoginRecord {

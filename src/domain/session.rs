@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -18,4 +20,20 @@ pub(crate) struct Session {
     pub(crate) expires_at: Rfc3339,
     /// Whether the request that asks belongs to it.
     pub(crate) current: bool,
+}
+
+/// The longest lifetime of an access token that can be configured. Revocations are kept as long.
+pub(crate) const MAX_ACCESS_TTL: Duration = Duration::from_hours(24);
+
+/// Lifetimes of tokens and sessions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TokenLifetimes {
+    /// Of an access token, from its issue.
+    pub(crate) access: Duration,
+    /// Of a session, from its last refresh.
+    pub(crate) refresh_idle: Duration,
+    /// Of a session, from its login.
+    pub(crate) refresh_max: Duration,
+    /// How long a used refresh token still returns its successor.
+    pub(crate) refresh_grace: Duration,
 }

@@ -8,7 +8,6 @@ use std::{
 };
 
 use log::{info, warn};
-use rustix::process::Signal;
 use tokio::process::Command;
 
 use super::{
@@ -94,7 +93,7 @@ impl Cluster {
     async fn initdb(&self, directory: &Path, locale: &str) -> Result<(), Error> {
         self.remove_unfinished();
         create_private_dir(directory, self.os_user.as_ref())?;
-        let mut command = self.command("initdb", Signal::INT);
+        let mut command = self.command("initdb", "INT");
         command.arg("--pgdata").arg(directory).args([
             "--encoding=UTF8",
             locale,
@@ -132,7 +131,7 @@ impl Cluster {
 
     /// One of PostgreSQL's programs, run by the user that owns the cluster. If this process dies, it
     /// receives `signal`.
-    pub(super) fn command(&self, program: &str, signal: Signal) -> Command {
+    pub(super) fn command(&self, program: &str, signal: &str) -> Command {
         let mut command = child::command(&self.installation.directory.join(program), signal);
         command
             // The environment has secrets in it, and variables such as PGPORT would change settings.

@@ -6,13 +6,13 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::Version;
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{
     AUTHORIZATION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
 };
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
-use hyper::{Method, Version};
 use ipnet::IpNet;
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
@@ -98,10 +98,9 @@ impl<'a> RequestContext<'a> {
         complete_at.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes the pattern of the route that it takes; the method comes back for the match.
-    pub(crate) fn set_route(&self, route: &'static str, method: Method) -> Method {
+    /// Records the path of the matched route.
+    pub(crate) fn set_route(&self, route: &'static str) {
         self.route.get_or_init(|| route);
-        method
     }
 
     /// The pattern of its route, where it has one.

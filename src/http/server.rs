@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use crate::http::connection_state::ConnectionState;
 use crate::http::connection_table::{ConnectionPermit, ConnectionTable};
 use crate::http::response;
-use crate::http::router;
+use crate::http::service;
 use crate::http::state::AppState;
 use crate::http::timeout_io::TimeoutStream;
 
@@ -117,9 +117,9 @@ impl Acceptor {
             if let Err(error) = stream.set_nodelay(true) {
                 debug!("cannot set TCP_NODELAY: {error}");
             }
-            app.metrics.connections.inc();
+            app.metrics.open_connections.inc();
             serve_connection(stream, peer.ip(), &app, permit.state.clone(), closing).await;
-            app.metrics.connections.dec();
+            app.metrics.open_connections.dec();
             drop(permit);
         });
     }
@@ -138,7 +138,7 @@ async fn serve_connection(
         let fault = state.on_request(request.body());
         let state = state.clone();
         async move {
-            let response = router::handle(app, request, peer, fault).await;
+            let response = service::handle(app, request, peer, fault).await;
             state.on_response();
             Ok::<_, Infallible>(response)
         }
@@ -239,7 +239,7 @@ pub(crate) async fn serve_metrics(listener: TcpListener, app: Arc<AppState>) {
         tokio::spawn(async move {
             let service = service_fn(|request: Request<Incoming>| {
                 let text = (request.uri().path() == "/metrics")
-                    .then(|| app.metrics.text(app.database.connections()));
+                    .then(|| app.metrics.encode(app.database.connections()));
                 async move {
                     Ok::<_, Infallible>(match text {
                         Some(text) => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use secrecy::SecretString;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 use uuid::Uuid;
@@ -15,14 +16,14 @@ use crate::auth::login_limits::{
 use crate::auth::password::PasswordHasher;
 use crate::auth::revocations::Revocations;
 use crate::auth::token::TokenIssuer;
-use crate::config::{Config, Secret};
+use crate::config::Config;
 use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
 use crate::db::users::{LockoutKey, NewSession};
 use crate::db::{Database, Deadline};
 use crate::error::Error;
 use crate::http::cors::Cors;
-use crate::telemetry::labels::RevocationCause;
+use crate::telemetry::labels::RevocationReason;
 use crate::telemetry::logging::ThrottledLog;
 use crate::telemetry::metrics::Metrics;
 
@@ -59,7 +60,7 @@ impl AppState {
     /// Creates the state. An error is one line for the operator.
     pub(crate) fn new(
         config: Config,
-        secret: &Secret,
+        secret: &SecretString,
         database: Database,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, String> {
@@ -127,13 +128,13 @@ impl AppState {
 
     /// Records sessions that this instance has revoked, so that it rejects their access tokens at
     /// once.
-    pub(crate) fn record_revoked(&self, cause: RevocationCause, sessions: &[Uuid]) {
+    pub(crate) fn record_revoked(&self, cause: RevocationReason, sessions: &[Uuid]) {
         let revocations = sessions.iter().map(|session_id| Revocation {
             session_id: *session_id,
             before_epoch: ALL_EPOCHS,
         });
         self.revocations.insert(revocations);
-        self.metrics.count_revoked(cause, sessions.len());
+        self.metrics.record_revoked(cause, sessions.len());
     }
 
     /// Purges old rows in the background if a purge is due and the database is awake.

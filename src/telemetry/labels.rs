@@ -1,7 +1,6 @@
-//! Reasons, as log lines and metric labels spell them. The sets are closed, so that every series
-//! exists from the start.
+//! The reasons that log lines and metric labels name.
 
-/// Defines enums with one label per variant.
+/// Defines enums with a label for each variant, all of which `LABELS` lists.
 macro_rules! labels {
     ($($(#[$doc:meta])* $name:ident { $($variant:ident = $label:literal,)* })*) => {$(
         $(#[$doc])*
@@ -39,7 +38,7 @@ labels! {
         NotOwner = "not_owner",
     }
 
-    /// Why a login failed, or why the password that confirms a change was rejected.
+    /// Why a login, or the current password that a change requires, was rejected.
     LoginFailure {
         WrongPassword = "wrong_password",
         UnknownAccount = "unknown_account",
@@ -50,7 +49,7 @@ labels! {
     }
 
     /// Why a session was revoked.
-    RevocationCause {
+    RevocationReason {
         Logout = "logout",
         EndedByUser = "ended",
         ReusedRefreshToken = "reuse",

@@ -1,28 +1,28 @@
-//! The log: to stderr, one line a record, `key=value`. Under systemd's journal a line begins with
-//! its priority (`sd-daemon(3)`) and leaves the time to the journal.
+//! The log: one line per record on stderr. In systemd's journal a line starts with its priority
+//! (`sd-daemon(3)`) instead of the time and the level.
 
 use std::borrow::Cow;
 use std::cell::Cell;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use jiff::fmt::temporal::DateTimePrinter;
-use log::{Level, warn};
+use log::{Level, LevelFilter, Metadata, warn};
+use parking_lot::Mutex;
 
-/// The target of the access line.
-pub const ACCESS: &str = "access";
-/// What one field may take of a line.
+/// The target of the access log.
+pub(crate) const ACCESS: &str = "access";
+/// The longest value of a field, in characters.
 const MAX_FIELD: usize = 256;
 
-/// Whether stderr is the journal: systemd names its device and inode, and a child may inherit the
-/// variable with another stderr.
+/// Whether stderr is the journal. `JOURNAL_STREAM` alone does not tell: a child process inherits it
+/// even if its stderr is redirected.
 static IS_JOURNAL: LazyLock<bool> = LazyLock::new(|| {
     let stderr = io::stderr().as_fd().try_clone_to_owned().map(File::from);
     let stderr = stderr.and_then(|file| file.metadata());
@@ -30,12 +30,37 @@ static IS_JOURNAL: LazyLock<bool> = LazyLock::new(|| {
     stderr.is_ok_and(|meta| named == format!("{}:{}", meta.dev(), meta.ino()))
 });
 
-/// Starts the logger with a filter of env_logger's syntax.
-pub fn init(filter: &str) {
+/// Checks a filter in `RUST_LOG` syntax more strictly than env_logger, for which a misspelled level
+/// is a target: all else, errors of the service included, would then be off.
+pub(crate) fn check_filter(filter: &str) -> Result<(), String> {
+    let mut parsed = env_filter::Builder::new();
+    parsed
+        .try_parse(filter)
+        .map_err(|error| error.to_string())?;
+    let directives = filter.split('/').next().unwrap_or_default().split(',');
+    for directive in directives.map(str::trim).filter(|text| !text.is_empty()) {
+        if !directive.contains('=') && directive.parse::<LevelFilter>().is_err() {
+            return Err(format!(
+                "“{directive}” is not a level (off, error, warn, info, debug or trace)"
+            ));
+        }
+    }
+    let errors = Metadata::builder()
+        .level(Level::Error)
+        .target("todo_api")
+        .build();
+    if !parsed.build().enabled(&errors) && !filter.trim().eq_ignore_ascii_case("off") {
+        return Err("it hides the errors of todo-api".into());
+    }
+    Ok(())
+}
+
+/// Initializes the logger with a filter in `RUST_LOG` syntax.
+pub(crate) fn init(filter: &str) {
     env_logger::Builder::new()
         .parse_filters(filter)
         .format(|out, record| {
-            // At DEBUG tokio-postgres writes out the parameters of statements: titles, hashes.
+            // At DEBUG tokio-postgres logs the parameters of statements: titles and hashes.
             if record.level() > Level::Info && record.target().starts_with("tokio_postgres") {
                 return Ok(());
             }
@@ -45,6 +70,7 @@ pub fn init(filter: &str) {
 }
 
 fn write_line(out: &mut impl io::Write, level: Level, message: &str) -> io::Result<()> {
+    // The text of a dependency's error may contain line breaks.
     let message = strip_control(message);
     if *IS_JOURNAL {
         let priority = match level {
@@ -60,22 +86,21 @@ fn write_line(out: &mut impl io::Write, level: Level, message: &str) -> io::Resu
     writeln!(out, "{now} {level:<5} {message}")
 }
 
-/// Writes the error that ends the process, whatever the filter.
-pub fn print_fatal(error: &str) {
+/// Writes the error that ends the process, regardless of the filter.
+pub(crate) fn print_fatal(error: &str) {
     let mut stderr = io::stderr();
-    // If stderr cannot be written to, the exit code has to do.
+    // If stderr cannot be written to, only the exit code reports the error.
     let _ = match *IS_JOURNAL {
         true => write_line(&mut stderr, Level::Error, error),
         false => writeln!(stderr, "todo-api: {}", strip_control(error)),
     };
 }
 
-/// Makes every panic one line, whatever the filter.
-pub fn set_panic_hook() {
+/// Logs each panic in one line, regardless of the filter.
+pub(crate) fn set_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map(ToString::to_string);
         if CATCHING.get() {
-            PANIC_LOCATION.set(place);
+            PANIC_LOCATION.set(panic.location().map(ToString::to_string));
         } else {
             let line = format!("panic: {}", logfmt_value(&panic.to_string()));
             let _ = write_line(&mut io::stderr(), Level::Error, &line);
@@ -84,31 +109,34 @@ pub fn set_panic_hook() {
 }
 
 thread_local! {
-    /// Whether somebody will report a panic of this thread.
+    /// Whether this thread is in `catch_panic`, whose caller logs the panic.
     static CATCHING: Cell<bool> = const { Cell::new(false) };
-    /// Where it was.
     static PANIC_LOCATION: Cell<Option<String>> = const { Cell::new(None) };
 }
 
-/// Runs something that may panic; a panic is one line, the caller's, who is given its text.
-pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+/// Calls `f` and returns the message and the location of a panic as the error, without logging it.
+pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     CATCHING.set(true);
-    let result = catch_unwind(AssertUnwindSafe(work));
+    let result = catch_unwind(AssertUnwindSafe(f));
     CATCHING.set(false);
     result.map_err(|panic| {
-        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        let place = PANIC_LOCATION.take().map(|place| format!(" at {place}"));
-        format!(
-            "panic: {}{}",
-            text.unwrap_or_default(),
-            place.unwrap_or_default()
-        )
+        let message = match panic.downcast::<String>() {
+            Ok(message) => *message,
+            Err(panic) => panic
+                .downcast_ref::<&str>()
+                .copied()
+                .unwrap_or_default()
+                .into(),
+        };
+        let location = PANIC_LOCATION
+            .take()
+            .map(|location| format!(" at {location}"));
+        format!("panic: {message}{}", location.unwrap_or_default())
     })
 }
 
-/// A value for a log line: as it is where it is plain, else quoted and escaped, so that nobody can
-/// forge a field or a line; cut where it is long.
+/// Formats a value of a `key=value` field: quoted, escaped and truncated where necessary, so that no
+/// input can forge a field or a line.
 pub(crate) fn logfmt_value(value: &str) -> Cow<'_, str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._~:/@%+,!$&'()*;-".contains(c);
     if !value.is_empty() && value.len() <= MAX_FIELD && value.chars().all(plain) {
@@ -119,11 +147,8 @@ pub(crate) fn logfmt_value(value: &str) -> Cow<'_, str> {
         match c {
             '"' | '\\' => quoted.extend(['\\', c]),
             ' '..='~' => quoted.push(c),
-            // Whatever is not printable ASCII, so no line separator of anybody's.
-            other => {
-                // Writing to a string does not fail.
-                write!(quoted, "\\u{{{:x}}}", u32::from(other)).ok();
-            }
+            // Includes Unicode's line separators.
+            _ => quoted.extend(c.escape_unicode()),
         }
     }
     if value.chars().nth(MAX_FIELD).is_some() {
@@ -133,42 +158,43 @@ pub(crate) fn logfmt_value(value: &str) -> Cow<'_, str> {
     Cow::Owned(quoted)
 }
 
-/// The last gate: a record is one line even where its text came from elsewhere.
 fn strip_control(text: &str) -> Cow<'_, str> {
-    if !text.contains(|c: char| c.is_control()) {
-        return Cow::Borrowed(text);
+    match text.contains(char::is_control) {
+        true => Cow::Owned(text.replace(char::is_control, " ")),
+        false => Cow::Borrowed(text),
     }
-    let escaped = text.chars().map(|c| if c.is_control() { ' ' } else { c });
-    Cow::Owned(escaped.collect())
 }
 
-/// Lines about refused requests: one a second, which says how many it stands for. A database that
-/// is away must not fill the disk with news of it.
+/// Logs at most one line per second, so that requests that fail during an outage do not fill the
+/// disk.
 #[derive(Default)]
-pub(crate) struct ThrottledLog {
-    last: Mutex<(Option<Instant>, u64)>,
+pub(crate) struct ThrottledLog(Mutex<ThrottledState>);
+
+#[derive(Default)]
+struct ThrottledState {
+    last: Option<Instant>,
+    /// Lines suppressed since then.
+    suppressed: u64,
 }
 
 impl ThrottledLog {
-    /// Logs what `line` makes of how many went unsaid, unless a line was just written.
+    /// Logs the line at WARN unless the last one is too recent. `line` is given the text to append
+    /// to it: how many lines were suppressed before.
     pub(crate) fn warn(&self, line: impl FnOnce(&str) -> String) {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last
-            .0
-            .is_some_and(|at| at.elapsed() < Duration::from_secs(1))
-        {
-            last.1 += 1;
+        let mut state = self.0.lock();
+        let is_recent = |last: Instant| last.elapsed() < Duration::from_secs(1);
+        if state.last.is_some_and(is_recent) {
+            state.suppressed += 1;
             return;
         }
-        let suppressed = std::mem::take(&mut last.1);
-        last.0 = Some(Instant::now());
-        drop(last);
-        let more = if suppressed > 0 {
-            format!(" suppressed={suppressed}")
-        } else {
-            String::new()
+        let suppressed = std::mem::take(&mut state.suppressed);
+        state.last = Some(Instant::now());
+        drop(state);
+        let suffix = match suppressed {
+            0 => String::new(),
+            _ => format!(" suppressed={suppressed}"),
         };
-        warn!("{}", line(&more));
+        warn!("{}", line(&suffix));
     }
 }
 
@@ -177,7 +203,7 @@ mod tests {
     use super::logfmt_value;
 
     #[test]
-    fn no_value_can_forge_a_field_or_a_line() {
+    fn values_cannot_forge_fields_or_lines() {
         assert_eq!(logfmt_value("/api/v1/auth/me"), "/api/v1/auth/me");
         assert_eq!(logfmt_value("a client=1.2.3.4"), "\"a client=1.2.3.4\"");
         assert_eq!(logfmt_value("a\" reason=\"b"), "\"a\\\" reason=\\\"b\"");

@@ -1,253 +1,222 @@
-//! Counters and histograms; `server::serve_metrics` shows them on a listener of their own.
-//!
-//! A label has only values that this code names: nothing that a client sends becomes one.
+//! Prometheus metrics. A label has only values that this code names, never text from a client.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hyper::Method;
+use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
-use crate::telemetry::labels::{AuthFailure, LoginFailure, RevocationCause, TokenRejection};
+use super::labels::{AuthFailure, LoginFailure, RevocationReason, TokenRejection};
 
-/// What the service counts.
+/// The metrics of the service; their help texts say what each one means.
 pub struct Metrics {
     registry: Registry,
-    /// Seconds since 1970 at the start.
-    started: f64,
-    /// Requests answered, by route pattern, method and status.
+    start_time: f64,
     requests: IntCounterVec,
-    /// Seconds from a request's head to its answer, by route pattern.
-    duration: HistogramVec,
-    /// Seconds waited for a connection to the database, in vain or not.
-    pub(crate) db_wait: Histogram,
-    /// Seconds until a statement was answered or given up.
-    pub(crate) db_query: Histogram,
+    request_duration: HistogramVec,
+    pub(crate) db_acquire_duration: Histogram,
+    pub(crate) db_query_duration: Histogram,
     db_pool_waiters: IntGauge,
     db_connections: IntGaugeVec,
     hash_queue: IntGauge,
-    /// Seconds that a hash took, waiting included.
-    pub(crate) hash_time: Histogram,
-    /// Logins by their outcome.
+    pub(crate) hash_duration: Histogram,
     logins: IntCounterVec,
-    /// Access and refresh tokens rejected, by reason.
-    rejected: IntCounterVec,
-    /// Sessions revoked, by cause.
-    revoked: IntCounterVec,
-    /// Sockets of clients.
-    pub(crate) connections: IntGauge,
+    tokens_rejected: IntCounterVec,
+    sessions_revoked: IntCounterVec,
+    pub(crate) open_connections: IntGauge,
 }
 
-/// From half a millisecond to the ten seconds of a drain, with the target of 1 s among them.
+/// Up to the longest graceful shutdown (10 s); 1 s is the service's objective.
 const SECONDS: &[f64] = &[
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
 
-/// The route of a path that the router does not know.
+/// The route of a path that matches none.
 pub(crate) const UNMATCHED_ROUTE: &str = "none";
 const LOGIN_SUCCESS: &str = "success";
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 const OTHER_METHOD: &str = "other";
 
 impl Metrics {
-    /// A registry with everything at zero.
+    /// Registers all metrics.
     ///
     /// # Panics
-    /// If two metrics have one name: a bug that every start would show.
-    #[allow(clippy::expect_used)]
-    pub fn new() -> Arc<Self> {
+    /// If two metrics have the same name.
+    pub(crate) fn new() -> Arc<Self> {
         let registry = Registry::new();
-        let build = Gauge::with_opts(
-            Opts::new("todo_api_build_info", "1, with the version of the service")
-                .const_label("version", env!("CARGO_PKG_VERSION")),
-        );
-        let metrics = Self {
-            requests: IntCounterVec::new(
-                Opts::new("todo_api_http_requests_total", "Requests answered"),
-                &["route", "method", "status"],
-            )
-            .expect("a well-formed name"),
-            duration: HistogramVec::new(
-                histogram_opts(
-                    "http_request_duration_seconds",
-                    "Seconds from a request's head to its answer",
-                ),
-                &["route"],
-            )
-            .expect("a well-formed name"),
-            db_wait: histogram(
-                "db_pool_acquire_duration_seconds",
-                "Seconds waited for a database connection",
-            ),
-            db_query: histogram(
-                "db_query_duration_seconds",
-                "Seconds until a statement was answered",
-            ),
-            db_pool_waiters: gauge(
-                "db_pool_waiters",
-                "Statements that wait for a database connection",
-            ),
-            db_connections: IntGaugeVec::new(
-                Opts::new("todo_api_db_connections", "Connections to the database"),
-                &["state"],
-            )
-            .expect("a well-formed name"),
-            hash_queue: gauge(
-                "password_hash_queue_length",
-                "Password hashes waiting or being computed",
-            ),
-            hash_time: histogram(
-                "password_hash_duration_seconds",
-                "Seconds that a password hash took, waiting included",
-            ),
-            logins: counters(
-                "logins_total",
-                "Sign-ins by outcome",
-                "outcome",
-                &[&[LOGIN_SUCCESS], LoginFailure::LABELS].concat(),
-            ),
-            rejected: counters(
-                "tokens_rejected_total",
-                "Tokens refused by reason",
-                "reason",
-                TokenRejection::LABELS,
-            ),
-            revoked: counters(
-                "sessions_revoked_total",
-                "Sessions ended by cause",
-                "cause",
-                RevocationCause::LABELS,
-            ),
-            connections: gauge("http_open_connections", "Open connections of clients"),
-            registry,
-            started: SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0.0, |since| since.as_secs_f64()),
+        let histogram = |name, help| register(&registry, Histogram::with_opts(buckets(name, help)));
+        let gauge = |name, help| register(&registry, IntGauge::with_opts(opts(name, help)));
+        let counter = |name, help, labels: &[&str]| {
+            register(&registry, IntCounterVec::new(opts(name, help), labels))
         };
-        for method in METHODS.into_iter().chain([OTHER_METHOD]) {
-            metrics.declare_response(UNMATCHED_ROUTE, method, "404");
-        }
-        let build = build.expect("a well-formed name");
-        build.set(1.0);
-        let all: [Box<dyn prometheus::core::Collector>; 13] = [
-            Box::new(build),
-            Box::new(metrics.requests.clone()),
-            Box::new(metrics.duration.clone()),
-            Box::new(metrics.db_wait.clone()),
-            Box::new(metrics.db_query.clone()),
-            Box::new(metrics.db_pool_waiters.clone()),
-            Box::new(metrics.db_connections.clone()),
-            Box::new(metrics.hash_queue.clone()),
-            Box::new(metrics.hash_time.clone()),
-            Box::new(metrics.logins.clone()),
-            Box::new(metrics.rejected.clone()),
-            Box::new(metrics.revoked.clone()),
-            Box::new(metrics.connections.clone()),
-        ];
-        for collector in all {
-            metrics
-                .registry
-                .register(collector)
-                .expect("every metric has a name of its own");
-        }
+        let build = opts("build_info", "1, with the version of the service")
+            .const_label("version", env!("CARGO_PKG_VERSION"));
+        register(&registry, IntGauge::with_opts(build)).set(1);
         #[cfg(target_os = "linux")]
-        metrics
-            .registry
+        registry
             .register(Box::new(
                 prometheus::process_collector::ProcessCollector::for_self(),
             ))
-            .expect("the process is registered once");
+            .expect("unique metric names");
+        let metrics = Self {
+            start_time: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0.0, |since| since.as_secs_f64()),
+            requests: counter(
+                "http_requests_total",
+                "Requests that got a response",
+                &["route", "method", "status"],
+            ),
+            request_duration: register(
+                &registry,
+                HistogramVec::new(
+                    buckets(
+                        "http_request_duration_seconds",
+                        "Seconds from a request's head to its response",
+                    ),
+                    &["route"],
+                ),
+            ),
+            db_acquire_duration: histogram(
+                "db_pool_acquire_duration_seconds",
+                "Seconds spent waiting for a database connection, failures included",
+            ),
+            db_query_duration: histogram(
+                "db_query_duration_seconds",
+                "Seconds until a statement completed or was abandoned",
+            ),
+            db_pool_waiters: gauge(
+                "db_pool_waiters",
+                "Statements waiting for a database connection",
+            ),
+            db_connections: register(
+                &registry,
+                IntGaugeVec::new(
+                    opts("db_connections", "Connections to the database"),
+                    &["state"],
+                ),
+            ),
+            hash_queue: gauge(
+                "password_hash_queue_length",
+                "Password hashes queued or being computed",
+            ),
+            hash_duration: histogram(
+                "password_hash_duration_seconds",
+                "Seconds that a password hash took, queueing included",
+            ),
+            logins: counter("logins_total", "Login attempts by result", &["result"]),
+            tokens_rejected: counter(
+                "tokens_rejected_total",
+                "Access and refresh tokens rejected by reason",
+                &["reason"],
+            ),
+            sessions_revoked: counter(
+                "sessions_revoked_total",
+                "Sessions revoked by reason",
+                &["reason"],
+            ),
+            open_connections: gauge("http_open_connections", "Open client connections"),
+            registry,
+        };
+        // A series that appears with its first event has no rate, and sums leave it out: create
+        // all of them at zero.
+        for method in METHODS.into_iter().chain([OTHER_METHOD]) {
+            metrics.declare_response(UNMATCHED_ROUTE, method, "404");
+        }
+        for (counters, labels) in [
+            (&metrics.logins, &[LOGIN_SUCCESS][..]),
+            (&metrics.logins, LoginFailure::LABELS),
+            (&metrics.tokens_rejected, TokenRejection::LABELS),
+            (&metrics.sessions_revoked, RevocationReason::LABELS),
+        ] {
+            for label in labels {
+                counters.with_label_values(&[*label]);
+            }
+        }
         Arc::new(metrics)
     }
 
-    /// Creates the series of a documented response at zero.
+    /// Creates the series of a response at zero.
     pub(crate) fn declare_response(&self, route: &str, method: &str, status: &str) {
         self.requests.with_label_values(&[route, method, status]);
-        self.duration.with_label_values(&[route]);
+        self.request_duration.with_label_values(&[route]);
     }
 
-    /// Counts an answered request. A method of a client's own making has no label of its own.
+    /// Counts a request and its response. Methods that HTTP does not define share one label.
     pub(crate) fn record_request(
         &self,
         route: &str,
         method: &Method,
         status: &str,
-        took: Duration,
+        duration: Duration,
     ) {
-        let method = METHODS
-            .into_iter()
-            .find(|known| *known == method.as_str())
-            .unwrap_or(OTHER_METHOD);
-        self.requests
-            .with_label_values(&[route, method, status])
-            .inc();
-        self.duration
-            .with_label_values(&[route])
-            .observe(took.as_secs_f64());
+        let known = METHODS.into_iter().find(|known| *known == method.as_str());
+        let labels = [route, known.unwrap_or(OTHER_METHOD), status];
+        self.requests.with_label_values(&labels).inc();
+        let durations = self.request_duration.with_label_values(&[route]);
+        durations.observe(duration.as_secs_f64());
     }
 
-    /// Counts a login.
-    pub(crate) fn count_login(&self) {
+    pub(crate) fn record_login(&self) {
         self.logins.with_label_values(&[LOGIN_SUCCESS]).inc();
     }
 
-    /// Counts a token that was rejected, or a login that failed.
-    pub(crate) fn count_auth_failure(&self, failure: AuthFailure) {
+    /// Counts a rejected token or a failed login.
+    pub(crate) fn record_auth_failure(&self, failure: AuthFailure) {
         let counters = match failure {
-            AuthFailure::Token(_) => &self.rejected,
+            AuthFailure::Token(_) => &self.tokens_rejected,
             AuthFailure::Login(_) => &self.logins,
         };
         counters.with_label_values(&[failure.label()]).inc();
     }
 
-    /// Counts sessions that were revoked.
-    pub(crate) fn count_revoked(&self, cause: RevocationCause, sessions: usize) {
-        self.revoked
-            .with_label_values(&[cause.label()])
-            .inc_by(sessions as u64);
+    pub(crate) fn record_revoked(&self, reason: RevocationReason, sessions: usize) {
+        let counter = self.sessions_revoked.with_label_values(&[reason.label()]);
+        counter.inc_by(sessions as u64);
     }
 
-    /// Counts somebody who waits for a connection, until it is dropped.
-    pub(crate) fn db_pool_waiters(&self) -> GaugeGuard {
+    /// Counts a statement as waiting until the guard is dropped.
+    pub(crate) fn db_pool_waiter(&self) -> GaugeGuard {
         GaugeGuard::new(&self.db_pool_waiters)
     }
 
-    /// Counts a hash that waits for a thread or has one, until it is dropped.
+    /// Counts a password hash as queued until the guard is dropped.
     pub(crate) fn hash_queued(&self) -> GaugeGuard {
         GaugeGuard::new(&self.hash_queue)
     }
 
-    /// Everything as Prometheus text, with the state of the pool as it is now.
-    pub(crate) fn text(&self, (connections, idle): (u32, u32)) -> Vec<u8> {
-        self.db_connections
-            .with_label_values(&["idle"])
-            .set(idle.into());
-        self.db_connections
-            .with_label_values(&["in_use"])
-            .set(connections.saturating_sub(idle).into());
+    /// Encodes all metrics as Prometheus text, with the pool's current `connections`, of which
+    /// `idle` are idle.
+    pub(crate) fn encode(&self, (connections, idle): (u32, u32)) -> Vec<u8> {
+        for (state, count) in [("idle", idle), ("in_use", connections.saturating_sub(idle))] {
+            let gauge = self.db_connections.with_label_values(&[state]);
+            gauge.set(count.into());
+        }
         let mut families = self.registry.gather();
-        // The collector reckons from the boot time, which systemd's ProcSubset=pid hides.
-        let mut started = prometheus::proto::Gauge::default();
-        started.set_value(self.started);
+        // The process collector computes the start time from the boot time, which systemd's
+        // ProcSubset=pid hides.
+        let mut start_time = prometheus::proto::Gauge::default();
+        start_time.set_value(self.start_time);
         for family in &mut families {
             if family.name() == "process_start_time_seconds" {
                 for metric in family.mut_metric() {
-                    metric.set_gauge(started.clone());
+                    metric.set_gauge(start_time.clone());
                 }
             }
         }
         let mut text = Vec::new();
         if let Err(error) = TextEncoder::new().encode(&families, &mut text) {
-            log::error!("cannot write the metrics: {error}");
+            log::error!("cannot encode the metrics: {error}");
         }
         text
     }
 }
 
-/// One of those that a gauge counts.
+/// Raises a gauge by one while it exists.
 pub(crate) struct GaugeGuard(IntGauge);
 
 impl GaugeGuard {
@@ -263,28 +232,20 @@ impl Drop for GaugeGuard {
     }
 }
 
-fn histogram_opts(name: &str, help: &str) -> HistogramOpts {
-    HistogramOpts::new(format!("todo_api_{name}"), help).buckets(SECONDS.to_vec())
+fn register<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    collector: prometheus::Result<C>,
+) -> C {
+    let collector = collector.expect("a valid metric name");
+    let registered = registry.register(Box::new(collector.clone()));
+    registered.expect("a unique metric name");
+    collector
 }
 
-#[allow(clippy::expect_used)]
-fn histogram(name: &str, help: &str) -> Histogram {
-    Histogram::with_opts(histogram_opts(name, help)).expect("a well-formed name")
+fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(format!("todo_api_{name}"), help)
 }
 
-/// A counter with all values of its label at zero: a series that appears with its first event has
-/// no rate then, and what adds it to others has no value at all.
-#[allow(clippy::expect_used)]
-fn counters(name: &str, help: &str, label: &str, values: &[&str]) -> IntCounterVec {
-    let counters = IntCounterVec::new(Opts::new(format!("todo_api_{name}"), help), &[label])
-        .expect("a well-formed name");
-    for value in values {
-        counters.with_label_values(&[*value]);
-    }
-    counters
-}
-
-#[allow(clippy::expect_used)]
-fn gauge(name: &str, help: &str) -> IntGauge {
-    IntGauge::new(format!("todo_api_{name}"), help).expect("a well-formed name")
+fn buckets(name: &str, help: &str) -> HistogramOpts {
+    HistogramOpts::from(opts(name, help)).buckets(SECONDS.to_vec())
 }

@@ -1,5 +1,5 @@
-//! Log lines and metrics.
+//! Log lines and metrics. Imports no other module of the crate.
 
 pub(crate) mod labels;
-pub mod logging;
-pub mod metrics;
+pub(crate) mod logging;
+pub(crate) mod metrics;

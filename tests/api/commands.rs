@@ -65,7 +65,7 @@ async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
         &format!("{NEW_PASSWORD}\n"),
     );
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stdout(&output).contains("1 sessions ended"));
+    assert!(stdout(&output).contains("1 sessions revoked"));
     for (password, status) in [(PASSWORD, 401), ("seven Cöpper kéttles", 200)] {
         server
             .post("/api/v1/auth/login")
@@ -281,7 +281,66 @@ async fn check_tells_each_setting_and_its_source_but_no_secret() {
         assert!(told.contains(said), "{said} is not in {told}");
     }
     // One screen.
-    assert!(help.lines().count() <= 40 && help.lines().all(|line| line.len() <= 100));
+    assert!(
+        help.lines().count() <= 40 && help.lines().all(|line| line.len() <= 100),
+        "{help}"
+    );
+}
+
+/// The names and defaults of all settings, as `check` prints them; `None` for no default.
+fn settings() -> Vec<(String, Option<String>)> {
+    let data = DataDir::new();
+    let output = run(&["check"], &[("DATA_DIR", data.text())], "");
+    let told = stdout(&output);
+    let rows = told.lines().map_while(|line| {
+        let mut words = line.split_whitespace();
+        let (name, value, source) = (words.next()?, words.next()?, words.next()?);
+        let is_row = ["default", "environment"].contains(&source);
+        let default = Some(value).filter(|_| source == "default" && value != "none");
+        is_row.then(|| (name.to_owned(), default.map(str::to_owned)))
+    });
+    rows.collect()
+}
+
+#[test]
+fn help_readme_and_example_file_agree_with_the_settings() {
+    let settings = settings();
+    assert!(settings.len() > 10, "{settings:?}");
+    let help = stdout(&run(&["--help"], &[], ""));
+    let readme = include_str!("../../README.md");
+    let example = include_str!("../../systemd/todo-api.env.example");
+    for (name, default) in &settings {
+        let default = default.as_deref().unwrap_or_default();
+        let line = help
+            .lines()
+            .find(|line| line.contains(&format!(" {name} ")));
+        assert!(line.is_some_and(|line| line.contains(default)), "{line:?}");
+        let row = readme
+            .lines()
+            .find(|line| line.starts_with("| `") && line.contains(&format!("`{name}`")))
+            .unwrap_or_else(|| panic!("README.md has no row for {name}"));
+        let cells: Vec<&str> = row.split('|').collect();
+        assert!(cells[2].contains(default), "{row} lacks {default}");
+        // The unit sets the directory, the socket the address; secrets are credentials.
+        if !["DATABASE_URL", "DATA_DIR", "LISTEN_ADDR"].contains(&&**name)
+            && !name.starts_with("JWT_")
+        {
+            let line = example
+                .lines()
+                .find(|line| line.starts_with(&format!("#{name}=")));
+            let line = line.unwrap_or_else(|| panic!("the example file lacks {name}"));
+            assert!(
+                default.is_empty() || line.ends_with(&format!("={default}")),
+                "{line}"
+            );
+        }
+    }
+    let known = |name: &str| settings.iter().any(|(known, _)| known == name);
+    for line in example.lines().filter_map(|line| line.strip_prefix('#')) {
+        if let Some((name, _)) = line.split_once('=').filter(|(name, _)| !name.contains(' ')) {
+            assert!(known(name), "the example file has an unknown {name}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -48,19 +48,16 @@ fn series<'a>(text: &'a str, name: &str) -> Vec<(&'a str, u64)> {
 async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_adds_one() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
     let text = scrape(&server).await;
-    let known = ["route", "method", "status", "outcome", "reason", "cause"]
+    let known = ["route", "method", "status", "result", "reason"]
         .map(|label| (label, values(&text, label)));
     for (name, some) in [
-        (
-            "todo_api_logins_total{outcome=",
-            ["success", "rate_limited"],
-        ),
+        ("todo_api_logins_total{result=", ["success", "rate_limited"]),
         (
             "todo_api_tokens_rejected_total{reason=",
             ["missing_token", "not_owner"],
         ),
         (
-            "todo_api_sessions_revoked_total{cause=",
+            "todo_api_sessions_revoked_total{reason=",
             ["logout", "account_deleted"],
         ),
     ] {
@@ -125,8 +122,8 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
         assert_eq!(values(&text, label), known);
     }
     for (name, expected) in [
-        ("todo_api_logins_total{outcome=\"success\"", 1),
-        ("todo_api_logins_total{outcome=\"wrong_password\"", 1),
+        ("todo_api_logins_total{result=\"success\"", 1),
+        ("todo_api_logins_total{result=\"wrong_password\"", 1),
         (
             "todo_api_tokens_rejected_total{reason=\"malformed_token\"",
             20,

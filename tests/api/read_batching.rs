@@ -111,7 +111,7 @@ async fn hold_tasks(server: &Server) -> Client {
 async fn waiting(watch: &Client, statements: i64) {
     let question = "select count(*) from pg_stat_activity
                     where datname = current_database() and wait_event_type = 'Lock'
-                      and query like '%as asked%'";
+                      and query like '%with ordinality%'";
     until("reads wait for the tasks", async || {
         let waiting: i64 = watch.query_one(question, &[]).await.unwrap().get(0);
         waiting >= statements

@@ -73,7 +73,7 @@ async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
         assert_signed_in(&there, &user.access_token).await;
     }
     let metrics = scrape(&here).await;
-    let counted = "sessions_revoked_total{cause=\"session_limit\"} 2";
+    let counted = "sessions_revoked_total{reason=\"session_limit\"} 2";
     assert!(metrics.contains(counted), "{metrics}");
 }
 

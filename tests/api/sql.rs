@@ -112,11 +112,11 @@ fn words(bare: &str) -> Vec<String> {
 /// is held to its own. A query within parentheses is one of its own: the scope of its neighbour
 /// does not count for it.
 fn is_scoped(statement: &str, table: &str) -> bool {
-    // Several owners at once, each with a row of `asked` to itself.
+    // Several owners at once, each with a row of `request` to itself.
     let owners = match statement.contains("from unnest((select $1::uuid[]),")
-        && statement.contains(" with ordinality as asked (user_id, ")
+        && statement.contains(" with ordinality as request (user_id, ")
     {
-        true => &["$1", "asked.user_id"][..],
+        true => &["$1", "request.user_id"][..],
         false => &["$1"],
     };
     // (words of this query, whether it reaches the table unscoped so far)
@@ -262,8 +262,8 @@ fn a_statement_without_its_owner_is_noticed() {
         "insert into tasks (id, user_id) select $2, $1::uuid from claim",
         "select count(*) from (select 1 from tasks where user_id = $1) x",
         "select ''tasks'' from users",
-        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as asked (user_id, id, n) \
-         cross join lateral (select id from tasks t where t.user_id = asked.user_id) task",
+        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, n) \
+         cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
     ] {
         assert!(is_scoped(&bare(sound), "tasks"), "{sound}");
     }
@@ -284,13 +284,13 @@ fn a_statement_without_its_owner_is_noticed() {
         "insert into tasks (id, user_id) select $1, $2 from claim",
         "insert into tasks values ($1, $2)",
         "select 1 from users, tasks",
-        "select id from tasks t where t.user_id = asked.user_id",
-        "select task.* from unnest((select $2::uuid[]), (select $1::uuid[])) with ordinality as asked (user_id, id, n) \
-         cross join lateral (select id from tasks t where t.user_id = asked.user_id) task",
-        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as asked (id, user_id, n) \
-         cross join lateral (select id from tasks t where t.user_id = asked.user_id) task",
-        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as asked (user_id, id, n) \
-         cross join lateral (select id from tasks t where t.id = asked.id) task",
+        "select id from tasks t where t.user_id = request.user_id",
+        "select task.* from unnest((select $2::uuid[]), (select $1::uuid[])) with ordinality as request (user_id, id, n) \
+         cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
+        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (id, user_id, n) \
+         cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
+        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, n) \
+         cross join lateral (select id from tasks t where t.id = request.id) task",
     ] {
         assert!(!is_scoped(&bare(unsound), "tasks"), "{unsound}");
     }

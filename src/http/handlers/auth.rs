@@ -13,7 +13,7 @@ use crate::error::{AuthError, Error};
 use crate::http::context::{Body, JsonFields, RequestContext};
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
-use crate::telemetry::labels::{LoginFailure, RevocationCause, TokenRejection};
+use crate::telemetry::labels::{LoginFailure, RevocationReason, TokenRejection};
 
 /// How often an attempt is checked because the hash changed while it was checked: once more for
 /// another login that renewed it, and once to spare. A lockout that begins meanwhile shows as well.
@@ -86,7 +86,7 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
         .app
         .new_session(user_agent.as_deref(), context.client);
     let user = sign_in(context, &email, &password, &session).await?;
-    context.app.metrics.count_login();
+    context.app.metrics.record_login();
     tokens(context, StatusCode::OK, &user, session.state())
 }
 
@@ -127,7 +127,7 @@ async fn sign_in(
         {
             context
                 .app
-                .record_revoked(RevocationCause::SessionLimit, &ended);
+                .record_revoked(RevocationReason::SessionLimit, &ended);
             return Ok(user);
         }
     }
@@ -163,7 +163,7 @@ pub(crate) async fn refresh(
         }
         context
             .app
-            .record_revoked(RevocationCause::ReusedRefreshToken, &[claims.sid]);
+            .record_revoked(RevocationReason::ReusedRefreshToken, &[claims.sid]);
         return Err(refused(TokenRejection::ReusedRefreshToken));
     };
     tokens(context, StatusCode::OK, &user, session)
@@ -184,7 +184,7 @@ pub(crate) async fn logout(
         if sessions::end(context.queries(), claims.user_id, claims.sid, claims.epoch).await? {
             context
                 .app
-                .record_revoked(RevocationCause::Logout, &[claims.sid]);
+                .record_revoked(RevocationReason::Logout, &[claims.sid]);
         }
         return Ok(response::no_content());
     }
@@ -203,7 +203,7 @@ pub(crate) async fn logout(
     {
         context
             .app
-            .record_revoked(RevocationCause::Logout, &[claims.sid]);
+            .record_revoked(RevocationReason::Logout, &[claims.sid]);
     }
     Ok(response::no_content())
 }
@@ -232,7 +232,7 @@ pub(crate) async fn delete_me(
         if let Some(ended) = ended {
             context
                 .app
-                .record_revoked(RevocationCause::AccountDeleted, &ended);
+                .record_revoked(RevocationReason::AccountDeleted, &ended);
             info!("account deleted user_id={}", user.id);
             return Ok(response::no_content());
         }
@@ -272,7 +272,7 @@ pub(crate) async fn change_password(
             let session = change.kept.ok_or(Error::Unauthenticated(over))?;
             context
                 .app
-                .record_revoked(RevocationCause::PasswordChanged, &change.ended);
+                .record_revoked(RevocationReason::PasswordChanged, &change.ended);
             context.app.revocations.insert([Revocation {
                 session_id: session.id,
                 before_epoch: session.epoch,

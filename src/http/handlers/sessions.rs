@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::http::context::RequestContext;
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
-use crate::telemetry::labels::RevocationCause;
+use crate::telemetry::labels::RevocationReason;
 
 /// `GET /api/v1/auth/sessions`
 pub(crate) async fn list(
@@ -31,7 +31,7 @@ pub(crate) async fn end(
     }
     context
         .app
-        .record_revoked(RevocationCause::EndedByUser, &[session]);
+        .record_revoked(RevocationReason::EndedByUser, &[session]);
     Ok(response::no_content())
 }
 
@@ -43,6 +43,6 @@ pub(crate) async fn end_others(
     let ended = sessions::end_others(context.queries(), user.id, user.session).await?;
     context
         .app
-        .record_revoked(RevocationCause::EndedByUser, &ended);
+        .record_revoked(RevocationReason::EndedByUser, &ended);
     Ok(response::no_content())
 }

@@ -1,0 +1,243 @@
+//! The table of settings and the reader of the environment that it describes.
+
+use std::fmt;
+use std::fs;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use secrecy::SecretString;
+
+use super::ConfigError;
+use crate::domain::MAX_ACCESS_TTL;
+
+/// A setting, read from the environment variable `name`.
+struct Setting {
+    name: &'static str,
+    /// The value of a variable that is unset or empty; empty if there is none.
+    default: &'static str,
+    values: Values,
+    help: &'static str,
+}
+
+/// The values that a setting accepts.
+enum Values {
+    /// Checked where the value is parsed.
+    Text,
+    Address,
+    Integer(RangeInclusive<u32>),
+    OneOf(&'static [&'static str]),
+    /// At least so many bytes; from the variable, the file that `<name>_FILE` names, or a systemd credential.
+    Secret(usize),
+}
+
+use Values::{Address, Integer, OneOf, Secret, Text};
+
+/// RFC 7518 section 3.2: a key for HS256 has at least as many bits as its hash.
+const MIN_KEY_BYTES: usize = 32;
+const YEAR: u32 = 31_536_000;
+
+/// All settings, in the order of `--help` and `check`. Tests compare README.md and
+/// systemd/todo-api.env.example with it.
+#[rustfmt::skip]
+const SETTINGS: [Setting; 18] = [
+    row("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
+    row("DATA_DIR", ".todo-api", Text, "directory of the embedded PostgreSQL"),
+    row("PGSSLROOTCERT", "", Text, "file with the CA certificates for DATABASE_URL"),
+    row("JWT_SECRET", "", Secret(MIN_KEY_BYTES), "key that signs tokens, 32 bytes or more; required with DATABASE_URL"),
+    row("JWT_SECRET_PREVIOUS", "", Secret(MIN_KEY_BYTES), "previous key: still verifies tokens, signs none"),
+    row("LISTEN_ADDR", "127.0.0.1:8000", Address, "address of the API"),
+    row("METRICS_ADDR", "", Address, "address of /metrics; unset: off"),
+    row("CORS_ORIGINS", "", Text, "allowed origins, comma separated, like https://app.example.com"),
+    row("TRUSTED_PROXIES", "", Text, "proxies whose X-Forwarded-For is used: addresses or CIDR blocks"),
+    row("DB_POOL_SIZE", "20", Integer(1..=20), "connections to the database"),
+    row("REGISTRATION", "open", OneOf(&["open", "closed"]), "whether new accounts can be registered"),
+    row("AUTH_RATE_PER_MINUTE", "300", Integer(0..=1_000_000), "logins and the like from one network; 0: off"),
+    row("BCRYPT_COST", "12", Integer(10..=16), "each step doubles the time of a login"),
+    row("ACCESS_TOKEN_TTL", "86400", Integer(1..=MAX_ACCESS_TTL.as_secs() as u32), "seconds an access token is valid"),
+    row("REFRESH_TOKEN_IDLE_TTL", "2592000", Integer(1..=YEAR), "seconds a session lasts without a refresh"),
+    row("REFRESH_TOKEN_MAX_TTL", "7776000", Integer(1..=YEAR), "seconds a session lasts in all"),
+    row("REFRESH_TOKEN_GRACE", "10", Integer(0..=300), "seconds a used refresh token may be repeated"),
+    row("RUST_LOG", "info", Text, "log filter; info,access=debug adds a line for each request"),
+];
+
+const fn row(
+    name: &'static str,
+    default: &'static str,
+    values: Values,
+    help: &'static str,
+) -> Setting {
+    Setting {
+        name,
+        default,
+        values,
+        help,
+    }
+}
+
+impl Setting {
+    fn find(name: &str) -> &'static Setting {
+        let setting = SETTINGS.iter().find(|setting| setting.name == name);
+        setting.expect("the name of a row of SETTINGS")
+    }
+
+    fn accepts(&self, text: &str) -> bool {
+        match &self.values {
+            Integer(range) => text.parse().is_ok_and(|number| range.contains(&number)),
+            OneOf(words) => words.contains(&text),
+            Address | Secret(_) | Text => true,
+        }
+    }
+}
+
+impl fmt::Display for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address => f.write_str("an address and a port like 127.0.0.1:8000"),
+            Integer(range) => write!(f, "a number from {} to {}", range.start(), range.end()),
+            OneOf(words) => f.write_str(&words.join(" or ")),
+            Secret(min_bytes) => write!(f, "{min_bytes} bytes or more"),
+            Text => f.write_str("text"),
+        }
+    }
+}
+
+/// The lines of `--help` that describe the settings.
+pub(crate) fn help() -> String {
+    let line = |setting: &Setting| {
+        let Setting { name, help, .. } = setting;
+        let mut notes = match &setting.values {
+            Integer(range) => vec![format!("{} to {}", range.start(), range.end())],
+            OneOf(words) => vec![words.join(" or ")],
+            Address | Secret(_) | Text => Vec::new(),
+        };
+        if !setting.default.is_empty() {
+            notes.push(format!("default {}", setting.default));
+        }
+        let notes = match notes.join(", ") {
+            none if none.is_empty() => none,
+            notes => format!(" ({notes})"),
+        };
+        format!("  {name:<24}{help}{notes}")
+    };
+    SETTINGS.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// Reads settings and reports their values and sources.
+#[derive(Default)]
+pub(super) struct EnvReader {
+    pub(super) report: Vec<String>,
+}
+
+impl EnvReader {
+    /// A setting of which every text may be valid.
+    pub(super) fn text(&mut self, name: &'static str) -> Result<Option<String>, ConfigError> {
+        self.text_or(name, || Setting::find(name).default.to_owned())
+    }
+
+    /// The same with a default that is computed.
+    pub(super) fn text_or(
+        &mut self,
+        name: &'static str,
+        default: impl FnOnce() -> String,
+    ) -> Result<Option<String>, ConfigError> {
+        let (value, source) = match variable(name)? {
+            Some(value) => (value, "environment"),
+            None => (default(), "default"),
+        };
+        let value = Some(value).filter(|value| !value.is_empty());
+        self.record(name, value.as_deref().unwrap_or("none"), source);
+        Ok(value)
+    }
+
+    /// A setting with a default, parsed and within its range.
+    pub(super) fn parsed<T: FromStr>(&mut self, name: &'static str) -> Result<T, ConfigError> {
+        let text = self.text(name)?.unwrap_or_default();
+        parse(name, &text)
+    }
+
+    /// The same without a default.
+    pub(super) fn parsed_if_set<T: FromStr>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<Option<T>, ConfigError> {
+        let text = self.text(name)?;
+        text.map(|text| parse(name, &text)).transpose()
+    }
+
+    /// The entries of a comma-separated list.
+    pub(super) fn list<T>(
+        &mut self,
+        name: &'static str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Vec<T>, ConfigError> {
+        let text = self.text(name)?.unwrap_or_default();
+        let entries = text.split(',').map(str::trim);
+        let parsed = entries.filter(|entry| !entry.is_empty()).map(parse);
+        let parsed: Result<_, String> = parsed.collect();
+        parsed.map_err(|reason| ConfigError(format!("{name}: {reason}")))
+    }
+
+    /// A secret, from the variable, the file that `<name>_FILE` names, or a systemd credential.
+    pub(super) fn secret(
+        &mut self,
+        name: &'static str,
+    ) -> Result<Option<SecretString>, ConfigError> {
+        let file_name = format!("{name}_FILE");
+        let file = variable(&file_name)?.map(PathBuf::from);
+        let credential = std::env::var_os("CREDENTIALS_DIRECTORY")
+            .map(|directory| PathBuf::from(directory).join(name.to_ascii_lowercase()))
+            .filter(|path| path.exists());
+        let (secret, source) = match (variable(name)?, file, credential) {
+            (Some(_), Some(_), _) => {
+                let reason = format!("{name} and {file_name} cannot both be set");
+                return Err(ConfigError(reason));
+            }
+            (Some(secret), None, _) => (secret, "environment".to_owned()),
+            (None, Some(path), _) => (read(&file_name, &path)?, format!("file {}", path.display())),
+            (None, None, Some(path)) => (read(name, &path)?, "systemd credential".to_owned()),
+            (None, None, None) => {
+                self.record(name, "none", "default");
+                return Ok(None);
+            }
+        };
+        let values = &Setting::find(name).values;
+        if matches!(values, Secret(min_bytes) if secret.len() < *min_bytes) {
+            return Err(ConfigError(format!("{name} must have {values}")));
+        }
+        self.record(name, "…", &source);
+        Ok(Some(secret.into()))
+    }
+
+    fn record(&mut self, name: &str, value: &str, source: &str) {
+        self.report.push(format!("{name:<24} {value:<28} {source}"));
+    }
+}
+
+/// A variable without surrounding white space; an empty one counts as unset.
+fn variable(name: &str) -> Result<Option<String>, ConfigError> {
+    let Some(value) = std::env::var_os(name) else {
+        return Ok(None);
+    };
+    match value.to_str().map(str::trim) {
+        Some("") => Ok(None),
+        Some(value) => Ok(Some(value.to_owned())),
+        None => Err(ConfigError(format!("{name} must be UTF-8"))),
+    }
+}
+
+fn parse<T: FromStr>(name: &str, text: &str) -> Result<T, ConfigError> {
+    let setting = Setting::find(name);
+    let value = text.parse().ok().filter(|_| setting.accepts(text));
+    value.ok_or_else(|| ConfigError(format!("{name} must be {}", setting.values)))
+}
+
+fn read(name: &str, path: &Path) -> Result<String, ConfigError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(text.trim().to_owned()),
+        Err(error) => {
+            let path = path.display();
+            Err(ConfigError(format!("{name}: cannot read {path}: {error}")))
+        }
+    }
+}

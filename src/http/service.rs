@@ -1,0 +1,191 @@
+//! Processes one request: creates its context, calls the router within a panic boundary, and turns
+//! an error into a response and a log line.
+
+use std::borrow::Cow;
+use std::future::poll_fn;
+use std::net::IpAddr;
+use std::pin::pin;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue};
+use log::{Level, debug, error, log_enabled, warn};
+
+use crate::error::Error;
+use crate::http::context::{Body, REQUEST_ID, RequestContext, check_host, drain};
+use crate::http::response::{self, Response};
+use crate::http::router;
+use crate::http::state::AppState;
+use crate::telemetry::logging::{self, ACCESS, logfmt_value};
+use crate::telemetry::metrics::UNMATCHED_ROUTE;
+
+const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
+/// Slower requests are logged. The target is that 95 % take less.
+const SLOW_REQUEST: Duration = Duration::from_secs(1);
+
+/// Processes one request. `head_error` is the error that the framer found in the head, if any.
+pub(crate) async fn handle(
+    app: &AppState,
+    request: Request<Incoming>,
+    peer: IpAddr,
+    head_error: Option<&'static str>,
+) -> Response {
+    let started = Instant::now();
+    let (head, incoming) = request.into_parts();
+    let context = RequestContext::new(app, &head, peer);
+    let mut unread = Some(incoming);
+    let body = Body {
+        context: &context,
+        unread: &mut unread,
+    };
+    let result = catch_panic(async {
+        match head_error {
+            Some(detail) => return Err(Error::MalformedRequest(detail)),
+            None => check_host(&head)?,
+        }
+        router::dispatch(&context, body).await
+    })
+    .await;
+    // After these errors the rest of the request may be incomplete or ambiguous.
+    let must_close = matches!(
+        result,
+        Err(Error::RequestTimeout | Error::MalformedRequest(_))
+    );
+    let mut response = match result {
+        Ok(response) => response,
+        Err(Error::NotFound) if app.cors.is_preflight(&head) => response::no_content(),
+        Err(error) => {
+            log_error(&context, &error);
+            response::problem(&error, &context.id)
+        }
+    };
+    let is_api = context
+        .route()
+        .unwrap_or(head.uri.path())
+        .starts_with("/api/");
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, context.id.clone());
+    headers.insert(CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if is_api {
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    app.cors.apply(&head, headers);
+    record_request(&context, &response, started.elapsed());
+    if is_api {
+        app.spawn_purge_if_due();
+    }
+    // hyper closes the connection if the body is still arriving when the response is written, but
+    // does not add `Connection: close`.
+    let drained = !must_close && drain(&head, unread).await;
+    if !drained || app.is_shutting_down() {
+        let headers = response.headers_mut();
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// Turns a panic into an internal error, so that it affects only this request.
+async fn catch_panic(
+    handler: impl Future<Output = Result<Response, Error>>,
+) -> Result<Response, Error> {
+    let mut handler = pin!(handler);
+    poll_fn(|context| {
+        let polled = logging::catch_panic(|| handler.as_mut().poll(context));
+        polled.unwrap_or_else(|panic| Poll::Ready(Err(Error::Internal(panic))))
+    })
+    .await
+}
+
+/// Logs an error, once: failed authentication and rejected requests at WARN, bugs at ERROR, and
+/// other client errors not at all.
+fn log_error(context: &RequestContext<'_>, error: &Error) {
+    let app = context.app;
+    let (method, path, request_id) = request_fields(context);
+    let client = context.client;
+    let request =
+        format_args!("method={method} path={path} client={client} request_id={request_id}");
+    if let Some(failure) = error.authentication_failure() {
+        app.metrics.record_auth_failure(failure);
+        let email = context.email.get().map_or(String::new(), |email| {
+            format!(" email={}", logfmt_value(email.as_str()))
+        });
+        let reason = failure.label();
+        warn!("authentication failed reason={reason} {request}{email}");
+        return;
+    }
+    match error {
+        Error::Internal(cause) => error!("internal error cause={} {request}", logfmt_value(cause)),
+        Error::OutcomeUnknown(cause) => warn!(
+            "request failed reason=outcome_unknown cause={} {request}",
+            logfmt_value(cause)
+        ),
+        Error::DatabaseUnavailable(cause) => app.refusal_log.warn(|suppressed| {
+            let cause = logfmt_value(cause);
+            format!(
+                "request refused reason=database_unavailable cause={cause} {request}{suppressed}"
+            )
+        }),
+        Error::Overloaded | Error::Stopping => app.refusal_log.warn(|suppressed| {
+            let reason = error.problem().code;
+            format!("request refused reason={reason} {request}{suppressed}")
+        }),
+        _ => {}
+    }
+}
+
+/// Counts a request and writes the access log.
+fn record_request(context: &RequestContext<'_>, response: &Response, took: Duration) {
+    let status = response.status();
+    let route = context.route().unwrap_or(UNMATCHED_ROUTE);
+    let metrics = &context.app.metrics;
+    metrics.record_request(route, &context.head.method, status.as_str(), took);
+    if took <= SLOW_REQUEST && !log_enabled!(target: ACCESS, Level::Debug) {
+        return;
+    }
+    let (status, seconds, client) = (status.as_u16(), took.as_secs_f64(), context.client);
+    let (method, path, request_id) = request_fields(context);
+    if took > SLOW_REQUEST {
+        warn!(
+            "slow request route={route} method={method} status={status} seconds={seconds:.3} \
+             request_id={request_id}"
+        );
+    }
+    debug!(
+        target: ACCESS,
+        "method={method} path={path} status={status} seconds={seconds:.6} client={client} \
+         request_id={request_id}"
+    );
+}
+
+/// The method, the path and the id of a request, as log fields.
+fn request_fields<'a>(context: &'a RequestContext<'_>) -> (Cow<'a, str>, Cow<'a, str>, &'a str) {
+    let head = context.head;
+    (
+        logfmt_value(head.method.as_str()),
+        logfmt_value(head.uri.path()),
+        context.id.to_str().unwrap_or_default(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_becomes_an_internal_error() {
+        for yields in [false, true] {
+            let handler = async {
+                if yields {
+                    tokio::task::yield_now().await;
+                }
+                panic!("text")
+            };
+            let Err(Error::Internal(cause)) = catch_panic(handler).await else {
+                unreachable!("not an internal error");
+            };
+            assert_eq!(cause, "panic: text");
+        }
+    }
+}
