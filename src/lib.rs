@@ -34,6 +34,7 @@ mod domain;
 pub mod embedded_postgres;
 mod error;
 mod http;
+mod problem;
 mod serve;
 mod shutdown;
 mod telemetry;

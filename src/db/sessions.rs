@@ -40,7 +40,7 @@ pub(crate) async fn sign_in(
     id: Uuid,
     verified: &str,
     hash: &str,
-    session: &NewSession<'_>,
+    session: &NewSession,
 ) -> Result<Option<(User, Vec<Uuid>)>, DbError> {
     let rows = db
         .write(

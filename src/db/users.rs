@@ -58,16 +58,16 @@ pub(crate) struct PasswordChange {
 }
 
 /// A session to be made.
-pub(crate) struct NewSession<'a> {
+pub(crate) struct NewSession {
     pub(crate) id: Uuid,
     /// Seconds until it idles out.
     pub(crate) idle: f64,
-    pub(crate) user_agent: Option<&'a str>,
+    pub(crate) user_agent: Option<String>,
     /// The client's network, which the account knows from then on.
     pub(crate) network: String,
 }
 
-impl NewSession<'_> {
+impl NewSession {
     /// What its first tokens are made from.
     pub(crate) fn state(&self) -> SessionState {
         SessionState {
@@ -84,7 +84,7 @@ pub(crate) async fn register(
     db: Queries<'_>,
     email: &Email,
     hash: &str,
-    session: &NewSession<'_>,
+    session: &NewSession,
 ) -> Result<Option<User>, DbError> {
     let id = Uuid::now_v7();
     let rows = db

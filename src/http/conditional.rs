@@ -6,20 +6,21 @@ use jiff::Timestamp;
 use crate::db::tasks::Versions;
 use crate::error::Error;
 
-/// What compressing proxies append to a tag, inside the quotes.
+/// Suffixes that compressing proxies append inside the quotes of a tag.
 const CODING_SUFFIXES: [&str; 3] = ["-gzip", "-br", "-zstd"];
 
-/// A task's version as a strong entity tag: its `updated_at`, which changes with every update.
+/// Formats a task's version as a strong entity tag. The version is `updated_at`, which changes with
+/// every update.
 pub(crate) fn entity_tag(version: Timestamp) -> String {
     format!("\"{:x}\"", version.as_microsecond())
 }
 
-/// The preconditions of a request on one task, in the order of RFC 9110 section 13.2.2: `If-Match`,
-/// then `If-None-Match`.
+/// The preconditions of a request on one task. `If-Match` is evaluated before `If-None-Match` (RFC
+/// 9110 section 13.2.2).
 pub(crate) struct Preconditions {
-    /// `Any` without the header.
+    /// `Any` if the header is absent.
     if_match: TagList,
-    /// Empty without the header.
+    /// Empty if the header is absent.
     if_none_match: TagList,
 }
 
@@ -39,21 +40,21 @@ impl TagList {
 }
 
 impl Preconditions {
-    /// A malformed `If-Match` matches nothing; a malformed `If-None-Match` is no condition.
+    /// A malformed `If-Match` matches nothing; a malformed `If-None-Match` is ignored.
     pub(crate) fn parse(headers: &HeaderMap) -> Self {
         let none = || TagList::Versions(vec![]);
         Self {
             if_match: match headers.contains_key(IF_MATCH) {
-                // Section 13.1.1: compared strongly, so a weak tag matches nothing.
+                // Section 13.1.1: strong comparison, so a weak tag matches nothing.
                 true => parse_tags(headers, &IF_MATCH, |tag| !tag.weak).unwrap_or_else(none),
                 false => TagList::Any,
             },
-            // Section 13.1.2: compared weakly.
+            // Section 13.1.2: weak comparison.
             if_none_match: parse_tags(headers, &IF_NONE_MATCH, |_| true).unwrap_or_else(none),
         }
     }
 
-    /// Whether a GET or HEAD gets this version or, because the client has it, 304.
+    /// Returns whether a GET or HEAD request gets this version; if not, it gets 304.
     pub(crate) fn is_modified(&self, version: Timestamp) -> Result<bool, Error> {
         if !self.if_match.contains(version) {
             return Err(Error::PreconditionFailed);
@@ -61,7 +62,7 @@ impl Preconditions {
         Ok(!self.if_none_match.contains(version))
     }
 
-    /// The versions that any other method may change. The statement itself checks them.
+    /// The versions that a request with another method may change. The SQL statement checks them.
     pub(crate) fn into_versions(self) -> Versions {
         use TagList::{Any, Versions as List};
         match (self.if_match, self.if_none_match) {
@@ -82,7 +83,7 @@ struct Tag<'a> {
 }
 
 impl Tag<'_> {
-    /// The version that it stands for, if it is a tag of ours.
+    /// The version, if this is a tag that `entity_tag` returned.
     fn version(&self) -> Option<Timestamp> {
         let mut opaque = self.opaque;
         while let Some(undecorated) = CODING_SUFFIXES
@@ -92,19 +93,19 @@ impl Tag<'_> {
             opaque = undecorated;
         }
         let version = Timestamp::from_microsecond(i64::from_str_radix(opaque, 16).ok()?).ok()?;
-        // Only the text that `entity_tag` writes: not `+5f…`, not `05F…`.
+        // Rejects other spellings of the number, such as `+5f…` and `05F…`.
         (entity_tag(version).trim_matches('"') == opaque).then_some(version)
     }
 }
 
-/// The versions in a header, of the tags that `counts` accepts; `None` if it is malformed.
+/// Parses the versions of the tags that satisfy `accept`. Returns `None` if the header is malformed.
 fn parse_tags(
     headers: &HeaderMap,
     name: &HeaderName,
-    counts: impl Fn(&Tag<'_>) -> bool,
+    accept: impl Fn(&Tag<'_>) -> bool,
 ) -> Option<TagList> {
     let lines = headers.get_all(name).iter().map(|line| line.as_bytes());
-    // Section 5.3: several lines are one list. A tag of ours is ASCII, whatever stands beside it.
+    // Section 5.3: several lines are one list. Our tags are ASCII, so a lossy conversion is enough.
     let text = lines.collect::<Vec<_>>().join(&b',');
     let text = String::from_utf8_lossy(&text);
     let mut rest = skip_separators(&text);
@@ -114,7 +115,7 @@ fn parse_tags(
     let mut versions = Vec::new();
     while !rest.is_empty() {
         let (tag, after) = parse_tag(rest)?;
-        versions.extend(counts(&tag).then(|| tag.version()).flatten());
+        versions.extend(accept(&tag).then(|| tag.version()).flatten());
         let separated = after.trim_start_matches([' ', '\t']);
         if !separated.is_empty() && !separated.starts_with(',') {
             return None;
@@ -150,7 +151,7 @@ mod tests {
         #![proptest_config(crate::proptest_config())]
 
         #[test]
-        fn a_version_is_only_read_from_the_tag_that_was_given_out(
+        fn a_version_is_parsed_only_from_its_own_tag(
             values in prop::collection::vec("(W/)?\"[0-9a-f]{0,16}(-gzip|-br)?\"?[, ]{0,3}(W/)?\"?[0-9a-f]{0,16}\"|.*", 0..3)
         ) {
             let lines = values.iter().filter_map(|value| HeaderValue::from_str(value).ok());

@@ -4,7 +4,7 @@
 use uuid::Uuid;
 
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
-use crate::error::{AuthError, Error};
+use crate::error::Error;
 use crate::http::context::RequestContext;
 use crate::telemetry::labels::TokenRejection;
 
@@ -17,15 +17,18 @@ pub(crate) struct AuthenticatedUser {
 /// Who asks (FR-001, FR-002, FR-004). The answer to a refusal, and its line in the log, are made
 /// where all errors are.
 pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser, Error> {
-    let refused = |reason| Error::Unauthenticated(AuthError::AccessToken(reason));
-    let token = context.bearer_token().map_err(refused)?;
-    let token = token.ok_or(Error::Unauthenticated(AuthError::MissingToken))?;
-    let claims = context.app.tokens.verify_access(token).map_err(refused)?;
+    let token = context.bearer_token().map_err(Error::InvalidToken)?;
+    let token = token.ok_or(Error::MissingToken)?;
+    let claims = context
+        .app
+        .tokens
+        .verify_access(token)
+        .map_err(Error::InvalidToken)?;
     // Not the request's: the body is yet to be read.
     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
     let db = context.app.database.with_deadline(deadline);
     if context.app.revocations.is_revoked(db, &claims).await? {
-        return Err(refused(TokenRejection::RevokedSession));
+        return Err(Error::InvalidToken(TokenRejection::RevokedSession));
     }
     Ok(AuthenticatedUser {
         id: claims.user_id,

@@ -1,14 +1,17 @@
 //! The HTTP side: connections, routing, request parsing, handlers and responses.
 
+pub(crate) mod body;
+mod client_ip;
 pub(crate) mod conditional;
 mod connection_state;
 mod connection_table;
-pub(crate) mod content_type;
 pub(crate) mod context;
 pub(crate) mod cors;
 mod framing;
 pub(crate) mod handlers;
+mod json_fields;
 mod middleware;
+mod query;
 pub(crate) mod response;
 mod router;
 pub(crate) mod server;

@@ -1,4 +1,4 @@
-//! What a handler can answer with. Every answer is in memory and of a known length.
+//! Responses. Each is in memory and has a known length.
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -11,24 +11,22 @@ use serde::Serialize;
 
 use crate::domain::Task;
 use crate::error::{Error, FieldError, UnsupportedBody};
+use crate::http::body::ACCEPT_PATCH;
 use crate::http::conditional::entity_tag;
-use crate::http::content_type::ACCEPT_PATCH;
 use crate::http::state::LargeResponsePermit;
 
-/// An answer.
 pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
 const PATCH_TYPES: HeaderName = HeaderName::from_static("accept-patch");
 const TOTAL_COUNT: HeaderName = HeaderName::from_static("x-total-count");
 
-/// A value as JSON.
+/// Responds with JSON.
 pub(crate) fn json<T: Serialize>(status: StatusCode, value: &T) -> Result<Response, Error> {
-    let body = serde_json::to_vec(value)
-        .map_err(|error| Error::Internal(format!("cannot write JSON: {error}")))?;
+    let body = serde_json::to_vec(value).map_err(Error::serialize)?;
     Ok(bytes(status, "application/json", body))
 }
 
-/// Anything, with its type.
+/// Responds with a body of the given media type.
 pub(crate) fn bytes(
     status: StatusCode,
     content_type: &'static str,
@@ -42,46 +40,49 @@ pub(crate) fn bytes(
     response
 }
 
-/// An answer so large that it keeps its place among the few of them until it is written or given
-/// up: whoever asks for many and reads none must not fill the memory.
-pub(crate) fn bytes_with_permit(
-    content_type: &'static str,
+/// Responds with a page of tasks. The permit of a large page is held until the page has been sent or
+/// dropped: clients that request pages without reading them must not exhaust the memory.
+pub(crate) fn task_page(
     mut body: Vec<u8>,
-    place: LargeResponsePermit,
+    permit: Option<LargeResponsePermit>,
+    next: Option<String>,
+    total: Option<i64>,
 ) -> Response {
-    struct PermitBody {
-        body: Vec<u8>,
-        _place: LargeResponsePermit,
-    }
+    struct PermitBody(Vec<u8>, #[expect(dead_code)] LargeResponsePermit);
     impl AsRef<[u8]> for PermitBody {
         fn as_ref(&self) -> &[u8] {
-            &self.body
+            &self.0
         }
     }
-    body.shrink_to_fit();
-    bytes(
-        StatusCode::OK,
-        content_type,
-        Bytes::from_owner(PermitBody {
-            body,
-            _place: place,
-        }),
-    )
+    let body = match permit {
+        Some(permit) => {
+            body.shrink_to_fit();
+            Bytes::from_owner(PermitBody(body, permit))
+        }
+        None => body.into(),
+    };
+    let mut response = bytes(StatusCode::OK, "application/json", body);
+    if let Some(next) = next {
+        response = with_header(response, LINK, format!("<{next}>; rel=\"next\""));
+    }
+    if let Some(total) = total {
+        response = with_header(response, TOTAL_COUNT, total.to_string());
+    }
+    response
 }
 
-/// No body.
+/// Responds without a body.
 pub(crate) fn empty(status: StatusCode) -> Response {
     let mut response = Response::new(Full::default());
     *response.status_mut() = status;
     response
 }
 
-/// 204: done, and nothing to say.
 pub(crate) fn no_content() -> Response {
     empty(StatusCode::NO_CONTENT)
 }
 
-/// 204 with the methods that a route takes.
+/// Responds to OPTIONS with the methods of a route.
 pub(crate) fn options(allow: &'static str) -> Response {
     let mut response = no_content();
     let headers = response.headers_mut();
@@ -92,44 +93,30 @@ pub(crate) fn options(allow: &'static str) -> Response {
     response
 }
 
-/// One task, with its version.
+/// Responds with a task and its entity tag.
 pub(crate) fn task(status: StatusCode, task: &Task) -> Result<Response, Error> {
-    Ok(with_header(
-        json(status, task)?,
-        ETAG,
-        entity_tag(task.updated_at.0),
-    ))
+    Ok(with_etag(json(status, task)?, task))
 }
 
-/// 304: the client has this version of the task already.
+/// Responds with 304: the client already has this version of the task.
 pub(crate) fn not_modified(task: &Task) -> Response {
-    with_header(
-        empty(StatusCode::NOT_MODIFIED),
-        ETAG,
-        entity_tag(task.updated_at.0),
-    )
+    with_etag(empty(StatusCode::NOT_MODIFIED), task)
 }
 
-/// Says where the new thing is.
+fn with_etag(response: Response, task: &Task) -> Response {
+    with_header(response, ETAG, entity_tag(task.updated_at.0))
+}
+
+/// Adds the path of a created resource.
 pub(crate) fn with_location(response: Response, path: String) -> Response {
     with_header(response, LOCATION, path)
 }
 
-/// Says where the list goes on.
-pub(crate) fn with_next_link(response: Response, next: &str) -> Response {
-    with_header(response, LINK, format!("<{next}>; rel=\"next\""))
-}
-
-/// Says how many there are in all.
-pub(crate) fn with_total_count(response: Response, total: i64) -> Response {
-    with_header(response, TOTAL_COUNT, total.to_string())
-}
-
-/// A page that is somewhere else: `path` is relative, as a proxy may have stripped a prefix.
+/// Redirects to a relative path. It is relative because a proxy may have stripped a prefix.
 pub(crate) fn redirect(path: &'static str) -> Response {
     let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
     let headers = response.headers_mut();
-    // hyper leaves it out of the answer to HEAD where it is 0.
+    // hyper omits a length of 0 from responses to HEAD.
     headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
     headers.insert(LOCATION, HeaderValue::from_static(path));
     response
@@ -140,12 +127,12 @@ fn with_header(mut response: Response, name: HeaderName, value: String) -> Respo
         Ok(value) => {
             response.headers_mut().insert(name, value);
         }
-        Err(_) => log::error!("bug: a value for {name} that is no header value"),
+        Err(_) => log::error!("invalid response header name={name}"),
     }
     response
 }
 
-/// An error as problem details (RFC 9457).
+/// Responds with problem details (RFC 9457).
 pub(crate) fn problem(error: &Error, request_id: &HeaderValue) -> Response {
     #[derive(Serialize)]
     struct Details<'a> {
@@ -173,7 +160,7 @@ pub(crate) fn problem(error: &Error, request_id: &HeaderValue) -> Response {
     let mut response = bytes(status, "application/problem+json", body);
     let headers = response.headers_mut();
     if status == StatusCode::UNAUTHORIZED {
-        // RFC 6750 section 3: the error is named only where a token was presented.
+        // RFC 6750 section 3.1: no error code if the request had no token.
         let challenge = match kind.code {
             "invalid_token" => "Bearer realm=\"todo\", error=\"invalid_token\"",
             _ => "Bearer realm=\"todo\"",
@@ -191,7 +178,7 @@ pub(crate) fn problem(error: &Error, request_id: &HeaderValue) -> Response {
             if *is_patch {
                 headers.insert(PATCH_TYPES, ACCEPT_PATCH);
             }
-            // RFC 9110 section 12.5.3.
+            // RFC 9110 section 12.5.3: tells the client which encoding to use.
             if matches!(body, UnsupportedBody::Compressed) {
                 headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
             }

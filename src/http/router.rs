@@ -6,9 +6,10 @@ use hyper::Method;
 use percent_encoding::percent_decode_str;
 
 use crate::error::Error;
-use crate::http::context::{Body, RequestContext};
+use crate::http::body::Body;
+use crate::http::context::RequestContext;
 use crate::http::cors::ALL_METHODS;
-use crate::http::handlers::{auth, meta, sessions, tasks};
+use crate::http::handlers::{account, auth, meta, sessions, tasks};
 use crate::http::middleware::{authenticate, require_owner};
 use crate::http::response::{self, Response};
 
@@ -133,11 +134,11 @@ routes! { |context, body|
         POST => auth::logout(context, body).await,
     }
     [/api/v1/auth/me] {
-        GET => auth::me(context, authenticate(context).await?).await,
-        DELETE => auth::delete_me(context, authenticate(context).await?, body).await,
+        GET => account::me(context, authenticate(context).await?).await,
+        DELETE => account::delete_me(context, authenticate(context).await?, body).await,
     }
     [/api/v1/auth/password] {
-        PUT => auth::change_password(context, authenticate(context).await?, body).await,
+        PUT => account::change_password(context, authenticate(context).await?, body).await,
     }
     [/api/v1/auth/sessions] {
         GET => sessions::list(context, authenticate(context).await?).await,

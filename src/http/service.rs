@@ -14,7 +14,8 @@ use hyper::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue};
 use log::{Level, debug, error, log_enabled, warn};
 
 use crate::error::Error;
-use crate::http::context::{Body, REQUEST_ID, RequestContext, check_host, drain};
+use crate::http::body::{Body, drain};
+use crate::http::context::{REQUEST_ID, RequestContext, check_host};
 use crate::http::response::{self, Response};
 use crate::http::router;
 use crate::http::state::AppState;

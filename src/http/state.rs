@@ -1,6 +1,5 @@
 //! The state that all requests share.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,7 +10,7 @@ use tokio::time::timeout_at;
 use uuid::Uuid;
 
 use crate::auth::login_limits::{
-    IpRateLimiter, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS, client_network,
+    IpRateLimiter, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS,
 };
 use crate::auth::password::PasswordHasher;
 use crate::auth::revocations::Revocations;
@@ -19,7 +18,7 @@ use crate::auth::token::TokenIssuer;
 use crate::config::Config;
 use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
-use crate::db::users::{LockoutKey, NewSession};
+use crate::db::users::LockoutKey;
 use crate::db::{Database, Deadline};
 use crate::error::Error;
 use crate::http::cors::Cors;
@@ -96,19 +95,6 @@ impl AppState {
         self.shutting_down.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn new_session<'a>(
-        &self,
-        user_agent: Option<&'a str>,
-        client: IpAddr,
-    ) -> NewSession<'a> {
-        NewSession {
-            id: Uuid::now_v7(),
-            idle: self.config.lifetimes.refresh_idle.as_secs_f64(),
-            user_agent,
-            network: client_network(client).to_string(),
-        }
-    }
-
     /// Waits until one more large response may be sent to this user.
     pub(crate) async fn acquire_large_response(
         &self,
@@ -128,13 +114,13 @@ impl AppState {
 
     /// Records sessions that this instance has revoked, so that it rejects their access tokens at
     /// once.
-    pub(crate) fn record_revoked(&self, cause: RevocationReason, sessions: &[Uuid]) {
+    pub(crate) fn record_revoked(&self, reason: RevocationReason, sessions: &[Uuid]) {
         let revocations = sessions.iter().map(|session_id| Revocation {
             session_id: *session_id,
             before_epoch: ALL_EPOCHS,
         });
         self.revocations.insert(revocations);
-        self.metrics.record_revoked(cause, sessions.len());
+        self.metrics.record_revoked(reason, sessions.len());
     }
 
     /// Purges old rows in the background if a purge is due and the database is awake.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::harness::{Request, Response, Server, User};
 
 const DOCUMENT: &str = include_str!("../../src/openapi.json");
-const ERRORS: &str = include_str!("../../src/error.rs");
+const PROBLEMS: &str = include_str!("../../src/problem.rs");
 
 /// The password in the document's examples.
 const EXAMPLE_PASSWORD: &str = "blue kettle sings at dawn";
@@ -202,7 +202,7 @@ async fn every_path_takes_exactly_the_methods_that_the_document_lists() {
 fn every_problem_of_the_service_is_in_the_document_and_the_reverse() {
     // `NAME = status "code" "title"`, as the table of problems has them.
     let mut table = BTreeMap::new();
-    for line in ERRORS.lines() {
+    for line in PROBLEMS.lines() {
         let words: Vec<&str> = line.trim().split('"').collect();
         if let [head, code, " ", title, ""] = words[..] {
             let status = head

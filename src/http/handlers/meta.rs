@@ -1,4 +1,4 @@
-//! The service's own pages: is it alive, is it ready, what can it do.
+//! Health checks and documentation: everything outside `/api`.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -11,9 +11,10 @@ use hyper::header::{
 use serde_json::Value;
 use swagger_ui_redist::SwaggerUi;
 
-use crate::error::{Error, problem as kind};
+use crate::error::Error;
 use crate::http::context::RequestContext;
 use crate::http::response::{self, Response};
+use crate::problem::find_problem;
 use crate::telemetry::metrics::Metrics;
 
 const OPENAPI: &str = include_str!("../../openapi.json");
@@ -22,18 +23,18 @@ const INIT: &str = include_str!("../../docs/init.js");
 const STYLE: &str = include_str!("../../docs/docs.css");
 const PROBLEM: &str = include_str!("../../docs/problem.html");
 
-/// Our own origin and nothing else: no inline script, no frame around it.
+/// Allows resources of this origin only, no inline scripts, and no framing.
 const CSP: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
                       connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const HTML: &str = "text/html; charset=utf-8";
 const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
-/// `GET /healthz`: the process lives.
+/// `GET /healthz`: whether the process is running.
 pub(crate) fn healthz() -> Result<Response, Error> {
     response::json(StatusCode::OK, &serde_json::json!({ "status": "ok" }))
 }
 
-/// `GET /readyz`: send requests here.
+/// `GET /readyz`: whether the service can handle requests.
 pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response, Error> {
     if context.app.is_shutting_down() {
         return Err(Error::Stopping);
@@ -49,7 +50,7 @@ pub(crate) fn openapi() -> Response {
     response::bytes(StatusCode::OK, "application/json", OPENAPI)
 }
 
-/// Creates the metrics of every documented response at zero.
+/// Initializes the metrics of every documented response to zero.
 pub(crate) fn declare_responses(metrics: &Metrics) -> Result<(), serde_json::Error> {
     let document: Value = serde_json::from_str(OPENAPI)?;
     let fields = |value: &Value| value.as_object().cloned().into_iter().flatten();
@@ -68,18 +69,16 @@ pub(crate) fn docs(context: &RequestContext<'_>) -> Response {
     page(context, DOCS)
 }
 
-/// `GET /docs/{file}`: Swagger UI's files and ours, out of memory.
+/// `GET /docs/{file}`: the files of Swagger UI, and this page's own script and style.
 pub(crate) fn docs_file(file: &str) -> Result<Response, Error> {
     static FILES: LazyLock<HashMap<&'static str, (&'static str, Bytes)>> = LazyLock::new(|| {
-        let ours = [("init.js", INIT), ("docs.css", STYLE)];
-        let ours = ours
-            .into_iter()
-            .map(|(name, text)| (name, Bytes::from_static(text.as_bytes())));
-        let theirs = SwaggerUi::static_files()
-            .iter()
-            .map(|(file, data)| (file.file_name(), Bytes::from_static(data)));
-        ours.chain(theirs)
-            .filter_map(|(name, data)| Some((name, (content_type(name)?, data))))
+        let own = [("init.js", INIT.as_bytes()), ("docs.css", STYLE.as_bytes())];
+        let swagger_ui = SwaggerUi::static_files().iter();
+        own.into_iter()
+            .chain(swagger_ui.map(|(file, data)| (file.file_name(), &data[..])))
+            .filter_map(|(name, data)| {
+                Some((name, (content_type(name)?, Bytes::from_static(data))))
+            })
             .collect()
     });
     let (content_type, data) = FILES.get(file).ok_or(Error::NotFound)?;
@@ -100,19 +99,20 @@ fn content_type(file: &str) -> Option<&'static str> {
     }
 }
 
-/// `GET /problems/{code}`: what a problem means and what to do.
+/// `GET /problems/{code}`: what a type of problem means and what to do about it.
 pub(crate) fn problem(context: &RequestContext<'_>, code: &str) -> Result<Response, Error> {
-    let kind = kind(code).ok_or(Error::NotFound)?;
-    let page_text = PROBLEM
-        .replace("{title}", kind.title)
-        .replace("{status}", &kind.status.to_string())
-        .replace("{code}", kind.code)
-        .replace("{meaning}", kind.meaning)
-        .replace("{advice}", kind.advice);
-    Ok(page(context, &page_text))
+    let problem = find_problem(code).ok_or(Error::NotFound)?;
+    let html = PROBLEM
+        .replace("{title}", problem.title)
+        .replace("{status}", &problem.status.to_string())
+        .replace("{code}", problem.code)
+        .replace("{meaning}", problem.meaning)
+        .replace("{advice}", problem.advice);
+    Ok(page(context, &html))
 }
 
-/// A page. Its links are relative, because a proxy may have stripped a prefix from the path.
+/// Responds with an HTML page. Its links are relative, since a proxy may have stripped a prefix from
+/// the path.
 fn page(context: &RequestContext<'_>, html: &str) -> Response {
     let depth = context.head.uri.path().matches('/').skip(1).count();
     let html = html.replace("{root}", &"../".repeat(depth));

@@ -1,6 +1,9 @@
-//! One function a route: parse, one call to the database, respond.
+//! One function per route: parse, one database call, respond.
 
+pub(crate) mod account;
 pub(crate) mod auth;
+mod credentials;
 pub(crate) mod meta;
+mod page;
 pub(crate) mod sessions;
 pub(crate) mod tasks;

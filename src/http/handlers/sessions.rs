@@ -1,4 +1,4 @@
-//! `/api/v1/auth/sessions`: where somebody is signed in.
+//! `/api/v1/auth/sessions`: the signed-in user's sessions.
 
 use hyper::StatusCode;
 
@@ -29,9 +29,8 @@ pub(crate) async fn end(
     if !sessions::end(context.queries(), user.id, session, ALL_EPOCHS).await? {
         return Err(Error::SessionNotFound);
     }
-    context
-        .app
-        .record_revoked(RevocationReason::EndedByUser, &[session]);
+    let reason = RevocationReason::EndedByUser;
+    context.app.record_revoked(reason, &[session]);
     Ok(response::no_content())
 }
 
@@ -41,8 +40,7 @@ pub(crate) async fn end_others(
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
     let ended = sessions::end_others(context.queries(), user.id, user.session).await?;
-    context
-        .app
-        .record_revoked(RevocationReason::EndedByUser, &ended);
+    let reason = RevocationReason::EndedByUser;
+    context.app.record_revoked(reason, &ended);
     Ok(response::no_content())
 }

@@ -1,0 +1,97 @@
+//! Verification of e-mail addresses and passwords, with lockout.
+
+use crate::auth::password::{check_length, normalize};
+use crate::db::sessions;
+use crate::db::users::{self, LockoutKey, NewSession};
+use crate::domain::{Email, User};
+use crate::error::Error;
+use crate::http::context::RequestContext;
+use crate::http::json_fields::JsonFields;
+use crate::http::middleware::AuthenticatedUser;
+use crate::telemetry::labels::{LoginFailure, RevocationReason, TokenRejection};
+
+/// Verifying a password is repeated if the hash changes meanwhile: once because another login
+/// rehashed it, and once more to be safe. A lockout that begins meanwhile is noticed as well.
+pub(super) const MAX_ATTEMPTS: usize = 3;
+
+/// Verifies the credentials of a login and stores its session.
+pub(super) async fn log_in(
+    context: &RequestContext<'_>,
+    email: &Email,
+    password: &str,
+    session: &NewSession,
+) -> Result<User, Error> {
+    let app = context.app;
+    let db = context.password_queries();
+    let key = LockoutKey::login(email, session.network.clone());
+    let _permit = app.login_slots.acquire(key.clone(), db.deadline()).await?;
+    for _ in 0..MAX_ATTEMPTS {
+        let record = users::for_login(db, &key).await?;
+        check_lockout(record.retry_after_secs)?;
+        let hash = record.account.as_ref().map(|(_, hash)| hash.as_str());
+        let verification = app.passwords.verify(password, hash, db.deadline()).await?;
+        let reason = match hash {
+            Some(_) => LoginFailure::WrongPassword,
+            None => LoginFailure::UnknownAccount,
+        };
+        let Some((id, hash)) = record.account.filter(|_| verification.matches) else {
+            check_lockout(users::record_failure(db, &key).await?)?;
+            return Err(Error::InvalidCredentials(reason));
+        };
+        let new_hash = verification.rehashed.as_deref().unwrap_or(&hash);
+        if let Some((user, ended)) = sessions::sign_in(db, id, &hash, new_hash, session).await? {
+            app.record_revoked(RevocationReason::SessionLimit, &ended);
+            return Ok(user);
+        }
+    }
+    let reason = LoginFailure::PasswordChangedConcurrently;
+    Err(Error::InvalidCredentials(reason))
+}
+
+/// Verifies the password of a signed-in user. Returns their address and the verified hash.
+///
+/// Failures are counted separately from those of logins, so that only the user can cause a lockout
+/// here.
+pub(super) async fn verify_current_password(
+    context: &RequestContext<'_>,
+    user: &AuthenticatedUser,
+    password: &str,
+) -> Result<(String, String), Error> {
+    let app = context.app;
+    let db = context.password_queries();
+    let key = LockoutKey::authenticate(user.id);
+    let _permit = app.login_slots.acquire(key.clone(), db.deadline()).await?;
+    let check = users::for_password_check(db, user.id).await?;
+    let check = check.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
+    check_lockout(check.retry_after_secs)?;
+    let verification = app
+        .passwords
+        .verify(password, Some(&check.hash), db.deadline());
+    if !verification.await?.matches {
+        check_lockout(users::record_failure(db, &key).await?)?;
+        return Err(Error::WrongPassword);
+    }
+    Ok((check.email, check.hash))
+}
+
+fn check_lockout(retry_after_secs: f64) -> Result<(), Error> {
+    if retry_after_secs > 0.0 {
+        return Err(Error::TooManyAttempts {
+            retry_after: retry_after_secs.ceil() as u64,
+            reason: LoginFailure::Throttled,
+        });
+    }
+    Ok(())
+}
+
+/// Takes a new password of valid length. Its strength is checked when it is hashed.
+pub(super) fn new_password(fields: &mut JsonFields, pointer: &'static str) -> Option<String> {
+    let password = normalize(&fields.required_string(pointer)?);
+    match check_length(&password, pointer) {
+        Ok(()) => Some(password),
+        Err(error) => {
+            fields.push_error(error);
+            None
+        }
+    }
+}
