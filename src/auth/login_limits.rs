@@ -1,94 +1,25 @@
-//! Login rate limiting. Failed attempts are counted in the database, where all instances see them;
-//! this is what each instance does by itself: few attempts on one account from one network at a
-//! time, and so many requests a minute from one network.
+//! The request rate limit of each client network. Failed logins are counted in the database, where
+//! all instances see them; this limit and [`MAX_CONCURRENT_LOGINS`] apply to one instance.
 
-use std::collections::HashMap;
-use std::hash::Hash;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use ipnet::IpNet;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout_at;
+use parking_lot::Mutex;
 
-use crate::db::Deadline;
 use crate::error::Error;
 use crate::telemetry::labels::LoginFailure;
 
-/// Attempts on one account from one network that one instance checks at the same time, so that they
-/// do not fill the hash queue.
+/// Concurrent login attempts on one account from one network, so that they cannot fill the hash
+/// queue.
 pub(crate) const MAX_CONCURRENT_LOGINS: usize = 5;
-/// Addresses that are told apart, at some 100 bytes each; beyond, whole regions share an allowance.
-const MAX_ADDRESSES: usize = 50_000;
+/// Networks counted separately, at about 100 bytes each. Beyond that, larger networks share a limit.
+const MAX_NETWORKS: usize = 50_000;
 
-/// A semaphore for each key: logins on one account from one network, large answers to one user.
-pub(crate) struct KeyedSemaphore<K: Clone + Eq + Hash> {
-    at_once: usize,
-    taken: Arc<Mutex<HashMap<K, Arc<Semaphore>>>>,
-}
-
-/// A permit of one key's semaphore, until it is dropped.
-pub(crate) struct KeyedPermit<K: Clone + Eq + Hash> {
-    taken: Arc<Mutex<HashMap<K, Arc<Semaphore>>>>,
-    key: K,
-    permit: Option<OwnedSemaphorePermit>,
-}
-
-impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
-    pub(crate) fn new(at_once: usize) -> Self {
-        Self {
-            at_once,
-            taken: Arc::default(),
-        }
-    }
-
-    /// Waits for a permit until the deadline.
-    pub(crate) async fn acquire(
-        &self,
-        key: K,
-        deadline: Deadline,
-    ) -> Result<KeyedPermit<K>, Error> {
-        // Made before waiting: a caller that gives up waiting has to clear up as well.
-        let (mut keyed, semaphore) = self.entry(key);
-        match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
-            Ok(Ok(permit)) => keyed.permit = Some(permit),
-            _ => return Err(Error::Overloaded),
-        }
-        Ok(keyed)
-    }
-
-    fn entry(&self, key: K) -> (KeyedPermit<K>, Arc<Semaphore>) {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Arc::new(Semaphore::new(self.at_once));
-        let semaphore = taken.entry(key.clone()).or_insert_with(new).clone();
-        let keyed = KeyedPermit {
-            taken: self.taken.clone(),
-            key,
-            permit: None,
-        };
-        (keyed, semaphore)
-    }
-}
-
-impl<K: Clone + Eq + Hash> Drop for KeyedPermit<K> {
-    fn drop(&mut self) {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        // The permit holds the semaphore, too; the map's own reference is the last one.
-        self.permit = None;
-        if taken
-            .get(&self.key)
-            .is_some_and(|semaphore| Arc::strong_count(semaphore) == 1)
-        {
-            taken.remove(&self.key);
-        }
-    }
-}
-
-/// So many requests a minute from one address.
+/// Limits the requests per minute from each network.
 pub(crate) struct IpRateLimiter {
     limiter: Option<DefaultKeyedRateLimiter<IpAddr>>,
     clock: DefaultClock,
@@ -96,7 +27,7 @@ pub(crate) struct IpRateLimiter {
 }
 
 impl IpRateLimiter {
-    /// A rate of 0 lets everything through.
+    /// A rate of 0 disables the limit.
     pub(crate) fn new(per_minute: u32) -> Self {
         let quota = NonZeroU32::new(per_minute).map(Quota::per_minute);
         Self {
@@ -106,16 +37,15 @@ impl IpRateLimiter {
         }
     }
 
-    /// Counts a request; refuses it with the seconds to wait.
+    /// Counts a request. Fails if it exceeds the limit.
     pub(crate) fn check(&self, client: IpAddr) -> Result<(), Error> {
         let Some(limiter) = &self.limiter else {
             return Ok(());
         };
-        if limiter.len() >= MAX_ADDRESSES {
+        if limiter.len() >= MAX_NETWORKS {
             self.prune(limiter);
         }
-        let is_full = limiter.len() >= MAX_ADDRESSES;
-        let key = if is_full {
+        let key = if limiter.len() >= MAX_NETWORKS {
             prefix(client, 16, 32)
         } else {
             client_network(client)
@@ -128,13 +58,10 @@ impl IpRateLimiter {
             })
     }
 
-    /// Forgets the addresses that have their whole allowance again; once a second, since it walks
-    /// through all of them.
+    /// Removes the networks whose quota is full again. Runs at most once a second, because it visits
+    /// every network.
     fn prune(&self, limiter: &DefaultKeyedRateLimiter<IpAddr>) {
-        let mut last_pruned = self
-            .last_pruned
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut last_pruned = self.last_pruned.lock();
         if last_pruned.is_none_or(|last_pruned| last_pruned.elapsed() > Duration::from_secs(1)) {
             limiter.retain_recent();
             *last_pruned = Some(Instant::now());
@@ -142,13 +69,17 @@ impl IpRateLimiter {
     }
 }
 
-/// The network of a client: an IPv4 address, or an IPv6 /64, all of which one customer has.
+/// The network of a client: an IPv4 address or an IPv6 /64, which a single customer usually has.
 pub(crate) fn client_network(client: IpAddr) -> IpAddr {
     prefix(client, 32, 64)
 }
 
-fn prefix(client: IpAddr, bits_4: u8, bits_6: u8) -> IpAddr {
-    let bits = if client.is_ipv4() { bits_4 } else { bits_6 };
+fn prefix(client: IpAddr, ipv4_bits: u8, ipv6_bits: u8) -> IpAddr {
+    let bits = if client.is_ipv4() {
+        ipv4_bits
+    } else {
+        ipv6_bits
+    };
     IpNet::new(client, bits).map_or(client, |network| network.trunc().addr())
 }
 
@@ -159,22 +90,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ipv6_network_is_one_client() {
-        let of = |text: &str| client_network(text.parse().unwrap());
-        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
-        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
-        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+    fn an_ipv6_network_counts_as_one_client() {
+        let network = |text: &str| client_network(text.parse().unwrap());
+        assert_eq!(network("2001:db8::1"), network("2001:db8::ffff:1"));
+        assert_ne!(network("2001:db8::1"), network("2001:db8:0:1::1"));
+        assert_ne!(network("192.0.2.1"), network("192.0.2.2"));
     }
 
     #[test]
-    fn the_addresses_that_are_told_apart_have_a_bound() {
-        let addresses = IpRateLimiter::new(1);
-        for number in 0..u32::try_from(MAX_ADDRESSES).unwrap() * 2 {
+    fn limits_the_number_of_networks() {
+        let limiter = IpRateLimiter::new(1);
+        for number in 0..u32::try_from(MAX_NETWORKS).unwrap() * 2 {
             let client = Ipv6Addr::from_bits(u128::from(number) << 64);
-            addresses.check(client.into()).ok();
+            limiter.check(client.into()).ok();
         }
-        assert!(addresses.limiter.as_ref().unwrap().len() <= MAX_ADDRESSES + 1);
-        // Somebody from elsewhere is none of theirs.
-        assert!(addresses.check("192.0.2.1".parse().unwrap()).is_ok());
+        assert!(limiter.limiter.as_ref().unwrap().len() <= MAX_NETWORKS + 1);
+        // A client outside the shared network still has its own quota.
+        assert!(limiter.check("192.0.2.1".parse().unwrap()).is_ok());
     }
 }

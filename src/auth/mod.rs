@@ -1,5 +1,6 @@
-//! Who somebody is, and for how long: tokens, passwords, sessions that ended, brakes.
+//! Authentication: passwords, tokens, revoked sessions and login rate limiting.
 
+pub(crate) mod keyed_semaphore;
 pub(crate) mod login_limits;
 pub(crate) mod password;
 pub(crate) mod revocations;

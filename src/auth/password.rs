@@ -1,12 +1,12 @@
-//! Passwords: what makes one acceptable, and the few threads that hash them. Hashing is slow on
-//! purpose; on threads of its own and behind a bounded queue it slows nobody else down.
+//! Password rules and hashing. Hashing is slow by design, so it runs on a few threads of its own
+//! behind a bounded queue.
 
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Instant;
 
-use log::error;
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
 use unicode_normalization::UnicodeNormalization;
@@ -16,21 +16,21 @@ use crate::error::{Error, FieldError};
 use crate::telemetry::logging::catch_panic;
 use crate::telemetry::metrics::Metrics;
 
-/// OWASP ASVS 5.0, 6.2.1: eight at least. Counted in code points.
+/// In code points. OWASP ASVS 5.0, 6.2.1, requires at least 8.
 const MIN_CHARACTERS: usize = 8;
-/// bcrypt reads no more; a longer one is refused rather than cut.
+/// bcrypt ignores everything after 72 bytes; longer passwords are rejected instead of truncated.
 const MAX_BYTES: usize = 72;
-/// What waits for a thread at most, by the number of threads, at a cost of 12: at a quarter of a
-/// second each the last of them is served within 8 s. Each step of the cost doubles that.
+/// The capacity of the queue for each thread, at a cost of 12. A hash takes a quarter of a second
+/// at that cost, so a full queue drains in 8 s. Each higher cost halves the capacity.
 const QUEUE_PER_THREAD: usize = 32;
 
-/// NFC, as RFC 8265 section 4.2.2 has it: keyboards differ in how they compose an accent. Everything
-/// below works on normalized passwords.
+/// Normalizes a password to NFC (RFC 8265, section 4.2.2), because keyboards differ in how they
+/// compose accented letters.
 pub(crate) fn normalize(password: &str) -> String {
     password.nfc().collect()
 }
 
-/// The rules that need no thought: length and NUL.
+/// Checks the length of a normalized password, and that it contains no NUL.
 pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), FieldError> {
     let (code, detail) = if password.chars().count() < MIN_CHARACTERS {
         ("too_short", "the password must have at least 8 characters")
@@ -50,21 +50,15 @@ pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), 
     Err(FieldError::at(pointer, code, detail))
 }
 
-/// Whether a password can be anybody's at all; if not, it is merely a wrong one.
-fn length_ok(password: &str) -> bool {
-    check_length(password, "").is_ok()
-}
-
-/// Refuses what is easily guessed, with advice; the user's own address is guessed first.
-fn check_strength(password: &str, email: &str) -> Result<(), (&'static str, String)> {
-    let estimate = zxcvbn::zxcvbn(
-        password,
-        &[email, email.split('@').next().unwrap_or_default()],
-    );
+/// Rejects a password that is easy to guess, above all from the user's own address. The error
+/// includes advice.
+fn check_strength(password: &str, email: &str, pointer: &'static str) -> Result<(), FieldError> {
+    let local_part = email.split('@').next().unwrap_or_default();
+    let estimate = zxcvbn::zxcvbn(password, &[email, local_part]);
     if estimate.score() >= zxcvbn::Score::Two {
         return Ok(());
     }
-    let mut detail = String::from("the password is too easily guessed");
+    let mut detail = String::from("the password is too easy to guess");
     if let Some(feedback) = estimate.feedback() {
         if let Some(warning) = feedback.warning() {
             detail = format!("{detail}: {}", warning.to_string().trim_end_matches('.'));
@@ -73,27 +67,27 @@ fn check_strength(password: &str, email: &str) -> Result<(), (&'static str, Stri
             detail = format!("{detail}. {}", suggestion.to_string().trim_end_matches('.'));
         }
     }
-    Err(("too_guessable", detail))
+    Err(FieldError::at(pointer, "too_guessable", detail))
 }
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The threads that hash.
+/// A pool of threads that hash passwords.
 pub(crate) struct PasswordHasher {
     cost: u32,
     queue: SyncSender<Job>,
     metrics: Arc<Metrics>,
 }
 
-/// What verifying a password said.
+/// The result of verifying a password.
 pub(crate) struct Verification {
     pub(crate) matches: bool,
-    /// The hash of the same password at today's cost, where the stored one has another.
+    /// The new hash of a matching password whose stored hash has an outdated cost.
     pub(crate) rehashed: Option<String>,
 }
 
 impl PasswordHasher {
-    /// One thread less than there are cores, so that one is always left to everybody else.
+    /// Starts one thread less than there are cores, to leave a core for all other work.
     pub(crate) fn new(cost: u32, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         let threads = thread::available_parallelism()
             .map_or(1, |cores| cores.get() - 1)
@@ -114,7 +108,7 @@ impl PasswordHasher {
         })
     }
 
-    /// The hash of a new password, once it has shown not to be easily guessed.
+    /// Hashes a new password that is not easy to guess.
     pub(crate) async fn hash(
         &self,
         password: String,
@@ -124,109 +118,96 @@ impl PasswordHasher {
     ) -> Result<String, Error> {
         let (cost, email) = (self.cost, email.to_owned());
         self.run(deadline, move || {
-            check_strength(&password, &email).map_err(|(code, detail)| {
-                Error::Validation(vec![FieldError::at(pointer, code, detail)])
-            })?;
+            check_strength(&password, &email, pointer)
+                .map_err(|error| Error::Validation(vec![error]))?;
             bcrypt_hash(&password, cost)
         })
-        .await?
+        .await
     }
 
-    /// Whether a password belongs to a hash. Without one the same work is done for nothing, and
-    /// so it is for what no password can be.
+    /// Verifies a password. Without a hash, or with a password that no account can have, a dummy
+    /// hash is verified, which takes as long.
     pub(crate) async fn verify(
         &self,
         password: &str,
         hash: Option<&str>,
         deadline: Deadline,
     ) -> Result<Verification, Error> {
-        let password = normalize(password);
-        let known = hash.is_some() && length_ok(&password);
-        let hash = hash
-            .filter(|_| known)
-            .map_or_else(|| dummy_hash(self.cost), str::to_owned);
-        let password = if length_ok(&password) {
-            password
-        } else {
-            "impossible".into()
-        };
         let cost = self.cost;
-        self.run(deadline, move || {
-            let matches = bcrypt_verify(&password, &hash)? && known;
-            let stored_cost = cost_of(&hash).unwrap_or(cost);
-            if !matches {
-                // A guess at an old, cheaper hash takes as long as any: each step of the cost
-                // doubles the work, so these add up to what is missing.
-                for cost in stored_cost..cost {
-                    bcrypt_verify(&password, &dummy_hash(cost))?;
-                }
-            }
-            let rehashed = if matches && stored_cost != cost {
-                Some(bcrypt_hash(&password, cost)?)
-            } else {
-                None
-            };
-            Ok(Verification { matches, rehashed })
-        })
-        .await?
+        let password = normalize(password);
+        let (password, hash) = match hash {
+            Some(hash) if check_length(&password, "").is_ok() => (password, hash.to_owned()),
+            _ => ("does not match".to_owned(), dummy_hash(cost)),
+        };
+        self.run(deadline, move || verify_blocking(&password, &hash, cost))
+            .await
     }
 
-    /// Runs something slow on one of the threads; refuses it at once where too much waits.
+    /// Runs a job on one of the threads. Fails at once if the queue is full.
     async fn run<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        work: impl FnOnce() -> T + Send + 'static,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let started = Instant::now();
         let (sender, receiver) = oneshot::channel();
         let queued = self.metrics.hash_queued();
         let job = Box::new(move || {
-            // Whoever asked may have gone, or waited too long.
+            // Skips the work if the caller timed out or was cancelled while the job was queued.
             if !sender.is_closed() {
-                let result = work();
-                // The receiver may be gone by now; nobody is left to tell.
+                let result = catch_panic(work);
+                let result = result.unwrap_or_else(|panic| Err(Error::Internal(panic)));
                 sender.send(result).ok();
             }
             drop(queued);
         });
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.queue.try_send(job)
-        {
-            return Err(Error::Overloaded);
-        }
-        let result = match timeout_at(deadline.at(), receiver).await {
-            Ok(Ok(result)) => Ok(result),
-            Ok(Err(_)) => Err(Error::Internal("a hashing thread dropped its work".into())),
-            Err(_) => Err(Error::Overloaded),
-        };
+        self.queue.try_send(job).map_err(|_| Error::Overloaded)?;
+        let result = timeout_at(deadline.at(), receiver).await;
         self.metrics
             .hash_duration
             .observe(started.elapsed().as_secs_f64());
         result
+            .map_err(|_| Error::Overloaded)?
+            .map_err(|_| Error::Internal("a hashing job was dropped".into()))?
     }
 }
 
+/// Runs jobs until the [`PasswordHasher`] is dropped.
 fn worker_loop(jobs: &Mutex<Receiver<Job>>) {
     loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(job) = job else {
-            return;
-        };
-        if let Err(panic) = catch_panic(job) {
-            error!("hashing a password failed: {panic}");
-        }
+        // A statement of its own, so that the lock is released before the job runs.
+        let job = jobs.lock().recv();
+        let Ok(job) = job else { return };
+        job();
     }
 }
 
-/// A new hash, for who sets a password without a server running.
+/// Hashes a new password on the current thread, for commands that run without a server.
 pub(crate) fn hash_new_password(password: &str, email: &str, cost: u32) -> Result<String, String> {
     let password = normalize(password);
-    check_length(&password, "").map_err(|fault| fault.detail().to_owned())?;
-    check_strength(&password, email).map_err(|(_, detail)| detail)?;
+    check_length(&password, "")
+        .and_then(|()| check_strength(&password, email, ""))
+        .map_err(|error| error.detail().to_owned())?;
     bcrypt::hash(&password, cost).map_err(|error| error.to_string())
 }
 
-/// A hash of no password, as costly as a real one: a salt and a digest that nobody made, 22 and 31
-/// characters of bcrypt's alphabet.
+fn verify_blocking(password: &str, hash: &str, cost: u32) -> Result<Verification, Error> {
+    let matches = bcrypt_verify(password, hash)?;
+    let stored_cost = cost_of(hash).unwrap_or(cost);
+    if !matches {
+        // A failed attempt takes as long on an older, cheaper hash: each increment of the cost
+        // doubles the work, so these add up to the difference.
+        for cost in stored_cost..cost {
+            bcrypt_verify(password, &dummy_hash(cost))?;
+        }
+    }
+    let outdated = matches && stored_cost != cost;
+    let rehashed = outdated.then(|| bcrypt_hash(password, cost)).transpose()?;
+    Ok(Verification { matches, rehashed })
+}
+
+/// A hash that matches no known password but takes as long to verify: a made-up salt (22 characters)
+/// and digest (31 characters) in bcrypt's alphabet.
 fn dummy_hash(cost: u32) -> String {
     format!("$2b${cost:02}$abcdefghijklmnopqrstuuAbCdEfGhIjKlMnOpQrStUvWxYz01232")
 }
@@ -241,7 +222,7 @@ fn bcrypt_hash(password: &str, cost: u32) -> Result<String, Error> {
         .map_err(|error| Error::Internal(format!("cannot hash a password: {error}")))
 }
 
-/// The cost that a hash was made with: `$2b$12$…`.
+/// The cost of a hash such as `$2b$12$…`.
 fn cost_of(hash: &str) -> Option<u32> {
     hash.split('$').nth(2)?.parse().ok()
 }
@@ -251,24 +232,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bounds_are_eight_characters_and_seventy_two_bytes() {
-        assert!(!length_ok("1234567"));
-        assert!(length_ok("éééééééé"));
-        assert!(length_ok(&"é".repeat(36)));
-        assert!(!length_ok(&format!("{}x", "é".repeat(36))));
-        assert!(!length_ok("nul\0 inside"));
+    fn requires_8_characters_and_at_most_72_bytes() {
+        let accepts = |password: &str| check_length(password, "").is_ok();
+        assert!(!accepts("1234567"));
+        assert!(accepts("éééééééé"));
+        assert!(accepts(&"é".repeat(36)));
+        assert!(!accepts(&format!("{}x", "é".repeat(36))));
+        assert!(!accepts("nul\0 inside"));
     }
 
     #[test]
-    fn the_decoy_is_a_hash_that_verifies_to_no() {
-        assert!(!bcrypt_verify("impossible", &dummy_hash(10)).unwrap());
+    fn the_dummy_hash_matches_nothing() {
         assert_eq!(dummy_hash(10).len(), 60);
+        assert!(
+            !verify_blocking("does not match", &dummy_hash(10), 10)
+                .unwrap()
+                .matches
+        );
     }
 
     #[test]
-    fn the_users_own_address_is_guessed_first() {
-        assert!(check_strength("ann.smith@example.com", "ann.smith@example.com").is_err());
-        assert!(check_strength("password", "ann@example.com").is_err());
-        assert!(check_strength("correct horse battery staple", "ann@example.com").is_ok());
+    fn rejects_passwords_that_are_easy_to_guess() {
+        let is_strong = |password: &str, email: &str| check_strength(password, email, "").is_ok();
+        assert!(!is_strong("ann.smith@example.com", "ann.smith@example.com"));
+        assert!(!is_strong("password", "ann@example.com"));
+        assert!(is_strong("correct horse battery staple", "ann@example.com"));
     }
 }

@@ -1,10 +1,11 @@
 //! Revoked sessions whose access tokens may not have expired yet. Each instance caches the set and
-//! refreshes it when requests need it: one small query about once a second, none when idle.
+//! refreshes it when requests need it: about one small query per second, none when idle.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
@@ -17,33 +18,34 @@ use crate::error::Error;
 
 /// A revocation takes effect on every instance within this time.
 const MAX_AGE: Duration = Duration::from_secs(1);
-/// The cache is refreshed in the background from this age on, so that no request waits for it as
-/// long as the database responds within the rest.
+/// Age from which the cache is refreshed in the background, so that requests wait for it only if the
+/// database takes longer than the remaining 200 ms.
 const REFRESH_AFTER: Duration = Duration::from_millis(800);
-/// An entry is kept until the last token it revokes has expired on every clock.
+/// Entries are kept until every token that they revoke has expired, even if clocks differ by the
+/// prune interval.
 const KEEP: Duration = MAX_ACCESS_TTL.saturating_add(PRUNE_INTERVAL);
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The cached set.
+/// The cached set of revocations.
 #[derive(Default)]
 pub(crate) struct Revocations {
     cache: RwLock<Cache>,
-    /// Where the next refresh continues; whoever holds the lock refreshes for all.
+    /// Where the next refresh continues. The task that holds the lock refreshes the cache for all.
     cursor: Mutex<Option<Cursor>>,
 }
 
 #[derive(Default)]
 struct Cache {
-    /// By session: the first epoch whose tokens are not revoked, and since when it is that one.
-    /// Each refresh may bring an entry again.
+    /// For each session, the first epoch whose tokens are not revoked, and when it was set. A
+    /// refresh may return entries that are already known.
     revoked: HashMap<Uuid, (i32, Instant)>,
-    /// Everything that was committed before this instant is in the set.
+    /// The set contains everything that was committed before this instant.
     as_of: Option<Instant>,
     pruned_at: Option<Instant>,
 }
 
 impl Revocations {
-    /// Whether an access token is revoked, as of one second before this call or later.
+    /// Whether an access token is revoked, from a cache that is at most [`MAX_AGE`] old.
     pub(crate) async fn is_revoked(
         self: &Arc<Self>,
         db: Queries<'_>,
@@ -56,7 +58,7 @@ impl Revocations {
         if !self.is_older(now, MAX_AGE) {
             if self.is_older(now, REFRESH_AFTER) && self.cursor.try_lock().is_ok() {
                 let (revocations, database) = (self.clone(), db.database().clone());
-                // If it fails, the requests that follow wait for one of their own.
+                // If this fails, later requests refresh the cache themselves.
                 tokio::spawn(async move {
                     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
                     let db = database.with_deadline(deadline);
@@ -69,16 +71,16 @@ impl Revocations {
         Ok(self.contains(claims))
     }
 
-    /// Adds what this instance itself has just revoked.
+    /// Adds what this instance has just revoked.
     pub(crate) fn insert(&self, revocations: impl IntoIterator<Item = Revocation>) {
         self.merge(revocations, None);
     }
 
-    /// Reads what was revoked since the last refresh, unless another call has done so meanwhile.
+    /// Reads what was revoked since the last refresh, unless another task has just done so.
     async fn refresh(&self, db: Queries<'_>, now: Instant, max_age: Duration) -> Result<(), Error> {
         let mut cursor = timeout_at(db.deadline().at(), self.cursor.lock())
             .await
-            .map_err(|_| Error::DatabaseUnavailable("no revocations in time".into()))?;
+            .map_err(|_| Error::DatabaseUnavailable("timed out refreshing revocations".into()))?;
         if self.is_older(now, max_age) {
             let as_of = Instant::now();
             let (revocations, next) = sessions::revoked_since(db, *cursor).await?;
@@ -88,24 +90,21 @@ impl Revocations {
         Ok(())
     }
 
-    /// Whether the set was older than this at an instant.
+    /// Whether the cache was at least `max_age` old at `now`.
     fn is_older(&self, now: Instant, max_age: Duration) -> bool {
-        let cache = self.cache.read().unwrap_or_else(PoisonError::into_inner);
-        let age = cache
-            .as_of
-            .map(|as_of| now.saturating_duration_since(as_of));
-        age.is_none_or(|age| age >= max_age)
+        let as_of = self.cache.read().as_of;
+        as_of.is_none_or(|as_of| now.saturating_duration_since(as_of) >= max_age)
     }
 
     fn contains(&self, claims: &AccessClaims) -> bool {
-        let cache = self.cache.read().unwrap_or_else(PoisonError::into_inner);
+        let cache = self.cache.read();
         let entry = cache.revoked.get(&claims.sid);
         entry.is_some_and(|(before_epoch, _)| claims.epoch < *before_epoch)
     }
 
     fn merge(&self, revocations: impl IntoIterator<Item = Revocation>, as_of: Option<Instant>) {
         let now = Instant::now();
-        let mut cache = self.cache.write().unwrap_or_else(PoisonError::into_inner);
+        let mut cache = self.cache.write();
         for new in revocations {
             let entry = cache.revoked.entry(new.session_id).or_insert((0, now));
             if entry.0 < new.before_epoch {

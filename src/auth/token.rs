@@ -1,15 +1,15 @@
-//! Access tokens and refresh tokens: both HS256, under keys of their own, so that neither passes
-//! for the other.
+//! Access tokens and refresh tokens. Both are HS256 but use different keys, so that one is never
+//! accepted as the other.
 
-use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{
     Algorithm, DecodingKey, EncodingKey, Header, Validation, crypto, decode, encode,
+    get_current_timestamp,
 };
 use secrecy::{ExposeSecret, SecretString};
-use serde::de::{DeserializeOwned, Visitor};
+use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
@@ -17,22 +17,22 @@ use crate::domain::{self, MAX_ACCESS_TTL, User};
 use crate::error::Error;
 use crate::telemetry::labels::TokenRejection;
 
-/// A token of ours has some 400 bytes; no honest one comes near this.
+/// Longer tokens are rejected unread. The service's own have about 400 bytes.
 const MAX_BYTES: usize = 4096;
-/// How far the clock of another instance may be ahead, in seconds.
+/// Seconds by which the clock of another instance may be ahead.
 const CLOCK_LEEWAY: u64 = 30;
 
-/// What an access token says of its bearer.
+/// The claims of an access token.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct AccessClaims {
-    #[serde(deserialize_with = "id")]
+    #[serde(deserialize_with = "deserialize_id")]
     pub(crate) user_id: Uuid,
-    #[serde(deserialize_with = "id")]
+    #[serde(deserialize_with = "deserialize_id")]
     pub(crate) sub: Uuid,
     pub(crate) email: String,
-    #[serde(deserialize_with = "id")]
+    #[serde(deserialize_with = "deserialize_id")]
     pub(crate) sid: Uuid,
-    /// The session's epoch. No claim while it is 0.
+    /// The session's epoch. The claim is absent while it is 0.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(crate) epoch: i32,
     pub(crate) iat: u64,
@@ -43,46 +43,35 @@ fn is_zero(epoch: &i32) -> bool {
     *epoch == 0
 }
 
-/// What a refresh token says: which session, and which of its tokens. No time, so that the same
-/// successor can be made again.
+/// The claims of a refresh token: the session, and which of its tokens this is. They contain no
+/// time, so that a generation always has the same token.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct RefreshClaims {
-    #[serde(deserialize_with = "id")]
+    #[serde(deserialize_with = "deserialize_id")]
     pub(crate) sid: Uuid,
     pub(crate) generation: i32,
 }
 
-/// An id in the one spelling that we write.
-fn id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
-    struct Id;
-    impl Visitor<'_> for Id {
-        type Value = Uuid;
-
-        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-            f.write_str("an id")
-        }
-
-        fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Uuid, E> {
-            domain::parse_id(text).ok_or_else(|| E::custom("no id"))
-        }
-    }
-    deserializer.deserialize_str(Id)
+/// Accepts only the canonical spelling of a UUID.
+fn deserialize_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    domain::parse_id(&text).ok_or_else(|| D::Error::custom("not an id"))
 }
 
-/// Signs with one key, verifies with that and the one before.
+/// Signs with the current key, and verifies with it and with the previous one.
 struct KeyRing {
-    /// RFC 8725 sections 3.1 and 3.10: nothing in a header chooses a key or an algorithm. Ours
-    /// have `alg` and `typ` and no more.
+    /// The only accepted header (`alg` and `typ`), so that a token cannot choose its key or
+    /// algorithm (RFC 8725, sections 3.1 and 3.10).
     header: Header,
     signing: EncodingKey,
     verifying: Vec<DecodingKey>,
     validation: Validation,
 }
 
-/// Makes and verifies every token.
+/// Issues and verifies all tokens.
 pub(crate) struct TokenIssuer {
     access: KeyRing,
-    /// The same keys, for the sign-out of somebody whose token merely expired.
+    /// The same keys, but accepts expired tokens, so that clients can log out with one.
     expired_access: KeyRing,
     refresh: KeyRing,
     access_ttl: Duration,
@@ -104,25 +93,25 @@ impl TokenIssuer {
         strict.set_required_spec_claims(&["exp", "sub"]);
         let mut expired = strict.clone();
         expired.validate_exp = false;
-        let mut timeless = Validation::new(Algorithm::HS256);
-        timeless.validate_exp = false;
-        timeless.required_spec_claims.clear();
+        let mut without_expiry = Validation::new(Algorithm::HS256);
+        without_expiry.validate_exp = false;
+        without_expiry.required_spec_claims.clear();
         let derived = secrets
             .iter()
-            .map(|secret| derive(secret))
+            .map(|secret| derive_refresh_key(secret))
             .collect::<Result<Vec<_>, _>>()?;
         let derived: Vec<&[u8]> = derived.iter().map(String::as_bytes).collect();
         Ok(Self {
             access: KeyRing::new("JWT", &secrets, strict),
             expired_access: KeyRing::new("JWT", &secrets, expired),
-            refresh: KeyRing::new("refresh+jwt", &derived, timeless),
+            refresh: KeyRing::new("refresh+jwt", &derived, without_expiry),
             access_ttl,
         })
     }
 
-    /// A new access token.
+    /// Issues an access token for a session.
     pub(crate) fn issue_access(&self, user: &User, sid: Uuid, epoch: i32) -> Result<String, Error> {
-        let iat = now();
+        let iat = get_current_timestamp();
         self.access.sign(&AccessClaims {
             user_id: user.id,
             sub: user.id,
@@ -134,17 +123,17 @@ impl TokenIssuer {
         })
     }
 
-    /// The refresh token of this generation: always the same one.
+    /// Issues the refresh token of this generation, which is always the same one.
     pub(crate) fn issue_refresh(&self, sid: Uuid, generation: i32) -> Result<String, Error> {
         self.refresh.sign(&RefreshClaims { sid, generation })
     }
 
-    /// What a good access token says, or the reason why it is none.
+    /// Verifies an access token.
     pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims, TokenRejection> {
         validate_claims(self.access.verify(token)?)
     }
 
-    /// The same, whether or not it has expired.
+    /// Verifies an access token that may have expired.
     pub(crate) fn verify_expired_access(
         &self,
         token: &str,
@@ -152,15 +141,14 @@ impl TokenIssuer {
         validate_claims(self.expired_access.verify(token)?)
     }
 
-    /// What a refresh token says, or the reason why it is none. Whether it is still good, the
-    /// database knows.
+    /// Verifies the signature and claims of a refresh token. Only the database knows whether its
+    /// generation is the current one.
     pub(crate) fn verify_refresh(&self, token: &str) -> Result<RefreshClaims, TokenRejection> {
         let claims: RefreshClaims = self.refresh.verify(token)?;
-        if claims.generation < 1 || claims.generation == i32::MAX {
-            Err(TokenRejection::Malformed)
-        } else {
-            Ok(claims)
+        if !(1..i32::MAX).contains(&claims.generation) {
+            return Err(TokenRejection::Malformed);
         }
+        Ok(claims)
     }
 }
 
@@ -171,7 +159,7 @@ fn validate_claims(claims: AccessClaims) -> Result<AccessClaims, TokenRejection>
     if !claims.email.contains('@') {
         return Err(TokenRejection::Malformed);
     }
-    if claims.iat > now() + CLOCK_LEEWAY || claims.exp < claims.iat {
+    if claims.iat > get_current_timestamp() + CLOCK_LEEWAY || claims.exp < claims.iat {
         return Err(TokenRejection::NotYetValid);
     }
     if claims.exp - claims.iat > MAX_ACCESS_TTL.as_secs() {
@@ -203,24 +191,24 @@ impl KeyRing {
         if token.len() > MAX_BYTES {
             return Err(TokenRejection::Oversized);
         }
-        let mut refusal = TokenRejection::Malformed;
+        let mut rejection = TokenRejection::Malformed;
         for key in &self.verifying {
             match decode::<T>(token, key, &self.validation) {
                 Ok(data) if data.header == self.header => return Ok(data.claims),
                 Ok(_) => return Err(TokenRejection::UnexpectedHeader),
                 Err(error) => {
-                    refusal = reason(error.kind());
-                    if refusal != TokenRejection::BadSignature {
+                    rejection = rejection_reason(error.kind());
+                    if rejection != TokenRejection::BadSignature {
                         break;
                     }
                 }
             }
         }
-        Err(refusal)
+        Err(rejection)
     }
 }
 
-fn reason(kind: &ErrorKind) -> TokenRejection {
+fn rejection_reason(kind: &ErrorKind) -> TokenRejection {
     match kind {
         ErrorKind::ExpiredSignature => TokenRejection::Expired,
         ErrorKind::InvalidSignature => TokenRejection::BadSignature,
@@ -233,8 +221,8 @@ fn reason(kind: &ErrorKind) -> TokenRejection {
     }
 }
 
-/// A key for refresh tokens alone: nothing signed with it can be taken for an access token.
-fn derive(secret: &[u8]) -> Result<String, Error> {
+/// Derives the key that only refresh tokens are signed with.
+fn derive_refresh_key(secret: &[u8]) -> Result<String, Error> {
     crypto::sign(
         b"todo-api refresh token v1",
         &EncodingKey::from_secret(secret),
@@ -244,13 +232,7 @@ fn derive(secret: &[u8]) -> Result<String, Error> {
 }
 
 fn internal(error: jsonwebtoken::errors::Error) -> Error {
-    Error::Internal(format!("cannot sign: {error}"))
-}
-
-fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    Error::Internal(format!("cannot sign a token: {error}"))
 }
 
 #[cfg(test)]
@@ -259,8 +241,8 @@ mod tests {
 
     use super::*;
 
-    fn tokens() -> TokenIssuer {
-        let secret = SecretString::from("a secret of the tests, 32 bytes at least");
+    fn issuer() -> TokenIssuer {
+        let secret = SecretString::from("a test secret of at least 32 bytes");
         TokenIssuer::new(&secret, None, Duration::from_secs(60)).unwrap()
     }
 
@@ -268,26 +250,26 @@ mod tests {
         #![proptest_config(crate::proptest_config())]
 
         #[test]
-        fn what_we_did_not_sign_is_no_token(text in prop_oneof![
+        fn rejects_arbitrary_text(text in prop_oneof![
             any::<String>(),
             "[A-Za-z0-9_-]{0,80}\\.[A-Za-z0-9_-]{0,80}\\.[A-Za-z0-9_-]{0,43}",
         ]) {
-            let tokens = tokens();
-            prop_assert!(tokens.verify_access(&text).is_err());
-            prop_assert!(tokens.verify_refresh(&text).is_err());
+            let issuer = issuer();
+            prop_assert!(issuer.verify_access(&text).is_err());
+            prop_assert!(issuer.verify_refresh(&text).is_err());
         }
 
         #[test]
-        fn a_token_with_another_byte_is_no_token(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
-            let tokens = tokens();
-            let token = tokens.issue_refresh(Uuid::nil(), 1).unwrap();
+        fn rejects_a_token_with_one_changed_byte(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let issuer = issuer();
+            let token = issuer.issue_refresh(Uuid::nil(), 1).unwrap();
             let at = at.index(token.len());
             let mut bytes = token.clone().into_bytes();
             bytes[at] = byte;
             if let Ok(changed) = String::from_utf8(bytes)
                 && changed != token
             {
-                prop_assert!(tokens.verify_refresh(&changed).is_err());
+                prop_assert!(issuer.verify_refresh(&changed).is_err());
             }
         }
     }

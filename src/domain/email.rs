@@ -9,20 +9,20 @@ use super::ValidationError;
 /// White space, control and invisible characters.
 static FORBIDDEN: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r"[\p{White_Space}\x00-\x1F\x7F-\x9F\p{Default_Ignorable_Code_Point}]")
-        .expect("a valid pattern")
+        .expect("the pattern is valid")
 });
 
-/// An e-mail address, trimmed, in NFC and with its case folded: compared and stored as it is.
+/// An e-mail address, trimmed, in NFC and case-folded. Equal addresses have equal text.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Email(String);
 
 impl Email {
-    /// RFC 5321 section 4.5.3.1.3 bounds a path at 256 bytes with its angle brackets.
+    /// RFC 5321, section 4.5.3.1.3, allows 256 bytes including the angle brackets.
     const MAX_BYTES: usize = 254;
 
-    /// Accepts one `@` with something on both sides and no forbidden character.
+    /// Requires exactly one `@` with text on both sides, and no forbidden characters.
     pub(crate) fn parse(text: &str) -> Result<Self, ValidationError> {
-        // Folding can take a text out of NFC.
+        // Normalized again, because case folding can denormalize a text.
         let address: String = text.trim().nfc().flat_map(fold_case).nfc().collect();
         if address.len() > Self::MAX_BYTES {
             return Err(ValidationError::new(
@@ -41,15 +41,14 @@ impl Email {
         Ok(Self(address))
     }
 
-    /// The address as it is stored.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Unicode's simple case folding: the lower case of the upper case, so that `σ` and `ς` are one
-/// letter, and `s` and `ſ`. `ß` and others whose upper case is several letters stay, and so does
-/// the Turkish `ı`: they are letters of their own.
+/// Unicode's simple case folding: the lower case of the upper case, so that `σ` equals `ς` and `s`
+/// equals `ſ`. Letters whose upper case is several letters, such as `ß`, are only lowercased, and so
+/// is the Turkish `ı`.
 fn fold_case(c: char) -> impl Iterator<Item = char> {
     let mut upper = c.to_uppercase();
     match (upper.next(), upper.next()) {
@@ -71,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_trimmed_and_lowered() {
+    fn trims_and_lowercases() {
         assert_eq!(
             Email::parse("  Ann@Example.COM\t").unwrap().as_str(),
             "ann@example.com"
@@ -79,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn letters_that_differ_only_in_case_are_one() {
+    fn ignores_case() {
         let parse = |local: &str| Email::parse(&format!("{local}@b")).unwrap();
         for same in [
             &["νίκος", "νίκοσ", "ΝΊΚΟΣ", "ΝΙ\u{301}ΚΟΣ"][..],
@@ -101,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn invisible_characters_are_refused() {
+    fn rejects_invisible_characters() {
         for invisible in "\u{ad}\u{34f}\u{61c}\u{115f}\u{17b4}\u{180e}\u{200b}\u{200d}\u{200f}\u{202e}\u{2060}\u{2065}\u{2069}\u{3164}\u{fe0f}\u{feff}\u{ffa0}\u{fff0}\u{1d173}\u{e0041}\u{e01ef}".chars() {
             for address in [
                 format!("a{invisible}b@c"),
@@ -118,7 +117,7 @@ mod tests {
         #![proptest_config(crate::proptest_config())]
 
         #[test]
-        fn a_stored_address_is_read_back_as_it_is(local in "\\PC{1,8}") {
+        fn parsing_is_idempotent(local in "\\PC{1,8}") {
             if let Ok(email) = Email::parse(&format!("{local}@b")) {
                 prop_assert_eq!(Email::parse(email.as_str()).unwrap(), email);
             }
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn every_letter_is_read_back_as_it_is() {
+    fn parsing_is_idempotent_for_every_cased_letter() {
         let has_case = |c: &char| c.to_uppercase().ne([*c]) || c.to_lowercase().ne([*c]);
         for c in ('\0'..=char::MAX).filter(has_case) {
             if let Ok(email) = Email::parse(&format!("x{c}@b")) {
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn rejects_malformed_addresses() {
         for text in [
             "",
             "@",
@@ -154,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_is_in_bytes_and_after_lowering() {
+    fn limits_the_length_in_bytes() {
         let fits = format!("{}@b", "a".repeat(252));
         assert!(Email::parse(&fits).is_ok());
         assert!(Email::parse(&format!("a{fits}")).is_err());

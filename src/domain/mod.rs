@@ -1,4 +1,5 @@
-//! Values that are valid because they exist. Nothing here knows HTTP or SQL.
+//! Domain types. Those with a `parse` function are valid by construction. This module knows neither
+//! HTTP nor SQL.
 
 use uuid::Uuid;
 
@@ -14,19 +15,20 @@ pub(crate) use task::{Completion, Description, NewTask, Task, TaskChange, Title}
 pub(crate) use timestamp::Rfc3339;
 pub(crate) use user::User;
 
-/// An id as this API writes it; ids are compared as text, so no other spelling is one.
+/// Parses an id in the spelling that the API uses: a UUID in lower case with hyphens. Clients
+/// compare ids as text, so other spellings of the same UUID are rejected.
 pub(crate) fn parse_id(text: &str) -> Option<Uuid> {
     let id = Uuid::try_parse(text).ok()?;
     let mut buffer = Uuid::encode_buffer();
     (id.hyphenated().encode_lower(&mut buffer) == text).then_some(id)
 }
 
-/// Why a value was refused: a code for programs and a sentence for people.
+/// Why a value is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ValidationError {
-    /// A stable, lower-case word: `too_long`, `required` …
+    /// A stable code for clients, such as `too_long`.
     pub(crate) code: &'static str,
-    /// What is wrong, naming the value and its bound.
+    /// A message for people that names the field and its limit.
     pub(crate) detail: &'static str,
 }
 

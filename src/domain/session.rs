@@ -5,20 +5,20 @@ use uuid::Uuid;
 
 use super::Rfc3339;
 
-/// One sign-in that is still good for a refresh.
+/// A session that has neither expired nor been revoked.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Session {
-    /// UUIDv7; the access token's `sid`.
+    /// UUIDv7; the `sid` claim of its access tokens.
     pub(crate) id: Uuid,
-    /// The first 200 characters of the User-Agent that signed in.
+    /// The first 200 characters of the User-Agent header of the login.
     pub(crate) user_agent: Option<String>,
-    /// When somebody signed in.
+    /// The time of the login.
     pub(crate) created_at: Rfc3339,
-    /// When it was last refreshed.
+    /// The time of the last refresh.
     pub(crate) last_used_at: Rfc3339,
-    /// When it ends unless it is refreshed before.
+    /// The time at which it expires if it is not refreshed.
     pub(crate) expires_at: Rfc3339,
-    /// Whether the request that asks belongs to it.
+    /// Whether the current request belongs to this session.
     pub(crate) current: bool,
 }
 

@@ -2,7 +2,7 @@ use jiff::Timestamp;
 use jiff::fmt::temporal::DateTimePrinter;
 use serde::{Serialize, Serializer};
 
-/// An instant as clients see it: RFC 3339 in UTC with `Z` and always six digits of a second.
+/// A time that serializes as RFC 3339 in UTC with exactly six fractional digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rfc3339(pub(crate) Timestamp);
 
@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_instant_always_has_six_digits_of_a_second() {
+    fn always_has_six_fractional_digits() {
         for (nanos, text) in [
             (0, ".000000Z\""),
             (120_000_000, ".120000Z\""),

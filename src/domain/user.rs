@@ -3,15 +3,15 @@ use uuid::Uuid;
 
 use super::Rfc3339;
 
-/// Somebody with an account, as they see themselves.
+/// A user, as returned to the user.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct User {
     /// UUIDv7.
     pub(crate) id: Uuid,
-    /// Trimmed and in lower case.
+    /// A normalized [`Email`](super::Email).
     pub(crate) email: String,
-    /// When the account was made.
+    /// The time of the registration.
     pub(crate) created_at: Rfc3339,
-    /// When the password was last changed, or the account made.
+    /// The time of the last password change, or of the registration.
     pub(crate) updated_at: Rfc3339,
 }

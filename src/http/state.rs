@@ -9,9 +9,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 use uuid::Uuid;
 
-use crate::auth::login_limits::{
-    IpRateLimiter, KeyedPermit, KeyedSemaphore, MAX_CONCURRENT_LOGINS,
-};
+use crate::auth::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
+use crate::auth::login_limits::{IpRateLimiter, MAX_CONCURRENT_LOGINS};
 use crate::auth::password::PasswordHasher;
 use crate::auth::revocations::Revocations;
 use crate::auth::token::TokenIssuer;

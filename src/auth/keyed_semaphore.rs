@@ -1,0 +1,74 @@
+//! A semaphore for each key, for example for each account.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout_at;
+
+use crate::db::Deadline;
+use crate::error::Error;
+
+type Semaphores<K> = Arc<Mutex<HashMap<K, Arc<Semaphore>>>>;
+
+/// Limits how many permits are held for each key. Semaphores exist only while they are in use.
+pub(crate) struct KeyedSemaphore<K: Clone + Eq + Hash> {
+    permits_per_key: usize,
+    semaphores: Semaphores<K>,
+}
+
+/// A permit for one key, or a request for one. Released on drop.
+pub(crate) struct KeyedPermit<K: Clone + Eq + Hash> {
+    semaphores: Semaphores<K>,
+    key: K,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
+    pub(crate) fn new(permits_per_key: usize) -> Self {
+        Self {
+            permits_per_key,
+            semaphores: Arc::default(),
+        }
+    }
+
+    /// Waits for a permit until the deadline.
+    pub(crate) async fn acquire(
+        &self,
+        key: K,
+        deadline: Deadline,
+    ) -> Result<KeyedPermit<K>, Error> {
+        let new = || Arc::new(Semaphore::new(self.permits_per_key));
+        let semaphore = self
+            .semaphores
+            .lock()
+            .entry(key.clone())
+            .or_insert_with(new)
+            .clone();
+        // Created before waiting, so that its drop removes an unused semaphore after a timeout too.
+        let mut keyed = KeyedPermit {
+            semaphores: self.semaphores.clone(),
+            key,
+            permit: None,
+        };
+        match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
+            Ok(Ok(permit)) => keyed.permit = Some(permit),
+            _ => return Err(Error::Overloaded),
+        }
+        Ok(keyed)
+    }
+}
+
+impl<K: Clone + Eq + Hash> Drop for KeyedPermit<K> {
+    fn drop(&mut self) {
+        let mut semaphores = self.semaphores.lock();
+        // Releases this permit's reference, so that only the map's reference counts below.
+        self.permit = None;
+        let semaphore = semaphores.get(&self.key);
+        if semaphore.is_some_and(|semaphore| Arc::strong_count(semaphore) == 1) {
+            semaphores.remove(&self.key);
+        }
+    }
+}
