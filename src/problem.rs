@@ -105,3 +105,54 @@ problems! {
         "This instance is shutting down. Nothing was changed."
         "Retry. Another instance, or this one after its restart, will handle the request.";
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Calls `visit` with each example of a problem.
+    fn visit_problems(node: &Value, visit: &mut impl FnMut(&Value)) {
+        if node["type"]
+            .as_str()
+            .is_some_and(|text| text.starts_with("/problems/"))
+        {
+            visit(node);
+        }
+        let members = node
+            .as_object()
+            .into_iter()
+            .flat_map(|members| members.values());
+        for child in members.chain(node.as_array().into_iter().flatten()) {
+            visit_problems(child, visit);
+        }
+    }
+
+    #[test]
+    fn the_openapi_document_has_exactly_these_problems() {
+        let document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        let mut documented = BTreeMap::new();
+        visit_problems(&document, &mut |example| {
+            let code = example["code"].as_str().unwrap();
+            assert_eq!(example["type"], format!("/problems/{code}"));
+            let values = (example["status"].clone(), example["title"].clone());
+            let known = documented
+                .entry(code.to_owned())
+                .or_insert_with(|| values.clone());
+            assert_eq!(*known, values, "{code}");
+        });
+        let table = PROBLEMS.iter().map(|problem| {
+            let values = (problem.status.into(), problem.title.into());
+            (problem.code.to_owned(), values)
+        });
+        assert_eq!(documented, table.collect());
+
+        let codes = &document["components"]["schemas"]["Problem"]["properties"]["code"]["enum"];
+        let codes = codes.as_array().unwrap().iter();
+        let codes: BTreeSet<_> = codes.map(|code| code.as_str().unwrap()).collect();
+        assert_eq!(codes, PROBLEMS.iter().map(|problem| problem.code).collect());
+    }
+}

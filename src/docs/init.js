@@ -1,12 +1,12 @@
-// Starts Swagger UI, and leads a newcomer from registering to the first task.
+// Starts Swagger UI, and shows new users the steps from registration to their first task.
 "use strict";
 
 (() => {
-  // A proxy may serve the API under a prefix, so every address is relative to this file's.
+  // URLs are relative to this file, because a proxy may serve the API under a prefix.
   const root = new URL("../", document.currentScript.src);
   let signedIn = null;
 
-  // The document's links are relative to /docs, without a slash at the end.
+  // Links in the document are relative to /docs without a trailing slash.
   if (location.pathname.endsWith("/")) {
     history.replaceState(null, "", location.pathname.slice(0, -1) + location.search + location.hash);
   }
@@ -15,13 +15,14 @@
     for (const hint of document.querySelectorAll("#hint > p")) {
       hint.hidden = hint.id !== step;
     }
-    for (const place of document.querySelectorAll(`#${step} .email`)) {
-      place.textContent = email;
+    for (const element of document.querySelectorAll(`#${step} .email`)) {
+      element.textContent = email;
     }
   }
 
-  // The claims of an access token, or null where the text is none. Only shown, never trusted.
-  function claims(token) {
+  // Returns the claims of an access token, or null if it is malformed. For display only: the
+  // signature is not verified.
+  function parseClaims(token) {
     try {
       const payload = token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
       const bytes = Uint8Array.from(atob(payload), (character) => character.charCodeAt(0));
@@ -31,7 +32,7 @@
     }
   }
 
-  // Puts the user's id into every operation that asks for it: whoever is signed in has no other.
+  // Fills in the user_id of every operation: no other ID is valid for the signed-in user.
   function fillInUserId(system, id) {
     system.specSelectors.specJson().get("paths").forEach((item, path) => {
       if (!path.includes("{user_id}")) return;
@@ -43,12 +44,12 @@
     });
   }
 
-  const guide = {
+  const authorizationHints = {
     statePlugins: {
       auth: {
         wrapActions: {
           authorize: (authorize, system) => (given) => {
-            const user = claims(given.bearer?.value ?? "");
+            const user = parseClaims(given.bearer?.value ?? "");
             if (user) {
               fillInUserId(system, user.user_id);
               show("hint-authorized", user.email);
@@ -64,7 +65,7 @@
     },
   };
 
-  function noticeSignIn(response) {
+  function showTokenHint(response) {
     const path = new URL(response.url, location.href).pathname;
     if (response.ok && /\/api\/v1\/auth\/(register|login|refresh)$/.test(path)) {
       signedIn = JSON.parse(response.text);
@@ -80,16 +81,16 @@
     deepLinking: true,
     defaultModelsExpandDepth: 0,
     displayRequestDuration: true,
-    // A token kept by the browser would outlive the tab that it was meant for.
+    // Tokens must not outlive the tab.
     persistAuthorization: false,
-    plugins: [guide],
-    responseInterceptor: noticeSignIn,
+    plugins: [authorizationHints],
+    responseInterceptor: showTokenHint,
     tryItOutEnabled: true,
-    // Swagger's validator is a site of somebody else's.
+    // Swagger's validator is a third-party site.
     validatorUrl: null,
   });
 
-  // Swagger UI follows a deep link when it loads; the hints' links come later.
+  // Swagger UI follows deep links only when it loads, so those of the hints are handled here.
   window.addEventListener("hashchange", () => {
     ui.getSystem().layoutActions.parseDeepLinkHash(location.hash);
     document.getElementById(`operations-${location.hash.slice(2).replace("/", "-")}`)?.scrollIntoView();
@@ -107,8 +108,8 @@
       await navigator.clipboard.writeText(signedIn.access_token);
       button.textContent = "Copied";
     } catch {
-      // A browser has no clipboard for pages that come over plain HTTP from another machine.
-      button.textContent = "Not allowed here; copy it out of the answer";
+      // Browsers provide no clipboard to pages from other hosts over plain HTTP.
+      button.textContent = "Cannot copy here; copy it from the response";
     }
   });
 })();
