@@ -48,6 +48,10 @@ environment (secrets also in the file that <NAME>_FILE names, or as systemd cred
 /// Runs the command that the arguments name. Exits with 2 if there is no such command.
 pub fn run() -> ExitCode {
     logging::set_panic_hook();
+    if let Err(error) = embedded_postgres::become_child() {
+        logging::print_fatal(&format!("cannot run PostgreSQL: {error}"));
+        return ExitCode::FAILURE;
+    }
     let command = match parse_args() {
         Ok(command) => command,
         Err(error) => {

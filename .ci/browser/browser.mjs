@@ -1,4 +1,4 @@
-// One headless Chromium with a profile of its own, which talks to nobody by itself.
+// Starts headless Chromium with a profile of its own and without background network traffic.
 
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

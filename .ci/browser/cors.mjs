@@ -1,5 +1,5 @@
-// The service from pages of other origins: what a listed one may do and read, and that the browser
-// refuses one that is not listed.
+// Requests from pages of other origins: an allowed origin can use the API and read the responses; the
+// browser blocks one that is not allowed.
 
 import assert from "node:assert/strict";
 import { createServer } from "node:http";
@@ -74,13 +74,13 @@ try {
     assert.deepEqual(seen.page.body.map((task) => task.title), ["Water the plants"]);
     assert.match(seen.page.link, /^<[^>]+>; rel="next"$/);
     assert.equal(seen.page.total, "2");
-    // The browser's cache turns a 304 into the copy it has, where it has one.
+    // The browser turns a 304 into its cached copy, if there is one.
     assert.ok([200, 304].includes(seen.unchanged.status));
     assert.equal(seen.put.status, 200);
     assert.notEqual(seen.put.etag, seen.first.etag);
     assert.equal(seen.stale.body.code, "precondition_failed");
     assert.equal(seen.nobody.body.code, "missing_token");
-    // Not a network error: the preflight is answered on any path.
+    // The preflight succeeds on any path, so the page sees the status and not a network error.
     assert.equal(seen.nowhere.body.code, "not_found");
     assert.equal(seen.wrongMethod.body.code, "method_not_allowed");
     assert.ok(seen.nobody.requestId, "headers are readable on errors too");
@@ -97,7 +97,7 @@ try {
     assert.equal(await attempt("/healthz", {}), "TypeError");
     assert.equal(await attempt(tasks, { headers }), "TypeError");
     assert.equal(await attempt(tasks, { method: "POST", headers, body: '{"title":"From elsewhere"}' }), "TypeError");
-    // A body without a type needs no preflight, and its response cannot be read: nothing may come of it.
+    // A body without a type needs no preflight. The page cannot read the response, and the request must have no effect.
     const untyped = `stranger-${crypto.randomUUID()}@example.com`;
     const account = { email: untyped, password: "blue kettle sings at dawn" };
     await page.evaluate(

@@ -1,5 +1,5 @@
-// A newcomer's way through /docs: register, authorize, create a task, complete it. Nothing may be
-// complained about in the console, forbidden by the policy, or asked of anybody else.
+// The first steps of a new user in /docs: register, authorize, create a task, complete it. The console must
+// show no errors and no policy violations, and the page must send no requests to other hosts.
 
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
@@ -35,7 +35,7 @@ await withBrowser(async (browser) => {
       await operation(id).locator(".opblock-summary-control").click();
     }
   }
-  // Presses Execute and reads the answer off the page, as a person would.
+  // Presses Execute and reads the response from the page.
   async function execute(id) {
     await operation(id).locator(".execute").click();
     const row = operation(id).locator(".live-responses-table tbody tr").first();
@@ -88,19 +88,19 @@ await withBrowser(async (browser) => {
   await operation("setTaskCompletion").locator(".live-responses-table").evaluate((table) => table.scrollIntoView());
   await page.screenshot(picture("completed"));
 
-  // Somebody else's id is refused, and the refusal's page says what that means.
+  // Another user's id is refused, and the problem page explains the response.
   await open("listTasks");
   await fill("listTasks", "user_id", created.body.id);
   assert.deepEqual(complaints, []);
   const refused = await execute("listTasks");
   assert.equal(refused.body.code, "forbidden");
-  // The browser itself reports every answer of 400 and above.
+  // The browser logs every response of 400 and above.
   assert.deepEqual(complaints.splice(0).filter((text) => !text.includes("status of 403")), []);
   await page.goto(baseUrl + refused.body.type);
   await page.getByText("What to do").waitFor();
   await page.screenshot(picture("problem"));
 
-  // With a slash at the end, the page and its links lead to the same places.
+  // With a trailing slash, the links of the page have the same targets.
   await page.goto(`${baseUrl}/docs/`);
   const link = page.locator(".info a", { hasText: "forbidden" });
   assert.equal(await link.evaluate((a) => a.href), `${baseUrl}/problems/forbidden`);

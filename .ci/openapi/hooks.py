@@ -1,4 +1,4 @@
-"""What schemathesis has to be told to test the service as a real user would use it.
+"""Schemathesis hooks, so that the service is tested as a real user would use it.
 
 Before a request is sent:
 
@@ -26,7 +26,7 @@ SELF_ENDING = {"logout", "deleteMe", "changePassword", "endSession", "endOtherSe
 
 
 class Guest:
-    """A user who may lose their session, their password and their account."""
+    """A user whose session, password and account the tests may change or delete."""
 
     def __init__(self):
         self.email = f"guest-{secrets.token_hex(8)}@example.com"
@@ -45,7 +45,7 @@ class Guest:
 
 
 guest = Guest()
-# Signing out what is signed out already succeeds as well, so this one is never missed.
+# A second logout succeeds too, so no test depends on this session.
 leaver = Guest()
 
 
@@ -56,11 +56,11 @@ def before_call(context, case, kwargs):
         case.headers["Authorization"] = (leaver if operation == "logout" else guest).authorization
     right = case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE
     if operation == "logout" and not right:
-        # With a bearer token, a logout does not read what is wrong with its body.
+        # A logout with a bearer token does not read its body, valid or not.
         case.headers.pop("Authorization", None)
     if right and isinstance(case.body, dict):
-        # Every other body stays wrong in what only the service can tell: the same ones whenever they
-        # are sent again, or scenarios could not be replayed.
+        # Every other body stays invalid in a way that only the service detects. The choice depends on the
+        # body alone, so that scenarios can be replayed.
         truthful = zlib.crc32(json.dumps(case.body, sort_keys=True).encode()) % 4 > 0
         complete(operation, case.body, truthful)
 
@@ -70,8 +70,8 @@ def complete(operation, body, truthful):
         body["password"] = strong(body["password"])
         email = unicodedata.normalize("NFC", body["email"].strip()).lower()
         if truthful or len(email.encode()) > 254 or any(ord(char) > 0xFFFF for char in email):
-            # The first can be sent again; the second has more bytes than characters; of the third, some
-            # are invisible, which a pattern for every JavaScript engine cannot say.
+            # The first can be sent again, the second has more bytes than characters, and the third contains
+            # invisible characters, which no pattern for all JavaScript engines can exclude.
             body["email"] = f"{secrets.token_hex(8)}@example.com"
     elif operation == "changePassword":
         body["new_password"] = strong(body["new_password"])
@@ -84,12 +84,12 @@ def complete(operation, body, truthful):
     elif operation in ("refresh", "logout") and truthful:
         body["refresh_token"] = (leaver if operation == "logout" else guest).refresh_token
     elif operation in ("updateTask", "replaceTask") and not KNOWN_CHANGES & body.keys():
-        # Members of other names are ignored, and a change of nothing is refused.
+        # Unknown members are ignored, and a change without known members is refused.
         body["completed"] = True
 
 
 def strong(password):
-    """The same password, as far as there is room for it, made hard to guess."""
+    """Makes a password hard to guess, keeping as much of it as fits."""
     kept = password.encode()[:40].decode(errors="ignore")
     return f"{kept} {secrets.token_hex(12)}"
 
@@ -107,18 +107,18 @@ def after_call(context, case, response):
     elif operation == "deleteMe" and response.status_code == 204:
         guest = Guest()
     elif response.status_code in (401, 429) and case.headers.get("Authorization") == guest.authorization:
-        # Its session is over, or it has failed too often.
+        # The session has ended, or the account is locked.
         guest = Guest()
     elif response.status_code == 429 and isinstance(case.body, dict) and case.body.get("email") == guest.email:
-        # Its address was seen in an answer, and tried with other passwords.
+        # The address appeared in a response and was tried with other passwords.
         guest = Guest()
 
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
-    """Drops what is no fault of the service."""
+    """Drops failures that the service does not cause."""
     if isinstance(failure, RejectedPositiveData) and response.status_code == 422:
-        # A right request can come with a key that another one used before.
+        # A valid request can repeat an Idempotency-Key of an earlier one.
         return response.json()["code"] != "idempotency_key_reused"
-    # To clear the completed tasks is not to delete the list.
+    # Deleting the completed tasks does not delete the list.
     return not (isinstance(failure, UseAfterFree) and failure.free.endswith("/tasks"))

@@ -1,4 +1,4 @@
-//! The HTTP client: keep-alive connections on two threads, and no more parsing than needed.
+//! The HTTP client: keep-alive connections on two threads, with as little parsing as possible.
 
 use std::{
     convert::Infallible,
@@ -26,24 +26,24 @@ use crate::{
     work::Rng,
 };
 
-/// As many as pgbench gets with `-j`.
+/// The same number as pgbench's `-j`.
 const LOAD_THREADS: usize = 2;
 const WARM_UP: Duration = Duration::from_millis(500);
-/// The last answers may come this long after the end of a load.
+/// The last responses may arrive this long after the end of a load.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Writes the next request of a connection and returns the status that it should get.
 pub(crate) type Writer<'a> = dyn Fn(&mut Rng, &mut Vec<u8>) -> u16 + Sync + 'a;
 
-/// What a load saw between the end of its warm-up and its own end.
+/// The results of a load after its warm-up.
 #[derive(Default)]
 pub(crate) struct Load {
     seconds: f64,
-    /// Of the answers with the right status, sorted, in microseconds.
+    /// Latencies of the responses with the expected status, sorted, in microseconds.
     took: Vec<u32>,
-    /// The other answers.
+    /// The number of other responses.
     pub(crate) failed: u64,
-    /// There was nothing left to do before the time was up.
+    /// Whether the work ran out before the time was up.
     pub(crate) ran_out: bool,
     pub(crate) cpu: Cpu,
 }
@@ -64,13 +64,13 @@ impl Load {
         self.took.get(at).map_or(0.0, |&took| f64::from(took) / 1e3)
     }
 
-    /// Microseconds of CPU for each answer.
+    /// CPU time per response, in microseconds.
     pub(crate) fn cost(&self, cpu: Option<Duration>) -> Option<f64> {
         Some(cpu?.as_secs_f64() * 1e6 / self.took.len() as f64)
     }
 }
 
-/// Loads a server for so long, and looks at the clocks of `watched` meanwhile.
+/// Loads a server for the given time and samples the CPU time of `watched`.
 pub(crate) fn load(
     address: SocketAddr,
     connections: usize,
@@ -92,7 +92,7 @@ pub(crate) fn load(
             timeout_at((end + ANSWER_TIMEOUT).into(), try_join_all(tallies)).await
         });
         let mut all = Load::default();
-        for tally in tallies.map_err(|_| "the server does not answer")?? {
+        for tally in tallies.map_err(|_| "the server does not respond")?? {
             all.add(tally);
         }
         Ok(all)
@@ -110,18 +110,14 @@ pub(crate) fn load(
             ..Load::default()
         };
         for thread in threads {
-            all.add(
-                thread
-                    .join()
-                    .map_err(|_| "a thread of the load panicked")??,
-            );
+            all.add(thread.join().map_err(|_| "a client thread panicked")??);
         }
         all.took.sort_unstable();
         Ok(all)
     })
 }
 
-/// One connection: a request, its answer, the next request.
+/// One connection: sends a request, reads the response, sends the next.
 pub(crate) async fn converse(
     address: SocketAddr,
     connection: u64,
@@ -132,13 +128,13 @@ pub(crate) async fn converse(
 ) -> Result<Load> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    let mut draw = Rng {
+    let mut rng = Rng {
         connection,
         share,
         count: 0,
         state: (connection + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15),
     };
-    let (mut request, mut answer) = (Vec::with_capacity(2048), Vec::with_capacity(16 << 10));
+    let (mut request, mut response) = (Vec::with_capacity(2048), Vec::with_capacity(16 << 10));
     let mut tally = Load::default();
     loop {
         let started = Instant::now();
@@ -147,11 +143,11 @@ pub(crate) async fn converse(
         }
         check()?;
         request.clear();
-        let expected = writer(&mut draw, &mut request);
-        tally.ran_out = draw.count > draw.share;
+        let expected = writer(&mut rng, &mut request);
+        tally.ran_out = rng.count > rng.share;
         stream.write_all(&request).await?;
-        let status = read_answer(&mut stream, &mut answer).await?;
-        // By their end: a sign-in can wait in a queue for longer than the warm-up lasts.
+        let status = read_answer(&mut stream, &mut response).await?;
+        // Counted by their end: a login can wait in the queue for longer than the warm-up.
         let answered = Instant::now();
         if !(begin..end).contains(&answered) {
             continue;
@@ -164,22 +160,22 @@ pub(crate) async fn converse(
     }
 }
 
-/// Reads one whole answer into `answer` and returns its status.
-pub(crate) async fn read_answer(stream: &mut TcpStream, answer: &mut Vec<u8>) -> Result<u16> {
-    answer.clear();
+/// Reads one complete response into `response` and returns its status.
+pub(crate) async fn read_answer(stream: &mut TcpStream, response: &mut Vec<u8>) -> Result<u16> {
+    response.clear();
     let mut whole = None;
-    while whole.is_none_or(|length| answer.len() < length) {
-        if stream.read_buf(answer).await? == 0 {
+    while whole.is_none_or(|length| response.len() < length) {
+        if stream.read_buf(response).await? == 0 {
             return Err("the server closed a connection".into());
         }
         if whole.is_none()
-            && let Some(end) = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n")
+            && let Some(end) = response.windows(4).position(|bytes| bytes == b"\r\n\r\n")
         {
-            let head = std::str::from_utf8(&answer[..end])?;
+            let head = std::str::from_utf8(&response[..end])?;
             whole = Some(end + 4 + header(head, "content-length").map_or(Ok(0), str::parse)?);
         }
     }
-    let status = answer.get(9..12).ok_or("an answer without a status")?;
+    let status = response.get(9..12).ok_or("a response without a status")?;
     Ok(std::str::from_utf8(status)?.parse()?)
 }
 
@@ -190,25 +186,25 @@ pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// One request on a connection of its own: status, head and body.
+/// Sends one request on a new connection and returns status, head and body.
 pub(crate) fn fetch(address: SocketAddr, request: &[u8]) -> Result<(u16, String)> {
     let mut stream = std::net::TcpStream::connect(address)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     let (first, rest) =
         request.split_at(request.windows(2).position(|b| b == b"\r\n").unwrap_or(0));
     stream.write_all(&[first, b"\r\nConnection: close", rest].concat())?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let answer = String::from_utf8(answer)?;
-    let status = answer
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response)?;
+    let response = String::from_utf8(response)?;
+    let status = response
         .get(9..12)
-        .ok_or("an answer without a status")?
+        .ok_or("a response without a status")?
         .parse()?;
-    Ok((status, answer))
+    Ok((status, response))
 }
 
-/// A hyper server that does nothing but answer: what HTTP itself costs, and proof that the client
-/// above is not what limits the rest.
+/// A hyper server with a constant response. It shows the cost of HTTP alone, and that the client is
+/// not the bottleneck.
 pub(crate) fn serve_constant(address: SocketAddr) -> Result<()> {
     pub(crate) const TASK: &str = r#"{"id":"01900000-0000-7000-8000-000000012345","user_id":"01900000-0000-7000-8000-000000000345","title":"Task 12345","description":"Something that is to be done before long","completed":false,"created_at":"2026-02-05T09:30:00.123456Z","updated_at":"2026-02-05T09:30:00.123456Z"}"#;
     Runtime::new()?.block_on(async {
@@ -216,7 +212,7 @@ pub(crate) fn serve_constant(address: SocketAddr) -> Result<()> {
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            let answer = service_fn(|_| async {
+            let response = service_fn(|_| async {
                 let mut response = Response::new(Full::new(Bytes::from_static(TASK.as_bytes())));
                 let json = hyper::header::HeaderValue::from_static("application/json");
                 response
@@ -224,7 +220,7 @@ pub(crate) fn serve_constant(address: SocketAddr) -> Result<()> {
                     .insert(hyper::header::CONTENT_TYPE, json);
                 Ok::<_, Infallible>(response)
             });
-            tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), answer));
+            tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), response));
         }
     })
 }

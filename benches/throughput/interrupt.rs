@@ -1,4 +1,4 @@
-//! SIGINT, SIGTERM and SIGHUP end the measurement that runs; what was measured before is reported.
+//! SIGINT, SIGTERM and SIGHUP stop the current measurement; earlier results are still reported.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -15,10 +15,10 @@ use crate::Result;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// How late an interrupt may be noticed.
+/// The interval at which the signal flag is checked.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Watches for the signals from now on.
+/// Installs the signal handlers.
 pub(crate) fn watch() -> Result<()> {
     let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
     let context = runtime.enter();
@@ -39,7 +39,7 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
-/// An error once a signal has come.
+/// Returns an error after a signal.
 pub(crate) fn check() -> Result<()> {
     match INTERRUPTED.load(Ordering::Relaxed) {
         true => Err("interrupted".into()),
@@ -47,7 +47,7 @@ pub(crate) fn check() -> Result<()> {
     }
 }
 
-/// Sleeps until then.
+/// Sleeps until the deadline or a signal.
 pub(crate) fn sleep_until(end: Instant) -> Result<()> {
     while Instant::now() < end {
         check()?;

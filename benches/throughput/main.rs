@@ -1,26 +1,26 @@
-//! `cargo bench`: the service beside pgbench, PostgreSQL's own client, at the same work.
+//! `cargo bench`: compares the service with pgbench, PostgreSQL's own client, at the same work.
 //!
-//! Starts a private PostgreSQL with full durability and the release server, fills 1,000 users with
-//! 100 tasks each, and then in every round, for every kind of work, lets pgbench (20 clients,
-//! prepared statements, TCP) and 64 keep-alive HTTP connections have the database one after the
-//! other. What counts is the ratio of one round: the figures of a shared machine come and go, but
-//! for both alike. Where the service passes a parameter, pgbench's script has a constant: that is
-//! in its favour. pgbench asks for one task or one page with each statement, as one client does.
+//! Starts an embedded PostgreSQL with full durability and the release build, and creates 1,000 users
+//! with 100 tasks each. In every round and for every kind of work, pgbench (20 clients, prepared
+//! statements, TCP) and 64 keep-alive HTTP connections use the database one after the other. Only
+//! the ratio within a round is meaningful, because the speed of a shared machine varies. Where the
+//! service passes a parameter, pgbench's script has a constant, in pgbench's favour. pgbench reads
+//! one task or one page per statement, as a single client does.
 //!
-//! Then: reads while 16 clients sign in, memory, start-up, and what a user with a million tasks
-//! pays. Every figure goes to stdout and to `target/throughput.json` as soon as it is measured; the
-//! tables follow at the end, after a failure or a signal too.
+//! Then it measures reads while 16 clients log in, memory, the start, and a user with a million
+//! tasks. Every figure is printed and written to `target/throughput.json` as soon as it is measured;
+//! the tables follow at the end, after a failure or a signal too.
 //!
-//! | option | variable | what |
+//! | option | variable | meaning |
 //! |---|---|---|
-//! | | `BENCH_SECONDS` | length of each measurement, 5 |
-//! | | `BENCH_ROUNDS` | 3; the table has medians |
-//! | `--quick` | | one round of one second: does it all work? |
-//! | `--growth` | | ten million tasks more (minutes, and 4 GB of disk in `/var/tmp`) |
-//! | `--only WORK` | | one kind of work by its name in the table, and nothing else; may be given several times |
-//! | `--against PATH` | | a third in every round: another build of the service, on the same database |
+//! | | `BENCH_SECONDS` | seconds per measurement (5) |
+//! | | `BENCH_ROUNDS` | number of rounds (3); the table shows medians |
+//! | `--quick` | | one round of one second, to check that everything works |
+//! | `--growth` | | adds ten million tasks (minutes, and 4 GB of disk in `/var/tmp`) |
+//! | `--only WORK` | | measures only this row of the table; can be repeated |
+//! | `--against PATH` | | also measures another build of the service in every round, on the same database |
 //!
-//! CPU and memory come from `/proc`; elsewhere than on Linux those columns are empty.
+//! CPU time and memory are read from `/proc`, so these columns are empty on systems other than Linux.
 
 mod client;
 mod interrupt;
@@ -46,17 +46,17 @@ use processes::{
     CpuSampler, Database, Process, await_answer, free_address, resident, start_server,
 };
 use report::{Pgbench, Report, Round, median};
-use work::{Person, TASKS, USERS, Work, count_victims, insert_people, insert_tasks};
+use work::{BenchUser, TASKS, USERS, Work, count_remaining, insert_tasks, insert_users};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
 
 const CONNECTIONS: usize = 64;
-const SIGNING_IN: usize = 16;
+const LOGIN_CLIENTS: usize = 16;
 const IDLE_CONNECTIONS: usize = 2_000;
 const PASSWORD: &str = "correct horse battery staple";
 const BCRYPT_COST: u32 = 12;
-const SECRET: &str = "a secret of the bench alone, of 32 bytes at least";
+const SECRET: &str = "the benchmark's secret, at least 32 bytes long";
 
 fn main() -> Result<()> {
     let options = Options::read()?;
@@ -76,11 +76,11 @@ struct Options {
     rounds: usize,
     quick: bool,
     growth: bool,
-    /// Empty for all of them, and all that comes after them.
+    /// Empty for all of them and the scenarios.
     only: Vec<Work>,
     /// Another build of the service.
     against: Option<PathBuf>,
-    /// The bench runs itself with this as the server that it compares its own client with.
+    /// Run as the server with the constant response; the benchmark starts itself with this option.
     bare: Option<SocketAddr>,
 }
 
@@ -130,7 +130,7 @@ impl Options {
         }
     }
 
-    /// How many measurements there will be.
+    /// The number of measurements planned.
     fn steps(&self) -> usize {
         let parts = if self.against.is_some() { 3 } else { 2 };
         let rounds = self.rounds * self.work().len() * parts;
@@ -139,26 +139,26 @@ impl Options {
             (true, false) => 7,
             (true, true) => 8,
         };
-        // Filling comes first.
+        // Creating the data is the first step.
         1 + rounds + scenarios
     }
 }
 
 struct Bench {
     options: Options,
-    people: Vec<Person>,
+    users: Vec<BenchUser>,
     address: SocketAddr,
     start_ups: Vec<f64>,
     memory_idle: Option<f64>,
-    /// How many measurements there were, and how many there will be.
+    /// Measurements done and planned.
     step: Cell<usize>,
     steps: usize,
-    /// Where the next tasks to delete begin.
+    /// The number of the first task that has not been deleted.
     delete_range: u64,
-    /// There are enough tasks to delete at this rate; doubled whenever they run out.
+    /// The number of tasks prepared for deletion per second; doubled whenever they run out.
     deletes_per_second: u64,
     report: Report,
-    // In the order in which they end.
+    // Fields are dropped in this order.
     server: Process,
     other: Option<(Process, SocketAddr)>,
     database: Database,
@@ -167,11 +167,11 @@ struct Bench {
 
 impl Bench {
     fn set_up(options: Options) -> Result<Self> {
-        // A statement that has changed is better noticed now than after minutes.
+        // Notices a changed statement before minutes of measuring.
         for (work, _) in Work::MIX.into_iter().chain([(Work::Delete, 0)]) {
             work.script(0, 0)?;
         }
-        // Not /tmp, which may live in memory; PostgreSQL's own user must be able to enter.
+        // Not /tmp, which may be in memory. PostgreSQL's user must be able to enter the directory.
         let directory = tempfile::Builder::new()
             .prefix("todo-api-bench-")
             .permissions(fs::Permissions::from_mode(0o755))
@@ -179,7 +179,7 @@ impl Bench {
         eprint!("starting PostgreSQL and the service…");
         let database = Database::start(&directory.path().join("data"))?;
         let address = free_address()?;
-        // The first start migrates and is not the one that is measured.
+        // The first start migrates the database, so it is not measured.
         let ours = Path::new(env!("CARGO_BIN_EXE_todo-api"));
         drop(start_server(ours, &database, address, directory.path())?);
         let mut start_ups = Vec::new();
@@ -202,7 +202,7 @@ impl Bench {
         };
         let mut bench = Self {
             memory_idle: resident(server.id()),
-            people: (0..USERS).map(Person::new).collect::<Result<_>>()?,
+            users: (0..USERS).map(BenchUser::new).collect::<Result<_>>()?,
             step: Cell::new(0),
             steps: options.steps(),
             delete_range: 1_000_000_000,
@@ -221,10 +221,10 @@ impl Bench {
     }
 
     fn fill(&mut self) -> Result<()> {
-        self.step("filling 1,000 users with 100 tasks each");
+        self.step("creating 1,000 users with 100 tasks each");
         let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;
         self.database.sql(&[
-            &insert_people(&hash),
+            &insert_users(&hash),
             &insert_tasks(0, TASKS),
             "vacuum analyze",
         ])?;
@@ -240,14 +240,14 @@ impl Bench {
         }
         for round in 0..self.options.rounds {
             for (at, work) in self.options.work().into_iter().enumerate() {
-                // Nobody is always the one that comes first.
+                // Alternate which program comes first.
                 self.round(work, round + at)?;
             }
         }
         if all {
             let loaded = resident(self.server.id());
             self.report.record("memory_mib.after_the_load", loaded)?;
-            self.sign_ins()?;
+            self.logins()?;
             let connected = self.idle_connections()?;
             self.report
                 .record("memory_mib.idle_connections_2000", connected)?;
@@ -256,7 +256,7 @@ impl Bench {
         Ok(())
     }
 
-    /// The progress line.
+    /// Updates the progress line.
     fn step(&self, what: &str) {
         self.step.set(self.step.get() + 1);
         eprint!("\r\x1b[K[{}/{}] {what}", self.step.get(), self.steps);
@@ -269,9 +269,9 @@ impl Bench {
         }
     }
 
-    /// The client against a server that does nothing.
+    /// Measures the client against the server with the constant response.
     fn constant(&mut self) -> Result<()> {
-        self.step("a constant answer");
+        self.step("a constant response");
         let address = free_address()?;
         let mut command = Command::new(env::current_exe()?);
         let process = Process::spawn(command.arg("--bare").arg(address.to_string()))?;
@@ -280,17 +280,17 @@ impl Bench {
             server: Some(process.id()),
             postmaster: None,
         };
-        let people = &self.people;
+        let users = &self.users;
         let seen = load(
             address,
             CONNECTIONS,
             self.options.seconds,
             0,
             &watched,
-            &|draw, out| Work::Read.request(people, 0, draw, out),
+            &|rng, out| Work::Read.request(users, 0, rng, out),
         )?;
         self.report.record(
-            "constant_answer",
+            "constant_response",
             json!({
                 "requests_per_second": seen.rate(),
                 "server_us": seen.cost(seen.cpu.server),
@@ -299,7 +299,7 @@ impl Bench {
         )
     }
 
-    /// One kind of work, by everybody; `first` says who begins.
+    /// Measures one kind of work with every program; `first` selects the order.
     fn round(&mut self, work: Work, first: usize) -> Result<()> {
         let mut round = Round::default();
         let outcome = self.measure(work, first, &mut round);
@@ -325,8 +325,8 @@ impl Bench {
         Ok(())
     }
 
-    /// Both begin with the same work behind them and none of its cost ahead. Returns how many
-    /// tasks to delete each of `clients` has to itself.
+    /// Prepares the database, so that every measurement starts from the same state. Returns the number of
+    /// tasks that each of `clients` can delete.
     fn prepare(&mut self, work: Work, clients: u64, length: Duration) -> Result<u64> {
         let mut share = 0;
         if work == Work::Delete {
@@ -341,13 +341,13 @@ impl Bench {
         Ok(share)
     }
 
-    /// One kind of work, by the server with this process id.
+    /// Measures one kind of work with the server of this process id.
     fn service(&mut self, work: Work, server: u32, address: SocketAddr) -> Result<Load> {
         self.step(&format!("{}: the service", work.name()));
         loop {
             let length = self.options.seconds;
             let share = self.prepare(work, CONNECTIONS as u64, length)?;
-            let (people, delete_range) = (&self.people, self.delete_range);
+            let (users, delete_range) = (&self.users, self.delete_range);
             let watched = CpuSampler {
                 server: Some(server),
                 postmaster: self.database.postmaster,
@@ -358,7 +358,7 @@ impl Bench {
                 length,
                 share,
                 &watched,
-                &|draw, out| work.request(people, delete_range, draw, out),
+                &|rng, out| work.request(users, delete_range, rng, out),
             )?;
             if !load.ran_out {
                 return Ok(load);
@@ -387,8 +387,8 @@ impl Bench {
             let (rate, done) = self.database.pgbench(&scripts, length)?;
             let cpu = self.watched().settled().since(&before).postgres;
             if work == Work::Delete {
-                let left = self.database.sql(&[&count_victims(self.delete_range)])?;
-                // Some of its deletes have found nothing.
+                let left = self.database.sql(&[&count_remaining(self.delete_range)])?;
+                // Some deletes found no task.
                 if share as f64 * 20.0 - left.trim().parse::<f64>()? < done {
                     self.deletes_per_second *= 2;
                     continue;

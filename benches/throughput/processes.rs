@@ -1,4 +1,4 @@
-//! The processes, and what they cost.
+//! The child processes, their CPU time and memory.
 
 use std::{
     fs,
@@ -19,10 +19,10 @@ use crate::{
     interrupt::{POLL_INTERVAL, check},
 };
 
-/// `/proc` counts CPU time in these, on every architecture that Linux runs on today.
+/// The unit of CPU times in `/proc`: clock ticks per second.
 const TICK: Duration = Duration::from_millis(10);
 
-/// A child that ends with us.
+/// A child process that is killed on drop.
 pub(crate) struct Process(Child);
 
 impl Process {
@@ -45,7 +45,7 @@ impl Drop for Process {
     }
 }
 
-/// Whose CPU time a measurement looks at, by process id.
+/// Samples the CPU time of processes.
 pub(crate) struct CpuSampler {
     pub(crate) server: Option<u32>,
     pub(crate) postmaster: Option<u32>,
@@ -80,8 +80,8 @@ impl CpuSampler {
         }
     }
 
-    /// The same once PostgreSQL has buried the backends that are just ending, whose time would
-    /// otherwise be in nobody's account.
+    /// Samples once PostgreSQL has reaped the backends that are exiting, whose CPU time would be missing
+    /// otherwise.
     pub(crate) fn settled(&self) -> Cpu {
         let deadline = Instant::now() + Duration::from_secs(1);
         let mut cpu = self.cpu();
@@ -96,18 +96,18 @@ impl CpuSampler {
     }
 }
 
-/// What `/proc/<pid>/stat` says.
+/// The fields used from `/proc/<pid>/stat`.
 pub(crate) struct Stat {
     parent: u32,
     own: Duration,
-    /// Of children that ended.
+    /// CPU time of reaped children.
     ended: Duration,
 }
 
 impl Stat {
     pub(crate) fn of(pid: u32) -> Option<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name before the last parenthesis can have blanks in it; state is the field after it.
+        // The name in parentheses can contain spaces; the state is the field after it.
         let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
         let ticks = |at: usize| fields.get(at)?.parse().ok().map(|ticks: u32| TICK * ticks);
         Some(Self {
@@ -118,7 +118,7 @@ impl Stat {
     }
 }
 
-/// The CPU time of a process and of all children that it has or had: PostgreSQL's backends.
+/// The CPU time of a process and all its children, such as PostgreSQL's backends.
 pub(crate) fn with_children(pid: u32) -> Option<Duration> {
     let stat = Stat::of(pid)?;
     let children = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
@@ -137,9 +137,9 @@ pub(crate) fn resident(pid: u32) -> Option<f64> {
     Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? / 1024.0)
 }
 
-/// The private PostgreSQL, as the service runs it, listening on TCP as well.
+/// The embedded PostgreSQL, as the service runs it, but also listening on TCP.
 pub(crate) struct Database {
-    /// Runs what keeps PostgreSQL alive.
+    /// Runs the tasks that supervise PostgreSQL.
     runtime: Runtime,
     postgres: Option<Postgres>,
     host: IpAddr,
@@ -154,7 +154,7 @@ impl Database {
     }
 
     pub(crate) fn start(directory: &Path) -> Result<Self> {
-        // Its port is fixed; somebody else may have it on 127.0.0.1, but not on all of 127.0.0.0/8.
+        // The port is fixed, so find an address in 127.0.0.0/8 on which it is free.
         let host = (1..=254)
             .map(|last| IpAddr::from(Ipv4Addr::new(127, 0, 0, last)))
             .find(|host| TcpListener::bind((*host, 5432)).is_ok())
@@ -178,7 +178,7 @@ impl Database {
         let postgres = runtime.block_on(Postgres::start_with(directory, &settings))?;
         let pid_file = fs::read_to_string(postgres.data_dir().join("cluster/postmaster.pid"))?;
         let postmaster = pid_file.lines().next().and_then(|pid| pid.parse().ok());
-        // pgbench and psql of the same version; where there is no /proc, those on the PATH.
+        // pgbench and psql of the same version; without /proc, those in PATH.
         let program =
             fs::read_link(format!("/proc/{}/exe", postmaster.unwrap_or(0))).unwrap_or_default();
         let programs = program.parent().map_or(PathBuf::new(), Path::to_owned);
@@ -197,7 +197,7 @@ impl Database {
         command
     }
 
-    /// Runs statements one by one and returns what the last printed.
+    /// Runs statements one by one and returns the output of the last.
     pub(crate) fn sql(&self, statements: &[&str]) -> Result<String> {
         let mut command = self.command("psql");
         command.args(["-XqAt", "-v", "ON_ERROR_STOP=1"]);
@@ -207,8 +207,7 @@ impl Database {
         output(command.arg("todo"))
     }
 
-    /// Runs scripts for so long, each as often as its weight; returns transactions per second
-    /// and how many there were.
+    /// Runs weighted scripts for the given time; returns transactions per second and their number.
     pub(crate) fn pgbench(
         &self,
         scripts: &[(PathBuf, u64)],
@@ -241,7 +240,7 @@ impl Drop for Database {
     }
 }
 
-/// Runs a program to its end and returns what it printed.
+/// Runs a program and returns its output.
 fn output(command: &mut Command) -> Result<String> {
     let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = piped.stdin(Stdio::null()).spawn();
@@ -257,7 +256,7 @@ fn output(command: &mut Command) -> Result<String> {
         }
         running.join()
     });
-    let output = output.map_err(|_| "the thread that waited for a program panicked")??;
+    let output = output.map_err(|_| "the thread waiting for a program panicked")??;
     check()?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
@@ -266,7 +265,7 @@ fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Starts the server and waits for its first good answer; returns how many milliseconds that took.
+/// Starts the server and returns the milliseconds until its first successful response.
 pub(crate) fn start_server(
     build: &Path,
     database: &Database,
@@ -300,21 +299,21 @@ pub(crate) fn start_server(
     Ok((process, begin.elapsed().as_secs_f64() * 1e3))
 }
 
-/// Waits until a server is there and ready.
+/// Waits until a server is ready.
 pub(crate) fn await_answer(address: SocketAddr) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
         check()?;
-        let answer = fetch(address, b"GET /readyz HTTP/1.1\r\nHost: bench\r\n\r\n");
-        if answer.is_ok_and(|(status, _)| status == 200) {
+        let response = fetch(address, b"GET /readyz HTTP/1.1\r\nHost: bench\r\n\r\n");
+        if response.is_ok_and(|(status, _)| status == 200) {
             return Ok(());
         }
         thread::sleep(Duration::from_millis(1));
     }
-    Err(format!("nothing good from {address} in 30 s").into())
+    Err(format!("no successful response from {address} within 30 s").into())
 }
 
-/// An address that nobody listens on.
+/// An unused address.
 pub(crate) fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }

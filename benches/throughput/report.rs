@@ -1,4 +1,4 @@
-//! The medians and the table.
+//! The medians and the tables.
 
 use std::{
     fmt::Display,
@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    CONNECTIONS, Error, IDLE_CONNECTIONS, Options, Result, SIGNING_IN, client::Load, work::Work,
+    CONNECTIONS, Error, IDLE_CONNECTIONS, LOGIN_CLIENTS, Options, Result, client::Load, work::Work,
 };
 
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
@@ -20,7 +20,7 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
     sorted.get(sorted.len() / 2).copied()
 }
 
-/// The median of each figure over the rounds.
+/// Returns the median of each figure over the rounds.
 fn medians(rounds: &[&Value]) -> Value {
     let figures = rounds[0].as_object().into_iter().flatten();
     let medians = figures.map(|(name, first)| {
@@ -49,7 +49,7 @@ fn machine() -> Value {
     })
 }
 
-/// What one round of one kind of work has measured so far.
+/// The results of one kind of work in one round so far.
 #[derive(Default)]
 pub(crate) struct Round {
     pub(crate) service: Option<Load>,
@@ -60,7 +60,7 @@ pub(crate) struct Round {
 pub(crate) struct Pgbench {
     /// Transactions per second.
     pub(crate) rate: f64,
-    /// PostgreSQL's microseconds of CPU for each.
+    /// PostgreSQL's CPU time per transaction, in microseconds.
     pub(crate) postgres_us: Option<f64>,
 }
 
@@ -87,7 +87,7 @@ impl Round {
     }
 }
 
-/// All figures so far, in a file that is as new as the last of them.
+/// All results so far, also in a file that is rewritten after each of them.
 pub(crate) struct Report {
     figures: Value,
     path: PathBuf,
@@ -142,7 +142,7 @@ impl Report {
         self.write()
     }
 
-    /// A figure beside the rounds; dots in its name lead into objects.
+    /// Records a figure that belongs to no round; dots in the name separate nested objects.
     pub(crate) fn record(&mut self, name: &str, figure: impl Serialize) -> Result<()> {
         let figure = serde_json::to_value(figure)?;
         print_figure(name, &figure);
@@ -155,7 +155,7 @@ impl Report {
         self.write()
     }
 
-    /// Prints the tables, of an incomplete run too.
+    /// Prints the tables, also of an incomplete run.
     pub(crate) fn finish(&mut self, error: Option<&Error>) -> Result<()> {
         match error {
             None => self.figures["complete"] = true.into(),
@@ -174,7 +174,7 @@ impl Report {
     }
 }
 
-/// One line, in the place of the progress line.
+/// Prints a line in place of the progress line.
 fn print_figure(name: &str, figure: impl Display) {
     eprint!("\r\x1b[K");
     println!("{name}: {figure}");
@@ -197,7 +197,7 @@ fn print_report(report: &Value) {
     }
 }
 
-/// A figure with so many decimals, or a dash where there is none.
+/// Formats a figure, or a dash if there is none.
 fn show(value: &Value, decimals: usize) -> String {
     match value.as_f64() {
         Some(number) => format!("{number:.decimals$}"),
@@ -216,7 +216,7 @@ fn print_work(work: &Value) {
         ("p99_ms", "p99 ms", 2),
         ("server_us", "server µs", 0),
         ("postgres_us", "postgres µs", 0),
-        ("pgbench_postgres_us", "its with pgbench", 0),
+        ("pgbench_postgres_us", "PostgreSQL CPU with pgbench", 0),
         ("client_us", "client µs", 0),
         ("failed", "failed", 0),
     ];
@@ -246,34 +246,34 @@ fn print_work(work: &Value) {
 }
 
 fn print_burdens(report: &Value) {
-    let constant = &report["constant_answer"];
+    let constant = &report["constant_response"];
     println!(
-        "\nThe client against a constant answer: {}/s, {} µs of CPU for each in that server, {} in the client.",
+        "\nThe client against a constant response: {}/s, {} µs of CPU for each in that server, {} in the client.",
         show(&constant["requests_per_second"], 0),
         show(&constant["server_us"], 0),
         show(&constant["client_us"], 0),
     );
-    let sign_ins = &report["sign_ins"];
+    let logins = &report["logins"];
     println!(
-        "{SIGNING_IN} clients signing in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s beside reads.",
-        show(&sign_ins["alone_per_second"], 1),
-        show(&sign_ins["alone_to_bare_bcrypt"], 2),
-        show(&sign_ins["bare_bcrypt_per_second"], 1),
-        show(&sign_ins["hashing_threads"], 0),
-        show(&sign_ins["beside_reads_per_second"], 1),
+        "{LOGIN_CLIENTS} clients signing in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s beside reads.",
+        show(&logins["alone_per_second"], 1),
+        show(&logins["alone_to_bare_bcrypt"], 2),
+        show(&logins["bare_bcrypt_per_second"], 1),
+        show(&logins["hashing_threads"], 0),
+        show(&logins["beside_reads_per_second"], 1),
     );
     println!(
-        "Reads meanwhile: {}/s, {} of the quiet rate; p95 {} ms, p99 {} ms (quiet {} and {}).",
-        show(&sign_ins["reads_beside"]["requests_per_second"], 0),
-        show(&sign_ins["reads_beside_to_quiet"], 2),
-        show(&sign_ins["reads_beside"]["p95_ms"], 1),
-        show(&sign_ins["reads_beside"]["p99_ms"], 1),
-        show(&sign_ins["reads_quiet"]["p95_ms"], 1),
-        show(&sign_ins["reads_quiet"]["p99_ms"], 1),
+        "Reads meanwhile: {}/s, {} of the usual rate; p95 {} ms, p99 {} ms (usually {} and {}).",
+        show(&logins["reads_beside"]["requests_per_second"], 0),
+        show(&logins["reads_beside_to_quiet"], 2),
+        show(&logins["reads_beside"]["p95_ms"], 1),
+        show(&logins["reads_beside"]["p99_ms"], 1),
+        show(&logins["reads_quiet"]["p95_ms"], 1),
+        show(&logins["reads_quiet"]["p99_ms"], 1),
     );
     let memory = &report["memory_mib"];
     println!(
-        "Resident memory: {} MiB idle, {} after the load, {} with {IDLE_CONNECTIONS} idle connections. Start to the first answer: {} ms.\n",
+        "Resident memory: {} MiB idle, {} after the load, {} with {IDLE_CONNECTIONS} idle connections. Start to the first response: {} ms.\n",
         show(&memory["idle"], 1),
         show(&memory["after_the_load"], 1),
         show(&memory["idle_connections_2000"], 1),

@@ -1,4 +1,4 @@
-//! What the rounds do not show: sign-ins beside reads, idle connections, a user with a million tasks.
+//! Scenarios beside the rounds: logins during reads, idle connections, a user with a million tasks.
 
 use std::{
     io::Write,
@@ -11,61 +11,60 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::TcpStream, runtime};
 
 use crate::{
-    BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, PASSWORD, Result, SIGNING_IN,
+    BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, LOGIN_CLIENTS, PASSWORD, Result,
     client::{Load, Writer, fetch, header, load, read_answer},
     interrupt::check,
     processes::resident,
-    work::{Person, Rng, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
+    work::{BenchUser, Rng, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
 };
 
 impl Bench {
-    /// Sign-ins against bare bcrypt, and what reads notice of them.
-    pub(crate) fn sign_ins(&mut self) -> Result<()> {
+    /// Measures logins against bare bcrypt, and reads during logins.
+    pub(crate) fn logins(&mut self) -> Result<()> {
         let length = self.options.seconds.max(Duration::from_secs(3));
         let cores = thread::available_parallelism()?.get();
         let workers = cores.saturating_sub(1).max(1);
         self.step("bare bcrypt");
         let bare = bare_bcrypt(workers, length)?;
-        self.report.record("sign_ins.bcrypt_cost", BCRYPT_COST)?;
-        self.report.record("sign_ins.hashing_threads", workers)?;
-        self.report
-            .record("sign_ins.bare_bcrypt_per_second", bare)?;
-        let (people, address, watched) = (&self.people, self.address, self.watched());
-        let sign_in = |draw: &mut Rng, out: &mut Vec<u8>| {
-            let body = json!({"email": email(draw.below(USERS)), "password": PASSWORD}).to_string();
+        self.report.record("logins.bcrypt_cost", BCRYPT_COST)?;
+        self.report.record("logins.hashing_threads", workers)?;
+        self.report.record("logins.bare_bcrypt_per_second", bare)?;
+        let (users, address, watched) = (&self.users, self.address, self.watched());
+        let sign_in = |rng: &mut Rng, out: &mut Vec<u8>| {
+            let body = json!({"email": email(rng.below(USERS)), "password": PASSWORD}).to_string();
             let _ = write!(out, "POST /api/v1/auth/login HTTP/1.1\r\nHost: bench\r\n");
             write_body(out, Some(&body));
             200
         };
-        let read = |draw: &mut Rng, out: &mut Vec<u8>| Work::Read.request(people, 0, draw, out);
-        let signing_in = || load(address, SIGNING_IN, length, 0, &watched, &sign_in);
+        let read = |rng: &mut Rng, out: &mut Vec<u8>| Work::Read.request(users, 0, rng, out);
+        let signing_in = || load(address, LOGIN_CLIENTS, length, 0, &watched, &sign_in);
         let reading = || load(address, CONNECTIONS, length, 0, &watched, &read);
-        self.step("sign-ins alone");
+        self.step("logins alone");
         let alone = signing_in()?;
         self.report
-            .record("sign_ins.alone_per_second", alone.rate())?;
+            .record("logins.alone_per_second", alone.rate())?;
         self.report
-            .record("sign_ins.alone_to_bare_bcrypt", alone.rate() / bare)?;
-        self.report.record("sign_ins.alone_failed", alone.failed)?;
+            .record("logins.alone_to_bare_bcrypt", alone.rate() / bare)?;
+        self.report.record("logins.alone_failed", alone.failed)?;
         self.step("reads alone");
         let quiet = reading()?;
-        self.report.record("sign_ins.reads_quiet", reads(&quiet))?;
-        self.step(&format!("reads while {SIGNING_IN} clients sign in"));
+        self.report.record("logins.reads_quiet", reads(&quiet))?;
+        self.step(&format!("reads while {LOGIN_CLIENTS} clients log in"));
         let (beside, during) = thread::scope(|scope| {
             let beside = scope.spawn(signing_in);
             let during = reading();
             (beside.join(), during)
         });
-        let (beside, during) = (beside.map_err(|_| "the sign-ins panicked")??, during?);
+        let (beside, during) = (beside.map_err(|_| "the login clients panicked")??, during?);
         let to_quiet = during.rate() / quiet.rate();
         let report = &mut self.report;
-        report.record("sign_ins.beside_reads_per_second", beside.rate())?;
-        report.record("sign_ins.beside_reads_failed", beside.failed)?;
-        report.record("sign_ins.reads_beside", reads(&during))?;
-        report.record("sign_ins.reads_beside_to_quiet", to_quiet)
+        report.record("logins.beside_reads_per_second", beside.rate())?;
+        report.record("logins.beside_reads_failed", beside.failed)?;
+        report.record("logins.reads_beside", reads(&during))?;
+        report.record("logins.reads_beside_to_quiet", to_quiet)
     }
 
-    /// Resident memory with 2,000 connections open that each had one answer.
+    /// Measures resident memory with 2,000 open connections after one response each.
     pub(crate) fn idle_connections(&self) -> Result<Option<f64>> {
         self.step("2,000 idle connections");
         let limit = getrlimit(Resource::Nofile);
@@ -76,21 +75,21 @@ impl Bench {
         setrlimit(Resource::Nofile, raised)?;
         let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
         runtime.block_on(async {
-            let (mut open, mut answer) = (Vec::new(), Vec::new());
+            let (mut open, mut response) = (Vec::new(), Vec::new());
             for n in 0..IDLE_CONNECTIONS {
                 let mut stream = TcpStream::connect(self.address).await?;
                 let mut request = Vec::new();
-                let person = &self.people[n % self.people.len()];
+                let person = &self.users[n % self.users.len()];
                 person.request(&mut request, "GET", "?limit=20", None, 200);
                 stream.write_all(&request).await?;
-                read_answer(&mut stream, &mut answer).await?;
+                read_answer(&mut stream, &mut response).await?;
                 open.push(stream);
             }
             Ok(resident(self.server.id()))
         })
     }
 
-    /// What somebody with a million tasks pays, against somebody with a thousand.
+    /// Compares a user with a million tasks with a user with a thousand.
     pub(crate) fn growth(&mut self) -> Result<()> {
         let many = if self.options.quick {
             100_000
@@ -98,7 +97,7 @@ impl Bench {
             1_000_000
         };
         self.step(&format!("a user with {many} tasks"));
-        // Two people out of the crowd; their tasks' numbers keep clear of everybody else's.
+        // Two of the users; the numbers of their tasks do not overlap with others.
         let (small, large) = (1, 2);
         self.database.sql(&[
             &insert_tasks_of(small, 300_000_000, 1_000),
@@ -110,30 +109,30 @@ impl Bench {
         let what = format!("a user with {many} tasks");
         self.grown(&what, large, 400_000_000, many)?;
         if self.options.growth {
-            self.step("ten million tasks more");
+            self.step("adding ten million tasks");
             self.database.sql(&[
                 &insert_tasks(500_000_000_000, 10_000_000),
                 "vacuum analyze tasks",
                 "checkpoint",
             ])?;
-            let what = "the same, 10,000,000 tasks of others beside";
+            let what = "the same with 10,000,000 tasks of other users";
             self.grown(what, large, 400_000_000, many)?;
         }
         Ok(())
     }
 
-    /// Reads, first pages and pages from the middle of one user's tasks.
+    /// Measures reads, first pages, and pages from the middle of a user's tasks.
     fn grown(&mut self, what: &str, user: usize, first: u64, count: u64) -> Result<()> {
-        let person = &self.people[user];
+        let person = &self.users[user];
         let middle = self.middle(person, count)?;
         let watched = self.watched();
         let length = self.options.seconds.min(Duration::from_secs(3));
         let run = |writer: &Writer| load(self.address, CONNECTIONS, length, 0, &watched, writer);
-        let read = run(&|draw, out| {
+        let read = run(&|rng, out| {
             person.request(
                 out,
                 "GET",
-                &format!("/{}", id(first + draw.below(count))),
+                &format!("/{}", id(first + rng.below(count))),
                 None,
                 200,
             )
@@ -149,22 +148,22 @@ impl Bench {
         self.report.record(&format!("growth.{what}"), figures)
     }
 
-    /// The query for a page in the middle of somebody's tasks, found by following `Link`.
-    fn middle(&self, person: &Person, count: u64) -> Result<String> {
+    /// Returns the query for a page in the middle of a user's tasks, found by following `Link`.
+    fn middle(&self, person: &BenchUser, count: u64) -> Result<String> {
         let mut query = "?limit=1000".to_owned();
         let mut seen = 0;
         while seen < count / 2 {
             let mut request = Vec::new();
             person.request(&mut request, "GET", &query, None, 200);
-            let (status, answer) = fetch(self.address, &request)?;
+            let (status, response) = fetch(self.address, &request)?;
             let link =
-                header(&answer, "link").and_then(|link| link.split_once('<')?.1.split_once('>'));
+                header(&response, "link").and_then(|link| link.split_once('<')?.1.split_once('>'));
             let next = link.and_then(|(target, _)| target.split_once('?'));
             let Some((_, next)) = next.filter(|_| status == 200) else {
                 break;
             };
             query = format!("?{next}");
-            seen += answer.matches(r#""completed":"#).count() as u64;
+            seen += response.matches(r#""completed":"#).count() as u64;
         }
         Ok(query.replace("limit=1000", "limit=20"))
     }
@@ -179,7 +178,7 @@ fn reads(load: &Load) -> Value {
     })
 }
 
-/// Verifications per second of bcrypt alone, on as many threads as the service gives to it.
+/// Measures verifications per second of bcrypt alone, on as many threads as the service uses.
 fn bare_bcrypt(threads: usize, length: Duration) -> Result<f64> {
     let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;
     let begin = Instant::now();

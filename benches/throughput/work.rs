@@ -1,4 +1,4 @@
-//! The kinds of work: each once as requests for the service and once as a script for pgbench.
+//! The kinds of work, as requests for the service and as scripts for pgbench.
 
 use std::{fs, io::Write, path::Path};
 
@@ -31,7 +31,7 @@ impl Work {
         Work::Mix,
     ];
 
-    /// The mix in percent: 80 of 100 are reads.
+    /// The share of each kind in the mix, in percent; 80 are reads.
     pub(crate) const MIX: [(Work, u64); 5] = [
         (Work::Read, 60),
         (Work::List, 20),
@@ -52,17 +52,17 @@ impl Work {
         }
     }
 
-    /// Writes a request and returns the status that its answer should have.
+    /// Writes a request and returns the expected status.
     pub(crate) fn request(
         self,
-        people: &[Person],
+        users: &[BenchUser],
         delete_range: u64,
-        draw: &mut Rng,
+        rng: &mut Rng,
         out: &mut Vec<u8>,
     ) -> u16 {
-        let task = draw.below(TASKS);
+        let task = rng.below(TASKS);
         let one = format!("/{}", id(task));
-        let person = &people[owner(task)];
+        let person = &users[owner(task)];
         match self {
             Work::Read => person.request(out, "GET", &one, None, 200),
             Work::List => person.request(out, "GET", "?limit=20", None, 200),
@@ -71,20 +71,20 @@ impl Work {
                 person.request(out, "POST", "", Some(body), 201)
             }
             Work::Update => {
-                let body = format!(r#"{{"title": "Changed {}"}}"#, draw.below(1_000_000));
+                let body = format!(r#"{{"title": "Changed {}"}}"#, rng.below(1_000_000));
                 person.request(out, "PATCH", &one, Some(&body), 200)
             }
             Work::Toggle => person.request(out, "PATCH", &format!("{one}/complete"), None, 200),
             Work::Delete => {
-                let victim = delete_range + draw.connection * draw.share + draw.count;
-                draw.count += 1;
-                people[owner(victim)].request(out, "DELETE", &format!("/{}", id(victim)), None, 204)
+                let victim = delete_range + rng.connection * rng.share + rng.count;
+                rng.count += 1;
+                users[owner(victim)].request(out, "DELETE", &format!("/{}", id(victim)), None, 204)
             }
             Work::Mix => {
-                let mut point = draw.below(100);
+                let mut point = rng.below(100);
                 for (work, percent) in Self::MIX {
                     if point < percent {
-                        return work.request(people, delete_range, draw, out);
+                        return work.request(users, delete_range, rng, out);
                     }
                     point -= percent;
                 }
@@ -93,14 +93,14 @@ impl Work {
         }
     }
 
-    /// The same as a script for pgbench, around the service's own statement where that is for one.
+    /// Returns the script for pgbench, with the service's own statement if that serves one client.
     pub(crate) fn script(self, delete_range: u64, share: u64) -> Result<String> {
         let task = format!("\\set n {OFFSET} + random(0, {})\n", TASKS - 1);
         let owner = format!("\\set u {OFFSET} + :n % {USERS}\n");
-        // Ids are made of text here because pgbench's own variables are 64 bits at most.
+        // Ids are built from text because pgbench's variables have at most 64 bits.
         let (user, id) = (sql_id(":u"), sql_id(":n"));
         Ok(match self {
-            // The service asks for several tasks at once where it can; one client asks for one.
+            // The service reads several tasks at once where it can; a single client reads one.
             Work::Read => {
                 let columns = "id, user_id, title, description, completed, created_at, updated_at";
                 let one = format!("from tasks where user_id = {user} and id = {id};\n");
@@ -119,7 +119,7 @@ impl Work {
                     "false",
                     "clock_timestamp()",
                 ];
-                // A range of ids of its own, wide enough that none comes twice.
+                // A range of ids for each client, so that no id is used twice.
                 format!("\\set n {OFFSET} + random(100000000000000, 899999999999999)\n")
                     + &owner
                     + &statement("create", &values)?
@@ -155,28 +155,28 @@ impl Work {
     }
 }
 
-/// Ids count on from here: version 7, a fixed time, and 16 digits that fit into 64 bits.
+/// Ids are this prefix (version 7, a fixed time) and a number of 16 digits, which fits into 64 bits.
 pub(crate) const ID_START: &str = "0190000000007000";
 pub(crate) const OFFSET: u64 = 8_000_000_000_000_000;
 
-/// The id number `n`, of a user or a task.
+/// Returns the id number `n`, of a user or a task.
 pub(crate) fn id(n: u64) -> String {
     let digits = (OFFSET + n).to_string();
     format!("01900000-0000-7000-{}-{}", &digits[..4], &digits[4..])
 }
 
-/// The same in SQL, of an expression that has the offset in it.
+/// Returns the same in SQL, for an expression that includes the offset.
 pub(crate) fn sql_id(n: &str) -> String {
     format!("('{ID_START}' || {n})::uuid")
 }
 
-/// Tasks made one after the other belong to different people, as in life: a list of 20 finds its
-/// rows on 20 pages.
+/// Consecutive tasks belong to different users, as in production, so that the rows of a list of 20 are
+/// on 20 pages.
 pub(crate) fn owner(task: u64) -> usize {
     (task % USERS) as usize
 }
 
-/// One of the service's statements on tasks, its parameters replaced.
+/// Returns one of the service's statements on tasks with its parameters replaced.
 pub(crate) fn statement(name: &str, values: &[&str]) -> Result<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("sql/tasks/{name}.sql"));
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -198,13 +198,13 @@ pub(crate) fn statement(name: &str, values: &[&str]) -> Result<String> {
     Ok(sql.trim_end().to_owned() + ";\n")
 }
 
-pub(crate) struct Person {
+pub(crate) struct BenchUser {
     id: String,
     token: String,
 }
 
-impl Person {
-    /// The user number `n` with a token as the service would have issued it.
+impl BenchUser {
+    /// Returns the user number `n` with a token like those of the service.
     pub(crate) fn new(n: u64) -> Result<Self> {
         let id = id(n);
         let now = jiff::Timestamp::now().as_second();
@@ -251,17 +251,17 @@ pub(crate) fn email(n: u64) -> String {
     format!("user{n}@bench.example")
 }
 
-/// What one connection draws its requests from.
+/// The state from which one connection generates its requests.
 pub(crate) struct Rng {
     pub(crate) connection: u64,
-    /// How many tasks to delete each connection has to itself.
+    /// The number of tasks that each connection can delete.
     pub(crate) share: u64,
     pub(crate) count: u64,
     pub(crate) state: u64,
 }
 
 impl Rng {
-    /// Xorshift: even enough to choose rows by.
+    /// Xorshift, which is random enough to choose rows.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.state ^= self.state << 13;
         self.state ^= self.state >> 7;
@@ -270,34 +270,34 @@ impl Rng {
     }
 }
 
-/// All users, each with a session.
-pub(crate) fn insert_people(password_hash: &str) -> String {
+/// Returns the statement that creates all users, each with a session.
+pub(crate) fn insert_users(password_hash: &str) -> String {
     let id = sql_id(&format!("({OFFSET} + n)"));
     let last = USERS - 1;
     format!(
-        "with people as (
+        "with users_created as (
             insert into users (id, email, password_hash, created_at, updated_at)
             select {id}, 'user' || n || '@bench.example', '{password_hash}', now(), now()
             from generate_series(0, {last}) n
             returning id
          )
          insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at, expires_at)
-         select id, id, 1, now(), now(), now(), now() + interval '30 days' from people"
+         select id, id, 1, now(), now(), now(), now() + interval '30 days' from users_created"
     )
 }
 
-/// Tasks from the number `first` on, of all users in turn.
+/// Returns the statement that creates tasks from number `first` on, for all users in turn.
 pub(crate) fn insert_tasks(first: u64, count: u64) -> String {
     insert(&format!("{OFFSET} + n % {USERS}"), first, count)
 }
 
-/// How many of the tasks from the number `first` on are left.
-pub(crate) fn count_victims(first: u64) -> String {
+/// Returns the query that counts the remaining tasks from number `first` on.
+pub(crate) fn count_remaining(first: u64) -> String {
     let first = sql_id(&(OFFSET + first).to_string());
     format!("select count(*) from tasks where title = 'Delete me' and id >= {first}")
 }
 
-/// Tasks of one user.
+/// Returns the statement that creates tasks of one user.
 pub(crate) fn insert_tasks_of(user: usize, first: u64, count: u64) -> String {
     insert(&format!("{OFFSET} + {user}"), first, count)
 }

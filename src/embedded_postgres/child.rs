@@ -1,23 +1,76 @@
 //! Child processes that end with this process, however it ends.
+//!
+//! Linux can signal a process when its parent dies, but the process has to ask for that itself,
+//! and again after a change of user. So the service starts its own program once more, which asks
+//! for the signal and then replaces itself by the program of PostgreSQL.
 
 use std::{
     env, io,
-    path::{Path, PathBuf},
-    process::Stdio,
-    sync::{LazyLock, mpsc},
+    os::unix::process::CommandExt,
+    path::Path,
+    process,
+    sync::{
+        LazyLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
 };
 
-use log::warn;
+use rustix::process::{Pid, Signal, getppid};
 use tokio::{
     process::{Child, Command},
     runtime::Handle,
 };
 
+/// The first argument of this program when it is to become another; then follow the signal, the
+/// parent's pid, the other program and its arguments.
+const BECOME: &str = "--become";
+
+/// Whether this program is one that calls `become_child`, which a test is not.
+static CAN_BECOME: AtomicBool = AtomicBool::new(false);
+
+/// The first thing that `main` does: becomes a program of PostgreSQL if this process was started
+/// for that. An error is why it could not.
+pub fn become_child() -> io::Result<()> {
+    CAN_BECOME.store(cfg!(target_os = "linux"), Ordering::Relaxed);
+    let mut arguments = env::args_os().skip(1);
+    if arguments.next().is_none_or(|argument| argument != BECOME) {
+        return Ok(());
+    }
+    let mut number = || arguments.next()?.to_str()?.parse().ok();
+    let _signal = number().and_then(Signal::from_named_raw);
+    let parent = number().and_then(Pid::from_raw);
+    #[cfg(target_os = "linux")]
+    rustix::process::set_parent_process_death_signal(_signal)?;
+    // The parent may have died before that.
+    if getppid() != parent {
+        process::exit(1);
+    }
+    let program = arguments.next().unwrap_or_default();
+    Err(process::Command::new(program).args(arguments).exec())
+}
+
+/// A command that Linux sends `signal` when this process ends. Elsewhere it survives a process
+/// that is killed, and the next start stops it.
+pub(super) fn command(program: &Path, signal: Signal) -> Command {
+    if !CAN_BECOME.load(Ordering::Relaxed) {
+        return Command::new(program);
+    }
+    // This very program, even if an upgrade has replaced its file.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg(BECOME)
+        .arg(signal.as_raw().to_string())
+        .arg(process::id().to_string())
+        .arg(program);
+    command
+}
+
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The thread that spawns all children. Linux sends the parent-death signal when the *thread* that
-/// spawned the child ends, and a thread of the runtime may end at any time; this one never does.
+/// The thread that spawns all children. Linux sends the signal when the *thread* that spawned the
+/// child ends, and a thread of the runtime may end at any time; this one never does.
 static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
     let (jobs, received) = mpsc::channel::<Job>();
     // Without the thread the channel is closed, which `spawn` reports.
@@ -27,48 +80,6 @@ static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
         .ok();
     jobs
 });
-
-/// util-linux's `setpriv`, if it can set a parent-death signal (version 2.33 and later).
-static SETPRIV: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
-    if !cfg!(target_os = "linux") {
-        return None;
-    }
-    let path = env::var_os("PATH").unwrap_or_default();
-    let setpriv = env::split_paths(&path)
-        .chain([PathBuf::from("/usr/bin"), PathBuf::from("/bin")])
-        .map(|directory| directory.join("setpriv"))
-        .filter(|program| program.is_absolute() && program.is_file())
-        .find(|program| {
-            std::process::Command::new(program)
-                .args(["--pdeathsig", "INT", "--"])
-                .arg(program)
-                .arg("--version")
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status()
-                .is_ok_and(|status| status.success())
-        });
-    if setpriv.is_none() {
-        warn!(
-            "setpriv of util-linux 2.33 or later is not installed: PostgreSQL would outlive a killed todo-api until the next start"
-        );
-    }
-    setpriv
-});
-
-/// A command that Linux sends `signal` when this process ends. Elsewhere it survives a process
-/// that is killed, and the next start stops it.
-///
-/// `setpriv` replaces itself by the program, so the child has the program's name and pid. It runs
-/// after a change of user, which would clear the signal.
-pub(super) fn command(program: &Path, signal: &str) -> Command {
-    let Some(setpriv) = &*SETPRIV else {
-        return Command::new(program);
-    };
-    let mut command = Command::new(setpriv);
-    command.args(["--pdeathsig", signal, "--"]).arg(program);
-    command
-}
 
 /// Spawns a child from the thread that never ends.
 pub(super) fn spawn(mut command: Command) -> io::Result<Child> {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use log::{info, warn};
+use rustix::process::Signal;
 use tokio::process::Command;
 
 use super::{
@@ -93,7 +94,7 @@ impl Cluster {
     async fn initdb(&self, directory: &Path, locale: &str) -> Result<(), Error> {
         self.remove_unfinished();
         create_private_dir(directory, self.os_user.as_ref())?;
-        let mut command = self.command("initdb", "INT");
+        let mut command = self.command("initdb", Signal::INT);
         command.arg("--pgdata").arg(directory).args([
             "--encoding=UTF8",
             locale,
@@ -131,7 +132,7 @@ impl Cluster {
 
     /// One of PostgreSQL's programs, run by the user that owns the cluster. If this process dies, it
     /// receives `signal`.
-    pub(super) fn command(&self, program: &str, signal: &str) -> Command {
+    pub(super) fn command(&self, program: &str, signal: Signal) -> Command {
         let mut command = child::command(&self.installation.directory.join(program), signal);
         command
             // The environment has secrets in it, and variables such as PGPORT would change settings.

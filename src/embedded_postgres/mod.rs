@@ -34,6 +34,7 @@ use std::{
 use log::{error, info};
 use tokio::{process::Command, sync::oneshot, task::JoinHandle, time::timeout};
 
+pub use child::become_child;
 use cluster::Cluster;
 pub use data_dir::{default_data_dir, jwt_secret};
 use install::Installation;

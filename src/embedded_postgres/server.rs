@@ -92,7 +92,7 @@ impl Cluster {
         let log_start = log.metadata().map_or(0, |log| log.len());
 
         // On SIGQUIT it does not wait for queries or for a checkpoint: the next start replays the WAL.
-        let mut command = self.command("postgres", "QUIT");
+        let mut command = self.command("postgres", Signal::QUIT);
         command.arg("-D").arg(&self.directory);
         // Quoted, because the setting is a list separated by commas.
         let socket_dir = format!("unix_socket_directories=\"{}\"", self.socket_dir.display());

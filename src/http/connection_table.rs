@@ -1,5 +1,5 @@
-//! The table of open connections. It keeps room for the next connection: when it is full, the
-//! connections that have been idle longest are closed.
+//! The table of open connections. When it is full, the connections that have been idle longest are
+//! closed to make room for new ones.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +11,11 @@ use tokio::time::timeout;
 
 use crate::http::connection_state::ConnectionState;
 
-/// A connection that was active more recently is likely to bring its next request in a moment.
+/// A connection that was active more recently is likely to be used again soon.
 const MIN_IDLE: Duration = Duration::from_secs(1);
-/// How often a full table is searched for connections that have become idle.
+/// How often a full table is searched for idle connections.
 const EVICTION_INTERVAL: Duration = Duration::from_millis(100);
-/// One search of a large table evicts this share of it, so that not every new connection needs one.
+/// A search evicts up to one connection in this many, so that not every new connection needs one.
 const EVICTED_SHARE: usize = 64;
 
 pub(crate) struct ConnectionTable {
@@ -35,7 +35,7 @@ impl ConnectionTable {
         })
     }
 
-    /// Waits for room for one more connection, and makes some if there is none.
+    /// Waits for a permit, evicting idle connections if there is none.
     pub(crate) async fn acquire(self: &Arc<Self>) -> ConnectionPermit {
         loop {
             if let Some(permit) = self.try_acquire() {
@@ -84,7 +84,7 @@ impl ConnectionTable {
     }
 }
 
-/// Room for one connection.
+/// An entry in the table, removed on drop.
 pub(crate) struct ConnectionPermit {
     id: u64,
     pub(crate) state: Arc<ConnectionState>,

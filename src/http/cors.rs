@@ -1,5 +1,5 @@
-//! Which pages of other origins may use the API (the Fetch standard's CORS protocol). Tokens come
-//! in a header and never in a cookie, so no credentials are allowed.
+//! Cross-origin resource sharing, as the Fetch standard defines it. Credentials mode is not allowed,
+//! because tokens travel in a header and never in a cookie.
 
 use hyper::Method;
 use hyper::header::{
@@ -9,8 +9,8 @@ use hyper::header::{
 };
 use hyper::http::request::Parts;
 
-/// All of the API, on every path: a page whose preflight fails sees a network error instead of the
-/// 404 or 405.
+/// Preflights allow every method on every path: otherwise a page would see a network error instead
+/// of a 404 or 405.
 pub(crate) const ALL_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 const ALLOWED_HEADERS: HeaderValue = HeaderValue::from_static(
     "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, Prefer, X-Request-Id",
@@ -18,11 +18,11 @@ const ALLOWED_HEADERS: HeaderValue = HeaderValue::from_static(
 const EXPOSED_HEADERS: HeaderValue = HeaderValue::from_static(
     "Location, Link, ETag, Preference-Applied, Retry-After, X-Request-Id, X-Total-Count",
 );
-/// Two hours: the most that Chromium remembers a preflight for.
+/// Two hours, the longest time for which Chromium caches a preflight.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("7200");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// The origins that are allowed.
+/// The allowed origins.
 pub(crate) struct Cors {
     origins: Vec<HeaderValue>,
 }
@@ -44,20 +44,21 @@ impl Cors {
             .filter(|origin| self.origins.contains(origin))
     }
 
-    /// Whether a browser asks for an allowed origin what a request that follows may be.
+    /// Whether the request is a preflight from an allowed origin.
     pub(crate) fn is_preflight(&self, head: &Parts) -> bool {
         head.method == Method::OPTIONS
             && head.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
             && self.allowed_origin(&head.headers).is_some()
     }
 
-    /// Whether the request comes from a page of an origin that is neither ours nor allowed.
+    /// Whether the request comes from a page whose origin is neither the service's own nor allowed.
     pub(crate) fn is_foreign(&self, headers: &HeaderMap) -> bool {
         let origin = headers.get(ORIGIN);
-        origin.is_some_and(|origin| !self.origins.contains(origin) && !is_ours(origin, headers))
+        origin
+            .is_some_and(|origin| !self.origins.contains(origin) && !is_own_origin(origin, headers))
     }
 
-    /// Adds what the browser needs to a response, an error's too.
+    /// Adds the CORS headers to a response.
     pub(crate) fn apply(&self, head: &Parts, headers: &mut HeaderMap) {
         if self.origins.is_empty() {
             return;
@@ -80,9 +81,10 @@ impl Cors {
     }
 }
 
-/// Whether the request went to the host that its page came from. Only the proxy knows the scheme.
-/// A page of another origin can set neither header without a preflight.
-fn is_ours(origin: &HeaderValue, headers: &HeaderMap) -> bool {
+/// Whether the request was sent to the host of its origin. The scheme is not compared, because
+/// behind a proxy the service does not know it. A page of another origin cannot set `Host` at all,
+/// nor `X-Forwarded-Host` without a preflight.
+fn is_own_origin(origin: &HeaderValue, headers: &HeaderMap) -> bool {
     let (host, default_port) = match origin.to_str().unwrap_or_default().split_once("://") {
         Some(("http", host)) => (host, ":80"),
         Some(("https", host)) => (host, ":443"),

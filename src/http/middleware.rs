@@ -1,5 +1,4 @@
-//! The JWT middleware: a bearer token becomes a signed-in user, or the request ends here, before
-//! anything of its body is read.
+//! JWT authentication. It runs before the body is read.
 
 use uuid::Uuid;
 
@@ -8,14 +7,13 @@ use crate::error::Error;
 use crate::http::context::RequestContext;
 use crate::telemetry::labels::TokenRejection;
 
-/// Somebody with a good access token.
+/// The user and the session of a valid access token.
 pub(crate) struct AuthenticatedUser {
     pub(crate) id: Uuid,
     pub(crate) session: Uuid,
 }
 
-/// Who asks (FR-001, FR-002, FR-004). The answer to a refusal, and its line in the log, are made
-/// where all errors are.
+/// Verifies the bearer token (FR-001, FR-002, FR-004).
 pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser, Error> {
     let token = context.bearer_token().map_err(Error::InvalidToken)?;
     let token = token.ok_or(Error::MissingToken)?;
@@ -24,7 +22,7 @@ pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<Authent
         .tokens
         .verify_access(token)
         .map_err(Error::InvalidToken)?;
-    // Not the request's: the body is yet to be read.
+    // The request's own deadline starts only when the body has been read.
     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
     let db = context.app.database.with_deadline(deadline);
     if context.app.revocations.is_revoked(db, &claims).await? {
@@ -36,16 +34,15 @@ pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<Authent
     })
 }
 
-/// The same where the path names a user: it has to be the token's (FR-003).
+/// Verifies the bearer token, and that the user in the path is the user of the token (FR-003).
 pub(crate) async fn require_owner(
     context: &RequestContext<'_>,
     user_id: &str,
 ) -> Result<AuthenticatedUser, Error> {
-    let signed_in = authenticate(context).await?;
+    let user = authenticate(context).await?;
     let mut buffer = Uuid::encode_buffer();
-    if signed_in.id.hyphenated().encode_lower(&mut buffer) == user_id {
-        Ok(signed_in)
-    } else {
-        Err(Error::Forbidden)
+    match user.id.hyphenated().encode_lower(&mut buffer) == user_id {
+        true => Ok(user),
+        false => Err(Error::Forbidden),
     }
 }

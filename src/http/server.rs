@@ -1,5 +1,5 @@
-//! Accepting connections, their limits, and graceful shutdown: every request that was accepted gets
-//! its response before the process ends.
+//! The accept loop, the limits on connections, and graceful shutdown, during which every accepted
+//! request still gets its response.
 
 use std::convert::Infallible;
 use std::io;
@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use log::{debug, error, info, warn};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
@@ -28,25 +28,28 @@ use crate::http::service;
 use crate::http::state::AppState;
 use crate::http::timeout_io::TimeoutStream;
 
-/// A request's head; hyper responds with 431 to a longer one.
+/// hyper responds with 431 to longer heads.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
-/// Open connections at a time; each takes about 20 KiB.
+/// Each connection takes about 20 KiB.
 const MAX_CONNECTIONS: u64 = 16_384;
-/// Descriptors for everything but client connections.
+/// File descriptors for everything but client connections.
 const RESERVED_FDS: u64 = 100;
-/// How long connections are still accepted after the signal to stop. Responses close their
-/// connections during this time, so that no request is sent into a connection being closed.
+/// How long connections are still accepted after shutdown begins. Responses carry
+/// `Connection: close` during this time, so that clients reconnect elsewhere.
 const ACCEPT_GRACE: Duration = Duration::from_millis(500);
-/// A new connection most likely has its first request on the way.
+/// How long shutdown waits for the first request of a new connection, which is probably in flight.
 const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long requests may still run after that.
+/// How long shutdown waits for connections to end. With the grace time, it stays below the 10 s
+/// after which container runtimes kill a process.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
+/// How long one scrape of the metrics may take.
+const METRICS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Serves requests until `stop` is cancelled, then finishes those under way.
+/// Serves requests until `shutdown` is cancelled, then completes those in progress.
 pub(crate) async fn serve(
     listeners: Vec<TcpListener>,
     app: Arc<AppState>,
-    stop: CancellationToken,
+    shutdown: CancellationToken,
 ) {
     let acceptor = Acceptor {
         app: app.clone(),
@@ -55,9 +58,9 @@ pub(crate) async fn serve(
         closing: CancellationToken::new(),
     };
     let accept = || join_all(listeners.iter().map(|listener| acceptor.accept(listener)));
-    stop.run_until_cancelled(accept()).await;
+    shutdown.run_until_cancelled(accept()).await;
     app.begin_shutdown();
-    info!("stopping: finishing what was accepted");
+    info!("shutting down: completing accepted requests");
     timeout(ACCEPT_GRACE, accept()).await.ok();
     for listener in &listeners {
         acceptor.drain_backlog(listener).await;
@@ -65,34 +68,34 @@ pub(crate) async fn serve(
     drop(listeners);
     acceptor.closing.cancel();
     acceptor.connections.close();
-    if timeout(DRAIN_TIMEOUT, acceptor.connections.wait())
-        .await
-        .is_err()
-    {
-        warn!("some connections did not end in time and are cut");
+    let drained = timeout(DRAIN_TIMEOUT, acceptor.connections.wait()).await;
+    if drained.is_err() {
+        let count = acceptor.connections.len();
+        warn!("closing connections that are still open after the drain timeout: count={count}");
     }
 }
 
-/// What a new connection needs.
+/// Accepts connections and spawns a task for each.
 struct Acceptor {
     app: Arc<AppState>,
     table: Arc<ConnectionTable>,
     connections: TaskTracker,
+    /// Tells connections to close after their current request.
     closing: CancellationToken,
 }
 
 impl Acceptor {
     async fn accept(&self, listener: &TcpListener) {
         loop {
-            // The permit first: connections that cannot be served wait in the kernel's queue.
+            // Without a permit, new connections wait in the kernel's queue.
             let permit = self.table.acquire().await;
             match listener.accept().await {
                 Ok((stream, peer)) => self.spawn_connection(stream, peer, permit),
                 Err(error) if is_connection_error(&error) => {
-                    debug!("a connection was gone before it was accepted: {error}")
+                    debug!("connection closed before it was accepted: {error}")
                 }
                 Err(error) => {
-                    // Out of descriptors, most likely: nothing to do but wait for some.
+                    // Probably out of file descriptors.
                     error!("cannot accept connections: {error}");
                     sleep(Duration::from_millis(100)).await;
                 }
@@ -100,7 +103,7 @@ impl Acceptor {
         }
     }
 
-    /// Accepts what the kernel has accepted already.
+    /// Accepts the connections that wait in the kernel's queue.
     async fn drain_backlog(&self, listener: &TcpListener) {
         while let Some(permit) = self.table.try_acquire() {
             match timeout(Duration::ZERO, listener.accept()).await {
@@ -125,7 +128,11 @@ impl Acceptor {
     }
 }
 
-/// Serves one connection from its first byte to its last.
+/// Serves one connection.
+///
+/// A handler runs to its end even if the client disconnects, so that a write is never left half
+/// done: with `half_close`, hyper does not treat the end of the client's stream as a disconnect,
+/// and a client that sent its last request still gets its response.
 async fn serve_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     peer: IpAddr,
@@ -135,19 +142,18 @@ async fn serve_connection(
 ) {
     let io = TokioIo::new(TimeoutStream::new(stream, state.clone()));
     let service = service_fn(|request: Request<Incoming>| {
-        let fault = state.on_request(request.body());
+        let head_error = state.on_request(request.body());
         let state = state.clone();
         async move {
-            let response = service::handle(app, request, peer, fault).await;
+            let response = service::handle(app, request, peer, head_error).await;
             state.on_response();
             Ok::<_, Infallible>(response)
         }
     });
     let connection = http1::Builder::new()
-        // A client that has said all it has to say still gets its answer.
         .half_close(true)
         .max_buf_size(MAX_HEAD_BYTES)
-        // The socket has a clock for this that does not run while a connection is idle.
+        // hyper's timeout also runs on idle connections; `TimeoutStream` has its own.
         .header_read_timeout(None)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
@@ -156,14 +162,14 @@ async fn serve_connection(
         () = state.evicted() => true,
         () = closing.cancelled() => false,
     };
-    // A request that has just arrived still gets its response.
+    // Even a timeout of zero serves a request that has already arrived.
     let wait = match state.is_unused() && !evicted {
         true => FIRST_REQUEST_TIMEOUT,
         false => Duration::ZERO,
     };
     let ended = match timeout(wait, connection.as_mut()).await {
         Ok(ended) => ended,
-        // A client that keeps its end open must not keep the connection.
+        // Dropped, because after a graceful shutdown the client could keep its side open.
         Err(_) if evicted && state.is_idle() => return,
         Err(_) => {
             connection.as_mut().graceful_shutdown();
@@ -179,8 +185,8 @@ fn log_end(peer: IpAddr, ended: hyper::Result<()>) {
     }
 }
 
-/// Sends `GET /healthz` through the HTTP server. The connection is a socket pair: it needs no room
-/// in the table of connections, which may be full, and no listener.
+/// Sends `GET /healthz` through the HTTP server. The connection is a socket pair, so that the check
+/// works when the connection table is full.
 pub(crate) async fn check_health(app: &Arc<AppState>) -> io::Result<()> {
     let (mut client, server) = UnixStream::pair()?;
     let (peer, closing) = (Ipv4Addr::LOCALHOST.into(), CancellationToken::new());
@@ -194,7 +200,7 @@ pub(crate) async fn check_health(app: &Arc<AppState>) -> io::Result<()> {
     };
     match tokio::select! { () = serving => Ok(false), checked = checking => checked } {
         Ok(true) => Ok(()),
-        Ok(false) => Err(io::Error::other("a response other than 200")),
+        Ok(false) => Err(io::Error::other("GET /healthz did not return 200")),
         Err(error) => Err(error),
     }
 }
@@ -207,28 +213,19 @@ fn is_connection_error(error: &io::Error) -> bool {
     )
 }
 
-/// As many connections as we want and the system lets us have.
+/// Raises the limit on open files if possible. Returns the number of connections that it allows.
 fn connection_limit() -> usize {
-    let wanted = MAX_CONNECTIONS + RESERVED_FDS;
-    let limit = getrlimit(Resource::Nofile);
+    let mut limit = getrlimit(Resource::Nofile);
     let current = limit.current.unwrap_or(u64::MAX);
-    let raised = wanted.min(limit.maximum.unwrap_or(u64::MAX)).max(current);
-    let granted = match setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: Some(raised),
-            ..limit
-        },
-    ) {
-        Ok(()) => raised,
-        Err(_) => current,
-    };
-    granted
-        .saturating_sub(RESERVED_FDS)
-        .clamp(16, MAX_CONNECTIONS) as usize
+    let wanted = (MAX_CONNECTIONS + RESERVED_FDS).min(limit.maximum.unwrap_or(u64::MAX));
+    let raised = wanted.max(current);
+    limit.current = Some(raised);
+    let raised = setrlimit(Resource::Nofile, limit).map_or(current, |()| raised);
+    let connections = raised.saturating_sub(RESERVED_FDS);
+    connections.clamp(16, MAX_CONNECTIONS) as usize
 }
 
-/// Shows the metrics, and nothing else, on a listener of their own.
+/// Serves `GET /metrics` on a listener of its own.
 pub(crate) async fn serve_metrics(listener: TcpListener, app: Arc<AppState>) {
     loop {
         let Ok((stream, _)) = listener.accept().await else {
@@ -237,23 +234,19 @@ pub(crate) async fn serve_metrics(listener: TcpListener, app: Arc<AppState>) {
         };
         let app = app.clone();
         tokio::spawn(async move {
-            let service = service_fn(|request: Request<Incoming>| {
-                let text = (request.uri().path() == "/metrics")
-                    .then(|| app.metrics.encode(app.database.connections()));
-                async move {
-                    Ok::<_, Infallible>(match text {
-                        Some(text) => {
-                            response::bytes(hyper::StatusCode::OK, prometheus::TEXT_FORMAT, text)
-                        }
-                        None => response::empty(hyper::StatusCode::NOT_FOUND),
-                    })
-                }
+            let service = service_fn(async |request: Request<Incoming>| {
+                Ok::<_, Infallible>(match request.uri().path() {
+                    "/metrics" => {
+                        let text = app.metrics.encode(app.database.connections());
+                        response::bytes(StatusCode::OK, prometheus::TEXT_FORMAT, text)
+                    }
+                    _ => response::empty(StatusCode::NOT_FOUND),
+                })
             });
-            // A scraper asks once and goes; one that does not is cut.
-            let answer = http1::Builder::new()
+            let connection = http1::Builder::new()
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), service);
-            timeout(Duration::from_secs(10), answer).await.ok();
+            timeout(METRICS_TIMEOUT, connection).await.ok();
         });
     }
 }

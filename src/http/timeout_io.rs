@@ -76,7 +76,7 @@ impl<S> TimeoutStream<S> {
         }
     }
 
-    /// A connection is idle until the first byte of a head; empty lines before the head do not count.
+    /// A connection is idle until a head begins; empty lines before the head do not count.
     fn update_idle(&self) {
         let has_request =
             self.connection.is_busy() || !self.lookahead.is_empty() || self.framer.is_in_head();
