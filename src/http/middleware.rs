@@ -15,17 +15,17 @@ pub(crate) struct AuthenticatedUser {
 
 /// Verifies the bearer token (FR-001, FR-002, FR-004).
 pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser, Error> {
+    let app = context.app;
     let token = context.bearer_token().map_err(Error::InvalidToken)?;
     let token = token.ok_or(Error::MissingToken)?;
-    let claims = context
-        .app
+    let claims = app
         .tokens
         .verify_access(token)
         .map_err(Error::InvalidToken)?;
     // The request's own deadline starts only when the body has been read.
     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
-    let db = context.app.database.with_deadline(deadline);
-    if context.app.revocations.is_revoked(db, &claims).await? {
+    let db = app.database.with_deadline(deadline);
+    if app.revocations.is_revoked(db, &claims).await? {
         return Err(Error::InvalidToken(TokenRejection::RevokedSession));
     }
     Ok(AuthenticatedUser {
