@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     Result,
     interrupt::{check, sleep_until},
-    processes::{Cpu, CpuSampler},
+    usage::{Cpu, CpuSampler},
     work::Rng,
 };
 

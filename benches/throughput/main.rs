@@ -27,6 +27,7 @@ mod interrupt;
 mod processes;
 mod report;
 mod scenarios;
+mod usage;
 mod work;
 
 use std::{
@@ -42,10 +43,9 @@ use std::{
 use serde_json::json;
 
 use client::{Load, load, serve_constant};
-use processes::{
-    CpuSampler, Database, Process, await_answer, free_address, resident, start_server,
-};
+use processes::{Database, Process, await_response, free_address, start_server};
 use report::{Pgbench, Report, Round, median};
+use usage::{CpuSampler, resident};
 use work::{BenchUser, TASKS, USERS, Work, count_remaining, insert_tasks, insert_users};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -275,7 +275,7 @@ impl Bench {
         let address = free_address()?;
         let mut command = Command::new(env::current_exe()?);
         let process = Process::spawn(command.arg("--bare").arg(address.to_string()))?;
-        await_answer(address)?;
+        await_response(address)?;
         let watched = CpuSampler {
             server: Some(process.id()),
             postmaster: None,

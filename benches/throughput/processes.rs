@@ -1,4 +1,4 @@
-//! The child processes, their CPU time and memory.
+//! The child processes.
 
 use std::{
     fs,
@@ -18,9 +18,6 @@ use crate::{
     client::fetch,
     interrupt::{POLL_INTERVAL, check},
 };
-
-/// The unit of CPU times in `/proc`: clock ticks per second.
-const TICK: Duration = Duration::from_millis(10);
 
 /// A child process that is killed on drop.
 pub(crate) struct Process(Child);
@@ -43,98 +40,6 @@ impl Drop for Process {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// Samples the CPU time of processes.
-pub(crate) struct CpuSampler {
-    pub(crate) server: Option<u32>,
-    pub(crate) postmaster: Option<u32>,
-}
-
-/// CPU time used so far.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Cpu {
-    pub(crate) server: Option<Duration>,
-    pub(crate) postgres: Option<Duration>,
-    pub(crate) client: Option<Duration>,
-}
-
-impl Cpu {
-    pub(crate) fn since(&self, before: &Cpu) -> Cpu {
-        let passed =
-            |now: Option<Duration>, then: Option<Duration>| Some(now?.saturating_sub(then?));
-        Cpu {
-            server: passed(self.server, before.server),
-            postgres: passed(self.postgres, before.postgres),
-            client: passed(self.client, before.client),
-        }
-    }
-}
-
-impl CpuSampler {
-    pub(crate) fn cpu(&self) -> Cpu {
-        Cpu {
-            server: self.server.and_then(|pid| Some(Stat::of(pid)?.own)),
-            postgres: self.postmaster.and_then(with_children),
-            client: Stat::of(std::process::id()).map(|stat| stat.own),
-        }
-    }
-
-    /// Samples once PostgreSQL has reaped the backends that are exiting, whose CPU time would be missing
-    /// otherwise.
-    pub(crate) fn settled(&self) -> Cpu {
-        let deadline = Instant::now() + Duration::from_secs(1);
-        let mut cpu = self.cpu();
-        loop {
-            thread::sleep(Duration::from_millis(50));
-            let now = self.cpu();
-            if now.postgres == cpu.postgres || Instant::now() > deadline {
-                return now;
-            }
-            cpu = now;
-        }
-    }
-}
-
-/// The fields used from `/proc/<pid>/stat`.
-pub(crate) struct Stat {
-    parent: u32,
-    own: Duration,
-    /// CPU time of reaped children.
-    ended: Duration,
-}
-
-impl Stat {
-    pub(crate) fn of(pid: u32) -> Option<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name in parentheses can contain spaces; the state is the field after it.
-        let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
-        let ticks = |at: usize| fields.get(at)?.parse().ok().map(|ticks: u32| TICK * ticks);
-        Some(Self {
-            parent: fields.get(1)?.parse().ok()?,
-            own: ticks(11)? + ticks(12)?,
-            ended: ticks(13)? + ticks(14)?,
-        })
-    }
-}
-
-/// The CPU time of a process and all its children, such as PostgreSQL's backends.
-pub(crate) fn with_children(pid: u32) -> Option<Duration> {
-    let stat = Stat::of(pid)?;
-    let children = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
-        let child = Stat::of(entry.file_name().to_str()?.parse().ok()?)?;
-        (child.parent == pid).then_some(child.own + child.ended)
-    });
-    Some(stat.own + stat.ended + children.sum::<Duration>())
-}
-
-/// Resident memory in MiB.
-pub(crate) fn resident(pid: u32) -> Option<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? / 1024.0)
 }
 
 /// The embedded PostgreSQL, as the service runs it, but also listening on TCP.
@@ -292,7 +197,7 @@ pub(crate) fn start_server(
         .stdin(Stdio::null())
         .stderr(log);
     let process = Process::spawn(&mut command)?;
-    await_answer(address).map_err(|error| {
+    await_response(address).map_err(|error| {
         let log = fs::read_to_string(&log_path).unwrap_or_default();
         format!("{error}; the service says:\n{log}")
     })?;
@@ -300,7 +205,7 @@ pub(crate) fn start_server(
 }
 
 /// Waits until a server is ready.
-pub(crate) fn await_answer(address: SocketAddr) -> Result<()> {
+pub(crate) fn await_response(address: SocketAddr) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
         check()?;

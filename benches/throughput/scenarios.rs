@@ -14,7 +14,7 @@ use crate::{
     BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, LOGIN_CLIENTS, PASSWORD, Result,
     client::{Load, Writer, fetch, header, load, read_answer},
     interrupt::check,
-    processes::resident,
+    usage::resident,
     work::{BenchUser, Rng, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
 };
 
