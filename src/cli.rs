@@ -120,7 +120,7 @@ fn find_database(config: &Config) -> Result<Target<'_>, BoxError> {
         DatabaseSource::Server(url) => Ok(Target::Endpoint(server_endpoint(url)?.into())),
         DatabaseSource::Embedded(data_dir) => {
             Ok(match embedded_postgres::running_config(data_dir)? {
-                Some(running) => Target::Endpoint(Endpoint::private(running, data_dir)?.into()),
+                Some(running) => Target::Endpoint(Endpoint::embedded(running, data_dir)?.into()),
                 None => Target::Stopped(data_dir),
             })
         }
@@ -167,12 +167,12 @@ async fn open(config: &Config) -> Result<(Endpoint, Option<Postgres>), BoxError>
         .into());
     }
     let postgres = Postgres::start(data_dir).await?;
-    let endpoint = Endpoint::private(postgres.config(), data_dir)?;
+    let endpoint = Endpoint::embedded(postgres.config(), data_dir)?;
     Ok((endpoint, Some(postgres)))
 }
 
 async fn migrate(config: &Config) -> Result<(), BoxError> {
-    let applied = with_database(config, async |_, server| Ok(server.migrations)).await?;
+    let applied = with_database(config, async |_, server| Ok(server.migrations_applied)).await?;
     print(&format!("{applied} migrations applied"))
 }
 
@@ -238,7 +238,7 @@ async fn check(config: &Config) -> Result<ExitCode, BoxError> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    print(&format!("database {}", endpoint.place()))?;
+    print(&format!("database {}", endpoint.location()))?;
     match endpoint.inspect().await {
         Ok(server) => print_server_info(&server).map(|()| ExitCode::SUCCESS),
         Err(error) => print(&format!("  cannot be used: {error}")).map(|()| ExitCode::FAILURE),
@@ -257,7 +257,7 @@ fn print_server_info(server: &ServerInfo) -> Result<(), BoxError> {
     };
     print(&format!(
         "  PostgreSQL {}\n  TLS {tls}\n  migrations due: {}\n  {search}\n  clock difference {:.3} s\n  pooler {pooler}",
-        server.version, server.migrations, server.clock_difference
+        server.version, server.migrations_due, server.clock_difference
     ))
 }
 

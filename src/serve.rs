@@ -103,7 +103,7 @@ async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<OpenDatabase, Bo
             let postgres = Postgres::start(data_dir).await?;
             let (data_dir, version) = (postgres.data_dir(), postgres.version());
             let location = format!("{} (embedded PostgreSQL {version})", data_dir.display());
-            let endpoint = Endpoint::private(postgres.config(), data_dir)?;
+            let endpoint = Endpoint::embedded(postgres.config(), data_dir)?;
             (endpoint, location, Some(postgres))
         }
     };
@@ -153,7 +153,7 @@ fn log_server_info(server: &ServerInfo) {
     info!(
         "database ready postgres_version={} migrations_applied={}",
         logfmt_value(&server.version),
-        server.migrations
+        server.migrations_applied
     );
     if !server.search_ignores_case {
         warn!("{CASE_SENSITIVE}");

@@ -1,15 +1,15 @@
--- A short page of tasks, newest first, for each of several askers: rows with the number n answer
--- the n-th.
--- $1 user ids, $2 the ids that the pages before ended with or nulls, $3 how many, up to 101: one of
--- each for every asker
-select page.*, request.n
--- How many askers there are is hidden in queries: PostgreSQL would make a plan for their number anew
--- each time rather than keep one for any.
-from unnest((select $1::uuid[]), (select $2::uuid[]), (select $3::bigint[])) with ordinality
-    as request (user_id, after, most, n)
+-- Reads a short page of tasks, newest first, for each of several requests. The rows are numbered by
+-- request.
+-- $1 user ids, $2 the last id of the previous page or null, $3 the most rows, up to 101: one of each
+-- per request
+select page.*, request.ordinal
+-- The subqueries hide the length of the arrays from the planner. Otherwise it would plan each length
+-- anew instead of keeping a generic plan.
+from unnest((select $1::uuid[]), (select $2::uuid[]), (select $3::bigint[]))
+    with ordinality as request (user_id, after, most, ordinal)
 cross join lateral (
     select *
-    -- The planner believes a number, and that so few rows are not worth compiling anything for.
+    -- A constant limit tells the planner that there are few rows, which are not worth compiling.
     from (
         select id, user_id, title, description, completed, created_at, updated_at
         from tasks t
@@ -20,4 +20,4 @@ cross join lateral (
     ) newest
     limit request.most
 ) page
-order by request.n
+order by request.ordinal

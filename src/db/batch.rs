@@ -1,287 +1,215 @@
-//! Questions of one kind that are asked at the same moment travel as one statement: a busy service
-//! makes PostgreSQL work less for each of them, and an idle one asks each at once.
+//! Queries of one kind that arrive together run as one statement, which costs PostgreSQL far less
+//! than one statement each.
 //!
-//! Two senders of each kind send what gathers, each the next statement when its last is answered,
-//! so that under load what is asked in the meantime goes together. One whose answer is late, be the
-//! database far away or the connection stuck, holds nobody up: another takes its place.
+//! [`Batcher::submit`] puts a query into a queue. A dispatcher task waits for a free worker, takes
+//! what has been queued meanwhile, and hands it with a connection to the worker, a task that runs
+//! the statement and sends each caller its rows. On an idle service a query runs at once, alone.
+//!
+//! Few workers run at a time, so that batches grow while they are busy. A statement that turns out
+//! to be slow stops counting as one of the few, so that the queries behind it do not wait for it.
+//! A caller that gives up, or a panic in a task, affects no other query.
 
-use std::future::Future;
-use std::marker::PhantomData;
 use std::pin::pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use parking_lot::Mutex;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
+use uuid::Uuid;
 
-use super::{Database, DbError, Deadline, Lease, Queries, Repeat};
+use super::deadline::Deadline;
+use super::error::DbError;
+use super::lease::{Connections, Lease};
+use super::retry::Repeat;
 
-/// Statements of one kind under way that keep others waiting: few busy backends beat many
-/// half-idle ones.
+/// Workers of a kind whose statement is fast. Few busy backends do more than many half idle ones.
 const MAX_FAST_WORKERS: usize = 2;
-/// A statement that takes longer than this keeps nobody waiting any more …
+/// From here on a statement is slow.
 const SLOW_AFTER: Duration = Duration::from_millis(2);
-/// … until there are so many of one kind: the pool is not theirs alone.
+/// Workers of a kind altogether, so that slow statements leave most of the pool to others.
 const MAX_WORKERS: usize = 8;
+/// Queries of a kind that wait for the dispatcher. When the queue is full, callers wait.
+const QUEUE_CAPACITY: usize = 1024;
 
-/// What several can ask for in one statement.
+/// A query that can share a statement with others of its kind.
 pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
-    /// So many in one statement at most.
+    /// The most queries in one statement.
     const MAX_BATCH: usize;
 
-    /// Where the questions of this kind come together.
-    fn batcher(database: &Database) -> &Batcher<Self>;
+    /// Whose rows the query reads.
+    fn user_id(&self) -> Uuid;
 
-    /// Asks them all. The last column of a row says which question it answers, counted from 1.
+    /// Runs the queries. The rows are ordered by a column `ordinal`, the number of the query that
+    /// they belong to, counted from 1, and name their owner in a column `user_id`.
     fn execute(
         lease: &mut Lease,
         deadline: Deadline,
-        questions: &[Self],
-    ) -> impl Future<Output = Answer> + Send;
+        queries: &[Self],
+    ) -> impl Future<Output = Result<Vec<Row>, DbError>> + Send;
 }
 
-type Answer = Result<Vec<Row>, DbError>;
-
-/// A question, and where its answer goes.
+/// A query in the queue. Its caller drops the receiver of `reply` when it gives up.
 struct Pending<Q> {
-    question: Q,
+    query: Q,
     deadline: Deadline,
-    reply: oneshot::Sender<Answer>,
+    reply: Reply,
 }
 
-/// Questions of one kind that have not been sent yet.
-pub(super) struct Batcher<Q>(Mutex<Queue<Q>>);
+type Reply = oneshot::Sender<Result<Vec<Row>, DbError>>;
+/// Always `Ok`: the semaphores are never closed.
+type WorkerPermit = Result<OwnedSemaphorePermit, AcquireError>;
 
-struct Queue<Q> {
-    asked: Vec<Pending<Q>>,
-    prompt: usize,
-    late: usize,
-}
+/// The queue to the dispatcher of one kind of query.
+pub(super) struct Batcher<Q>(Mutex<Option<mpsc::Sender<Pending<Q>>>>);
 
 impl<Q> Default for Batcher<Q> {
     fn default() -> Self {
-        Self(Mutex::new(Queue {
-            asked: Vec::new(),
-            prompt: 0,
-            late: 0,
-        }))
-    }
-}
-
-impl<Q> Queue<Q> {
-    /// Forgets who went away or ran out of time.
-    fn tidy(&mut self) {
-        self.asked.retain(|asked| !asked.reply.is_closed());
-    }
-
-    /// Makes room for one more sender, if it takes one to send what waits.
-    fn takes_one_more(&mut self) -> bool {
-        let one_more = !self.asked.is_empty()
-            && self.prompt < MAX_FAST_WORKERS
-            && self.prompt + self.late < MAX_WORKERS;
-        self.prompt += usize::from(one_more);
-        one_more
+        Self(Mutex::new(None))
     }
 }
 
 impl<Q: BatchQuery> Batcher<Q> {
-    fn with<T>(&self, work: impl FnOnce(&mut Queue<Q>) -> T) -> T {
-        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The next questions, so many at most.
-    fn take(&self, most: usize) -> Vec<Pending<Q>> {
-        self.with(|queue| {
-            queue.tidy();
-            let rest = queue.asked.split_off(queue.asked.len().min(most));
-            std::mem::replace(&mut queue.asked, rest)
-        })
-    }
-}
-
-/// What the queue counts a sender as.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Standing {
-    Prompt,
-    Late,
-    Gone,
-}
-
-/// One that sends what gathers, until there is nothing left.
-struct Worker<Q: BatchQuery> {
-    database: Database,
-    standing: Standing,
-    kind: PhantomData<Q>,
-}
-
-impl<Q: BatchQuery> Worker<Q> {
-    /// Starts one that the queue has made room for. It is a task of its own, so that a client that
-    /// goes away takes nobody's answer with it.
-    fn start(database: Database) {
-        let mut sender = Self {
-            database,
-            standing: Standing::Prompt,
-            kind: PhantomData,
-        };
-        tokio::spawn(async move { sender.send().await });
-    }
-
-    async fn send(&mut self) {
-        let database = self.database.clone();
-        loop {
-            // Whatever else is ready to run may ask, too.
-            yield_now().await;
-            let Some((deadline, count)) = self.look() else {
-                return;
-            };
-            // First the connection: what is asked while it is waited for goes along. If there is
-            // none, those have waited in vain who have waited all the time.
-            let queries = database.with_deadline(deadline);
-            let acquire = || database.acquire(deadline);
-            let lease = queries.retry(Repeat::Read, acquire).await;
-            let most = lease.as_ref().map_or(count, |_| Q::MAX_BATCH);
-            let asked = Q::batcher(&database).take(most);
-            let mut asking = pin!(database.run_batch(lease, asked));
-            if timeout(SLOW_AFTER, asking.as_mut()).await.is_err() {
-                let replaced = self.change(|queue| {
-                    queue.late += 1;
-                    (Standing::Late, queue.takes_one_more())
-                });
-                if replaced {
-                    Self::start(database.clone());
-                }
-                asking.await;
-                self.change(|queue| match queue.prompt < MAX_FAST_WORKERS {
-                    true => {
-                        queue.prompt += 1;
-                        (Standing::Prompt, ())
-                    }
-                    false => (Standing::Gone, ()),
-                });
-                if self.standing == Standing::Gone {
-                    return;
-                }
-            }
-        }
-    }
-
-    /// The last deadline of those who wait, and how many they are; a sender that finds none goes.
-    fn look(&mut self) -> Option<(Deadline, usize)> {
-        self.change(|queue| {
-            queue.tidy();
-            let deadline = queue.asked.iter().map(|asked| asked.deadline).max();
-            match deadline {
-                Some(deadline) => {
-                    queue.prompt += 1;
-                    (Standing::Prompt, Some((deadline, queue.asked.len())))
-                }
-                None => (Standing::Gone, None),
-            }
-        })
-    }
-
-    /// Takes this sender out of the count; `work` says what it is from now on, and counts that.
-    fn change<T>(&mut self, work: impl FnOnce(&mut Queue<Q>) -> (Standing, T)) -> T {
-        let before = self.standing;
-        let (standing, result) = Q::batcher(&self.database).with(|queue| {
-            match before {
-                Standing::Prompt => queue.prompt -= 1,
-                Standing::Late => queue.late -= 1,
-                Standing::Gone => {}
-            }
-            work(queue)
-        });
-        self.standing = standing;
-        result
-    }
-}
-
-impl<Q: BatchQuery> Drop for Worker<Q> {
-    /// After a panic it must not count on.
-    fn drop(&mut self) {
-        self.change(|_| (Standing::Gone, ()));
-    }
-}
-
-impl Queries<'_> {
-    /// Asks a question together with all others of its kind that are asked at the same moment, and
-    /// gives the rows that are its answer.
-    pub(super) async fn submit<Q: BatchQuery>(&self, question: Q) -> Answer {
-        let (reply, answered) = oneshot::channel();
-        let asked = Pending {
-            question,
-            deadline: self.deadline,
+    /// Runs a query together with others and returns its rows.
+    pub(super) async fn submit(
+        &self,
+        connections: &Arc<Connections>,
+        deadline: Deadline,
+        query: Q,
+    ) -> Result<Vec<Row>, DbError> {
+        let (reply, response) = oneshot::channel();
+        let pending = Pending {
+            query,
+            deadline,
             reply,
         };
-        let one_more = Q::batcher(self.database).with(|queue| {
-            queue.asked.push(asked);
-            queue.takes_one_more()
-        });
-        if one_more {
-            Worker::<Q>::start(self.database.clone());
+        let queue = self.queue(connections);
+        let rows = async {
+            // If the dispatcher is gone, so is the reply's sender.
+            queue.send(pending).await.ok();
+            response.await
+        };
+        match timeout_at(deadline.at(), rows).await {
+            Ok(Ok(rows)) => rows,
+            Ok(Err(_)) => Err(DbError::Unavailable("a batch of queries failed".into())),
+            Err(_) => Err(DbError::Unavailable("a query timed out".into())),
         }
-        match timeout_at(self.deadline.at(), answered).await {
-            Ok(Ok(answer)) => answer,
-            _ => Err(DbError::Unavailable("a read ran out of time".into())),
+    }
+
+    /// The queue of the running dispatcher. The first call starts one, as does the first after a
+    /// panic of the dispatcher.
+    fn queue(&self, connections: &Arc<Connections>) -> mpsc::Sender<Pending<Q>> {
+        let mut queue = self.0.lock();
+        match &*queue {
+            Some(queue) if !queue.is_closed() => queue.clone(),
+            _ => {
+                let (sender, receiver) = mpsc::channel(QUEUE_CAPACITY);
+                tokio::spawn(dispatch(connections.clone(), receiver));
+                queue.insert(sender).clone()
+            }
         }
     }
 }
 
-impl Database {
-    async fn run_batch<Q: BatchQuery>(
-        &self,
-        lease: Result<Lease, DbError>,
-        asked: Vec<Pending<Q>>,
-    ) {
-        // Another sender may have been quicker.
-        let Some(deadline) = asked.iter().map(|asked| asked.deadline).max() else {
+/// Collects batches and starts a worker for each, until every [`Batcher`] of the queue is dropped.
+async fn dispatch<Q: BatchQuery>(
+    connections: Arc<Connections>,
+    mut queue: mpsc::Receiver<Pending<Q>>,
+) {
+    let workers = Arc::new(Semaphore::new(MAX_WORKERS));
+    let fast_workers = Arc::new(Semaphore::new(MAX_FAST_WORKERS));
+    let mut waiting: Vec<Pending<Q>> = Vec::new();
+    loop {
+        let fast_permit = fast_workers.clone().acquire_owned().await;
+        let permit = workers.clone().acquire_owned().await;
+        if waiting.is_empty() && queue.recv_many(&mut waiting, QUEUE_CAPACITY).await == 0 {
             return;
+        }
+        // Lets other tasks that are ready submit their queries, too.
+        yield_now().await;
+        receive(&mut queue, &mut waiting);
+        let Some(deadline) = latest_deadline(&waiting) else {
+            continue;
         };
-        let (questions, askers): (Vec<Q>, Vec<_>) = asked
-            .into_iter()
-            .map(|asked| (asked.question, asked.reply))
-            .unzip();
-        let answer = match lease {
-            Ok(lease) => self.execute_with_retry(lease, deadline, &questions).await,
-            Err(error) => Err(error),
-        };
-        match answer {
-            Ok(rows) => {
-                let mut rows = rows.into_iter().peekable();
-                for (number, reply) in (1_i64..).zip(askers) {
-                    let is_its = |row: &Row| row.get::<_, i64>(row.len() - 1) == number;
-                    let answer = std::iter::from_fn(|| rows.next_if(is_its)).collect();
-                    // Who went away needs none.
-                    reply.send(Ok(answer)).ok();
-                }
+        let queued_before = waiting.len();
+        let acquire = || connections.acquire(deadline);
+        match connections.retry(deadline, Repeat::Read, acquire).await {
+            Ok(lease) => {
+                // Queries that arrived while the connection was acquired join the batch.
+                receive(&mut queue, &mut waiting);
+                let batch = waiting.drain(..waiting.len().min(Q::MAX_BATCH)).collect();
+                let permits = (fast_permit, permit);
+                tokio::spawn(run_batch(connections.clone(), lease, batch, permits));
             }
-            Err(error) => {
-                for reply in askers {
-                    reply.send(Err(error.clone())).ok();
-                }
-            }
+            // Queries that arrived during the attempt get an attempt of their own.
+            Err(error) => fail(waiting.drain(..queued_before).map(|p| p.reply), &error),
         }
     }
+}
 
-    /// Asks over this connection; if it is lost, over a fresh one.
-    async fn execute_with_retry<Q: BatchQuery>(
-        &self,
-        mut lease: Lease,
-        deadline: Deadline,
-        questions: &[Q],
-    ) -> Answer {
-        match Q::execute(&mut lease, deadline, questions).await {
-            Err(DbError::ConnectionLost(_) | DbError::Transient(_)) => {
-                drop(lease);
-                self.with_deadline(deadline)
-                    .retry(Repeat::Read, || async {
-                        Q::execute(&mut self.acquire(deadline).await?, deadline, questions).await
-                    })
-                    .await
-            }
-            answer => answer,
+/// Moves queued queries to `waiting`, and drops those whose callers have given up.
+fn receive<Q>(queue: &mut mpsc::Receiver<Pending<Q>>, waiting: &mut Vec<Pending<Q>>) {
+    let room = QUEUE_CAPACITY.saturating_sub(waiting.len());
+    waiting.extend(std::iter::from_fn(|| queue.try_recv().ok()).take(room));
+    waiting.retain(|pending| !pending.reply.is_closed());
+}
+
+fn latest_deadline<Q>(batch: &[Pending<Q>]) -> Option<Deadline> {
+    batch.iter().map(|pending| pending.deadline).max()
+}
+
+/// Runs the statement of a batch and sends each caller its rows.
+async fn run_batch<Q: BatchQuery>(
+    connections: Arc<Connections>,
+    lease: Lease,
+    batch: Vec<Pending<Q>>,
+    (fast_permit, _permit): (WorkerPermit, WorkerPermit),
+) {
+    let Some(deadline) = latest_deadline(&batch) else {
+        return;
+    };
+    let (queries, replies): (Vec<Q>, Vec<Reply>) = batch
+        .into_iter()
+        .map(|pending| (pending.query, pending.reply))
+        .unzip();
+    let queries = &*queries;
+    let mut lease = Some(lease);
+    let mut result = pin!(connections.retry(deadline, Repeat::Read, || {
+        let lease = lease.take();
+        let connections = &connections;
+        async move {
+            let mut lease = match lease {
+                Some(lease) => lease,
+                None => connections.acquire(deadline).await?,
+            };
+            Q::execute(&mut lease, deadline, queries).await
         }
+    }));
+    let result = match timeout(SLOW_AFTER, result.as_mut()).await {
+        Ok(result) => result,
+        Err(_) => {
+            drop(fast_permit);
+            result.await
+        }
+    };
+    let mut rows = match result {
+        Ok(rows) => rows.into_iter().peekable(),
+        Err(error) => return fail(replies, &error),
+    };
+    for ((ordinal, query), reply) in (1_i64..).zip(queries).zip(replies) {
+        let rows =
+            std::iter::from_fn(|| rows.next_if(|row| row.get::<_, i64>("ordinal") == ordinal))
+                .filter(|row| row.get::<_, Uuid>("user_id") == query.user_id())
+                .collect();
+        // A caller that has given up needs no rows.
+        reply.send(Ok(rows)).ok();
+    }
+}
+
+fn fail(replies: impl IntoIterator<Item = Reply>, error: &DbError) {
+    for reply in replies {
+        reply.send(Err(error.clone())).ok();
     }
 }

@@ -1,29 +1,29 @@
-//! The deadline of a request's work.
+//! Deadlines of database work.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The work of a request, counted from the end of its body: acquiring connections and all its
-/// statements.
+/// All database work of a request, from the end of its body: acquiring connections and running
+/// its statements.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same for a request that hashes passwords. It also covers the queue of the account and the
-/// queue of the hashing threads, which takes 8 s to drain when it is full.
+/// The same for a request that hashes passwords. Includes waiting for other attempts on the account
+/// and for a hashing thread; a full queue of those takes 8 s to drain.
 pub(crate) const PASSWORD_REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
-/// Checking whether an access token is revoked, before the body is read.
+/// Checking whether an access token is revoked, which precedes reading the body.
 pub(crate) const AUTHENTICATION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The moment after which no further statement is sent.
+/// The time after which no further statement is sent.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// The deadline that lies this far ahead.
+    /// A deadline that is this far in the future.
     pub(crate) fn after(timeout: Duration) -> Self {
         Self(Instant::now() + timeout)
     }
 
-    /// The moment itself.
+    /// The deadline as an instant.
     pub(crate) fn at(self) -> Instant {
         self.0
     }

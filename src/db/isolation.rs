@@ -1,11 +1,11 @@
-//! Every statement runs in READ COMMITTED, whatever the server's, database's or role's default is.
+//! Runs every statement in READ COMMITTED, whatever the default of the server, database or role.
 //!
-//! Where that is the default, as nearly everywhere, a plain statement does, and this costs nothing.
-//! Elsewhere each statement is sent between BEGIN and COMMIT, all in one flight: settings of a
-//! session would not survive a transaction pooler. The default is looked up when a connection is
-//! made, in the flight that prepares the statements. It may change later, and behind a pooler from
-//! one backend to the next; then a statement fails with a serialization failure, which READ
-//! COMMITTED does not have, and is retried inside BEGIN and COMMIT.
+//! Where READ COMMITTED is the default, as almost everywhere, statements are sent as they are.
+//! Elsewhere each one is sent between BEGIN and COMMIT, pipelined: a session setting would not
+//! survive a transaction pooler. The default is read when a connection is opened, together with
+//! preparing the statements. If it changes later, or differs between backends of a pooler, a
+//! statement fails with a serialization failure, which does not occur in READ COMMITTED, and is
+//! retried inside a transaction.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use tokio_postgres::{Client, Error, SimpleQueryMessage};
 /// Opens a transaction in READ COMMITTED.
 pub(super) const BEGIN: &str = "begin isolation level read committed";
 
-/// Whether statements need a transaction of their own. Once they do, they do until a restart.
+/// Whether statements need an explicit transaction. Once set, this lasts until a restart.
 #[derive(Default)]
 pub(super) struct Isolation {
     explicit: AtomicBool,
@@ -28,7 +28,7 @@ impl Isolation {
         self.explicit.load(Ordering::Relaxed)
     }
 
-    /// Looks up the default of a new connection.
+    /// Reads the default isolation level of a new connection.
     pub(super) async fn detect(&self, client: &Client) -> Result<(), Error> {
         for message in client
             .simple_query("show default_transaction_isolation")
@@ -37,23 +37,23 @@ impl Isolation {
             if let SimpleQueryMessage::Row(row) = message
                 && let Some(default) = row.get(0).filter(|level| *level != "read committed")
             {
-                self.is_not_read_committed(&format!("default_transaction_isolation is {default}"));
+                self.require_transactions(&format!("default_transaction_isolation is {default}"));
             }
         }
         Ok(())
     }
 
-    /// Notes that the default of some connection is another.
-    pub(super) fn is_not_read_committed(&self, reason: &str) {
+    /// Records that a connection has another default.
+    pub(super) fn require_transactions(&self, reason: &str) {
         if !self.explicit.swap(true, Ordering::Relaxed) {
             warn!(
-                "the database does not use read committed by default ({reason}): from now on every statement opens a transaction, which makes it slower; set default_transaction_isolation for the role to 'read committed' and restart the service to avoid that"
+                "the database's default isolation level is not read committed ({reason}): every statement now opens a transaction, which is slower; to avoid that, set default_transaction_isolation of the role to 'read committed' and restart the service"
             );
         }
     }
 }
 
-/// Runs a statement in READ COMMITTED: as it is, or if `explicit` between BEGIN and COMMIT.
+/// Runs a statement in READ COMMITTED: alone, or, if `explicit`, between BEGIN and COMMIT.
 pub(super) async fn read_committed<T>(
     explicit: bool,
     client: &Client,
@@ -62,8 +62,8 @@ pub(super) async fn read_committed<T>(
     if !explicit {
         return query.await;
     }
-    // Each is sent when it is polled for the first time, in this order. Boxed, so that the usual
-    // future is no larger for it.
+    // Each future sends its message when it is first polled, in this order. Boxed to keep the
+    // future of the usual case small.
     let begin = client.batch_execute(BEGIN);
     let commit = client.batch_execute("commit");
     let (_, result, committed) = Box::pin(join3(begin, query, commit)).await;

@@ -1,10 +1,10 @@
-//! The schema: the migrations of `sql/migrations` that a database lacks are applied in one
-//! transaction, under a lock that makes instances that start together take turns.
+//! Applies the migrations under `sql/migrations` that a database lacks, in one transaction and under
+//! a lock, so that instances that start at the same time do not interfere.
 
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-/// Every migration. They only add, so that the previous binary still runs, and a database may have
-/// any subset of them: one that was merged late is applied late.
+/// All migrations: version, name and text. They only add, so that the previous release still runs.
+/// A database may lack any of them, not only the last ones.
 pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
     (
         1,
@@ -28,19 +28,18 @@ pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
     ),
 ];
 
-/// Any number, as long as every version of the service uses the same: the ASCII of "todo-api".
+/// The key of the advisory lock, the same in every release: "todo-api" in ASCII.
 const LOCK: i64 = 0x746f_646f_2d61_7069;
 
-/// Applies the missing migrations and returns how many those were. Neither the wait for another
-/// instance nor the work has a time limit.
+/// Applies the missing migrations and returns their number. Neither waiting for another instance
+/// nor the migrations themselves have a timeout.
 pub(crate) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Error> {
-    // Without this check every start would need a role that may create tables.
+    // Otherwise the service would always need a role that may create tables.
     if due(client).await? == 0 {
         return Ok(0);
     }
-    // Plain statements in an explicit transaction: a transaction pooler carries them, and the
-    // lock goes with the transaction, however that ends. Each statement has to see what the
-    // previous holder of the lock committed, whatever isolation level is the default.
+    // One transaction works through a transaction pooler, and releases the lock however it ends.
+    // READ COMMITTED lets each statement see what the previous holder of the lock committed.
     client
         .batch_execute("begin isolation level read committed read write")
         .await?;
@@ -51,15 +50,13 @@ pub(crate) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Erro
         "rollback"
     };
     let ended = client.batch_execute(end).await;
-    let applied = applied?;
-    ended?;
-    Ok(applied)
+    applied.and_then(|applied| ended.map(|()| applied))
 }
 
 async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> {
-    // Timeouts that the role or the database has by default would end a long migration. A server
-    // that can (PostgreSQL 14 or later) rolls back as soon as this process is gone. Once migrating,
-    // the transaction does not queue long for a table: every other query would queue behind it.
+    // Timeouts of the role or the database would end a long migration. PostgreSQL 14 or later rolls
+    // back as soon as this process is gone. The migrations themselves wait only briefly for a table
+    // lock, because every other query on the table would queue behind them.
     client
         .batch_execute(&format!(
             "set local client_min_messages = warning;
@@ -91,7 +88,7 @@ async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> 
     Ok(missing.len())
 }
 
-/// How many migrations a database lacks; those of a newer version of the service do not count.
+/// Returns how many migrations a database lacks. Migrations of newer releases do not count.
 pub(crate) async fn due(client: &Client) -> Result<usize, tokio_postgres::Error> {
     let known = client
         .simple_query("select from pg_tables where schemaname = any(current_schemas(false)) and tablename = 'migrations'")

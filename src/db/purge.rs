@@ -1,35 +1,35 @@
-//! Rows that time has made useless go in small batches, in the wake of requests: a service that
-//! nobody uses lets its database sleep.
+//! Deletes expired rows in small batches after requests, so that an idle service lets its database
+//! suspend.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use log::{debug, warn};
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::statements::Sql;
 use super::{Database, DbError, Deadline, REQUEST_TIMEOUT};
 
 const INTERVAL: Duration = Duration::from_secs(600);
-/// As the statements under `sql/` have it.
+/// The limit in the statements.
 const BATCH: u64 = 500;
-/// Between batches: a sweep must not be felt.
+/// Between batches, so that a purge does not slow down requests.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// When the last sweep was, and whether one is under way.
+/// When the last purge started, and whether it is still running.
 #[derive(Default)]
 pub(crate) struct Purger {
     last: Mutex<Option<Instant>>,
-    sweeping: AtomicBool,
+    running: AtomicBool,
 }
 
 impl Purger {
-    /// Whether a sweep is due; whoever is told so has to do it.
+    /// Whether a purge is due. If so, the caller has to call `purge`.
     pub(crate) fn is_due(&self) -> bool {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock();
         if last.is_some_and(|last| last.elapsed() < INTERVAL)
-            || self.sweeping.swap(true, Ordering::AcqRel)
+            || self.running.swap(true, Ordering::AcqRel)
         {
             return false;
         }
@@ -37,33 +37,30 @@ impl Purger {
         true
     }
 
-    /// Sweeps every table once through.
-    pub(crate) async fn purge(&self, db: &Database) {
-        if let Err(error) = purge_all(db).await {
-            warn!("sweeping old rows failed, the next one is in ten minutes: {error:?}");
+    /// Purges every table.
+    pub(crate) async fn purge(&self, database: &Database) {
+        if let Err(error) = purge_all(database).await {
+            warn!("purging expired rows failed, the next attempt is in ten minutes: {error:?}");
         }
-        self.sweeping.store(false, Ordering::Release);
+        self.running.store(false, Ordering::Release);
     }
 }
 
-async fn purge_all(db: &Database) -> Result<(), DbError> {
-    let everything = [
+async fn purge_all(database: &Database) -> Result<(), DbError> {
+    for sql in [
         Sql::SessionsPurge,
         Sql::RevocationsPurge,
         Sql::LoginFailuresPurge,
         Sql::LoginNetworksPurge,
         Sql::IdempotencyKeysPurge,
-    ];
-    for sql in everything {
+    ] {
         loop {
-            let gone = db
-                .with_deadline(Deadline::after(REQUEST_TIMEOUT))
-                .execute(sql, &[])
-                .await?;
-            if gone > 0 {
-                debug!("swept {gone} rows: {sql:?}");
+            let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
+            let deleted = db.execute(sql, &[]).await?;
+            if deleted > 0 {
+                debug!("purged {deleted} rows: {sql:?}");
             }
-            if gone < BATCH {
+            if deleted < BATCH {
                 break;
             }
             sleep(PAUSE).await;

@@ -1,28 +1,30 @@
-//! Retries: which failures are worth another attempt, and when it is made.
+//! Retries with backoff: which failures are retried, and when.
 
-use std::future::Future;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep};
 
-use super::{DbError, Queries, State};
+use super::deadline::Deadline;
+use super::error::DbError;
+use super::lease::Connections;
 
-const FIRST_BACKOFF: Duration = Duration::from_millis(5);
+const MIN_BACKOFF: Duration = Duration::from_millis(5);
 const MAX_BACKOFF: Duration = Duration::from_millis(250);
 
-/// What may be sent again after its connection was lost. A statement that was rolled back always is.
+/// Whether a statement may run again after its connection was lost. One that was rolled back may
+/// always.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Repeat {
-    /// A read.
+    /// Yes: a read.
     Read,
-    /// A write that changes something each time it runs: never.
+    /// No: a write whose second run would change something again.
     Never,
-    /// A write that makes rows under ids of ours: a second run finds what the first has made.
+    /// Yes: a write that inserts rows under ids that the caller chose. A second run finds the rows
+    /// of the first.
     Insert,
 }
 
-/// The pauses between attempts: each is chosen at random from an interval that doubles up to a
-/// maximum, so that what failed together does not come back together.
+/// Exponential backoff with jitter, so that requests that failed together do not retry together.
 struct Backoff(Duration);
 
 impl Backoff {
@@ -33,15 +35,16 @@ impl Backoff {
     }
 }
 
-impl Queries<'_> {
-    /// Runs `attempt` until it succeeds, fails for good, or the deadline leaves no time for more.
+impl Connections {
+    /// Calls `attempt` until it succeeds, fails for good, or the deadline leaves no time for more.
     pub(super) async fn retry<T, F: Future<Output = Result<T, DbError>>>(
         &self,
+        deadline: Deadline,
         repeat: Repeat,
-        attempt: impl Fn() -> F,
+        mut attempt: impl FnMut() -> F,
     ) -> Result<T, DbError> {
-        let mut backoff = Backoff(FIRST_BACKOFF);
-        // What an insert has failed with that may have been made all the same.
+        let mut backoff = Backoff(MIN_BACKOFF);
+        // The error of an insert that may have taken effect.
         let mut unknown = None;
         loop {
             let error = match attempt().await {
@@ -57,23 +60,17 @@ impl Queries<'_> {
             if repeat == Repeat::Insert && matches!(error, DbError::ConnectionLost(_)) {
                 unknown = Some(error.clone());
             }
-            let pause = backoff.next();
             let is_up = match unknown {
-                None => self.database.is_up(),
-                // Worth waiting for: the next attempt tells what became of this one.
-                Some(_) => self.is_up_by_deadline().await,
+                None => self.health.is_up(),
+                // Worth waiting for: only another attempt can tell the outcome.
+                Some(_) => self.health.wait_until_up(deadline.at()).await,
             };
-            if !is_up || Instant::now() + pause >= self.deadline.at() {
+            let pause = backoff.next();
+            if !is_up || Instant::now() + pause >= deadline.at() {
                 return Err(unknown.unwrap_or(error));
             }
             sleep(pause).await;
         }
-    }
-
-    async fn is_up_by_deadline(&self) -> bool {
-        let mut state = self.database.0.state.subscribe();
-        let up = state.wait_for(|state| *state == State::Up);
-        timeout_at(self.deadline.at(), up).await.is_ok()
     }
 }
 
@@ -82,15 +79,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_a_maximum_and_differ() {
-        let mut backoff = Backoff(FIRST_BACKOFF);
+    fn backoff_grows_to_its_maximum_with_jitter() {
+        let mut backoff = Backoff(MIN_BACKOFF);
         let pauses: Vec<Duration> = (0..20).map(|_| backoff.next()).collect();
-        assert!(pauses[0] <= FIRST_BACKOFF);
-        assert!(
-            pauses[10..]
-                .iter()
-                .all(|pause| (MAX_BACKOFF / 2..=MAX_BACKOFF).contains(pause))
-        );
-        assert!(pauses[10..].windows(2).any(|two| two[0] != two[1]));
+        assert!(pauses[0] <= MIN_BACKOFF);
+        let settled = &pauses[10..];
+        let range = MAX_BACKOFF / 2..=MAX_BACKOFF;
+        assert!(settled.iter().all(|pause| range.contains(pause)));
+        assert!(settled.windows(2).any(|two| two[0] != two[1]));
     }
 }

@@ -1,4 +1,4 @@
-//! The table of the files under `sql/`: a statement's path is its name here.
+//! The statements under `sql/`, named after their paths.
 
 use std::ops::Index;
 
@@ -7,7 +7,7 @@ use tokio_postgres::{Client, Statement};
 
 macro_rules! statements {
     ($($name:ident = $path:literal,)*) => {
-        /// A statement; its text is the file of that name.
+        /// A statement.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Sql { $(#[doc = $path] $name,)* }
 
@@ -32,7 +32,7 @@ statements! {
     SessionsList = "sessions/list.sql",
     SessionsRefresh = "sessions/refresh.sql",
     SessionsRenew = "sessions/renew.sql",
-    SessionsSignIn = "sessions/sign_in.sql",
+    SessionsLogin = "sessions/login.sql",
     SessionsPurge = "sessions/purge.sql",
     TasksCount = "tasks/count.sql",
     TasksCreate = "tasks/create.sql",
@@ -52,11 +52,11 @@ statements! {
     UsersSetPassword = "users/set_password.sql",
 }
 
-/// All statements as one connection knows them.
+/// The prepared statements of a connection.
 pub(crate) struct Prepared(Vec<Statement>);
 
 impl Prepared {
-    /// Prepares them in one flight: a connection costs one round trip more, not thirty.
+    /// Prepares all statements, pipelined: opening a connection costs one more round trip, not thirty.
     pub(crate) async fn prepare_all(client: &Client) -> Result<Self, tokio_postgres::Error> {
         try_join_all(Sql::SOURCES.iter().map(|text| client.prepare(text)))
             .await

@@ -1,5 +1,4 @@
-//! Statements on tasks. Each is told the owner first, or several owners, and touches no row of
-//! anybody else.
+//! Statements on tasks. Every one takes the owner's id and touches only the owner's rows.
 
 use std::cmp::Reverse;
 
@@ -9,23 +8,24 @@ use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 use super::batch::{BatchQuery, Batcher};
+use super::lease::{Lease, Params};
 use super::statements::Sql;
-use super::{Database, DbError, Deadline, Lease, Queries};
+use super::{DbError, Deadline, Queries};
 use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange, Title};
 
-/// A page that travels with those of others; a longer one goes alone.
+/// The longest page whose query is batched.
 pub(crate) const MAX_BATCHED_LIMIT: i64 = 100;
 
-/// Which tasks a list has, and in which order.
+/// Which tasks a list includes, and in which order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Filter {
     pub(crate) completed: Option<bool>,
-    /// A substring of title or description, case aside.
+    /// A substring of the title or the description, in upper or lower case.
     pub(crate) text: Option<String>,
     pub(crate) oldest_first: bool,
 }
 
-/// Which versions of a task a statement may change.
+/// The versions in which a task may be changed.
 pub(crate) enum Versions {
     Any,
     Only(Vec<Timestamp>),
@@ -33,7 +33,7 @@ pub(crate) enum Versions {
 }
 
 impl Versions {
-    /// The versions, and whether the task must be in one of them or in none of them.
+    /// The versions, and whether the task must be in one of them (true) or in none (false).
     fn params(&self) -> (Option<&[Timestamp]>, bool) {
         match self {
             Self::Any => (None, true),
@@ -43,26 +43,36 @@ impl Versions {
     }
 }
 
-/// What came of a statement that preconditions guard.
+/// The result of a write with preconditions.
 pub(crate) enum Conditional<T> {
     Done(T),
-    /// The task is in another version.
+    /// The task is in a version that may not be changed.
     VersionMismatch,
-    /// There is no such task.
     NotFound,
 }
 
-/// Whether a new task was made.
+impl<T> Conditional<T> {
+    /// Reads the row of such a write; `done` returns `None` if the task was not changed.
+    fn from_rows(rows: &[Row], done: impl Fn(&Row) -> Option<T>) -> Self {
+        match rows.first().map(|row| (done(row), row)) {
+            Some((Some(done), _)) => Self::Done(done),
+            Some((None, row)) if row.get("version_mismatch") => Self::VersionMismatch,
+            _ => Self::NotFound,
+        }
+    }
+}
+
+/// The result of creating a task.
 pub(crate) enum CreateOutcome {
-    /// This is it, or the one that the same request made before.
+    /// The new task, or the task that an earlier request with the same key created.
     Task(Task),
-    /// The key was used for a task with other values.
+    /// An earlier request used the key for a task with other values.
     KeyReused,
-    /// The account was deleted meanwhile.
+    /// The account has been deleted.
     NoSuchUser,
 }
 
-/// Makes a task, under an Idempotency-Key at most once.
+/// Creates a task; with an `Idempotency-Key`, at most once.
 pub(crate) async fn create(
     db: Queries<'_>,
     user_id: Uuid,
@@ -72,7 +82,7 @@ pub(crate) async fn create(
     let (id, created_at) = NewTask::new_id();
     let title = new.title.as_str();
     let description = new.description.as_ref().map(Description::as_str);
-    let params: super::Params = &[
+    let params: Params = &[
         &user_id,
         &id,
         &title,
@@ -86,12 +96,15 @@ pub(crate) async fn create(
         Some(_) => (Sql::TasksCreateIdempotent, params),
     };
     let rows = match db.insert(sql, params).await {
-        // Nobody else has this id: the first run of a repeated insert has made it.
-        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Ok(Vec::new()),
-        rows => rows,
+        // The id is unique to this call: the first run of a retried insert took effect.
+        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Vec::new(),
+        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => {
+            return Ok(CreateOutcome::NoSuchUser);
+        }
+        rows => rows?,
     };
-    match rows.map(|rows| rows.first().map(task)) {
-        Ok(None) => Ok(CreateOutcome::Task(Task {
+    let Some(task) = rows.first().map(task) else {
+        return Ok(CreateOutcome::Task(Task {
             id,
             user_id,
             title: title.to_owned(),
@@ -99,27 +112,23 @@ pub(crate) async fn create(
             completed: new.completed,
             created_at,
             updated_at: created_at,
-        })),
-        Ok(Some(task))
-            if task.title == title
-                && task.description.as_deref() == description
-                && task.completed == new.completed =>
-        {
-            Ok(CreateOutcome::Task(task))
-        }
-        Ok(_) => Ok(CreateOutcome::KeyReused),
-        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Ok(CreateOutcome::NoSuchUser),
-        Err(error) => Err(error),
+        }));
+    };
+    let values = (title, description, new.completed);
+    match (&*task.title, task.description.as_deref(), task.completed) == values {
+        true => Ok(CreateOutcome::Task(task)),
+        false => Ok(CreateOutcome::KeyReused),
     }
 }
 
-/// One task of a user.
+/// Reads a task.
 pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Option<Task>, DbError> {
-    let rows = db.submit(GetTask { user_id, id }).await?;
+    let batcher = &db.database.batchers.get;
+    let rows = db.batch(batcher, GetTask { user_id, id }).await?;
     Ok(rows.first().map(task))
 }
 
-/// A page of a user's tasks: up to `limit` of them after the task `after`.
+/// Reads a page of a user's tasks: up to `limit` tasks that follow the task `after`.
 pub(crate) async fn list(
     db: Queries<'_>,
     user_id: Uuid,
@@ -127,38 +136,39 @@ pub(crate) async fn list(
     after: Option<Uuid>,
     limit: i64,
 ) -> Result<Vec<Task>, DbError> {
-    let sql = if filter.oldest_first {
-        Sql::TasksListOldest
-    } else {
-        Sql::TasksListNewest
-    };
-    let params: super::Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
-    let rows = if filter.text.is_some() || filter.completed.is_some() {
-        db.search(sql, params).await?
-    } else if filter.oldest_first || limit > ListNewest::MAX_LIMIT {
-        db.read(sql, params).await?
-    } else {
-        let page = ListNewest {
+    let is_search = filter.text.is_some() || filter.completed.is_some();
+    if !is_search && !filter.oldest_first && limit <= ListNewest::MAX_LIMIT {
+        let query = ListNewest {
             user_id,
             after,
             limit,
         };
-        let mut rows = db.submit(page).await?;
-        // The statement promises the order of the askers, not that of each one's rows.
-        rows.sort_unstable_by_key(|row| Reverse(row.get::<_, Uuid>(0)));
-        rows
+        let rows = db.batch(&db.database.batchers.list_newest, query).await?;
+        let mut tasks: Vec<Task> = rows.iter().map(task).collect();
+        // The statement orders the rows by query only.
+        tasks.sort_unstable_by_key(|task| Reverse(task.id));
+        return Ok(tasks);
+    }
+    let sql = match filter.oldest_first {
+        true => Sql::TasksListOldest,
+        false => Sql::TasksListNewest,
+    };
+    let params: Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
+    let rows = match is_search {
+        true => db.search(sql, params).await?,
+        false => db.read(sql, params).await?,
     };
     Ok(rows.iter().map(task).collect())
 }
 
-/// What many ask at the same moment.
+/// The queues of the batched queries.
 #[derive(Default)]
 pub(super) struct Batchers {
-    one: Batcher<GetTask>,
-    newest: Batcher<ListNewest>,
+    get: Batcher<GetTask>,
+    list_newest: Batcher<ListNewest>,
 }
 
-/// A task of a user.
+/// Reads a task of a user.
 struct GetTask {
     user_id: Uuid,
     id: Uuid,
@@ -167,24 +177,24 @@ struct GetTask {
 impl BatchQuery for GetTask {
     const MAX_BATCH: usize = 64;
 
-    fn batcher(db: &Database) -> &Batcher<Self> {
-        &db.0.batchers.one
+    fn user_id(&self) -> Uuid {
+        self.user_id
     }
 
     async fn execute(
         lease: &mut Lease,
         deadline: Deadline,
-        questions: &[Self],
+        queries: &[Self],
     ) -> Result<Vec<Row>, DbError> {
-        let user_ids: Vec<Uuid> = questions.iter().map(|one| one.user_id).collect();
-        let ids: Vec<Uuid> = questions.iter().map(|one| one.id).collect();
+        let user_ids: Vec<Uuid> = queries.iter().map(|query| query.user_id).collect();
+        let ids: Vec<Uuid> = queries.iter().map(|query| query.id).collect();
         lease
             .query(deadline, Sql::TasksGetBatch, &[&user_ids, &ids])
             .await
     }
 }
 
-/// A short page of a user's tasks, newest first.
+/// Reads a short page of a user's tasks, newest first.
 struct ListNewest {
     user_id: Uuid,
     after: Option<Uuid>,
@@ -192,47 +202,40 @@ struct ListNewest {
 }
 
 impl ListNewest {
-    /// The most of `limit`: a short page, and one more to see whether there is more.
+    /// A short page and one more task, which shows whether another page follows.
     const MAX_LIMIT: i64 = MAX_BATCHED_LIMIT + 1;
 }
 
 impl BatchQuery for ListNewest {
     const MAX_BATCH: usize = 32;
 
-    fn batcher(db: &Database) -> &Batcher<Self> {
-        &db.0.batchers.newest
+    fn user_id(&self) -> Uuid {
+        self.user_id
     }
 
     async fn execute(
         lease: &mut Lease,
         deadline: Deadline,
-        questions: &[Self],
+        queries: &[Self],
     ) -> Result<Vec<Row>, DbError> {
-        let user_ids: Vec<Uuid> = questions.iter().map(|page| page.user_id).collect();
-        let after: Vec<Option<Uuid>> = questions.iter().map(|page| page.after).collect();
-        let limits: Vec<i64> = questions.iter().map(|page| page.limit).collect();
+        let user_ids: Vec<Uuid> = queries.iter().map(|query| query.user_id).collect();
+        let after: Vec<Option<Uuid>> = queries.iter().map(|query| query.after).collect();
+        let limits: Vec<i64> = queries.iter().map(|query| query.limit).collect();
+        let params: Params = &[&user_ids, &after, &limits];
         lease
-            .query(
-                deadline,
-                Sql::TasksListNewestBatch,
-                &[&user_ids, &after, &limits],
-            )
+            .query(deadline, Sql::TasksListNewestBatch, params)
             .await
     }
 }
 
-/// How many tasks a list has over all its pages.
+/// Counts the tasks of a list over all its pages.
 pub(crate) async fn count(db: Queries<'_>, user_id: Uuid, filter: &Filter) -> Result<i64, DbError> {
-    let rows = db
-        .search(
-            Sql::TasksCount,
-            &[&user_id, &filter.completed, &filter.text],
-        )
-        .await?;
-    Ok(rows.first().map_or(0, |row| row.get(0)))
+    let params: Params = &[&user_id, &filter.completed, &filter.text];
+    let rows = db.search(Sql::TasksCount, params).await?;
+    Ok(rows.first().map_or(0, |row| row.get("total")))
 }
 
-/// Changes a task if it is in a version that may be changed.
+/// Changes a task if it is in one of these versions.
 pub(crate) async fn update(
     db: Queries<'_>,
     user_id: Uuid,
@@ -241,73 +244,52 @@ pub(crate) async fn update(
     versions: &Versions,
 ) -> Result<Conditional<Task>, DbError> {
     let title = change.title.as_ref().map(Title::as_str);
-    let description = change
-        .description
-        .as_ref()
-        .and_then(|text| text.as_ref().map(Description::as_str));
+    let description = change.description.as_ref();
+    let new_description = description.and_then(|text| text.as_ref().map(Description::as_str));
     let completed = match change.completed {
         Some(Completion::Set(completed)) => Some(completed),
         _ => None,
     };
-    let (versions, among) = versions.params();
-    let rows = db
-        .write(
-            Sql::TasksUpdate,
-            &[
-                &user_id,
-                &id,
-                &title,
-                &change.description.is_some(),
-                &description,
-                &(change.completed == Some(Completion::Toggle)),
-                &completed,
-                &versions,
-                &among,
-            ],
-        )
-        .await?;
-    Ok(guarded(rows.first(), 7, |row| {
-        row.get::<_, Option<Uuid>>(0).map(|_| task(row))
+    let (versions, one_of) = versions.params();
+    let params: Params = &[
+        &user_id,
+        &id,
+        &title,
+        &description.is_some(),
+        &new_description,
+        &(change.completed == Some(Completion::Toggle)),
+        &completed,
+        &versions,
+        &one_of,
+    ];
+    let rows = db.write(Sql::TasksUpdate, params).await?;
+    Ok(Conditional::from_rows(&rows, |row| {
+        row.get::<_, Option<Uuid>>("id").map(|_| task(row))
     }))
 }
 
-/// Deletes a task if it is in a version that may be changed.
+/// Deletes a task if it is in one of these versions.
 pub(crate) async fn delete(
     db: Queries<'_>,
     user_id: Uuid,
     id: Uuid,
     versions: &Versions,
 ) -> Result<Conditional<()>, DbError> {
-    let (versions, among) = versions.params();
-    let rows = db
-        .write(Sql::TasksDelete, &[&user_id, &id, &versions, &among])
-        .await?;
-    Ok(guarded(rows.first(), 1, |row| {
-        row.get::<_, bool>(0).then_some(())
+    let (versions, one_of) = versions.params();
+    let params: Params = &[&user_id, &id, &versions, &one_of];
+    let rows = db.write(Sql::TasksDelete, params).await?;
+    Ok(Conditional::from_rows(&rows, |row| {
+        row.get::<_, bool>("deleted").then_some(())
     }))
 }
 
-/// Deletes all completed tasks of a user and says how many they were.
+/// Deletes all completed tasks of a user and returns how many there were.
 pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<u64, DbError> {
     db.execute(Sql::TasksDeleteCompleted, &[&user_id]).await
 }
 
-/// Reads the one row of a guarded statement; `moved_on` is the column that says why not.
-fn guarded<T>(
-    row: Option<&Row>,
-    version_mismatch: usize,
-    done: impl Fn(&Row) -> Option<T>,
-) -> Conditional<T> {
-    match row {
-        Some(row) => match done(row) {
-            Some(done) => Conditional::Done(done),
-            None if row.get(version_mismatch) => Conditional::VersionMismatch,
-            None => Conditional::NotFound,
-        },
-        None => Conditional::NotFound,
-    }
-}
-
+/// Reads a task. Every statement that returns tasks starts with these columns, in this order:
+/// looking up their names for each row of a page would take longer than reading the values.
 fn task(row: &Row) -> Task {
     Task {
         id: row.get(0),

@@ -1,4 +1,4 @@
-//! TLS to the database: how much of the server's certificate is verified, and against which roots.
+//! TLS to the database: how strictly the server's certificate is verified, and with which roots.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,19 +13,20 @@ use rustls::{
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-/// How much of the server's certificate must be right.
+/// How strictly the server's certificate is verified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verification {
-    /// Nothing: `disable`, `allow` and `prefer`, which promise nothing either way.
+    /// Not at all: `disable`, `allow` and `prefer`, which do not protect against an active attacker
+    /// in any case.
     None,
-    /// The chain, not the name: `verify-ca`.
+    /// The chain but not the name: `verify-ca`.
     Chain,
-    /// All of it: `verify-full`, and `require` too, which in libpq would accept any certificate.
+    /// The chain and the name: `verify-full`, and `require`, which in libpq accepts any certificate.
     Full,
 }
 
-/// What connections speak TLS with; without `roots`, those of the operating system are trusted.
-/// The error is the end of a sentence that begins with the variable's name.
+/// Creates the TLS configuration. Without `roots`, the operating system's are trusted. The error
+/// completes a sentence that begins with the variable's name.
 pub(super) fn connector(
     verification: Verification,
     roots: Option<Arc<RootCertStore>>,
@@ -64,7 +65,7 @@ pub(super) fn connector(
     Ok(MakeRustlsConnect::new(config))
 }
 
-/// Reads a file of root certificates. The error is the end of a sentence.
+/// Reads a file of root certificates. The error completes a sentence.
 pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, String> {
     let unusable = |reason: &dyn std::fmt::Display| {
         format!(
@@ -78,7 +79,7 @@ pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, String> {
         roots.add(certificate).map_err(|error| unusable(&error))?;
     }
     if roots.is_empty() {
-        return Err(unusable(&"it holds no certificate"));
+        return Err(unusable(&"it contains no certificate"));
     }
     Ok(roots)
 }
@@ -87,12 +88,12 @@ fn system_roots() -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() {
-        return Err("wants TLS, but there is no root certificate: install ca-certificates or set PGSSLROOTCERT".into());
+        return Err("requires TLS, but the system has no root certificates: install ca-certificates or set PGSSLROOTCERT".into());
     }
     Ok(roots)
 }
 
-/// Verifies less than everything, as `prefer` and `verify-ca` ask; signatures are always verified.
+/// Skips the verification of the name, or of the whole chain. Signatures are always verified.
 #[derive(Debug)]
 struct RelaxedVerifier {
     chain: Option<Arc<WebPkiServerVerifier>>,

@@ -1,5 +1,5 @@
-//! `DATABASE_URL`, read as libpq reads it. Where libpq's reading is probably not what was meant, as
-//! with a raw `@` in a password, the URL is refused.
+//! Parses `DATABASE_URL` as libpq does. Where that is probably not what was meant, as with a raw `@`
+//! in a password, the URL is rejected.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
@@ -17,10 +17,10 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use super::tls::{self, Verification};
 
 const EXAMPLE: &str = "must be a URL like postgres://user:password@host/database?sslmode=require";
-/// The error wherever a part of the URL may be a part of the password.
-const ENCODE: &str = "cannot be read reliably: percent-encode the password and whatever else has special characters \
+/// The error where a part of the URL may be a part of the password.
+const ENCODE: &str = "cannot be read reliably: percent-encode the password and other parts with special characters \
     (@ is %40, / is %2F, ? is %3F, : is %3A, & is %26, = is %3D, % is %25, a space is %20)";
-/// Parameters with a meaning, all of them libpq's.
+/// The parameters that have an effect, all of them libpq's.
 const PARAMETERS: [&str; 20] = [
     "application_name",
     "channel_binding",
@@ -43,8 +43,8 @@ const PARAMETERS: [&str; 20] = [
     "tcp_user_timeout",
     "user",
 ];
-/// Parameters that libpq, Prisma, pgx, Rails, JDBC and hosting providers add, and that change nothing
-/// here: the service has a pool of its own, always uses UTF-8 and SNI, and never Kerberos.
+/// Parameters that libpq, Prisma, pgx, Rails, JDBC and hosting providers add, and that have no effect:
+/// the service has its own pool, always uses UTF-8 and SNI, and never Kerberos.
 const IGNORED: [&str; 24] = [
     "ApplicationName",
     "client_encoding",
@@ -82,8 +82,8 @@ pub struct DatabaseUrl {
 }
 
 impl DatabaseUrl {
-    /// Parses the URL; `root_certificates` is `PGSSLROOTCERT`. The error is the end of a sentence
-    /// that begins with the variable's name, and holds no value of the URL but a file's name.
+    /// Parses the URL; `root_certificates` is `PGSSLROOTCERT`. The error completes a sentence that
+    /// begins with the variable's name, and contains no value of the URL except a file name.
     pub fn parse(url: &str, root_certificates: Option<&str>) -> Result<Self, String> {
         let mut parameters = split(url)?;
         let sslmode = parameters.remove("sslmode");
@@ -116,7 +116,7 @@ impl DatabaseUrl {
         let mut config = config(parameters)?;
         config.ssl_mode(match sslmode {
             "disable" => SslMode::Disable,
-            // There is no TLS on a unix socket, whatever the URL asks for.
+            // Unix sockets have no TLS.
             _ if config.get_hosts().iter().all(is_unix) => SslMode::Disable,
             "allow" | "prefer" => SslMode::Prefer,
             _ => SslMode::Require,
@@ -129,7 +129,7 @@ impl DatabaseUrl {
         })
     }
 
-    /// The servers and the database, for people: `host:port/database`.
+    /// The servers and the database without credentials: `host:port/database`.
     pub fn display(&self) -> String {
         let ports = self.config.get_ports();
         let hosts = self.config.get_hosts().iter().enumerate().map(|(n, host)| {
@@ -151,12 +151,12 @@ impl DatabaseUrl {
         self.sslmode
     }
 
-    /// What tokio-postgres connects with.
+    /// The configuration for tokio-postgres.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// What it speaks TLS with. The error is the end of a sentence about the URL.
+    /// The TLS configuration. The error completes a sentence about the URL.
     pub fn tls(&self) -> Result<MakeRustlsConnect, String> {
         tls::connector(self.verification, self.roots.clone())
     }
@@ -168,16 +168,16 @@ impl fmt::Debug for DatabaseUrl {
     }
 }
 
-/// Takes a URL apart as libpq's `conninfo_uri_parse_options` does; of a parameter that is given
-/// twice, the last value holds.
+/// Splits a URL as libpq's `conninfo_uri_parse_options` does. The last value of a repeated parameter
+/// wins.
 fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
     let rest = ["postgres://", "postgresql://"]
         .iter()
         .find_map(|scheme| url.strip_prefix(scheme))
         .ok_or(EXAMPLE)?;
     let (credentials, rest) = rest.split_once('@').unwrap_or(("", rest));
-    // To libpq, the first of `@` and `/` ends the credentials: with one of these in a password, a
-    // part of it would become the host, the port, the database or a parameter.
+    // For libpq, the first `@` or `/` ends the credentials: part of a password that contains one would
+    // become the host, the port, the database or a parameter.
     if rest.contains('@')
         || credentials.contains(['/', '?'])
         || url.contains(|c: char| c.is_whitespace() || c.is_control())
@@ -218,9 +218,9 @@ fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
             .ok_or(ENCODE)?;
         let (name, value) = (decode(name)?, decode(value)?);
         let (name, value) = match (&*name, &*value) {
-            // JDBC's, which libpq knows, too.
+            // From JDBC; libpq accepts it as well.
             ("ssl", "true") => ("sslmode", "require"),
-            // Prisma's default, and the server's.
+            // Prisma's default, and the server's default.
             ("schema", "public") => continue,
             ("schema", _) => return Err("has a schema: use options=-csearch_path%3DNAME".into()),
             (name, value) if PARAMETERS.contains(&name) => (name, value),
@@ -247,7 +247,7 @@ fn decode(text: &str) -> Result<String, String> {
 }
 
 fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
-    // A server that vanished is noticed within a minute, also while a long migration runs.
+    // Detects a vanished server within a minute, even during a long migration.
     let mut text = "application_name=todo-api keepalives_idle=30 keepalives_interval=10 \
                     keepalives_retries=3"
         .to_owned();
@@ -257,13 +257,13 @@ fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
             ("keepalives_count", value) => ("keepalives_retries", value),
             ("target_session_attrs", "primary") => ("target_session_attrs", "read-write"),
             ("target_session_attrs", value) if !["any", "read-write"].contains(&value) => {
-                return Err("has a target_session_attrs other than any, read-write or primary: the service writes".into());
+                return Err("has a target_session_attrs other than any, read-write or primary: the service needs a primary".into());
             }
             // Milliseconds in libpq, seconds in tokio-postgres.
             ("tcp_user_timeout", value) => {
                 let millis = value.parse();
                 user_timeout = Duration::from_millis(
-                    millis.map_err(|_| "has a tcp_user_timeout that is no number")?,
+                    millis.map_err(|_| "has a tcp_user_timeout that is not a number")?,
                 );
                 continue;
             }
@@ -273,7 +273,7 @@ fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
         // Writing to a string cannot fail.
         write!(text, " {name}='{quoted}'").ok();
     }
-    // The error names the parameter and quotes no value.
+    // The error names the parameter and does not quote its value.
     let mut config: Config = text.parse().map_err(|error: tokio_postgres::Error| {
         let reason = error.source().map(ToString::to_string);
         format!(
@@ -292,7 +292,7 @@ fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
     if hosts.is_empty() || hosts.iter().any(is_no_host) {
         return Err("names no host".into());
     }
-    // Credentials whose `:` and `@` are encoded as well are no credentials.
+    // Credentials whose separators were encoded, too.
     if hosts
         .iter()
         .any(|host| matches!(host, Host::Tcp(name) if name.contains(['@', '/', '?', '#'])))

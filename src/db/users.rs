@@ -1,30 +1,31 @@
-//! Statements on accounts.
+//! Statements on accounts and login failures.
 
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+use super::lease::Params;
 use super::retry::Repeat;
 use super::sessions::SessionState;
 use super::statements::Sql;
 use super::{DbError, Queries};
 use crate::domain::{Email, Rfc3339, TokenLifetimes, User};
 
-/// What a login needs to know before the password is checked.
+/// What a login needs before the password is verified.
 pub(crate) struct LoginRecord {
-    /// The account and its hash, where there is one.
+    /// The id and the password hash, if there is an account.
     pub(crate) account: Option<(Uuid, String)>,
-    /// Seconds for which attempts are refused; 0 or less is none.
+    /// Seconds until the lockout ends; 0 or less without one.
     pub(crate) retry_after_secs: f64,
 }
 
-/// What checking the password of somebody signed in needs.
+/// What verifying the password of an authenticated user needs.
 pub(crate) struct PasswordCheck {
     pub(crate) email: String,
     pub(crate) hash: String,
     pub(crate) retry_after_secs: f64,
 }
 
-/// What failed attempts are counted by.
+/// The key under which failed attempts are counted.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct LockoutKey {
     account: String,
@@ -32,7 +33,7 @@ pub(crate) struct LockoutKey {
 }
 
 impl LockoutKey {
-    /// A login from this network, whether or not an account has the address.
+    /// Logins with this address from this network, whether or not there is an account.
     pub(crate) fn login(email: &Email, network: String) -> Self {
         Self {
             account: email.as_str().to_owned(),
@@ -40,7 +41,7 @@ impl LockoutKey {
         }
     }
 
-    /// A signed-in user who confirms a change, from any network.
+    /// Password confirmations of an authenticated user, from any network.
     pub(crate) fn authenticate(user_id: Uuid) -> Self {
         Self {
             account: user_id.to_string(),
@@ -49,26 +50,26 @@ impl LockoutKey {
     }
 }
 
-/// What a change of password did.
+/// The result of a password change.
 pub(crate) struct PasswordChange {
     pub(crate) user: User,
     pub(crate) ended: Vec<Uuid>,
-    /// The session that was kept. If it was to be kept and is over, nothing was changed.
+    /// The session that was kept. If it has ended meanwhile, nothing was changed.
     pub(crate) kept: Option<SessionState>,
 }
 
-/// A session to be made.
+/// A session to create.
 pub(crate) struct NewSession {
     pub(crate) id: Uuid,
-    /// Seconds until it idles out.
+    /// Seconds of inactivity until it expires.
     pub(crate) idle: f64,
     pub(crate) user_agent: Option<String>,
-    /// The client's network, which the account knows from then on.
+    /// The client's network, which is recorded as one that the account uses.
     pub(crate) network: String,
 }
 
 impl NewSession {
-    /// What its first tokens are made from.
+    /// The state of the session once it is created.
     pub(crate) fn state(&self) -> SessionState {
         SessionState {
             id: self.id,
@@ -79,7 +80,7 @@ impl NewSession {
     }
 }
 
-/// Makes an account with its first session; `None` if the address is taken.
+/// Creates an account with its first session; `None` if the address is taken.
 pub(crate) async fn register(
     db: Queries<'_>,
     email: &Email,
@@ -87,46 +88,41 @@ pub(crate) async fn register(
     session: &NewSession,
 ) -> Result<Option<User>, DbError> {
     let id = Uuid::now_v7();
-    let rows = db
-        .insert(
-            Sql::UsersRegister,
-            &[
-                &id,
-                &email.as_str(),
-                &hash,
-                &session.id,
-                &session.idle,
-                &session.user_agent,
-                &session.network,
-            ],
-        )
-        .await?;
+    let params: Params = &[
+        &id,
+        &email.as_str(),
+        &hash,
+        &session.id,
+        &session.idle,
+        &session.user_agent,
+        &session.network,
+    ];
+    let rows = db.insert(Sql::UsersRegister, params).await?;
     match rows.first() {
         Some(row) => Ok(Some(user(row))),
-        // Taken, or made by the first run of a repeated insert.
+        // The address is taken, or the first run of a retried insert took effect.
         None => get(db, id).await,
     }
 }
 
-/// The account of a signed-in user; `None` if it is gone.
+/// Reads an account; `None` if it was deleted.
 pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>, DbError> {
     let rows = db.read(Sql::UsersGet, &[&id]).await?;
     Ok(rows.first().map(user))
 }
 
-/// What a login needs.
+/// Reads what a login needs.
 pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord, DbError> {
-    let rows = db
-        .read(Sql::UsersForLogin, &[&key.account, &key.network])
-        .await?;
+    let params: Params = &[&key.account, &key.network];
+    let rows = db.read(Sql::UsersForLogin, params).await?;
     let id: Option<Uuid> = rows.first().and_then(|row| row.get("id"));
     Ok(LoginRecord {
         account: id.zip(rows.first().and_then(|row| row.get("password_hash"))),
-        retry_after_secs: rows.first().map_or(0.0, |row| row.get("retry_after_secs")),
+        retry_after_secs: retry_after_secs(&rows),
     })
 }
 
-/// What checking this user's password needs; `None` if the account is gone.
+/// Reads what verifying this user's password needs; `None` if the account was deleted.
 pub(crate) async fn for_password_check(
     db: Queries<'_>,
     id: Uuid,
@@ -139,13 +135,16 @@ pub(crate) async fn for_password_check(
     }))
 }
 
-/// Counts a wrong password. If a lockout began while it was being checked, it does not count, and
-/// the seconds until the lockout ends come back; 0 otherwise.
+/// Counts a wrong password and returns 0. If a lockout began while the password was being
+/// verified, the attempt does not count, and the seconds until the lockout ends are returned.
 pub(crate) async fn record_failure(db: Queries<'_>, key: &LockoutKey) -> Result<f64, DbError> {
-    let (sql, params): (_, super::Params) =
-        (Sql::LoginFailuresRecord, &[&key.account, &key.network]);
-    let rows = db.write(sql, params).await?;
-    Ok(rows.first().map_or(0.0, |row| row.get("retry_after_secs")))
+    let params: Params = &[&key.account, &key.network];
+    let rows = db.write(Sql::LoginFailuresRecord, params).await?;
+    Ok(retry_after_secs(&rows))
+}
+
+fn retry_after_secs(rows: &[Row]) -> f64 {
+    rows.first().map_or(0.0, |row| row.get("retry_after_secs"))
 }
 
 /// Lifts every lockout of an account.
@@ -153,11 +152,11 @@ pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64, DbE
     db.execute(Sql::LoginFailuresClear, &[&id]).await
 }
 
-/// Replaces the hash that was verified, ends every session but `keep` and revokes the tokens of that
-/// one, as one; `None` if the password was changed meanwhile.
+/// Replaces the hash that was verified, ends every session except `keep`, and revokes the tokens of
+/// `keep`, in one transaction; `None` if the password was changed concurrently.
 ///
-/// Two statements, because the second has to see the sessions of a sign-in that the first waited
-/// for.
+/// This takes two statements, because the second has to see the sessions of logins that the first
+/// waited for.
 pub(crate) async fn change_password(
     db: Queries<'_>,
     id: Uuid,
@@ -167,60 +166,55 @@ pub(crate) async fn change_password(
     lifetimes: TokenLifetimes,
 ) -> Result<Option<PasswordChange>, DbError> {
     let deadline = db.deadline;
-    db.retry(Repeat::Never, || async {
-        let mut lease = db.database.acquire(deadline).await?;
+    let connections = &db.database.connections;
+    let attempt = || async {
+        let mut lease = connections.acquire(deadline).await?;
         lease.begin(deadline).await?;
-        let changed = lease
-            .query(deadline, Sql::UsersSetPassword, &[&id, &verified, &hash])
-            .await?;
+        let params: Params = &[&id, &verified, &hash];
+        let changed = lease.query(deadline, Sql::UsersSetPassword, params).await?;
         let Some(user) = changed.first().map(user) else {
+            lease.rollback(deadline).await?;
             return Ok(None);
         };
-        let (idle, max) = (lifetimes.refresh_idle, lifetimes.refresh_max);
-        let renewed = lease
-            .query(
-                deadline,
-                Sql::SessionsRenew,
-                &[&id, &keep, &idle.as_secs_f64(), &max.as_secs_f64()],
-            )
-            .await?;
+        let idle = lifetimes.refresh_idle.as_secs_f64();
+        let max = lifetimes.refresh_max.as_secs_f64();
+        let params: Params = &[&id, &keep, &idle, &max];
+        let renewed = lease.query(deadline, Sql::SessionsRenew, params).await?;
         let Some(row) = renewed.first() else {
+            lease.rollback(deadline).await?;
             return Ok(None);
         };
-        let kept = keep
-            .zip(row.get("generation"))
-            .map(|(id, generation)| SessionState {
-                id,
-                generation,
-                epoch: row.get("epoch"),
-                expires_in: row.get("expires_in"),
-            });
-        let ended = row.get("ended_ids");
-        if keep.is_none() || kept.is_some() {
-            lease.commit(deadline).await?;
+        let kept = match (keep, row.get::<_, Option<i32>>("generation")) {
+            (Some(id), Some(_)) => Some(SessionState::from_row(id, row)),
+            _ => None,
+        };
+        match keep.is_none() || kept.is_some() {
+            true => lease.commit(deadline).await?,
+            false => lease.rollback(deadline).await?,
         }
+        let ended = row.get("ended_ids");
         Ok(Some(PasswordChange { user, ended, kept }))
-    })
-    .await
+    };
+    connections.retry(deadline, Repeat::Never, attempt).await
 }
 
-/// Deletes an account with everything of it. Gives the sessions that ended; `None` if the
-/// password was changed meanwhile.
+/// Deletes an account and everything that belongs to it. Returns the sessions that ended; `None`
+/// if the password was changed concurrently.
 pub(crate) async fn delete(
     db: Queries<'_>,
     id: Uuid,
     verified: &str,
 ) -> Result<Option<Vec<Uuid>>, DbError> {
     let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
-    Ok(rows.first().map(|row| row.get(0)))
+    Ok(rows.first().map(|row| row.get("session_ids")))
 }
 
-/// A user out of the first four columns: id, e-mail, and the two times.
+/// Reads an account.
 pub(super) fn user(row: &Row) -> User {
     User {
-        id: row.get(0),
-        email: row.get(1),
-        created_at: Rfc3339(row.get(2)),
-        updated_at: Rfc3339(row.get(3)),
+        id: row.get("id"),
+        email: row.get("email"),
+        created_at: Rfc3339(row.get("created_at")),
+        updated_at: Rfc3339(row.get("updated_at")),
     }
 }

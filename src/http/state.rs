@@ -124,7 +124,7 @@ impl AppState {
 
     /// Purges old rows in the background if a purge is due and the database is awake.
     pub(crate) fn spawn_purge_if_due(&self) {
-        if !self.database.answered_within(RECENTLY_RESPONDED) || !self.purger.is_due() {
+        if !self.database.has_responded_within(RECENTLY_RESPONDED) || !self.purger.is_due() {
             return;
         }
         let (purger, database) = (self.purger.clone(), self.database.clone());

@@ -235,7 +235,7 @@ cases! {
         "the session is over": "nth(7), nth(500000), 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
         "none to keep": "nth(7), null, 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
     }
-    "sessions/sign_in.sql" {
+    "sessions/login.sql" {
         "after wrong attempts":
             "nth(7), hash(7), hash(7), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
             rows 1, pages 3 * A_WRITE, rows_discarded 3;

@@ -19,7 +19,7 @@ const NOT_BY_OWNER: [(&str, &str); 6] = [
         "a refresh token names its session; whose it is, the row tells",
     ),
     (
-        "sessions/sign_in.sql",
+        "sessions/login.sql",
         "a session is made for the person whose password was verified: $1",
     ),
     (

@@ -39,7 +39,7 @@ pub(super) async fn log_in(
             return Err(Error::InvalidCredentials(reason));
         };
         let new_hash = verification.rehashed.as_deref().unwrap_or(&hash);
-        if let Some((user, ended)) = sessions::sign_in(db, id, &hash, new_hash, session).await? {
+        if let Some((user, ended)) = sessions::login(db, id, &hash, new_hash, session).await? {
             app.record_revoked(RevocationReason::SessionLimit, &ended);
             return Ok(user);
         }

@@ -1,0 +1,86 @@
+//! Admission to the pool: first come, first served, with limits on the queue and on searches.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::time::{Instant, timeout_at};
+
+use super::deadline::Deadline;
+use super::error::DbError;
+use super::health::{Health, Interrupted};
+use super::pool::{CONNECT_TIMEOUT, Registry, request_capacity};
+use crate::telemetry::metrics::Metrics;
+
+/// The longest wait for a connection while the queue is short-lived.
+const QUEUE_TARGET: Duration = Duration::from_millis(500);
+/// The longest wait once the queue has not been empty for `QUEUE_TARGET`. A standing queue makes
+/// every request late and none faster ("controlled delay").
+const QUEUE_SHED_AFTER: Duration = Duration::from_millis(50);
+/// Concurrent searches, so that they leave most of the pool to other requests.
+const MAX_SEARCHES: usize = 5;
+
+pub(super) struct Admission {
+    /// One permit per connection. bb8's own queue lets newcomers overtake.
+    connections: Arc<Semaphore>,
+    searches: Semaphore,
+    /// When a permit was last available without waiting.
+    last_uncontended: Mutex<Instant>,
+    registry: Arc<Registry>,
+    health: Arc<Health>,
+    metrics: Arc<Metrics>,
+}
+
+impl Admission {
+    pub(super) fn new(
+        max_sockets: u32,
+        registry: Arc<Registry>,
+        health: Arc<Health>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            connections: Arc::new(Semaphore::new(request_capacity(max_sockets) as usize)),
+            searches: Semaphore::new(MAX_SEARCHES.min(max_sockets as usize)),
+            last_uncontended: Mutex::new(Instant::now()),
+            registry,
+            health,
+            metrics,
+        }
+    }
+
+    /// Waits until a connection may be taken from the pool.
+    pub(super) async fn acquire(&self, until: Instant) -> Result<OwnedSemaphorePermit, DbError> {
+        let now = Instant::now();
+        if let Ok(permit) = self.connections.clone().try_acquire_owned() {
+            *self.last_uncontended.lock() = now;
+            return Ok(permit);
+        }
+        let _waiting = self.metrics.db_pool_waiter();
+        let limit = if self.registry.is_connecting() {
+            // Connecting to a remote database, or one that wakes up, takes longer than a queue may.
+            CONNECT_TIMEOUT
+        } else if now.duration_since(*self.last_uncontended.lock()) > QUEUE_TARGET {
+            QUEUE_SHED_AFTER
+        } else {
+            QUEUE_TARGET
+        };
+        let permit = self.connections.clone().acquire_owned();
+        match self.health.while_up(until.min(now + limit), permit).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Err(Interrupted::Down) => Err(DbError::Unavailable("the database went down".into())),
+            _ => Err(DbError::Overloaded),
+        }
+    }
+
+    /// Waits until a search may start.
+    pub(super) async fn acquire_search(
+        &self,
+        deadline: Deadline,
+    ) -> Result<SemaphorePermit<'_>, DbError> {
+        match timeout_at(deadline.at(), self.searches.acquire()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            _ => Err(DbError::Overloaded),
+        }
+    }
+}

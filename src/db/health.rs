@@ -1,0 +1,208 @@
+//! Whether the database responds. Requests fail fast while it is down; one task probes it until it
+//! is up again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use log::{info, warn};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+
+use super::connect::{ConnectError, Endpoint, FatalError};
+use super::deadline::REQUEST_TIMEOUT;
+use super::error::error_message;
+use super::inspect::ServerInfo;
+use super::pool::{CONNECT_TIMEOUT, Registry};
+
+/// How long a probe waits for a free socket. The pool leaves one for it, so a longer wait means
+/// that closed connections linger.
+const PROBE_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between attempts to reach a database that is down.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(250);
+/// How often the wait for a database at startup is logged.
+const WAIT_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Not reached yet, or not migrated yet.
+    Starting,
+    Up,
+    Down,
+}
+
+/// Why [`Health::while_up`] returned early.
+pub(super) enum Interrupted {
+    Down,
+    TimedOut,
+}
+
+/// What is known about the database, and the probe that finds out more.
+pub(super) struct Health {
+    endpoint: Endpoint,
+    registry: Arc<Registry>,
+    state: watch::Sender<State>,
+    probing: AtomicBool,
+    last_response: Mutex<Instant>,
+}
+
+impl Health {
+    pub(super) fn new(endpoint: Endpoint, registry: Arc<Registry>) -> Self {
+        Self {
+            endpoint,
+            registry,
+            state: watch::Sender::new(State::Starting),
+            probing: AtomicBool::new(false),
+            last_response: Mutex::new(Instant::now()),
+        }
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        *self.state.borrow() == State::Up
+    }
+
+    pub(super) fn record_response(&self) {
+        *self.last_response.lock() = Instant::now();
+    }
+
+    /// Whether the database is up and has responded within this time.
+    pub(super) fn has_responded_within(&self, time: Duration) -> bool {
+        self.is_up() && self.last_response.lock().elapsed() < time
+    }
+
+    /// Whether the database is up. During startup this waits until it is known, so that a request
+    /// that was accepted before then does not fail.
+    pub(super) async fn is_up_after_startup(&self, until: Instant) -> bool {
+        if *self.state.borrow() == State::Starting {
+            self.wait_for(|state| state != State::Starting, until).await;
+        }
+        self.is_up()
+    }
+
+    /// Waits until the database is up; returns false if it is not in time.
+    pub(super) async fn wait_until_up(&self, until: Instant) -> bool {
+        self.wait_for(|state| state == State::Up, until).await
+    }
+
+    async fn wait_for(&self, condition: impl Fn(State) -> bool, until: Instant) -> bool {
+        let mut state = self.state.subscribe();
+        let changed = state.wait_for(|state| condition(*state));
+        timeout_at(until, changed).await.is_ok()
+    }
+
+    /// Runs `work` until then, and no longer than the database is up.
+    pub(super) async fn while_up<T>(
+        &self,
+        until: Instant,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Interrupted> {
+        let down = async {
+            let mut state = self.state.subscribe();
+            state.wait_for(|state| *state == State::Down).await.is_ok()
+        };
+        tokio::select! {
+            biased;
+            value = work => Ok(value),
+            _ = down => Err(Interrupted::Down),
+            () = sleep_until(until) => Err(Interrupted::TimedOut),
+        }
+    }
+
+    /// Connects and migrates, retrying for as long as `give_up_after` allows. Fails at once if
+    /// waiting cannot help.
+    pub(super) async fn wait_until_ready(
+        &self,
+        give_up_after: Option<Duration>,
+    ) -> Result<ServerInfo, FatalError> {
+        let started = Instant::now();
+        let mut last_logged: Option<Instant> = None;
+        loop {
+            let reason = match self.endpoint.connect_and_migrate().await {
+                Ok(info) => {
+                    self.record_response();
+                    self.state.send_replace(State::Up);
+                    return Ok(info);
+                }
+                Err(ConnectError::Fatal(error)) => return Err(error),
+                Err(ConnectError::Transient(reason)) => reason,
+            };
+            self.state.send_replace(State::Down);
+            let location = self.endpoint.location();
+            if give_up_after.is_some_and(|limit| started.elapsed() > limit) {
+                let error = format!("cannot use the database at {location}: {reason}");
+                return Err(FatalError(error));
+            }
+            if last_logged.is_none_or(|at| at.elapsed() > WAIT_LOG_INTERVAL) {
+                warn!("waiting for the database at {location}: {reason}");
+                last_logged = Some(Instant::now());
+            }
+            sleep(RECONNECT_INTERVAL).await;
+        }
+    }
+
+    /// Starts a task that checks whether the database responds, unless one is running. If it does
+    /// not, the task marks it as down and probes it until it is up again.
+    pub(super) fn start_probe(self: &Arc<Self>, reason: String) {
+        if !self.is_up() || self.probing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let health = self.clone();
+        tokio::spawn(async move {
+            match health.confirm_down().await {
+                Ok(()) => health.probing.store(false, Ordering::Release),
+                Err(cause) => {
+                    health
+                        .wait_for_recovery(&format!("{cause} ({reason})"))
+                        .await
+                }
+            }
+        });
+    }
+
+    /// Fails if the database does not respond: after one probe that hangs, or three that fail while
+    /// no other statement gets a response.
+    async fn confirm_down(&self) -> Result<(), String> {
+        let started = Instant::now();
+        let mut cause = String::new();
+        for _ in 0..3 {
+            match timeout(CONNECT_TIMEOUT, self.probe()).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => cause = error,
+                Err(_) => return Err("no response within 2 s".into()),
+            }
+            if *self.last_response.lock() > started {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        Err(cause)
+    }
+
+    /// Opens a connection outside the pool and makes one round trip. Succeeds if no socket is free,
+    /// because that says nothing about the database.
+    async fn probe(&self) -> Result<(), String> {
+        let Ok(_socket) = timeout(PROBE_SOCKET_TIMEOUT, self.registry.acquire_socket()).await
+        else {
+            return Ok(());
+        };
+        let ping = self.endpoint.ping().await;
+        ping.map_err(|error| error_message(&error))
+    }
+
+    async fn wait_for_recovery(&self, reason: &str) {
+        let started = Instant::now();
+        warn!("database lost: {reason}");
+        self.state.send_replace(State::Down);
+        self.registry.evict_all();
+        while !matches!(timeout(REQUEST_TIMEOUT, self.probe()).await, Ok(Ok(()))) {
+            sleep(RECONNECT_INTERVAL).await;
+        }
+        self.record_response();
+        // Before the state changes: the next failure has to be able to start a probe.
+        self.probing.store(false, Ordering::Release);
+        self.state.send_replace(State::Up);
+        let seconds = started.elapsed().as_secs_f64();
+        info!("database recovered after {seconds:.1} s");
+    }
+}
