@@ -1,29 +1,37 @@
 //! A secure multi-user todo back end over HTTP and PostgreSQL.
 //!
-//! A request's way through the house:
+//! # Modules
 //!
-//! 1. [`server`] accepts a connection; `connection` is its socket with a clock for everything that
-//!    can take too long.
-//! 2. `router` splits the path and matches it with the method: the whole API is one `match`.
-//!    It is also where an error becomes an answer and, once, a line in the log.
-//! 3. `guard` turns the bearer token into a signed-in user, before the body is read.
-//! 4. `handler` has one function a route: parse (`request`, `content_type`,
-//!    `conditional`), one call to the database,
-//!    respond (`response`). `cors` adds what browsers of other origins need.
-//! 5. `db` runs one statement out of `sql/` over a pool of at most 20 connections; reads that are
-//!    asked at the same moment share one (`db::gather`). [`embedded_postgres`] is the server that the service runs itself
-//!    when `DATABASE_URL` is unset.
+//! | Module | Contents |
+//! |---|---|
+//! | [`cli`] | the commands, and how `serve` wires everything; `shutdown`: signals |
+//! | `http` | everything between a connection and a handler, and the handlers; see below |
+//! | `auth` | tokens, passwords, revoked sessions, login rate limiting |
+//! | `error` | everything that can go wrong, and the problem that the client sees |
+//! | [`db`] | connection pool, retries and batching; the queries of each table; migrations; purging |
+//! | [`config`] | settings |
+//! | `domain` | values that are valid by construction, such as an e-mail address or a title |
+//! | [`embedded_postgres`] | the PostgreSQL server that runs when `DATABASE_URL` is unset |
+//! | [`telemetry`] | logging and metrics |
 //!
-//! `auth` knows tokens, passwords, ended sessions and login rate limiting; `model` the values
-//! that are valid because they exist; [`config`] every setting; `error` everything that can go
-//! wrong; [`metrics`] what is counted, `labels` the reasons that log and metrics name; [`logging`] how a line looks. `main` reads the arguments,
-//! [`command`] wires.
+//! Imports point down this table. `domain`, `embedded_postgres` and `telemetry` import no other
+//! module of the crate.
 //!
-//! Imports point one way: main → command → server → router → guard and handler → auth, request,
-//! response → db → model. `db` knows no HTTP, only `router` names handlers, `model` and
-//! `embedded_postgres` import nothing of ours.
+//! # How a request is processed
+//!
+//! 1. `http::server` accepts the connection. `http::timeout_io` wraps its socket, and
+//!    `http::framing` scans the request's head before hyper parses it.
+//! 2. `http::service` creates the request context and calls the router. When the handler returns,
+//!    it turns an error into a response and a log line.
+//! 3. `http::router` finds the route, the handler and its guard.
+//! 4. `http::middleware` verifies the access token, and that the path belongs to its user, before
+//!    the body is read.
+//! 5. `http::handlers` has one function per route: it parses the request, runs one database query
+//!    and returns a response.
+//! 6. `db` runs a statement from `sql/` on a pooled connection. Reads that arrive at the same time
+//!    share one statement.
 
-// A test that cannot go on has failed; unwrap says so as well as anything.
+// A failed `unwrap` fails the test, as it should.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod auth;
