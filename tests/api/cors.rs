@@ -1,4 +1,4 @@
-//! Pages of other origins: those that are listed may use the API, all others may not.
+//! Cross-origin requests: pages of the configured origins can use the API, all others cannot.
 
 use std::collections::BTreeSet;
 
@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 use crate::harness::{Response, Server, User};
 use crate::tasks::path_of;
 
-const LISTED: &str = "https://todo.example";
-const ALSO_LISTED: &str = "http://localhost:5173";
+const ALLOWED: &str = "https://todo.example";
+const ALSO_ALLOWED: &str = "http://localhost:5173";
 
-/// None of these is the listed origin, though some look like it.
-const UNLISTED: [&str; 11] = [
+/// Origins that are not allowed, though some resemble an allowed one.
+const OTHER_ORIGINS: [&str; 11] = [
     "https://evil.example",
     "https://todo.example.evil.example",
     "https://eviltodo.example",
@@ -41,42 +41,42 @@ fn names(header: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// That a page of `origin` may read the answer, and all that it is to read of it.
-fn assert_open_to(answer: &Response, origin: &str, what: &str) {
+/// Asserts that a page of `origin` can read the response and its headers.
+fn assert_readable(response: &Response, origin: &str, what: &str) {
     assert_eq!(
-        answer.header("access-control-allow-origin"),
+        response.header("access-control-allow-origin"),
         origin,
         "{what}"
     );
-    assert!(names(answer.header("vary")).contains("origin"), "{what}");
+    assert!(names(response.header("vary")).contains("origin"), "{what}");
     let exposed =
         "Location, Link, ETag, Preference-Applied, Retry-After, X-Request-Id, X-Total-Count";
     assert_eq!(
-        names(answer.header("access-control-expose-headers")),
+        names(response.header("access-control-expose-headers")),
         names(exposed),
         "{what}"
     );
 }
 
-fn assert_silent(answer: &Response, what: &str) {
-    let told: Vec<_> = answer
+fn assert_no_cors_headers(response: &Response, what: &str) {
+    let headers: Vec<_> = response
         .headers
         .keys()
         .filter(|name| name.as_str().starts_with("access-control-"))
         .collect();
-    assert!(told.is_empty(), "{what}: {told:?}");
+    assert!(headers.is_empty(), "{what}: {headers:?}");
 }
 
 #[tokio::test]
-async fn a_page_of_a_listed_origin_can_read_every_answer_and_its_headers() {
+async fn an_allowed_origin_can_read_every_response_and_its_headers() {
     let server = server().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
     let (tasks, path) = (ann.tasks(), path_of(&ann, &task));
     let token = &ann.access_token;
-    for origin in [LISTED, ALSO_LISTED] {
+    for origin in [ALLOWED, ALSO_ALLOWED] {
         let from = |method: Method, at: &str| server.request(method, at).header("origin", origin);
-        for (answer, status) in [
+        for (response, status) in [
             (from(Method::GET, &tasks).bearer(token).send().await, 200),
             (
                 from(Method::POST, &tasks)
@@ -103,7 +103,7 @@ async fn a_page_of_a_listed_origin_can_read_every_answer_and_its_headers() {
                     .await,
                 200,
             ),
-            // The errors of the ladder, from the router to the handler.
+            // Errors, in the order in which the service checks a request.
             (from(Method::GET, "/nowhere").send().await, 404),
             (from(Method::PUT, &tasks).send().await, 405),
             (from(Method::GET, &tasks).send().await, 401),
@@ -165,14 +165,14 @@ async fn a_page_of_a_listed_origin_can_read_every_answer_and_its_headers() {
             ),
             (from(Method::OPTIONS, &tasks).send().await, 204),
         ] {
-            assert_eq!(answer.status, status);
-            assert_open_to(&answer, origin, &status.to_string());
+            assert_eq!(response.status, status);
+            assert_readable(&response, origin, &status.to_string());
         }
     }
 }
 
 #[tokio::test]
-async fn a_preflight_from_a_listed_origin_gets_204_on_any_path_before_authentication() {
+async fn a_preflight_from_an_allowed_origin_returns_204_for_any_path_without_authentication() {
     let server = server().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -185,7 +185,7 @@ async fn a_preflight_from_a_listed_origin_gets_204_on_any_path_before_authentica
         (&path, "PATCH"),
         (&path, "DELETE"),
         (&format!("{path}/complete"), "PATCH"),
-        // What follows will be a 405 or a 404, and the page is to see it.
+        // The page must be able to read the 405 or 404 that follows.
         ("/api/v1/auth/login", "DELETE"),
         ("/healthz", "PUT"),
         ("/api/v1/nowhere", "PATCH"),
@@ -196,43 +196,45 @@ async fn a_preflight_from_a_listed_origin_gets_204_on_any_path_before_authentica
         ("//", "GET"),
         ("/%ff", "GET"),
     ] {
-        let request = server.request(Method::OPTIONS, at).header("origin", LISTED);
+        let request = server
+            .request(Method::OPTIONS, at)
+            .header("origin", ALLOWED);
         let request = request.header("access-control-request-method", method);
         let request = request.header(
             "access-control-request-headers",
             "authorization,content-type",
         );
-        let answer = request.send().await.expect(204);
-        assert_eq!(answer.header("access-control-allow-origin"), LISTED);
+        let response = request.send().await.expect(204);
+        assert_eq!(response.header("access-control-allow-origin"), ALLOWED);
         assert!(
-            names(answer.header("access-control-allow-methods")).contains(&method.to_lowercase()),
+            names(response.header("access-control-allow-methods")).contains(&method.to_lowercase()),
             "{at}"
         );
         let allowed = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, Prefer, X-Request-Id";
         assert_eq!(
-            names(answer.header("access-control-allow-headers")),
+            names(response.header("access-control-allow-headers")),
             names(allowed)
         );
-        assert!(names(answer.header("vary")).contains("origin"));
-        assert!(answer.body.is_empty());
+        assert!(names(response.header("vary")).contains("origin"));
+        assert!(response.body.is_empty());
     }
     assert!(
         !server.log().contains("authentication failed"),
-        "a preflight is no failed sign-in"
+        "a preflight is not a failed authentication"
     );
-    // Neither of these is a preflight from a listed origin.
+    // Neither of these is a preflight from an allowed origin.
     let request = server.request(Method::OPTIONS, "/nowhere");
-    let unlisted = request
-        .header("origin", UNLISTED[0])
+    let other = request
+        .header("origin", OTHER_ORIGINS[0])
         .header("access-control-request-method", "GET");
-    assert_silent(&unlisted.send().await.expect(404), UNLISTED[0]);
+    assert_no_cors_headers(&other.send().await.expect(404), OTHER_ORIGINS[0]);
     let request = server.request(Method::OPTIONS, "/nowhere");
-    request.header("origin", LISTED).send().await.expect(404);
+    request.header("origin", ALLOWED).send().await.expect(404);
 }
 
 #[tokio::test]
-async fn an_origin_can_be_listed_in_any_form_that_means_the_same() {
-    let listed = [
+async fn origins_are_normalized() {
+    let origins = [
         ("HTTPS://Todo.Example:443/", "https://todo.example"),
         ("http://LOCALHOST:80", "http://localhost"),
         ("http://localhost:05173/", "http://localhost:5173"),
@@ -249,19 +251,22 @@ async fn an_origin_can_be_listed_in_any_form_that_means_the_same() {
         ("tauri://localhost", "tauri://localhost"),
         ("chrome-extension://mnopabcd", "chrome-extension://mnopabcd"),
     ];
-    let origins = listed.map(|(written, _)| written).join(" , ");
-    let server = Server::with(&[("CORS_ORIGINS", &origins)]).await;
-    for (_, sent) in listed {
-        let answer = server.get("/healthz").header("origin", sent).send().await;
-        assert_open_to(&answer, sent, sent);
+    let setting = origins.map(|(configured, _)| configured).join(" , ");
+    let server = Server::with(&[("CORS_ORIGINS", &setting)]).await;
+    for (_, sent) in origins {
+        let response = server.get("/healthz").header("origin", sent).send().await;
+        assert_readable(&response, sent, sent);
     }
-    for other in UNLISTED.into_iter().filter(|&o| o != "http://localhost") {
-        let answer = server.get("/healthz").header("origin", other).send().await;
-        assert_silent(&answer, other);
+    for other in OTHER_ORIGINS
+        .into_iter()
+        .filter(|&o| o != "http://localhost")
+    {
+        let response = server.get("/healthz").header("origin", other).send().await;
+        assert_no_cors_headers(&response, other);
     }
 }
 
-/// The bodies of requests that need no token, so that a page of any origin could make them.
+/// Requests that need no token, so that a page of any origin could send them.
 fn bodies(user: &User) -> Vec<(&'static str, Value)> {
     let credentials = json!({"email": user.email, "password": user.password});
     let refresh = json!({"refresh_token": user.refresh_token});
@@ -276,9 +281,9 @@ fn bodies(user: &User) -> Vec<(&'static str, Value)> {
     ]
 }
 
-// A browser sends such a request to any origin without a preflight.
+// Browsers send such a request without a preflight.
 #[tokio::test]
-async fn a_body_without_a_type_is_refused_from_a_page_of_a_foreign_origin() {
+async fn rejects_a_body_without_content_type_from_another_origin() {
     let server = server().await;
     let ann = server.user().await;
     let host = server.addr().to_string();
@@ -290,10 +295,10 @@ async fn a_body_without_a_type_is_refused_from_a_page_of_a_foreign_origin() {
             }
             request.untyped(body.to_string()).send()
         };
-        for origin in UNLISTED {
-            let answer = send(origin, None).await;
-            answer.problem(415, "unsupported_media_type");
-            assert_silent(&answer, origin);
+        for origin in OTHER_ORIGINS {
+            let response = send(origin, None).await;
+            response.problem(415, "unsupported_media_type");
+            assert_no_cors_headers(&response, origin);
         }
         let other_port = format!("http://{}:1", server.addr().ip());
         for origin in [&format!("capacitor://{host}"), &host, &other_port] {
@@ -313,12 +318,12 @@ async fn a_body_without_a_type_is_refused_from_a_page_of_a_foreign_origin() {
     assert_eq!(
         sessions.as_array().unwrap().len(),
         1,
-        "something was served"
+        "a request was served"
     );
 }
 
 #[tokio::test]
-async fn a_body_without_a_type_is_json_from_everybody_else() {
+async fn accepts_a_body_without_content_type_from_other_clients() {
     let server = server().await;
     let host = server.addr().to_string();
     let own = [
@@ -328,11 +333,11 @@ async fn a_body_without_a_type_is_json_from_everybody_else() {
     let proxied = "https://own.example";
     for (origin, forwarded_host) in [
         (None, None),
-        (Some(LISTED), None),
-        (Some(ALSO_LISTED), None),
+        (Some(ALLOWED), None),
+        (Some(ALSO_ALLOWED), None),
         (Some(own[0].as_str()), None),
         (Some(own[1].as_str()), None),
-        // The host as proxies hand it on that send another one to us.
+        // Proxies that change `Host` send the original one in `X-Forwarded-Host`.
         (Some(proxied), Some("own.example")),
         (Some(proxied), Some("Own.Example:443")),
         (Some(proxied), Some("own.example, inner.example")),
@@ -348,42 +353,48 @@ async fn a_body_without_a_type_is_json_from_everybody_else() {
         if let Some(host) = forwarded_host {
             request = request.header("x-forwarded-host", host);
         }
-        let answer = request.untyped(login).send().await;
-        assert_eq!(answer.status, 200, "{origin:?} {forwarded_host:?}");
+        let response = request.untyped(login).send().await;
+        assert_eq!(response.status, 200, "{origin:?} {forwarded_host:?}");
     }
-    // With a type the browser has asked before, or it is no browser.
+    // With a content type, a browser has sent a preflight before.
     let ann = server.user().await;
     let login = json!({"email": ann.email, "password": ann.password});
     let request = server
         .post("/api/v1/auth/login")
-        .header("origin", UNLISTED[0]);
-    assert_silent(&request.json(login).send().await.expect(200), UNLISTED[0]);
-    // A request without a body has no type to declare.
+        .header("origin", OTHER_ORIGINS[0]);
+    assert_no_cors_headers(
+        &request.json(login).send().await.expect(200),
+        OTHER_ORIGINS[0],
+    );
+    // A request without a body needs no content type.
     let request = server
         .post("/api/v1/auth/logout")
-        .header("origin", UNLISTED[0]);
+        .header("origin", OTHER_ORIGINS[0]);
     request.bearer(&ann.access_token).send().await.expect(204);
 }
 
 #[tokio::test]
-async fn an_origin_that_is_not_listed_learns_nothing_and_caches_are_told_to_mind() {
+async fn other_origins_get_no_cors_headers_but_vary() {
     let server = server().await;
     let ann = server.user().await;
-    for origin in UNLISTED {
-        let answer = server
+    for origin in OTHER_ORIGINS {
+        let response = server
             .get(ann.tasks())
             .bearer(&ann.access_token)
             .header("origin", origin)
             .send()
             .await;
-        assert_silent(&answer, origin);
-        assert!(names(answer.header("vary")).contains("origin"), "{origin}");
-        let answer = server
+        assert_no_cors_headers(&response, origin);
+        assert!(
+            names(response.header("vary")).contains("origin"),
+            "{origin}"
+        );
+        let response = server
             .get(ann.tasks())
             .header("origin", origin)
             .send()
             .await;
-        assert_silent(&answer, origin);
+        assert_no_cors_headers(&response, origin);
         let request = server
             .request(Method::OPTIONS, ann.tasks())
             .header("origin", origin);
@@ -391,33 +402,33 @@ async fn an_origin_that_is_not_listed_learns_nothing_and_caches_are_told_to_mind
             .header("access-control-request-method", "POST")
             .send()
             .await;
-        assert_silent(&preflight, origin);
+        assert_no_cors_headers(&preflight, origin);
         assert!(
             names(preflight.header("vary")).contains("origin"),
             "{origin}"
         );
     }
-    // A cache must not hand the answer without an origin to one that is listed.
-    let answer = server
+    // A cache must not serve the response to a request without an origin to an allowed origin.
+    let response = server
         .get(ann.tasks())
         .bearer(&ann.access_token)
         .send()
         .await;
-    assert!(names(answer.header("vary")).contains("origin"));
+    assert!(names(response.header("vary")).contains("origin"));
 }
 
 #[tokio::test]
-async fn without_cors_origins_no_origin_is_let_in() {
+async fn no_origin_is_allowed_by_default() {
     let server = Server::start().await;
     let ann = server.user().await;
-    for origin in UNLISTED.into_iter().chain([LISTED, ALSO_LISTED]) {
-        let answer = server
+    for origin in OTHER_ORIGINS.into_iter().chain([ALLOWED, ALSO_ALLOWED]) {
+        let response = server
             .get(ann.tasks())
             .bearer(&ann.access_token)
             .header("origin", origin)
             .send()
             .await;
-        assert_silent(&answer.expect(200), origin);
+        assert_no_cors_headers(&response.expect(200), origin);
         let request = server
             .request(Method::OPTIONS, ann.tasks())
             .header("origin", origin);
@@ -425,6 +436,6 @@ async fn without_cors_origins_no_origin_is_let_in() {
             .header("access-control-request-method", "POST")
             .send()
             .await;
-        assert_silent(&preflight, origin);
+        assert_no_cors_headers(&preflight, origin);
     }
 }

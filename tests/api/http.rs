@@ -1,4 +1,4 @@
-//! HTTP as its clients expect it, looked at on the wire.
+//! HTTP semantics, tested on the wire.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -12,14 +12,14 @@ use tokio::time::timeout;
 use crate::harness::{Server, User};
 use crate::tasks::path_of;
 
-/// One connection, byte for byte as the test wants it.
+/// A connection over which a test sends arbitrary bytes.
 pub(crate) struct Wire {
     stream: TcpStream,
     read: Vec<u8>,
-    patience: Duration,
+    timeout: Duration,
 }
 
-/// One answer off the wire. The head keeps its status line; header names are in lower case.
+/// A response. `head` includes the status line; header names are in lower case.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -36,7 +36,7 @@ impl Answer {
     }
 
     pub(crate) fn json(&self) -> Value {
-        serde_json::from_str(&self.body).expect("the body is JSON")
+        serde_json::from_str(&self.body).expect("a JSON body")
     }
 }
 
@@ -46,44 +46,42 @@ impl Wire {
     }
 
     pub(crate) async fn connect(address: SocketAddr) -> Wire {
-        let stream = TcpStream::connect(address)
-            .await
-            .expect("the server listens");
+        let stream = TcpStream::connect(address).await.expect("a connection");
         stream.set_nodelay(true).expect("a socket option");
         Wire {
             stream,
             read: Vec::new(),
-            patience: Duration::from_secs(10),
+            timeout: Duration::from_secs(10),
         }
     }
 
-    /// Waits up to a minute for what comes, where the server's own patience is being tried.
+    /// Waits for responses for up to a minute, for tests of the server's timeouts.
     pub(crate) fn patient(mut self) -> Wire {
-        self.patience = Duration::from_secs(60);
+        self.timeout = Duration::from_secs(60);
         self
     }
 
-    /// Sends what the server still wants; it may have hung up on us already, which is its right.
+    /// Sends `bytes`. Ignores errors, because the server may have closed the connection.
     pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
         let _ = self.stream.write_all(bytes.as_ref()).await;
     }
 
-    /// The next answer; panics if none comes.
+    /// Reads the next response.
     pub(crate) async fn answer(&mut self) -> Answer {
-        self.next(true).await.expect("an answer")
+        self.next(true).await.expect("a response")
     }
 
-    /// The next answer, or none where the connection is closed instead.
+    /// Reads the next response; `None` if the server closes the connection instead.
     pub(crate) async fn answer_or_close(&mut self) -> Option<Answer> {
         self.next(true).await
     }
 
-    /// The next answer where a HEAD was asked: what its Content-Length announces does not follow.
+    /// Reads the response to a HEAD request, which has no body.
     pub(crate) async fn answer_to_head(&mut self) -> Answer {
-        self.next(false).await.expect("an answer")
+        self.next(false).await.expect("a response")
     }
 
-    /// Whether the server hung up, with nothing more said.
+    /// Whether the server closes the connection without sending anything more.
     pub(crate) async fn is_closed(&mut self) -> bool {
         self.read.is_empty() && !self.more().await && self.read.is_empty()
     }
@@ -95,13 +93,13 @@ impl Wire {
             }
             if !self.more().await {
                 let rest = String::from_utf8_lossy(&self.read);
-                assert!(rest.is_empty(), "half an answer: {rest}");
+                assert!(rest.is_empty(), "half a response: {rest}");
                 return None;
             }
         };
         let head: Vec<u8> = self.read.drain(..end).collect();
         let head: Vec<String> = String::from_utf8(head)
-            .expect("a head is text")
+            .expect("a head in ASCII")
             .lines()
             .map(|line| match line.split_once(": ") {
                 Some((name, value)) => format!("{}: {value}", name.to_lowercase()),
@@ -114,37 +112,37 @@ impl Wire {
             .expect("a status line")
             .parse()
             .expect("a status");
-        let mut answer = Answer {
+        let mut response = Answer {
             status,
             head: head.join("\n"),
             body: String::new(),
         };
-        let length = answer
+        let length = response
             .header("content-length")
             .map_or(0, |n| n.parse().expect("a length"));
         if has_body && status >= 200 && status != 204 && status != 304 {
             while self.read.len() < length {
-                assert!(self.more().await, "half a body after {}", answer.head);
+                assert!(self.more().await, "half a body after {}", response.head);
             }
-            answer.body = String::from_utf8(self.read.drain(..length).collect()).expect("text");
+            response.body = String::from_utf8(self.read.drain(..length).collect()).expect("text");
         }
-        Some(answer)
+        Some(response)
     }
 
-    /// Reads on; false once the server has hung up.
+    /// Reads more bytes. Returns false once the server has closed the connection.
     async fn more(&mut self) -> bool {
         let mut bytes = [0; 16 * 1024];
-        let read = timeout(self.patience, self.stream.read(&mut bytes)).await;
-        // A reset is a way to hang up, too.
+        let read = timeout(self.timeout, self.stream.read(&mut bytes)).await;
+        // A reset also closes the connection.
         let count = read
-            .expect("neither an answer nor a close within the patience")
+            .expect("neither a response nor a close within the timeout")
             .unwrap_or(0);
         self.read.extend_from_slice(&bytes[..count]);
         count > 0
     }
 }
 
-/// A request's head, with a Host and, where there is one, a token; `more` is further header lines.
+/// Formats a request's head. `more` contains further header lines.
 pub(crate) fn head(method: &str, target: &str, token: Option<&str>, more: &str) -> String {
     let bearer = token.map_or(String::new(), |token| {
         format!("Authorization: Bearer {token}\r\n")
@@ -152,7 +150,7 @@ pub(crate) fn head(method: &str, target: &str, token: Option<&str>, more: &str) 
     format!("{method} {target} HTTP/1.1\r\nHost: todo.example\r\n{bearer}{more}\r\n")
 }
 
-/// Every route: an address of it, and what its `Allow` says.
+/// A path of every route, with the methods of the route.
 fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
     let session = format!("/api/v1/auth/sessions/{}", user.session_id);
     let complete = format!("{}/complete", path_of(user, task));
@@ -177,7 +175,7 @@ fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
     ]
 }
 
-/// All that `Allow` must name for these methods.
+/// The methods that `Allow` must list for a route with these methods.
 fn allow(methods: &[&'static str]) -> BTreeSet<String> {
     let mut all: BTreeSet<_> = methods.iter().map(|method| method.to_string()).collect();
     all.insert("OPTIONS".into());
@@ -194,7 +192,7 @@ fn listed(header: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The codes that the contract knows.
+/// The problem codes of the API.
 const CODES: [&str; 23] = [
     "malformed_json",
     "malformed_request",
@@ -222,7 +220,7 @@ const CODES: [&str; 23] = [
 ];
 
 #[tokio::test]
-async fn head_answers_as_get_does_without_the_body() {
+async fn head_returns_the_headers_of_get() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -241,12 +239,12 @@ async fn head_answers_as_get_does_without_the_body() {
             let token = Some(ann.access_token.as_str());
             wire.send(head(method, &target, token, "X-Request-Id: same\r\n"))
                 .await;
-            let answer = match method {
+            let response = match method {
                 "GET" => wire.answer().await,
                 _ => wire.answer_to_head().await,
             };
-            // RFC 9110 section 9.3.2: what only generating the content tells may be left out.
-            let lines = answer
+            // RFC 9110 section 9.3.2: HEAD may omit headers that depend on generating the content.
+            let lines = response
                 .head
                 .lines()
                 .filter(|line| !line.starts_with("date: ") && *line != "content-length: 0");
@@ -259,24 +257,24 @@ async fn head_answers_as_get_does_without_the_body() {
 }
 
 #[tokio::test]
-async fn options_tells_what_a_path_allows_to_anybody() {
+async fn options_returns_the_allowed_methods_without_authentication() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
     let mut wire = Wire::open(&server).await;
     for (target, methods) in routes(&ann, &task) {
         wire.send(head("OPTIONS", &target, None, "")).await;
-        let answer = wire.answer().await;
-        assert_eq!(answer.status, 204, "{target}: {}", answer.head);
+        let response = wire.answer().await;
+        assert_eq!(response.status, 204, "{target}: {}", response.head);
         assert_eq!(
-            listed(answer.header("allow").expect("Allow")),
+            listed(response.header("allow").expect("Allow")),
             allow(&methods),
             "{target}"
         );
         // RFC 5789 section 3.1.
         let types = "application/json, application/merge-patch+json";
         let patch = methods.contains(&"PATCH").then_some(types);
-        assert_eq!(answer.header("accept-patch"), patch, "{target}");
+        assert_eq!(response.header("accept-patch"), patch, "{target}");
     }
     wire.send(head("OPTIONS", "/nowhere", None, "")).await;
     assert_eq!(wire.answer().await.status, 404);
@@ -286,7 +284,7 @@ async fn options_tells_what_a_path_allows_to_anybody() {
 
 // FR-008
 #[tokio::test]
-async fn a_wrong_method_is_refused_with_what_is_allowed() {
+async fn returns_405_and_the_allowed_methods_for_other_methods() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -300,25 +298,25 @@ async fn a_wrong_method_is_refused_with_what_is_allowed() {
                 continue;
             }
             wire.send(head(method, &target, None, "")).await;
-            let answer = match method {
+            let response = match method {
                 "HEAD" => wire.answer_to_head().await,
                 _ => wire.answer().await,
             };
-            assert_eq!(answer.status, 405, "{method} {target}");
+            assert_eq!(response.status, 405, "{method} {target}");
             assert_eq!(
-                listed(answer.header("allow").expect("Allow")),
+                listed(response.header("allow").expect("Allow")),
                 all,
                 "{method} {target}"
             );
             if method != "HEAD" {
-                assert_eq!(answer.json()["code"], "method_not_allowed");
+                assert_eq!(response.json()["code"], "method_not_allowed");
             }
         }
     }
 }
 
 #[tokio::test]
-async fn a_trailing_slash_makes_no_difference_and_two_are_nowhere() {
+async fn ignores_one_trailing_slash_but_not_two() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -333,10 +331,10 @@ async fn a_trailing_slash_makes_no_difference_and_two_are_nowhere() {
         wire.send(head("GET", &format!("{target}/"), token, ""))
             .await;
         let slash = wire.answer().await;
-        // The relative links of a page depend on its address.
-        let body = |answer: &Answer| match answer.header("content-type") {
+        // A page's relative links depend on its path.
+        let body = |response: &Answer| match response.header("content-type") {
             Some(html) if html.starts_with("text/html") => String::new(),
-            _ => answer.body.clone(),
+            _ => response.body.clone(),
         };
         assert_eq!(
             (slash.status, body(&slash)),
@@ -345,7 +343,7 @@ async fn a_trailing_slash_makes_no_difference_and_two_are_nowhere() {
         );
         wire.send(head("GET", &format!("{target}//"), token, ""))
             .await;
-        // An empty id, where an id could stand: there is none such.
+        // The empty segment is not an id.
         assert!(
             matches!(wire.answer().await.status, 404 | 405),
             "{target}//"
@@ -365,7 +363,7 @@ async fn a_trailing_slash_makes_no_difference_and_two_are_nowhere() {
 }
 
 #[tokio::test]
-async fn who_expects_100_is_told_to_continue_and_then_answered() {
+async fn sends_100_continue_before_reading_the_body() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut wire = Wire::open(&server).await;
@@ -377,9 +375,9 @@ async fn who_expects_100_is_told_to_continue_and_then_answered() {
     assert_eq!(wire.answer().await.status, 201);
 }
 
-// FR-001: verified before anything else of the request is read.
+// FR-001: the token is verified before the body is read.
 #[tokio::test]
-async fn a_bad_token_is_refused_before_the_body_is_asked_for() {
+async fn rejects_a_bad_token_without_100_continue() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let more = "Expect: 100-continue\r\nContent-Length: 13\r\n";
@@ -395,7 +393,7 @@ async fn a_bad_token_is_refused_before_the_body_is_asked_for() {
 }
 
 #[tokio::test]
-async fn a_body_in_chunks_is_a_body() {
+async fn accepts_a_chunked_body() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut wire = Wire::open(&server).await;
@@ -406,11 +404,11 @@ async fn a_body_in_chunks_is_a_body() {
     ] {
         wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), more) + body)
             .await;
-        let answer = wire.answer().await;
-        assert_eq!(answer.status, 201, "{body}");
-        assert_eq!(answer.json()["title"], "a");
+        let response = wire.answer().await;
+        assert_eq!(response.status, 201, "{body}");
+        assert_eq!(response.json()["title"], "a");
     }
-    // And in pieces, as a network delivers it.
+    // The same request byte by byte.
     for byte in (head("POST", &ann.tasks(), Some(&ann.access_token), more)
         + "d\r\n{\"title\":\"b\"}\r\n0\r\n\r\n")
         .bytes()
@@ -421,7 +419,7 @@ async fn a_body_in_chunks_is_a_body() {
 }
 
 #[tokio::test]
-async fn a_target_in_absolute_form_is_its_path() {
+async fn accepts_a_target_in_absolute_form() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut wire = Wire::open(&server).await;
@@ -433,9 +431,9 @@ async fn a_target_in_absolute_form_is_its_path() {
         let target = format!("{base}{}?limit=5", ann.tasks());
         wire.send(head("GET", &target, Some(&ann.access_token), ""))
             .await;
-        let answer = wire.answer().await;
+        let response = wire.answer().await;
         assert_eq!(
-            (answer.status, answer.body.as_str()),
+            (response.status, response.body.as_str()),
             (200, "[]"),
             "{target}"
         );
@@ -443,7 +441,7 @@ async fn a_target_in_absolute_form_is_its_path() {
 }
 
 #[tokio::test]
-async fn a_percent_encoded_path_is_the_same_path_and_never_another() {
+async fn decodes_each_segment_of_a_path_by_itself() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let first = format!("%{:02X}", ann.id.as_bytes()[0]);
@@ -472,17 +470,17 @@ async fn a_percent_encoded_path_is_the_same_path_and_never_another() {
         let mut wire = Wire::open(&server).await;
         wire.send(head("GET", &target, Some(&ann.access_token), ""))
             .await;
-        let answer = wire.answer().await;
+        let response = wire.answer().await;
         assert!(
-            statuses.contains(&answer.status),
+            statuses.contains(&response.status),
             "{target}: {}",
-            answer.head
+            response.head
         );
     }
 }
 
 #[tokio::test]
-async fn a_body_on_a_get_is_read_past() {
+async fn skips_the_body_of_a_get() {
     let server = Server::start().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
@@ -504,7 +502,7 @@ async fn a_body_on_a_get_is_read_past() {
 }
 
 #[tokio::test]
-async fn pipelined_requests_are_answered_all_and_in_order() {
+async fn responds_to_pipelined_requests_in_order() {
     let server = Server::start().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
@@ -543,7 +541,7 @@ async fn pipelined_requests_are_answered_all_and_in_order() {
         assert_eq!(
             read.json()[0]["title"],
             title,
-            "a request sees what the one before it did"
+            "a request sees the effects of the previous one"
         );
         let missed = wire.answer().await;
         assert_eq!(
@@ -553,9 +551,8 @@ async fn pipelined_requests_are_answered_all_and_in_order() {
     }
 }
 
-// Where one request ends and the next begins is found anew for each, in whatever pieces they come.
 #[tokio::test]
-async fn what_follows_a_body_in_chunks_is_read_as_the_request_that_it_is() {
+async fn finds_the_next_request_however_the_stream_is_split() {
     let server = Server::start().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
@@ -569,7 +566,7 @@ async fn what_follows_a_body_in_chunks_is_read_as_the_request_that_it_is() {
     let plain = head("POST", &ann.tasks(), token, "Content-Length: 18\r\n") + body;
     let read = head("GET", "/healthz", None, "");
     let all = format!("{chunked}{plain}{read}{chunked}{chunked}{read}{plain}");
-    // Cut everywhere in turn; the server is to have seen the first piece by itself.
+    // Lets the server read the first part before the second is sent.
     for cut in (1..all.len()).step_by(7) {
         let mut wire = Wire::open(&server).await;
         wire.send(&all[..cut]).await;
@@ -586,7 +583,7 @@ async fn what_follows_a_body_in_chunks_is_read_as_the_request_that_it_is() {
 }
 
 #[tokio::test]
-async fn a_request_after_a_refused_one_on_the_same_connection_is_served_or_the_connection_closed() {
+async fn serves_the_request_after_a_rejected_one_or_closes_the_connection() {
     let server = Server::start().await;
     let ann = server.user().await;
     let chunks = "12\r\n{\n \"title\":\n \"a\"\n}\r\n0\r\n\r\n";
@@ -597,13 +594,13 @@ async fn a_request_after_a_refused_one_on_the_same_connection_is_served_or_the_c
     ] {
         for (token, target) in [(Some("bad"), ann.tasks()), (None, "/nowhere".to_owned())] {
             for together in [true, false] {
-                let refused = head("POST", &target, token, framing);
+                let rejected = head("POST", &target, token, framing);
                 let mut wire = Wire::open(&server).await;
                 if together {
-                    wire.send(refused + body).await;
+                    wire.send(rejected + body).await;
                     assert!(matches!(wire.answer().await.status, 401 | 404));
                 } else {
-                    wire.send(refused).await;
+                    wire.send(rejected).await;
                     assert!(matches!(wire.answer().await.status, 401 | 404));
                     wire.send(body).await;
                 }
@@ -625,19 +622,22 @@ async fn a_request_after_a_refused_one_on_the_same_connection_is_served_or_the_c
 }
 
 #[tokio::test]
-async fn a_connection_closes_when_its_client_says_so() {
+async fn closes_the_connection_if_the_client_says_so() {
     let server = Server::start().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
     let mut wire = Wire::open(&server).await;
     let one = head("GET", &ann.tasks(), token, "Connection: close\r\n");
     wire.send(format!("{one}{one}")).await;
-    let answer = wire.answer().await;
+    let response = wire.answer().await;
     assert_eq!(
-        (answer.status, answer.header("connection")),
+        (response.status, response.header("connection")),
         (200, Some("close"))
     );
-    assert!(wire.is_closed().await, "a second answer after a close");
+    assert!(
+        wire.is_closed().await,
+        "a response after `Connection: close`"
+    );
 
     let mut wire = Wire::open(&server).await;
     wire.send(format!(
@@ -646,12 +646,16 @@ async fn a_connection_closes_when_its_client_says_so() {
         ann.access_token
     ))
     .await;
-    assert_eq!(wire.answer().await.status, 200, "HTTP/1.0 needs no Host");
+    assert_eq!(
+        wire.answer().await.status,
+        200,
+        "HTTP/1.0 does not require Host"
+    );
     assert!(wire.is_closed().await);
 }
 
 #[tokio::test]
-async fn a_host_that_is_missing_doubled_or_malformed_is_refused() {
+async fn rejects_a_missing_duplicate_or_malformed_host() {
     let server = Server::start().await;
     for hosts in [
         "",
@@ -688,23 +692,23 @@ async fn a_host_that_is_missing_doubled_or_malformed_is_refused() {
 }
 
 #[tokio::test]
-async fn a_sane_request_id_comes_back_and_stands_in_the_log() {
+async fn returns_and_logs_a_valid_request_id() {
     let server = Server::start().await;
     let ann = server.user().await;
     for sane in ["a", "Client-7.request_9", &"x".repeat(128)] {
-        let answer = server
+        let response = server
             .get(ann.tasks())
             .header("x-request-id", sane)
             .send()
             .await;
-        assert_eq!(answer.header("x-request-id"), sane);
-        answer.problem(401, "missing_token");
+        assert_eq!(response.header("x-request-id"), sane);
+        response.problem(401, "missing_token");
         server.wait_for_log(&format!("request_id={sane}")).await;
     }
 }
 
 #[tokio::test]
-async fn an_insane_request_id_is_replaced_and_every_request_has_one_of_its_own() {
+async fn replaces_an_invalid_request_id_by_a_unique_one() {
     let server = Server::start().await;
     let mut seen = BTreeSet::new();
     let long = "x".repeat(129);
@@ -719,8 +723,8 @@ async fn an_insane_request_id_is_replaced_and_every_request_has_one_of_its_own()
             &format!("X-Request-Id: {insane}\r\n"),
         ))
         .await;
-        let answer = wire.answer().await;
-        let id = answer
+        let response = wire.answer().await;
+        let id = response
             .header("x-request-id")
             .expect("X-Request-Id")
             .to_owned();
@@ -733,15 +737,15 @@ async fn an_insane_request_id_is_replaced_and_every_request_has_one_of_its_own()
             "{id}"
         );
         assert_eq!(
-            answer.json()["instance"],
+            response.json()["instance"],
             json!(format!("urn:request:{id}"))
         );
-        assert!(seen.insert(id), "one id for two requests");
+        assert!(seen.insert(id), "two requests have the same id");
     }
 }
 
 #[tokio::test]
-async fn every_answer_has_a_request_id_and_forbids_sniffing() {
+async fn every_response_has_a_request_id_and_nosniff() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -751,10 +755,13 @@ async fn every_answer_has_a_request_id_and_forbids_sniffing() {
             for token in [None, Some(ann.access_token.as_str())] {
                 wire.send(head(method, &target, token, "Content-Length: 0\r\n"))
                     .await;
-                let answer = wire.answer().await;
-                assert!(answer.header("x-request-id").is_some(), "{method} {target}");
+                let response = wire.answer().await;
+                assert!(
+                    response.header("x-request-id").is_some(),
+                    "{method} {target}"
+                );
                 assert_eq!(
-                    answer.header("x-content-type-options"),
+                    response.header("x-content-type-options"),
                     Some("nosniff"),
                     "{method} {target}"
                 );
@@ -764,7 +771,7 @@ async fn every_answer_has_a_request_id_and_forbids_sniffing() {
 }
 
 #[tokio::test]
-async fn nothing_that_bears_tokens_or_tasks_is_stored_on_the_way() {
+async fn responses_of_the_api_are_not_cached() {
     let server = Server::start().await;
     let ann = server.user().await;
     let token = &ann.access_token;
@@ -772,7 +779,7 @@ async fn nothing_that_bears_tokens_or_tasks_is_stored_on_the_way() {
     let path = path_of(&ann, &task);
     let credentials = json!({"email": ann.email, "password": ann.password});
     let title = json!({"title": "b"});
-    for answer in [
+    for response in [
         server
             .post("/api/v1/auth/login")
             .json(credentials)
@@ -826,21 +833,21 @@ async fn nothing_that_bears_tokens_or_tasks_is_stored_on_the_way() {
             .await
             .expect(200),
     ] {
-        assert_eq!(answer.header("cache-control"), "no-store");
+        assert_eq!(response.header("cache-control"), "no-store");
     }
-    // However the path is written.
+    // The same for encoded paths.
     for path in [
         ann.tasks().replace("/api", "/%61pi"),
         ann.tasks().replace("/v1", "/v%31"),
     ] {
-        let answer = server.get(path).bearer(token).send().await.expect(200);
-        assert_eq!(answer.header("cache-control"), "no-store");
+        let response = server.get(path).bearer(token).send().await.expect(200);
+        assert_eq!(response.header("cache-control"), "no-store");
     }
 }
 
-// Bounded patience: a head within 10 s, a body within 20 s. One test, so that the waits overlap.
+// One test, so that the waits overlap. The timeouts are 10 s for a head and 20 s for a body.
 #[tokio::test]
-async fn a_client_that_stalls_or_trickles_is_cut_off_within_its_bound() {
+async fn closes_connections_of_stalled_and_slow_clients() {
     let server = Server::start().await;
     let ann = server.user().await;
     let full = head(
@@ -854,7 +861,7 @@ async fn a_client_that_stalls_or_trickles_is_cut_off_within_its_bound() {
         assert!(
             wire.answer_or_close()
                 .await
-                .is_none_or(|answer| answer.status == 408)
+                .is_none_or(|response| response.status == 408)
         );
     };
     let half_a_head = async {
@@ -863,34 +870,34 @@ async fn a_client_that_stalls_or_trickles_is_cut_off_within_its_bound() {
         assert!(
             wire.answer_or_close()
                 .await
-                .is_none_or(|answer| answer.status == 408)
+                .is_none_or(|response| response.status == 408)
         );
     };
     let endless_head = async {
         let mut wire = Wire::open(&server).await.patient();
         wire.send("GET /healthz HTTP/1.1\r\nHost: a\r\n").await;
         let cut_off = trickle(&mut wire, "X-More: 1\r\n").await;
-        assert!(cut_off.is_none_or(|answer| answer.status == 408));
+        assert!(cut_off.is_none_or(|response| response.status == 408));
     };
     let stalled_body = async {
         let mut wire = Wire::open(&server).await.patient();
         wire.send(full.clone() + "{").await;
-        let answer = wire.answer().await;
+        let response = wire.answer().await;
         assert_eq!(
-            (answer.status, &answer.json()["code"]),
+            (response.status, &response.json()["code"]),
             (408, &json!("request_timeout"))
         );
         assert!(
             wire.is_closed().await,
-            "what comes next would be taken for a request"
+            "the rest of the body would be read as a request"
         );
     };
     let endless_body = async {
         let mut wire = Wire::open(&server).await.patient();
         wire.send(full.clone()).await;
-        let answer = trickle(&mut wire, " ").await.expect("an answer");
+        let response = trickle(&mut wire, " ").await.expect("a response");
         assert_eq!(
-            (answer.status, &answer.json()["code"]),
+            (response.status, &response.json()["code"]),
             (408, &json!("request_timeout"))
         );
     };
@@ -909,12 +916,12 @@ async fn a_client_that_stalls_or_trickles_is_cut_off_within_its_bound() {
         .expect(200);
 }
 
-/// Sends `bit` again and again until the server says something or hangs up.
-async fn trickle(wire: &mut Wire, bit: &str) -> Option<Answer> {
+/// Sends `bytes` again and again until the server responds or closes the connection.
+async fn trickle(wire: &mut Wire, bytes: &str) -> Option<Answer> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        assert!(Instant::now() < deadline, "the server waits for ever");
-        wire.send(bit).await;
+        assert!(Instant::now() < deadline, "the server does not time out");
+        wire.send(bytes).await;
         if timeout(Duration::from_millis(250), wire.stream.readable())
             .await
             .is_ok()
@@ -925,7 +932,7 @@ async fn trickle(wire: &mut Wire, bit: &str) -> Option<Answer> {
 }
 
 #[tokio::test]
-async fn a_head_beyond_all_measure_is_refused() {
+async fn rejects_an_oversized_head() {
     let server = Server::start().await;
     for request in [
         format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(1 << 20)),
@@ -939,44 +946,44 @@ async fn a_head_beyond_all_measure_is_refused() {
     ] {
         let mut wire = Wire::open(&server).await;
         wire.send(request).await;
-        let refusal = wire.answer_or_close().await;
-        assert!(refusal.is_none_or(|answer| matches!(answer.status, 400 | 414 | 431)));
+        let response = wire.answer_or_close().await;
+        assert!(response.is_none_or(|response| matches!(response.status, 400 | 414 | 431)));
     }
     server.get("/healthz").send().await.expect(200);
 }
 
 #[tokio::test]
-async fn the_services_own_pages_are_there_and_safe() {
+async fn pages_have_a_strict_content_security_policy() {
     let server = Server::start().await;
     server.get("/healthz").send().await.expect(200);
     server.get("/readyz").send().await.expect(200);
     let document = server.get("/openapi.json").send().await.expect(200).json();
     assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
     let home = server.get("/").send().await;
-    assert!((300..400).contains(&home.status), "/ leads on");
+    assert!((300..400).contains(&home.status), "/ does not redirect");
     assert_eq!(home.header("location"), "docs");
     for page in ["/docs", "/problems/validation_failed"] {
-        let answer = server.get(page).send().await.expect(200);
+        let response = server.get(page).send().await.expect(200);
         assert!(
-            answer.header("content-type").starts_with("text/html"),
+            response.header("content-type").starts_with("text/html"),
             "{page}"
         );
-        let policy = answer.header("content-security-policy");
+        let policy = response.header("content-security-policy");
         assert!(policy.contains("default-src"), "{policy}");
         assert!(policy.contains("frame-ancestors 'none'"), "{policy}");
-        for hole in ["unsafe-inline", "unsafe-eval", "*", "http:", "https:"] {
-            assert!(!policy.contains(hole), "{page}: {hole} in {policy}");
+        for source in ["unsafe-inline", "unsafe-eval", "*", "http:", "https:"] {
+            assert!(!policy.contains(source), "{page}: {source} in {policy}");
         }
-        let text = String::from_utf8(answer.body.to_vec()).unwrap();
+        let text = String::from_utf8(response.body.to_vec()).unwrap();
         assert!(!text.contains("<script>"), "{page} has an inline script");
         assert!(
             !text.contains("src=\"http") && !text.contains("href=\"//"),
-            "{page} asks another origin"
+            "{page} loads from another origin"
         );
     }
 }
 
-/// The path that a reference of the page at `base` leads to.
+/// Resolves a relative reference of the page at `base`.
 fn resolve(base: &str, reference: &str) -> String {
     let mut segments: Vec<_> = base.split('/').collect();
     segments.pop();
@@ -990,9 +997,9 @@ fn resolve(base: &str, reference: &str) -> String {
     segments.join("/")
 }
 
-// `.ci/browser` clicks through the pages behind a real proxy.
+// `.ci/browser` tests the same in a browser, behind a real proxy.
 #[tokio::test]
-async fn the_pages_work_behind_a_proxy_that_strips_a_prefix() {
+async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
     let server = Server::start().await;
     let served = async |path: &str| {
         let stripped = path
@@ -1040,19 +1047,19 @@ async fn the_pages_work_behind_a_proxy_that_strips_a_prefix() {
 }
 
 #[tokio::test]
-async fn every_problem_has_a_page_that_names_it() {
+async fn every_problem_has_a_page() {
     let server = Server::start().await;
     for code in CODES.into_iter().chain(["overloaded", "stopping"]) {
-        let answer = server
+        let response = server
             .get(format!("/problems/{code}"))
             .send()
             .await
             .expect(200);
-        let text = String::from_utf8(answer.body.to_vec()).unwrap();
+        let text = String::from_utf8(response.body.to_vec()).unwrap();
         assert!(text.contains(code), "{code}: {text}");
     }
     server
-        .get("/problems/unheard_of")
+        .get("/problems/unknown")
         .send()
         .await
         .problem(404, "not_found");
@@ -1060,7 +1067,7 @@ async fn every_problem_has_a_page_that_names_it() {
 
 // FR-008
 #[tokio::test]
-async fn an_unknown_path_is_not_found_with_or_without_a_token() {
+async fn returns_404_for_an_unknown_path_with_or_without_a_token() {
     let server = Server::start().await;
     let ann = server.user().await;
     let tasks = ann.tasks();

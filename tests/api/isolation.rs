@@ -1,4 +1,4 @@
-//! Nobody reaches what is another's: not to read it, not to change it, not to learn that it is.
+//! Users cannot read or change another user's data, nor learn that it exists.
 
 use hyper::Method;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::harness::{Response, Server, User};
 use crate::tasks::path_of;
 
-/// Every method on a path below `/api/v1/{user_id}`, with a body where it takes one.
+/// Every operation below `/api/v1/{user_id}`: method, path and body.
 fn operations(tasks: &str, id: &str) -> Vec<(Method, String, Option<Value>)> {
     let task = format!("{tasks}/{id}");
     let complete = format!("{task}/complete");
@@ -53,9 +53,9 @@ async fn send(
     }
 }
 
-/// All that the database holds of `user`, with the place and the writer of each row, so that even
-/// a change that changes nothing is seen.
-async fn everything_of(server: &Server, user: &User) -> Vec<String> {
+/// Every row of `user`, with its `ctid` and `xmin`, so that an update that changes no value is
+/// detected as well.
+async fn rows_of(server: &Server, user: &User) -> Vec<String> {
     let rows = "select r.ctid || ' ' || r.xmin || ' ' || r::text from users r where r.id = $1
                 union all
                 select r.ctid || ' ' || r.xmin || ' ' || r::text from sessions r where r.user_id = $1
@@ -71,7 +71,7 @@ async fn everything_of(server: &Server, user: &User) -> Vec<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// Bob with two tasks, one of them completed and made under a key.
+/// Creates a user with two tasks, one of them completed and created with an idempotency key.
 async fn bob_and_his_tasks(server: &Server) -> (User, Value, Value) {
     let bob = server.user().await;
     let open = bob.create_task(server, "secret").await;
@@ -86,12 +86,12 @@ async fn bob_and_his_tasks(server: &Server) -> (User, Value, Value) {
 
 // FR-003, FR-007, FR-008, SC-002, SC-004
 #[tokio::test]
-async fn every_path_with_anothers_id_is_forbidden_and_leaves_their_rows_as_they_were() {
+async fn returns_403_for_another_users_paths_and_changes_nothing() {
     let server = Server::start().await;
     let (bob, open, done) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
     let mine = ann.create_task(&server, "mine").await;
-    let before = everything_of(&server, &bob).await;
+    let before = rows_of(&server, &bob).await;
     assert_eq!(before.len(), 6);
 
     let unknown = Uuid::now_v7().to_string();
@@ -108,12 +108,12 @@ async fn every_path_with_anothers_id_is_forbidden_and_leaves_their_rows_as_they_
             );
         }
     }
-    assert_eq!(everything_of(&server, &bob).await, before);
+    assert_eq!(rows_of(&server, &bob).await, before);
 }
 
-// FR-003: any other value, well-formed or not.
+// FR-003: every other value, well-formed or not.
 #[tokio::test]
-async fn only_ones_own_id_written_as_it_is_opens_a_path() {
+async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
     let server = Server::start().await;
     let ann = server.user().await;
     let id = &ann.id;
@@ -138,32 +138,32 @@ async fn only_ones_own_id_written_as_it_is_opens_a_path() {
     ];
     for other in others {
         for operation in operations(&format!("/api/v1/{other}/tasks"), "x") {
-            let answer = send(&server, &ann.access_token, &operation).await;
-            assert_eq!(answer.status, 403, "{} {}", operation.0, operation.1);
-            answer.problem(403, "forbidden");
+            let response = send(&server, &ann.access_token, &operation).await;
+            assert_eq!(response.status, 403, "{} {}", operation.0, operation.1);
+            response.problem(403, "forbidden");
         }
     }
 }
 
 // FR-007, FR-008, SC-002, SC-004
 #[tokio::test]
-async fn a_task_of_another_user_cannot_be_told_from_one_that_never_was() {
+async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
     let server = Server::start().await;
     let (bob, open, done) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
     ann.create_task(&server, "mine").await;
-    let before = everything_of(&server, &bob).await;
+    let before = rows_of(&server, &bob).await;
 
-    let unknown = Uuid::now_v7().to_string();
+    let unknown_id = Uuid::now_v7().to_string();
     for task in [&open, &done] {
         let theirs = operations(&ann.tasks(), task["id"].as_str().unwrap());
-        let nobodys = operations(&ann.tasks(), &unknown);
-        let garbage = operations(&ann.tasks(), "no-uuid");
-        // Those on one task: the first four are on the list.
+        let unknown = operations(&ann.tasks(), &unknown_id);
+        let malformed = operations(&ann.tasks(), "no-uuid");
+        // The first four operations are on the list.
         for n in 4..theirs.len() {
             for tag in [None, Some("*"), Some("\"stale\"")] {
-                let mut told = Vec::new();
-                for (method, path, body) in [&theirs[n], &nobodys[n], &garbage[n]] {
+                let mut responses = Vec::new();
+                for (method, path, body) in [&theirs[n], &unknown[n], &malformed[n]] {
                     let mut request = server
                         .request(method.clone(), path)
                         .bearer(&ann.access_token);
@@ -173,29 +173,37 @@ async fn a_task_of_another_user_cannot_be_told_from_one_that_never_was() {
                     if let Some(body) = body {
                         request = request.json(body.clone());
                     }
-                    let answer = request.send().await;
-                    let mut headers = answer.headers.clone();
+                    let response = request.send().await;
+                    let mut headers = response.headers.clone();
                     headers.remove("x-request-id");
                     headers.remove("date");
-                    let mut problem = answer.problem(404, "task_not_found");
+                    let mut problem = response.problem(404, "task_not_found");
                     problem["instance"].take();
-                    told.push((headers, problem));
+                    responses.push((headers, problem));
                 }
-                assert_eq!(told[0], told[1], "{} {}", theirs[n].0, theirs[n].1);
-                assert_eq!(told[2], told[1], "{} {}", theirs[n].0, theirs[n].1);
+                assert_eq!(
+                    responses[0], responses[1],
+                    "{} {}",
+                    theirs[n].0, theirs[n].1
+                );
+                assert_eq!(
+                    responses[2], responses[1],
+                    "{} {}",
+                    theirs[n].0, theirs[n].1
+                );
             }
         }
     }
-    assert_eq!(everything_of(&server, &bob).await, before);
+    assert_eq!(rows_of(&server, &bob).await, before);
 }
 
 // FR-007, SC-004
 #[tokio::test]
-async fn what_works_on_many_tasks_works_on_ones_own_only() {
+async fn operations_on_lists_affect_only_the_users_own_tasks() {
     let server = Server::start().await;
     let (bob, ..) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
-    let before = everything_of(&server, &bob).await;
+    let before = rows_of(&server, &bob).await;
     let token = &ann.access_token;
 
     for query in [
@@ -206,15 +214,15 @@ async fn what_works_on_many_tasks_works_on_ones_own_only() {
         "?sort=created_at",
         "?total=true",
     ] {
-        let answer = server
+        let response = server
             .get(format!("{}{query}", ann.tasks()))
             .bearer(token)
             .send()
             .await
             .expect(200);
-        assert_eq!(answer.json(), json!([]), "{query}");
+        assert_eq!(response.json(), json!([]), "{query}");
         assert!(
-            answer
+            response
                 .headers
                 .get("x-total-count")
                 .is_none_or(|total| total == "0"),
@@ -224,7 +232,7 @@ async fn what_works_on_many_tasks_works_on_ones_own_only() {
     let clear = format!("{}?completed=true", ann.tasks());
     let cleared = server.delete(&clear).bearer(token).send().await.expect(200);
     assert_eq!(cleared.json(), json!({"deleted": 0}));
-    // Bob's key means nothing here, nor does the place in his list.
+    // Bob's idempotency key and the cursor of his list have no meaning for Ann.
     let request = server
         .post(ann.tasks())
         .bearer(token)
@@ -235,32 +243,32 @@ async fn what_works_on_many_tasks_works_on_ones_own_only() {
         .await
         .expect(201)
         .json();
-    let place = server
+    let page = server
         .get(format!("{}?limit=1", bob.tasks()))
         .bearer(&bob.access_token)
         .send()
         .await;
-    let link = place.header("link");
+    let link = page.header("link");
     let query = link[link.find('?').unwrap()..].split('>').next().unwrap();
-    let answer = server
+    let response = server
         .get(format!("{}{query}", ann.tasks()))
         .bearer(token)
         .send()
         .await;
-    if answer.status != 422 {
-        for task in answer.expect(200).json().as_array().unwrap() {
+    if response.status != 422 {
+        for task in response.expect(200).json().as_array().unwrap() {
             assert_eq!(task, &mine);
         }
     }
-    assert_eq!(everything_of(&server, &bob).await, before);
+    assert_eq!(rows_of(&server, &bob).await, before);
 }
 
-// FR-007, SC-004: sessions are as private as tasks.
+// FR-007, SC-004
 #[tokio::test]
-async fn a_session_of_another_user_can_neither_be_seen_nor_ended() {
+async fn sessions_of_another_user_cannot_be_listed_or_revoked() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let before = everything_of(&server, &bob).await;
+    let before = rows_of(&server, &bob).await;
     let sessions = server
         .get("/api/v1/auth/sessions")
         .bearer(&ann.access_token)
@@ -277,17 +285,17 @@ async fn a_session_of_another_user_can_neither_be_seen_nor_ended() {
             .send()
     };
     let theirs = end(&bob.session_id).await.problem(404, "session_not_found");
-    let nobodys = end(&Uuid::now_v7().to_string())
+    let unknown = end(&Uuid::now_v7().to_string())
         .await
         .problem(404, "session_not_found");
-    assert_eq!(theirs["detail"], nobodys["detail"]);
+    assert_eq!(theirs["detail"], unknown["detail"]);
     server
         .delete("/api/v1/auth/sessions")
         .bearer(&ann.access_token)
         .send()
         .await
         .expect(204);
-    assert_eq!(everything_of(&server, &bob).await, before);
+    assert_eq!(rows_of(&server, &bob).await, before);
     server
         .get("/api/v1/auth/me")
         .bearer(&bob.access_token)
@@ -296,14 +304,13 @@ async fn a_session_of_another_user_can_neither_be_seen_nor_ended() {
         .expect(200);
 }
 
-// The tag of another's task opens nothing, and its owner's path is closed whatever is sent along.
 #[tokio::test]
-async fn no_header_or_body_moves_a_request_to_another_user() {
+async fn no_header_or_body_selects_another_user() {
     let server = Server::start().await;
     let (bob, open, _) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
     let mine = ann.create_task(&server, "mine").await;
-    let before = everything_of(&server, &bob).await;
+    let before = rows_of(&server, &bob).await;
     let path = path_of(&ann, &mine);
     for (name, value) in [
         ("x-user-id", bob.id.as_str()),
@@ -320,13 +327,13 @@ async fn no_header_or_body_moves_a_request_to_another_user() {
             .send()
             .await;
         assert_eq!(read.expect(200).json(), mine, "{name}");
-        let answer = server
+        let response = server
             .get(path_of(&bob, &open))
             .bearer(&ann.access_token)
             .header(name, value)
             .send()
             .await;
-        answer.problem(403, "forbidden");
+        response.problem(403, "forbidden");
     }
     let body = json!({"title": "b", "user_id": bob.id, "id": open["id"]});
     let changed = server
@@ -355,5 +362,5 @@ async fn no_header_or_body_moves_a_request_to_another_user() {
         .expect(200)
         .json();
     assert_eq!(list, json!([changed]));
-    assert_eq!(everything_of(&server, &bob).await, before);
+    assert_eq!(rows_of(&server, &bob).await, before);
 }

@@ -1,5 +1,5 @@
-//! What the log says of those who were refused: one WARN line each, with nothing in it that a
-//! reader of logs must not know, and nothing that a client could have written there.
+//! Log lines about failed authentication: one WARN line each, without secrets, and without input
+//! that could pass for a field or a line.
 
 use std::collections::BTreeSet;
 
@@ -9,12 +9,12 @@ use crate::auth::{ANOTHER_PASSWORD, change_password, login, refresh, sign_out, t
 use crate::harness::{PASSWORD, Request, Server, claims, forge};
 use crate::purge::age;
 
-/// A request id that no other request has, to find its lines by.
+/// A unique request id, to find the lines of a request.
 pub(crate) fn unique_id() -> String {
     format!("test-{}", uuid::Uuid::now_v7().simple())
 }
 
-/// The log, complete up to now: a last refusal is sent after all others and waited for.
+/// Returns the log once it contains a request that is sent now, and so all earlier ones.
 pub(crate) async fn settled(server: &Server) -> String {
     let id = unique_id();
     server
@@ -27,8 +27,8 @@ pub(crate) async fn settled(server: &Server) -> String {
     server.log()
 }
 
-/// The WARN lines about one request, but for the one that says it was slow: on a busy machine
-/// any may be.
+/// The WARN lines about a request, except for `slow request`, which any request may be on a busy
+/// machine.
 pub(crate) fn warnings<'a>(log: &'a str, request_id: &str) -> Vec<&'a str> {
     log.lines()
         .filter(|line| line.contains(" WARN ") && !line.contains("slow request"))
@@ -36,7 +36,7 @@ pub(crate) fn warnings<'a>(log: &'a str, request_id: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// The value of an unquoted `key=value` of a line.
+/// The value of an unquoted `key=value` field.
 fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
     line.split(' ')
         .filter_map(|word| word.split_once('='))
@@ -44,14 +44,14 @@ fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
         .map(|(_, value)| value)
 }
 
-/// What an operator gives to fail2ban as `failregex` (docs/operations.md prints it), for the journal
-/// (`host todo-api[pid]: …`) and for a file alike. Everything from the beginning of the line to the
-/// address is named and none of it can hold white space, so no field can pose as another.
+/// The `failregex` for fail2ban in docs/operations.md. It matches lines of the journal
+/// (`host todo-api[pid]: …`) and of a file. It lists every field up to the address, and none of
+/// them can contain white space, so that no value can pass for another field.
 const FAIL_REGEX: &str = r"^\s*(?:\S+ todo-api\[\d+\]:\s+|\S*\s*WARN\s+)authentication failed reason=\S+ method=\S+ path=\S+ client=<HOST>(?:\s|$)";
 
-/// The addresses that fail2ban would ban for a log, by a regular expression engine that is
-/// neither ours nor Rust's.
-async fn banned(server: &Server, log: &str) -> BTreeSet<String> {
+/// The addresses that fail2ban would ban. PostgreSQL evaluates the expression, so that the test does
+/// not depend on one regular expression engine.
+async fn banned_addresses(server: &Server, log: &str) -> BTreeSet<String> {
     let regex = FAIL_REGEX.replace("<HOST>", "([0-9A-Fa-f:.]+)");
     let lines: Vec<&str> = log.lines().collect();
     server
@@ -68,20 +68,20 @@ async fn banned(server: &Server, log: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// FR-010: each kind of refusal, each once, each with who, what and why.
+// FR-010
 #[tokio::test]
-async fn each_failed_authentication_is_one_warn_line() {
+async fn each_failed_authentication_logs_one_warning() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.register("ann@example.com").await;
     let bob = server.register("bob@example.com").await;
-    let slow = server.register("slow@example.com").await;
+    let locked = server.register("locked@example.com").await;
     for _ in 0..10 {
-        login(&server, &slow.email, "wrong").await.expect(401);
+        login(&server, &locked.email, "wrong").await.expect(401);
     }
-    let ended = server.user().await;
-    sign_out(&server, &ended.access_token).await.expect(204);
-    crate::sessions::assert_dies(&server, &ended.access_token, std::time::Instant::now()).await;
+    let revoked = server.user().await;
+    sign_out(&server, &revoked.access_token).await.expect(204);
+    crate::sessions::assert_dies(&server, &revoked.access_token, std::time::Instant::now()).await;
     let reused = server.user().await;
     refresh(&server, &reused.refresh_token).await.expect(200);
     let condition = format!("id = '{}'", reused.session_id);
@@ -109,7 +109,7 @@ async fn each_failed_authentication_is_one_warn_line() {
             .post("/api/v1/auth/login")
             .json(json!({"email": email, "password": password}))
     };
-    let refuse = |refresh_token: &str| {
+    let refresh_with = |refresh_token: &str| {
         server
             .post("/api/v1/auth/refresh")
             .json(json!({"refresh_token": refresh_token}))
@@ -118,7 +118,7 @@ async fn each_failed_authentication_is_one_warn_line() {
     let attempts: Vec<(&str, &str, &str, Request, u16)> = vec![
         ("no token", "GET", me, server.get(me), 401),
         (
-            "no token, to write",
+            "no token on a write",
             "POST",
             &tasks,
             server.post(ann.tasks()),
@@ -128,10 +128,10 @@ async fn each_failed_authentication_is_one_warn_line() {
         ("forged", "GET", me, server.get(me).bearer(&forged), 401),
         ("expired", "GET", me, server.get(me).bearer(&expired), 401),
         (
-            "ended",
+            "revoked session",
             "GET",
             me,
-            server.get(me).bearer(&ended.access_token),
+            server.get(me).bearer(&revoked.access_token),
             401,
         ),
         (
@@ -142,21 +142,21 @@ async fn each_failed_authentication_is_one_warn_line() {
             401,
         ),
         (
-            "another's tasks",
+            "another user's tasks",
             "GET",
             &tasks,
             server.get(ann.tasks()).bearer(&bob.access_token),
             403,
         ),
         (
-            "forged sign-out",
+            "logout with a forged token",
             "POST",
             "/api/v1/auth/logout",
             server.post("/api/v1/auth/logout").bearer(&forged),
             401,
         ),
         (
-            "empty sign-out",
+            "logout without a token",
             "POST",
             "/api/v1/auth/logout",
             server.post("/api/v1/auth/logout"),
@@ -170,52 +170,52 @@ async fn each_failed_authentication_is_one_warn_line() {
             401,
         ),
         (
-            "no such account",
+            "unknown account",
             "POST",
             "/api/v1/auth/login",
             log_in("nobody@example.com", PASSWORD),
             401,
         ),
         (
-            "no address",
+            "invalid address",
             "POST",
             "/api/v1/auth/login",
-            log_in("no address", PASSWORD),
+            log_in("invalid address", PASSWORD),
             401,
         ),
         (
-            "slowed down",
+            "locked account",
             "POST",
             "/api/v1/auth/login",
-            log_in(&slow.email, PASSWORD),
+            log_in(&locked.email, PASSWORD),
             429,
         ),
         (
-            "no refresh token",
+            "malformed refresh token",
             "POST",
             "/api/v1/auth/refresh",
-            refuse("garbage"),
+            refresh_with("garbage"),
             401,
         ),
         (
-            "an access token",
+            "access token as refresh token",
             "POST",
             "/api/v1/auth/refresh",
-            refuse(&ann.access_token),
+            refresh_with(&ann.access_token),
             401,
         ),
         (
-            "an ended session",
+            "refresh of a revoked session",
             "POST",
             "/api/v1/auth/refresh",
-            refuse(&ended.refresh_token),
+            refresh_with(&revoked.refresh_token),
             401,
         ),
         (
-            "a used refresh token",
+            "reused refresh token",
             "POST",
             "/api/v1/auth/refresh",
-            refuse(&reused.refresh_token),
+            refresh_with(&reused.refresh_token),
             401,
         ),
         (
@@ -229,7 +229,7 @@ async fn each_failed_authentication_is_one_warn_line() {
             403,
         ),
         (
-            "wrong password at the end",
+            "wrong password for account deletion",
             "DELETE",
             me,
             server
@@ -263,28 +263,27 @@ async fn each_failed_authentication_is_one_warn_line() {
         assert_eq!(field(line, "method"), Some(method), "{name}: {line}");
         assert_eq!(field(line, "path"), Some(path), "{name}: {line}");
         assert_eq!(field(line, "client"), Some("127.0.0.1"), "{name}: {line}");
-        // At a sign-in the address that was tried, if it is one.
+        // A login logs the e-mail address, if it is valid.
         let email = match name {
             "wrong password" => Some("ann@example.com"),
-            "no such account" => Some("nobody@example.com"),
-            "slowed down" => Some("slow@example.com"),
+            "unknown account" => Some("nobody@example.com"),
+            "locked account" => Some("locked@example.com"),
             _ => continue,
         };
         assert_eq!(field(line, "email"), email, "{name}: {line}");
     }
     assert!(
-        !log.contains("no address"),
-        "what is no address may be a password"
+        !log.contains("invalid address"),
+        "an invalid address may be a password"
     );
     assert_eq!(
-        banned(&server, &log).await,
+        banned_addresses(&server, &log).await,
         BTreeSet::from(["127.0.0.1".to_owned()])
     );
 }
 
-/// A warning that everybody causes warns of nothing.
 #[tokio::test]
-async fn who_makes_a_mistake_of_another_kind_is_not_warned_of() {
+async fn other_client_errors_log_no_warning() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     login(&server, &ann.email, &ann.password).await.expect(200);
@@ -316,7 +315,7 @@ async fn who_makes_a_mistake_of_another_kind_is_not_warned_of() {
         .await
         .expect(404);
     let log = settled(&server).await;
-    // The one that `settled` itself causes.
+    // `settled` itself causes one.
     let warnings: Vec<&str> = log
         .lines()
         .filter(|line| line.contains("authentication failed"))
@@ -324,10 +323,9 @@ async fn who_makes_a_mistake_of_another_kind_is_not_warned_of() {
     assert_eq!(warnings.len(), 1, "{warnings:#?}");
 }
 
-/// Every route, with everything switched on that a log can say: no password, no token, no hash
-/// and nothing of a task gets there.
+/// Calls every route at the most verbose log levels.
 #[tokio::test]
-async fn no_secret_gets_into_the_log() {
+async fn passwords_tokens_and_tasks_are_not_logged() {
     let server = Server::with(&[("RUST_LOG", "debug"), ("BCRYPT_COST", "10")]).await;
     let other = server
         .sibling(&[("RUST_LOG", "trace"), ("BCRYPT_COST", "11")])
@@ -365,7 +363,7 @@ async fn no_secret_gets_into_the_log() {
     }
     let token = ann.access_token.as_str();
 
-    // Refusals of every kind.
+    // Failed authentication.
     login(&server, &ann.email, "a password typed wrongly")
         .await
         .expect(401);
@@ -415,7 +413,7 @@ async fn no_secret_gets_into_the_log() {
         .await
         .expect(400);
 
-    // Tasks, by every method.
+    // Tasks.
     let task = server
         .post(ann.tasks())
         .bearer(token)
@@ -449,7 +447,7 @@ async fn no_secret_gets_into_the_log() {
         assert!([200, 204, 422].contains(&status), "{status}");
     }
 
-    // Passwords, and the end.
+    // Password changes and account deletion.
     let mut token = token.to_owned();
     for (current, new) in [
         ("a password typed wrongly", ANOTHER_PASSWORD),
@@ -483,22 +481,21 @@ async fn no_secret_gets_into_the_log() {
             let line = log.lines().find(|line| line.contains(secret.as_str()));
             assert!(line.is_none(), "{secret:?} in {line:?}");
         }
-        // Nor the part of a token that makes it one.
+        // Signatures alone would be enough to complete a token.
         for signature in secrets.iter().filter_map(|token| token.split('.').nth(2)) {
             assert!(!log.contains(signature), "{signature}");
         }
     }
 }
 
-/// What an attacker would like the log to say.
+/// The line that an attacker tries to forge.
 const FORGED_LINE: &str = "2026-02-05T09:30:00.000Z WARN  authentication failed \
                            reason=expired_token method=GET path=/ client=6.6.6.6 request_id=x";
 
-/// Line ends, escape sequences and look-alikes in everything a client can write: a line stays a
-/// line, and nobody but the client itself is ever banned for it.
+/// Sends line breaks, escape sequences and forged fields in everything that a client controls.
 #[tokio::test]
-async fn no_input_forges_a_line() {
-    // The proxy is trusted here, so that the address is an input as well.
+async fn no_input_can_forge_a_log_line() {
+    // With a trusted proxy, `X-Forwarded-For` is logged, too.
     let server = Server::with(&[("RUST_LOG", "debug"), ("TRUSTED_PROXIES", "127.0.0.1")]).await;
     let ann = server.register("ann@example.com").await;
     let breaks = [
@@ -522,7 +519,7 @@ async fn no_input_forges_a_line() {
     ];
     for line_break in breaks {
         let forged = format!("ann@example.com{line_break}{FORGED_LINE}");
-        // As an e-mail address, with and without the spaces that none may have.
+        // As an e-mail address, with and without spaces.
         login(&server, &forged, &forged).await.expect(401);
         for email in [
             forged.replace(' ', "\u{a0}"),
@@ -551,7 +548,7 @@ async fn no_input_forges_a_line() {
             .json(json!({"title": forged}))
             .send()
             .await;
-        // As claims of a token, signed or not.
+        // In the header and the claims of a token, correctly signed and not.
         for secret in [server.secret(), "not the secret of this service at all"] {
             let mut claims = claims(&ann.access_token);
             claims["email"] = json!(forged);
@@ -568,7 +565,7 @@ async fn no_input_forges_a_line() {
                 .await
                 .expect(401);
         }
-        // In the path, as it can be written there.
+        // In the path.
         let encoded: String = forged.bytes().map(|byte| format!("%{byte:02x}")).collect();
         for path in [
             format!("/api/v1/{encoded}/tasks"),
@@ -579,7 +576,7 @@ async fn no_input_forges_a_line() {
             server.get(path).send().await;
         }
     }
-    // Raw bytes where HTTP lets them pass or ought not to.
+    // In request lines and headers, including bytes that HTTP does not allow.
     let hostile_heads = [
         "GET /api/v1/auth/me?x=\"%20client=6.6.6.6 HTTP/1.1\r\nHost: h\r\n".to_owned(),
         "GET /api/v1/x\"client=6.6.6.6\"/tasks HTTP/1.1\r\nHost: h\r\n".to_owned(),
@@ -629,26 +626,24 @@ async fn no_input_forges_a_line() {
     let log = settled(&server).await;
     let start = log.lines().next().expect("a line").chars().next();
     for line in log.lines() {
-        assert_eq!(line.chars().next(), start, "a line of its own: {line:?}");
+        assert_eq!(line.chars().next(), start, "a forged line: {line:?}");
         assert!(
             !line
                 .chars()
                 .any(|c| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202e}')),
             "{line:?}"
         );
-        // Fields that pose as another are inside quotes or not there at all.
+        // A forged field must be inside quotes.
         assert_ne!(field(line, "client"), Some("6.6.6.6"), "{line}");
     }
     assert_eq!(
-        banned(&server, &log).await,
+        banned_addresses(&server, &log).await,
         BTreeSet::from(["127.0.0.1".to_owned()])
     );
 }
 
-/// Who is refused through a proxy is banned, not the proxy; over IPv6 too, and out of the journal
-/// as well as out of a file.
 #[tokio::test]
-async fn the_filter_finds_the_client_behind_a_proxy() {
+async fn the_fail2ban_filter_finds_clients_behind_a_proxy_in_files_and_in_the_journal() {
     let file = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await;
     let journal = file.sibling(&[("JOURNAL_STREAM", "stderr")]).await;
     for server in [&file, &journal] {
@@ -659,28 +654,28 @@ async fn the_filter_finds_the_client_behind_a_proxy() {
                 .send()
                 .await
                 .expect(401);
-            login_from(server, client).await;
+            fail_login_from(server, client).await;
         }
     }
     let log = settled(&file).await;
     let found = BTreeSet::from(["127.0.0.1", "203.0.113.9", "2001:db8::9"].map(str::to_owned));
-    assert_eq!(banned(&file, &log).await, found);
+    assert_eq!(banned_addresses(&file, &log).await, found);
 
-    // As the journal gives it back: the priority is taken off, host and program are put in front.
+    // The journal strips the priority and prepends the host and the program.
     let log = settled(&journal).await;
-    let mut given_back = String::new();
+    let mut lines = String::new();
     for line in log.lines() {
         let message = line
             .strip_prefix("<4>")
             .or_else(|| line.strip_prefix("<6>"))
             .unwrap_or_else(|| panic!("no priority: {line}"));
-        given_back += &format!("vm todo-api[4711]: {message}\n");
+        lines += &format!("vm todo-api[4711]: {message}\n");
     }
-    assert_eq!(banned(&journal, &given_back).await, found);
+    assert_eq!(banned_addresses(&journal, &lines).await, found);
 }
 
-/// A failed sign-in by way of a proxy.
-async fn login_from(server: &Server, client: &str) {
+/// Fails to log in from an address, through a proxy.
+async fn fail_login_from(server: &Server, client: &str) {
     server
         .post("/api/v1/auth/login")
         .header("x-forwarded-for", client)
@@ -690,12 +685,11 @@ async fn login_from(server: &Server, client: &str) {
         .expect(401);
 }
 
-/// The filter that an operator copies is the one that was tried here.
 #[test]
-fn the_documentation_prints_the_filter_that_was_tried() {
+fn the_operations_manual_contains_the_tested_filter() {
     let documentation = include_str!("../../docs/operations.md");
     assert!(
         documentation.contains(&format!("failregex = {FAIL_REGEX}")),
-        "docs/operations.md has no such line: failregex = {FAIL_REGEX}"
+        "docs/operations.md does not contain: failregex = {FAIL_REGEX}"
     );
 }

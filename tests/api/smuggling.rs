@@ -1,5 +1,6 @@
-//! Requests whose end two readers could see in two places. Each is refused, or answered once and
-//! the connection closed; what hides behind it is never served.
+//! Request smuggling: requests whose end a proxy and the service could see at different places.
+//! The service rejects each of them, or responds and closes the connection; it never serves a
+//! request hidden behind them.
 
 use futures_util::future::join_all;
 use tokio_postgres::Client;
@@ -7,47 +8,48 @@ use tokio_postgres::Client;
 use crate::harness::{Server, User};
 use crate::http::{Wire, head};
 
-/// A request that must never be served, to be hidden behind another one.
-fn hidden(user: &User) -> String {
+/// A request that is sent behind an ambiguous one and must not be served.
+fn hidden_request(user: &User) -> String {
     let body = r#"{"title":"smuggled"}"#;
     let more = format!("Content-Length: {}\r\n", body.len());
     head("POST", &user.tasks(), Some(&user.access_token), &more) + body
 }
 
-async fn smuggled(sql: &Client) -> i64 {
+async fn count_smuggled(sql: &Client) -> i64 {
     let count = "select count(*) from tasks where title = 'smuggled'";
     sql.query_one(count, &[]).await.expect("a count").get(0)
 }
 
-/// Sends each of `attacks` on a connection of its own, all at once, and holds the server to the
-/// promise above. Where one leaves it waiting for more, its patience must run out.
-async fn hold(server: &Server, attacks: impl IntoIterator<Item = Vec<u8>>) {
+/// Sends each of `attacks` on its own connection, and asserts that there is at most one response and
+/// that no hidden request is served. An attack may leave the server waiting until its timeout.
+async fn assert_not_served(server: &Server, attacks: impl IntoIterator<Item = Vec<u8>>) {
     let sql = &server.sql().await;
     join_all(attacks.into_iter().map(async |attack| {
         let shown = String::from_utf8_lossy(&attack).escape_debug().to_string();
         let mut wire = Wire::open(server).await.patient();
         wire.send(&attack).await;
         if wire.answer_or_close().await.is_some() {
-            assert!(wire.is_closed().await, "a second answer to {shown}");
+            assert!(wire.is_closed().await, "a second response to {shown}");
         }
-        assert_eq!(smuggled(sql).await, 0, "served: {shown}");
+        assert_eq!(count_smuggled(sql).await, 0, "served: {shown}");
     }))
     .await;
     server.get("/healthz").send().await.expect(200);
 }
 
-/// A creation with these framing lines and this body, and the hidden request right behind it.
-fn creation(user: &User, framing: &str, body: &str) -> Vec<u8> {
+/// A request that creates a task, with these framing headers and this body, followed by the hidden
+/// request.
+fn attack(user: &User, framing: &str, body: &str) -> Vec<u8> {
     let head = head("POST", &user.tasks(), Some(&user.access_token), framing);
-    (head + body + &hidden(user)).into_bytes()
+    (head + body + &hidden_request(user)).into_bytes()
 }
 
 const CHUNKED: &str = "d\r\n{\"title\":\"a\"}\r\n0\r\n\r\n";
 const PLAIN: &str = r#"{"title":"a"}"#;
 
-// The probe itself: behind a sound request the hidden one is found.
+// Checks the test itself: after a well-formed request the hidden one is served.
 #[tokio::test]
-async fn a_second_request_behind_a_sound_one_is_served() {
+async fn serves_a_request_behind_a_well_formed_one() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (framing, body) in [
@@ -55,15 +57,15 @@ async fn a_second_request_behind_a_sound_one_is_served() {
         ("Transfer-Encoding: chunked\r\n", CHUNKED),
     ] {
         let mut wire = Wire::open(&server).await;
-        wire.send(creation(&ann, framing, body)).await;
+        wire.send(attack(&ann, framing, body)).await;
         assert_eq!(wire.answer().await.status, 201);
         assert_eq!(wire.answer().await.status, 201);
     }
-    assert_eq!(smuggled(&server.sql().await).await, 2);
+    assert_eq!(count_smuggled(&server.sql().await).await, 2);
 }
 
 #[tokio::test]
-async fn both_lengths_at_once_hide_nothing() {
+async fn content_length_with_transfer_encoding_smuggles_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let attacks = [
@@ -92,46 +94,42 @@ async fn both_lengths_at_once_hide_nothing() {
             CHUNKED,
         ),
     ];
-    hold(
+    assert_not_served(
         &server,
-        attacks.map(|(framing, body)| creation(&ann, framing, body)),
+        attacks.map(|(framing, body)| attack(&ann, framing, body)),
     )
     .await;
 }
 
 #[tokio::test]
-async fn two_content_lengths_hide_nothing() {
+async fn two_content_lengths_smuggle_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
-    // One length said twice alike may be taken for one: then the next request is a next request.
     let attacks = [
         "Content-Length: 13\r\nContent-Length: 0\r\n",
         "Content-Length: 0\r\nContent-Length: 13\r\n",
         "Content-Length: 13, 0\r\n",
         "Content-Length: 0, 13\r\n",
     ];
-    hold(
-        &server,
-        attacks.map(|framing| creation(&ann, framing, PLAIN)),
-    )
-    .await;
-    for alike in [
+    assert_not_served(&server, attacks.map(|framing| attack(&ann, framing, PLAIN))).await;
+    // A repeated length is not ambiguous, so the service may accept it.
+    for repeated in [
         "Content-Length: 13\r\nContent-Length: 13\r\n",
         "Content-Length: 13, 13\r\n",
     ] {
         let mut wire = Wire::open(&server).await;
-        wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), alike) + PLAIN)
+        wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), repeated) + PLAIN)
             .await;
-        let answer = wire.answer_or_close().await;
+        let response = wire.answer_or_close().await;
         assert!(
-            answer.is_none_or(|answer| matches!(answer.status, 201 | 400)),
-            "{alike}"
+            response.is_none_or(|response| matches!(response.status, 201 | 400)),
+            "{repeated}"
         );
     }
 }
 
 #[tokio::test]
-async fn a_content_length_that_is_no_number_hides_nothing() {
+async fn a_content_length_that_is_not_a_number_smuggles_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let lengths = [
@@ -148,12 +146,12 @@ async fn a_content_length_that_is_no_number_hides_nothing() {
         "\u{b}13",
     ];
     let attacks =
-        lengths.map(|length| creation(&ann, &format!("Content-Length: {length}\r\n"), PLAIN));
-    hold(&server, attacks).await;
+        lengths.map(|length| attack(&ann, &format!("Content-Length: {length}\r\n"), PLAIN));
+    assert_not_served(&server, attacks).await;
 }
 
 #[tokio::test]
-async fn a_transfer_encoding_that_is_not_plainly_chunked_hides_nothing() {
+async fn a_transfer_encoding_other_than_chunked_smuggles_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let encodings = [
@@ -177,18 +175,18 @@ async fn a_transfer_encoding_that_is_not_plainly_chunked_hides_nothing() {
         "Content-Length: 13\r\nTransfer-Encoding: chunked, identity\r\n",
         "Content-Length: 13\r\nTransfer-Encoding : chunked\r\n",
     ];
-    // As chunks, where it is read as chunked; as plain bytes, where it is ignored.
+    // For readers that take the body as chunked, and for readers that ignore the header.
     for body in [CHUNKED, PLAIN] {
-        hold(
+        assert_not_served(
             &server,
-            encodings.map(|framing| creation(&ann, framing, body)),
+            encodings.map(|framing| attack(&ann, framing, body)),
         )
         .await;
     }
 }
 
 #[tokio::test]
-async fn chunks_of_a_bad_size_hide_nothing() {
+async fn malformed_chunks_smuggle_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let bodies = [
@@ -208,48 +206,50 @@ async fn chunks_of_a_bad_size_hide_nothing() {
         "d\r\n{\"title\":\"a\"}0\r\n\r\n",
         "d\r\n{\"title\":\"a\"}\r\n0\r\nX",
     ];
-    hold(
+    assert_not_served(
         &server,
-        bodies.map(|body| creation(&ann, "Transfer-Encoding: chunked\r\n", body)),
+        bodies.map(|body| attack(&ann, "Transfer-Encoding: chunked\r\n", body)),
     )
     .await;
 }
 
 #[tokio::test]
-async fn a_bare_line_feed_or_carriage_return_hides_nothing() {
+async fn a_bare_cr_or_lf_smuggles_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (target, token) = (ann.tasks(), &ann.access_token);
-    let sound = format!("Host: a\r\nAuthorization: Bearer {token}\r\nContent-Length: 13\r\n");
+    let headers = format!("Host: a\r\nAuthorization: Bearer {token}\r\nContent-Length: 13\r\n");
     let heads = [
-        format!("POST {target} HTTP/1.1\n{sound}\r\n"),
-        format!("POST {target} HTTP/1.1\r{sound}\r\n"),
-        format!("POST {target} HTTP/1.1\r\n{sound}\n"),
-        format!("POST {target} HTTP/1.1\r\n{sound}\r"),
-        format!("POST {target} HTTP/1.1\r\n{sound}X: y\n\r\n"),
-        format!("POST {target} HTTP/1.1\r\n{sound}X: y\r\r\n"),
-        format!("POST {target} HTTP/1.1\r\n{sound}X: y\rZ: z\r\n\r\n"),
-        format!("POST {target} HTTP/1.1\r\n{sound}X: y\nZ: z\r\n\r\n"),
+        format!("POST {target} HTTP/1.1\n{headers}\r\n"),
+        format!("POST {target} HTTP/1.1\r{headers}\r\n"),
+        format!("POST {target} HTTP/1.1\r\n{headers}\n"),
+        format!("POST {target} HTTP/1.1\r\n{headers}\r"),
+        format!("POST {target} HTTP/1.1\r\n{headers}X: y\n\r\n"),
+        format!("POST {target} HTTP/1.1\r\n{headers}X: y\r\r\n"),
+        format!("POST {target} HTTP/1.1\r\n{headers}X: y\rZ: z\r\n\r\n"),
+        format!("POST {target} HTTP/1.1\r\n{headers}X: y\nZ: z\r\n\r\n"),
         format!(
             "POST {target} HTTP/1.1\r\n{}\r\n",
-            sound.replace("\r\n", "\n")
+            headers.replace("\r\n", "\n")
         ),
-        format!("POST {target} HTTP/1.1\n{}\n", sound.replace("\r\n", "\n")),
-        format!("POST {target}\n HTTP/1.1\r\n{sound}\r\n"),
+        format!(
+            "POST {target} HTTP/1.1\n{}\n",
+            headers.replace("\r\n", "\n")
+        ),
+        format!("POST {target}\n HTTP/1.1\r\n{headers}\r\n"),
     ];
-    hold(
+    assert_not_served(
         &server,
-        heads.map(|head| (head + PLAIN + &hidden(&ann)).into_bytes()),
+        heads.map(|head| (head + PLAIN + &hidden_request(&ann)).into_bytes()),
     )
     .await;
 }
 
-// What the request before it was made of is no excuse.
 #[tokio::test]
-async fn a_bare_line_feed_is_refused_behind_any_body() {
+async fn rejects_a_bare_lf_after_any_kind_of_body() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let hidden = hidden(&ann).replacen("\r\n", "\n", 1);
+    let hidden = hidden_request(&ann).replacen("\r\n", "\n", 1);
     let sql = server.sql().await;
     for (framing, body) in [
         ("", ""),
@@ -267,15 +267,15 @@ async fn a_bare_line_feed_is_refused_behind_any_body() {
         assert!(
             wire.answer_or_close()
                 .await
-                .is_none_or(|answer| answer.status == 400),
+                .is_none_or(|response| response.status == 400),
             "{body}"
         );
-        assert_eq!(smuggled(&sql).await, 0, "{body}");
+        assert_eq!(count_smuggled(&sql).await, 0, "{body}");
     }
 }
 
 #[tokio::test]
-async fn folded_lines_spaced_names_and_nul_hide_nothing() {
+async fn malformed_header_lines_smuggle_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let lines = [
@@ -293,98 +293,68 @@ async fn folded_lines_spaced_names_and_nul_hide_nothing() {
         "Content-Length: 13\r\nno colon\r\n",
         "Content-Length: 13\r\n(X): y\r\n",
     ];
-    hold(&server, lines.map(|framing| creation(&ann, framing, PLAIN))).await;
+    assert_not_served(&server, lines.map(|framing| attack(&ann, framing, PLAIN))).await;
 }
 
 #[tokio::test]
-async fn http_1_0_with_chunks_and_unknown_versions_hide_nothing() {
+async fn http_1_0_with_chunks_and_unknown_versions_smuggle_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (target, token) = (ann.tasks(), &ann.access_token);
-    let sound = format!("Host: a\r\nAuthorization: Bearer {token}\r\n");
+    let headers = format!("Host: a\r\nAuthorization: Bearer {token}\r\n");
     let heads = [
-        format!("POST {target} HTTP/1.0\r\n{sound}Transfer-Encoding: chunked\r\n\r\n"),
+        format!("POST {target} HTTP/1.0\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"),
         format!(
-            "POST {target} HTTP/1.0\r\n{sound}Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n"
+            "POST {target} HTTP/1.0\r\n{headers}Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n"
         ),
         format!(
-            "POST {target} HTTP/1.0\r\n{sound}Transfer-Encoding: chunked\r\nContent-Length: 23\r\nConnection: keep-alive\r\n\r\n"
+            "POST {target} HTTP/1.0\r\n{headers}Transfer-Encoding: chunked\r\nContent-Length: 23\r\nConnection: keep-alive\r\n\r\n"
         ),
         format!(
-            "POST {target} HTTP/1.2\r\n{sound}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+            "POST {target} HTTP/1.2\r\n{headers}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         ),
-        format!("POST {target} HTTP/0.9\r\n{sound}Transfer-Encoding: chunked\r\n\r\n"),
-        format!("POST {target}\r\n{sound}Transfer-Encoding: chunked\r\n\r\n"),
-        format!("POST  {target} HTTP/1.1\r\n{sound}Transfer-Encoding: chunked\r\n\r\n"),
-        format!("POST {target} HTTP/1.1 \r\n{sound}Transfer-Encoding: chunked\r\n\r\n"),
-        format!("\u{0}POST {target} HTTP/1.1\r\n{sound}Transfer-Encoding: chunked\r\n\r\n"),
+        format!("POST {target} HTTP/0.9\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"),
+        format!("POST {target}\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"),
+        format!("POST  {target} HTTP/1.1\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"),
+        format!("POST {target} HTTP/1.1 \r\n{headers}Transfer-Encoding: chunked\r\n\r\n"),
+        format!("\u{0}POST {target} HTTP/1.1\r\n{headers}Transfer-Encoding: chunked\r\n\r\n"),
     ];
-    hold(
+    assert_not_served(
         &server,
-        heads.map(|head| (head + CHUNKED + &hidden(&ann)).into_bytes()),
+        heads.map(|head| (head + CHUNKED + &hidden_request(&ann)).into_bytes()),
     )
     .await;
 }
 
-// What was refused without being read must not be read as the next request.
 #[tokio::test]
-async fn the_body_of_a_refused_request_is_never_taken_for_a_request() {
+async fn the_body_of_a_rejected_request_is_not_read_as_a_request() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let hidden = hidden(&ann);
-    let large = 20_000 + hidden.len();
-    let padding = "x".repeat(20_000);
-    let refused = [
-        head(
-            "POST",
-            &ann.tasks(),
-            None,
-            &format!("Content-Length: {}\r\n", hidden.len()),
-        ) + &hidden,
-        head(
-            "POST",
-            "/nowhere",
-            None,
-            &format!("Content-Length: {}\r\n", hidden.len()),
-        ) + &hidden,
-        head(
-            "TRACE",
-            "/healthz",
-            None,
-            &format!("Content-Length: {}\r\n", hidden.len()),
-        ) + &hidden,
-        head(
-            "GET",
-            "/healthz",
-            None,
-            &format!("Content-Length: {}\r\n", hidden.len()),
-        ) + &hidden,
-        head(
-            "POST",
-            &ann.tasks(),
-            Some(&ann.access_token),
-            &format!("Content-Length: {large}\r\n"),
-        ) + &padding
-            + &hidden,
-        head(
-            "POST",
-            &ann.tasks(),
-            Some("bad"),
-            &format!("Content-Length: {large}\r\n"),
-        ) + &padding
-            + &hidden,
+    let hidden = hidden_request(&ann);
+    let large = "x".repeat(20_000) + &hidden;
+    let request = |method: &str, target: &str, token: Option<&str>, body: &str| {
+        let length = format!("Content-Length: {}\r\n", body.len());
+        head(method, target, token, &length) + body
+    };
+    let rejected = [
+        request("POST", &ann.tasks(), None, &hidden),
+        request("POST", "/nowhere", None, &hidden),
+        request("TRACE", "/healthz", None, &hidden),
+        request("GET", "/healthz", None, &hidden),
+        request("POST", &ann.tasks(), Some(&ann.access_token), &large),
+        request("POST", &ann.tasks(), Some("bad"), &large),
     ];
     let sql = server.sql().await;
-    for request in refused {
+    for request in rejected {
         let mut wire = Wire::open(&server).await;
         wire.send(&request).await;
         wire.answer().await;
-        // Open or closed: the next answer, if there is one, is to the next request.
+        // If there is another response, it is to the next request.
         wire.send(head("GET", "/healthz", None, "X-Request-Id: next\r\n"))
             .await;
         if let Some(next) = wire.answer_or_close().await {
             assert_eq!(next.header("x-request-id"), Some("next"), "{}", next.head);
         }
-        assert_eq!(smuggled(&sql).await, 0);
+        assert_eq!(count_smuggled(&sql).await, 0);
     }
 }
