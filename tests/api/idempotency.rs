@@ -1,4 +1,4 @@
-//! Safe retries: a creation under an `Idempotency-Key` happens once, however often it is sent.
+//! `Idempotency-Key`: a create request that is sent repeatedly takes effect once.
 
 use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ async fn create(server: &Server, user: &User, key: &str, body: Value) -> Respons
         .await
 }
 
-/// How many tasks there are.
+/// Counts all tasks.
 async fn count(server: &Server) -> i64 {
     let sql = server.sql().await;
     sql.query_one("select count(*) from tasks", &[])
@@ -25,26 +25,26 @@ async fn count(server: &Server) -> i64 {
         .get(0)
 }
 
-/// What must be the same in every answer to the same creation.
-fn told(answer: &Response) -> (u16, String, String, Value) {
-    let header = |name| answer.header(name).to_owned();
+/// The parts of a response that must be the same for every repetition.
+fn stable_parts(response: &Response) -> (u16, String, String, Value) {
+    let header = |name| response.header(name).to_owned();
     (
-        answer.status,
+        response.status,
         header("location"),
         header("etag"),
-        answer.json(),
+        response.json(),
     )
 }
 
 #[tokio::test]
-async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() {
+async fn a_repeated_request_gets_the_first_response_and_creates_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": " a ", "description": "b", "completed": true});
-    let first = told(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
     for _ in 0..3 {
         assert_eq!(
-            told(&create(&server, &ann, "key", body.clone()).await),
+            stable_parts(&create(&server, &ann, "key", body.clone()).await),
             first
         );
     }
@@ -55,7 +55,7 @@ async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() 
     assert_eq!(
         request.send().await.expect(200).json(),
         first.3,
-        "answered as stored"
+        "the response differs from the stored task"
     );
     let other = create(&server, &ann, "other", body.clone())
         .await
@@ -63,7 +63,7 @@ async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() 
         .json();
     assert_ne!(
         other["id"], first.3["id"],
-        "another key is another creation"
+        "another key must create another task"
     );
     let request = server
         .post(ann.tasks())
@@ -72,13 +72,13 @@ async fn the_same_creation_again_answers_as_the_first_did_and_creates_nothing() 
     assert_ne!(
         request.send().await.expect(201).json()["id"],
         first.3["id"],
-        "so is none"
+        "no key must create another task"
     );
     assert_eq!(count(&server).await, 3);
 }
 
 #[tokio::test]
-async fn twenty_copies_at_the_same_instant_over_two_instances_make_one_task() {
+async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
     let server = Server::with(&[("DB_POOL_SIZE", "11")]).await;
     let sibling = server.sibling(&[("DB_POOL_SIZE", "11")]).await;
     let ann = server.user().await;
@@ -99,25 +99,25 @@ async fn twenty_copies_at_the_same_instant_over_two_instances_make_one_task() {
                 json!({"title": "once", "description": key}),
             )
         });
-        let (answers, ()) = join(join_all(copies), async {
+        let (responses, ()) = join(join_all(copies), async {
             blocked_statements(&control, 20).await;
             held.commit().await.unwrap();
         })
         .await;
-        let answers: Vec<_> = answers
+        let responses: Vec<_> = responses
             .into_iter()
-            .map(|answer| told(&answer.expect(201)))
+            .map(|response| stable_parts(&response.expect(201)))
             .collect();
         assert!(
-            answers.iter().all(|answer| *answer == answers[0]),
-            "{answers:#?}"
+            responses.iter().all(|response| *response == responses[0]),
+            "{responses:#?}"
         );
         assert_eq!(count(&server).await, round + 1);
     }
 }
 
 #[tokio::test]
-async fn of_different_creations_under_one_key_at_the_same_instant_one_wins() {
+async fn of_concurrent_requests_with_one_key_and_different_values_one_succeeds() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut holder = server.sql().await;
@@ -128,32 +128,33 @@ async fn of_different_creations_under_one_key_at_the_same_instant_one_wins() {
         .unwrap();
     let rivals =
         (0..4).map(|n| create(&server, &ann, "key", json!({"title": format!("rival {n}")})));
-    let (answers, ()) = join(join_all(rivals), async {
+    let (responses, ()) = join(join_all(rivals), async {
         blocked_statements(&control, 4).await;
         held.commit().await.unwrap();
     })
     .await;
-    let (won, lost): (Vec<_>, Vec<_>) =
-        answers.into_iter().partition(|answer| answer.status == 201);
+    let (won, lost): (Vec<_>, Vec<_>) = responses
+        .into_iter()
+        .partition(|response| response.status == 201);
     assert_eq!(won.len(), 1);
-    for answer in lost {
-        answer.problem(422, "idempotency_key_reused");
+    for response in lost {
+        response.problem(422, "idempotency_key_reused");
     }
     assert_eq!(count(&server).await, 1);
 }
 
 #[tokio::test]
-async fn a_repeat_answers_with_the_task_as_it_was_created_whatever_became_of_it() {
+async fn a_repeated_request_returns_the_task_as_it_was_created() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "description": "as created"});
-    let first = told(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
     let path = path_of(&ann, &first.3);
     let change = json!({"title": "b", "description": null, "completed": true});
     let request = server.patch(&path).bearer(&ann.access_token).json(change);
     let changed = request.send().await.expect(200).json();
     assert_eq!(
-        told(&create(&server, &ann, "key", body.clone()).await),
+        stable_parts(&create(&server, &ann, "key", body.clone()).await),
         first
     );
     let read = server
@@ -163,7 +164,7 @@ async fn a_repeat_answers_with_the_task_as_it_was_created_whatever_became_of_it(
         .await
         .expect(200)
         .json();
-    assert_eq!(read, changed, "the repeat put the task back");
+    assert_eq!(read, changed, "the repeated request reverted the task");
 
     server
         .delete(&path)
@@ -171,7 +172,10 @@ async fn a_repeat_answers_with_the_task_as_it_was_created_whatever_became_of_it(
         .send()
         .await
         .expect(204);
-    assert_eq!(told(&create(&server, &ann, "key", body).await), first);
+    assert_eq!(
+        stable_parts(&create(&server, &ann, "key", body).await),
+        first
+    );
     server
         .get(&path)
         .bearer(&ann.access_token)
@@ -182,11 +186,11 @@ async fn a_repeat_answers_with_the_task_as_it_was_created_whatever_became_of_it(
 }
 
 #[tokio::test]
-async fn the_same_key_with_other_values_is_refused() {
+async fn rejects_a_key_with_other_values() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "description": "b", "completed": false});
-    let first = told(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
     for other in [
         json!({"title": "A", "description": "b"}),
         json!({"title": "a", "description": "B"}),
@@ -195,12 +199,12 @@ async fn the_same_key_with_other_values_is_refused() {
         json!({"title": "a"}),
         json!({"title": "a", "description": "b", "completed": true}),
     ] {
-        let answer = create(&server, &ann, "key", other.clone()).await;
-        assert_eq!(answer.status, 422, "{other}");
-        let problem = answer.problem(422, "idempotency_key_reused");
+        let response = create(&server, &ann, "key", other.clone()).await;
+        assert_eq!(response.status, 422, "{other}");
+        let problem = response.problem(422, "idempotency_key_reused");
         assert!(!problem.to_string().contains("as created"));
     }
-    // Null and absent are one value, an empty text is another.
+    // Null equals a missing description, but not an empty one.
     create(&server, &ann, "null", json!({"title": "a"}))
         .await
         .expect(201);
@@ -212,21 +216,24 @@ async fn the_same_key_with_other_values_is_refused() {
     )
     .await
     .expect(201);
-    let answer = create(
+    let response = create(
         &server,
         &ann,
         "null",
         json!({"title": "a", "description": ""}),
     )
     .await;
-    answer.problem(422, "idempotency_key_reused");
-    // The key still answers for what it made.
-    assert_eq!(told(&create(&server, &ann, "key", body).await), first);
+    response.problem(422, "idempotency_key_reused");
+    // The key still returns the first task.
+    assert_eq!(
+        stable_parts(&create(&server, &ann, "key", body).await),
+        first
+    );
     assert_eq!(count(&server).await, 2);
 }
 
 #[tokio::test]
-async fn the_same_values_may_be_written_differently() {
+async fn compares_values_and_not_their_spelling() {
     let server = Server::start().await;
     let ann = server.user().await;
     let bodies = [
@@ -235,24 +242,24 @@ async fn the_same_values_may_be_written_differently() {
         r#"{"title":"\u00e9\ud83d\ude00","description":"\u0062","completed":false}"#,
         r#"{"title":"  é😀\t","description":"b","unknown":[1,2,3]}"#,
     ];
-    let mut answers = Vec::new();
+    let mut responses = Vec::new();
     for body in bodies {
         let request = server
             .post(ann.tasks())
             .bearer(&ann.access_token)
             .header("idempotency-key", "key");
         let request = request.body(body.as_bytes().to_vec(), "application/json; charset=utf-8");
-        answers.push(told(&request.send().await.expect(201)));
+        responses.push(stable_parts(&request.send().await.expect(201)));
     }
     assert!(
-        answers.iter().all(|answer| *answer == answers[0]),
-        "{answers:#?}"
+        responses.iter().all(|response| *response == responses[0]),
+        "{responses:#?}"
     );
     assert_eq!(count(&server).await, 1);
 }
 
 #[tokio::test]
-async fn a_key_is_1_to_255_visible_ascii_characters() {
+async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
     let server = Server::start().await;
     let ann = server.user().await;
     let visible: String = ('!'..='~').collect();
@@ -275,9 +282,9 @@ async fn a_key_is_1_to_255_visible_ascii_characters() {
         "a\tb".to_owned(),
         "é".to_owned(),
     ] {
-        let answer = create(&server, &ann, &key, json!({"title": "a"})).await;
-        assert_eq!(answer.status, 400, "{key:?}");
-        answer.problem(400, "malformed_request");
+        let response = create(&server, &ann, &key, json!({"title": "a"})).await;
+        assert_eq!(response.status, 400, "{key:?}");
+        response.problem(400, "malformed_request");
     }
     let request = server.post(ann.tasks()).bearer(&ann.access_token);
     let request = request
@@ -289,7 +296,7 @@ async fn a_key_is_1_to_255_visible_ascii_characters() {
         .await
         .problem(400, "malformed_request");
     assert_eq!(count(&server).await, made);
-    // Keys are told apart to the letter.
+    // Keys are case-sensitive.
     create(&server, &ann, "K", json!({"title": "another"}))
         .await
         .expect(201);
@@ -319,7 +326,7 @@ async fn a_key_belongs_to_one_user() {
 }
 
 #[tokio::test]
-async fn a_refused_request_uses_up_no_key() {
+async fn a_rejected_request_does_not_use_its_key() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     create(&server, &ann, "key", json!({"title": ""}))
@@ -344,14 +351,14 @@ async fn a_refused_request_uses_up_no_key() {
     send(ann.tasks(), "bad", "{}", "application/json")
         .await
         .problem(401, "invalid_token");
-    create(&server, &ann, "key", json!({"title": "now it is right"}))
+    create(&server, &ann, "key", json!({"title": "valid"}))
         .await
         .expect(201);
     assert_eq!(count(&server).await, 1);
 }
 
 #[tokio::test]
-async fn after_a_day_a_key_is_new() {
+async fn a_key_expires_after_a_day() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a"});
@@ -382,7 +389,7 @@ async fn after_a_day_a_key_is_new() {
         .json();
     assert_ne!(second["id"], first["id"]);
     assert_eq!(second["title"], "other");
-    // And it stands for the new creation from now on.
+    // From now on, it refers to the new task.
     assert_eq!(
         create(&server, &ann, "key", other).await.expect(201).json(),
         second

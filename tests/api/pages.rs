@@ -1,4 +1,4 @@
-//! Lists in pages: `Link` and `after` are exact, whatever is added or deleted meanwhile.
+//! Pagination: no task is missed or repeated, whatever changes meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,16 +11,16 @@ use uuid::Uuid;
 use crate::harness::{Response, Server, User};
 use crate::tasks::{fill, path_of};
 
-/// The path and query of the next page, where there is one.
-fn next(answer: &Response) -> Option<String> {
-    let link = answer.headers.get("link")?.to_str().expect("text");
+/// Returns the path and query of the next page, if any.
+fn next(response: &Response) -> Option<String> {
+    let link = response.headers.get("link")?.to_str().expect("text");
     let (target, rest) = link.strip_prefix('<')?.split_once('>')?;
     assert_eq!(rest.replace(' ', ""), r#";rel="next""#, "{link}");
     let path = target.find("/api/v1/").expect("a page of this API");
     Some(target[path..].to_owned())
 }
 
-/// The parameters of a target, decoded, `after` aside.
+/// Returns the decoded parameters of a target except `after`.
 fn filters(target: &str) -> BTreeMap<String, String> {
     let query = target.split_once('?').map_or("", |(_, query)| query);
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
@@ -38,69 +38,69 @@ fn filters(target: &str) -> BTreeMap<String, String> {
 }
 
 async fn page(server: &Server, user: &User, target: &str) -> (Vec<String>, Option<String>) {
-    let answer = server
+    let response = server
         .get(target)
         .bearer(&user.access_token)
         .send()
         .await
         .expect(200);
-    let ids = answer
+    let ids = response
         .json()
         .as_array()
         .expect("a list")
         .iter()
         .map(|t| t["id"].as_str().unwrap().to_owned())
         .collect();
-    let next = next(&answer);
+    let next = next(&response);
     (ids, next)
 }
 
-/// Every page from `target` on, in order.
-async fn walk(server: &Server, user: &User, target: String) -> Vec<Vec<String>> {
+/// Fetches all pages from `target` on.
+async fn fetch_pages(server: &Server, user: &User, target: String) -> Vec<Vec<String>> {
     let mut pages = Vec::new();
     let mut target = Some(target);
     while let Some(at) = target {
         let (ids, next) = page(server, user, &at).await;
         assert!(
             !ids.is_empty() || next.is_none(),
-            "an empty page that promises more"
+            "an empty page with a link to the next"
         );
         pages.push(ids);
         target = next;
-        assert!(pages.len() < 2000, "the pages go round in circles");
+        assert!(pages.len() < 2000, "the pages repeat");
     }
     pages
 }
 
-/// What happens between two pages.
+/// A change between two pages.
 #[derive(Clone, Debug)]
 enum ConcurrentEdit {
     Create {
         completed: bool,
         found: bool,
     },
-    /// Of the tasks there are, the one at this place, counted round.
+    /// Deletes the task at this index, modulo their number.
     Delete(usize),
-    /// The task that the last page ended with: where the next one is to go on.
+    /// Deletes the last task of the previous page.
     DeleteLastSeen,
-    /// A change that leaves the task in the list.
+    /// Changes the task at this index, which stays in the list.
     Edit(usize),
 }
 
 #[derive(Clone, Debug)]
 struct Walk {
-    /// Whether each task at the beginning is completed, and whether the search finds it.
+    /// The initial tasks: whether each is completed, and whether it matches the search.
     tasks: Vec<(bool, bool)>,
     limit: usize,
     oldest_first: bool,
     completed: Option<bool>,
     search: bool,
-    /// What happens after each page; after the last it begins anew.
-    meanwhile: Vec<Vec<ConcurrentEdit>>,
+    /// The changes after each page, repeated as needed.
+    edits: Vec<Vec<ConcurrentEdit>>,
 }
 
 fn walks() -> impl Strategy<Value = Walk> {
-    let meanwhile = prop_oneof![
+    let edit = prop_oneof![
         3 => (any::<bool>(), any::<bool>()).prop_map(|(completed, found)| ConcurrentEdit::Create { completed, found }),
         3 => any::<usize>().prop_map(ConcurrentEdit::Delete),
         1 => Just(ConcurrentEdit::DeleteLastSeen),
@@ -112,16 +112,16 @@ fn walks() -> impl Strategy<Value = Walk> {
         any::<bool>(),
         any::<Option<bool>>(),
         any::<bool>(),
-        prop::collection::vec(prop::collection::vec(meanwhile, 0..4), 1..6),
+        prop::collection::vec(prop::collection::vec(edit, 0..4), 1..6),
     )
         .prop_map(
-            |(tasks, limit, oldest_first, completed, search, meanwhile)| Walk {
+            |(tasks, limit, oldest_first, completed, search, edits)| Walk {
                 tasks,
                 limit,
                 oldest_first,
                 completed,
                 search,
-                meanwhile,
+                edits,
             },
         )
 }
@@ -129,28 +129,28 @@ fn walks() -> impl Strategy<Value = Walk> {
 async fn create(server: &Server, user: &User, completed: bool, found: bool) -> String {
     let title = if found { "100% Needle_x" } else { "hay" };
     let request = server.post(user.tasks()).bearer(&user.access_token);
-    let answer = request
+    let response = request
         .json(json!({"title": title, "completed": completed}))
         .send()
         .await
         .expect(201);
-    answer.json()["id"].as_str().unwrap().to_owned()
+    response.json()["id"].as_str().unwrap().to_owned()
 }
 
-/// Takes the walk and says what was wrong with it.
-async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseError> {
-    let wanted =
+/// Fetches all pages while the list changes, and checks the result.
+async fn run_walk(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseError> {
+    let matches =
         |completed, found| walk.completed.is_none_or(|c| c == completed) && (!walk.search || found);
     let sql = server.sql().await;
     sql.execute("delete from tasks", &[]).await.unwrap();
     let mut alive = Vec::new();
-    // Wanted and there from the first page to the last: owed exactly once.
-    let mut owed = BTreeSet::new();
+    // Matching tasks that exist throughout must be seen exactly once.
+    let mut required = BTreeSet::new();
     let mut may_be_seen = BTreeSet::new();
     for &(completed, found) in &walk.tasks {
         let id = create(server, user, completed, found).await;
-        if wanted(completed, found) {
-            owed.insert(id.clone());
+        if matches(completed, found) {
+            required.insert(id.clone());
             may_be_seen.insert(id.clone());
         }
         alive.push(id);
@@ -165,35 +165,32 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
     if walk.search {
         target += "&q=0%25%20nEEDLE_";
     }
-    let asked = filters(&target);
+    let expected = filters(&target);
     let mut seen: Vec<String> = Vec::new();
-    let mut meanwhile = walk.meanwhile.iter().cycle();
+    let mut edits = walk.edits.iter().cycle();
     let mut pages = 0;
     loop {
         let (ids, next) = page(server, user, &target).await;
         prop_assert!(ids.len() <= walk.limit);
         prop_assert!(
             next.is_none() || ids.len() == walk.limit,
-            "a short page in the middle"
+            "a short page before the last"
         );
         seen.extend(ids);
-        prop_assert!(
-            seen.len() <= may_be_seen.len(),
-            "the pages go round in circles"
-        );
+        prop_assert!(seen.len() <= may_be_seen.len(), "the pages repeat");
         let Some(next) = next else { break };
-        prop_assert_eq!(filters(&next), asked.clone());
+        prop_assert_eq!(filters(&next), expected.clone());
         target = next;
         pages += 1;
-        // New tasks come where an oldest-first walk ends; it must be able to get there.
+        // An oldest-first walk must reach the end, where tasks are added.
         if pages > 30 {
             continue;
         }
-        for step in meanwhile.next().into_iter().flatten() {
+        for step in edits.next().into_iter().flatten() {
             let gone = match step {
                 ConcurrentEdit::Create { completed, found } => {
                     let id = create(server, user, *completed, *found).await;
-                    if wanted(*completed, *found) {
+                    if matches(*completed, *found) {
                         may_be_seen.insert(id.clone());
                     }
                     alive.push(id);
@@ -213,7 +210,7 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
                 ConcurrentEdit::DeleteLastSeen
                     if seen.last().is_some_and(|id| alive.contains(id)) =>
                 {
-                    seen.last().cloned().expect("just looked at")
+                    seen.last().cloned().expect("not empty")
                 }
                 _ => continue,
             };
@@ -225,7 +222,7 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
                 .await
                 .expect(204);
             alive.retain(|id| *id != gone);
-            owed.remove(&gone);
+            required.remove(&gone);
         }
     }
     let distinct: BTreeSet<_> = seen.iter().cloned().collect();
@@ -236,13 +233,13 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
         seen
     );
     prop_assert!(
-        owed.is_subset(&distinct),
+        required.is_subset(&distinct),
         "missed: {:?}",
-        owed.difference(&distinct)
+        required.difference(&distinct)
     );
     prop_assert!(
         distinct.is_subset(&may_be_seen),
-        "not asked for: {:?}",
+        "unexpected: {:?}",
         distinct.difference(&may_be_seen)
     );
     let mut order = seen.clone();
@@ -255,7 +252,7 @@ async fn take(server: &Server, user: &User, walk: &Walk) -> Result<(), TestCaseE
 }
 
 #[test]
-fn following_link_gives_every_task_that_stood_all_along_exactly_once() {
+fn following_links_returns_every_unchanged_task_exactly_once() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (server, ann) = runtime.block_on(async {
         let server = Server::start().await;
@@ -271,15 +268,14 @@ fn following_link_gives_every_task_that_stood_all_along_exactly_once() {
         TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     runner
         .run(&walks(), |walk| {
-            runtime.block_on(take(&server, &ann, &walk))
+            runtime.block_on(run_walk(&server, &ann, &walk))
         })
         .unwrap();
     runtime.block_on(async move { drop(server) });
 }
 
-// Pages of any size give the same list, with nothing twice and nothing left out.
 #[tokio::test]
-async fn a_still_list_is_the_same_in_pages_of_any_size() {
+async fn pages_of_any_size_add_up_to_the_same_list() {
     let server = Server::start().await;
     let ann = server.user().await;
     fill(&server, &ann, 50, "same").await;
@@ -305,7 +301,7 @@ async fn a_still_list_is_the_same_in_pages_of_any_size() {
         .await;
         assert!(end.is_none() && !whole.is_empty());
         for limit in [1, 2, 7, 25, 49, 50, 51] {
-            let pages = walk(
+            let pages = fetch_pages(
                 &server,
                 &ann,
                 format!("{}?limit={limit}{filter}", ann.tasks()),
@@ -315,7 +311,7 @@ async fn a_still_list_is_the_same_in_pages_of_any_size() {
             assert_eq!(
                 pages.len(),
                 whole.len().div_ceil(limit).max(1),
-                "no page for nothing"
+                "an empty page"
             );
             assert_eq!(pages.concat(), whole, "limit={limit}{filter}");
         }
@@ -323,10 +319,10 @@ async fn a_still_list_is_the_same_in_pages_of_any_size() {
 }
 
 #[tokio::test]
-async fn a_page_ends_early_at_about_a_mebibyte_and_goes_on() {
+async fn a_page_ends_early_at_about_1_mib() {
     let server = Server::start().await;
     let ann = server.user().await;
-    // 4 MB of text, and characters that take six bytes each once they are JSON.
+    // 4 MB of text, and characters that JSON escapes with six bytes each.
     for description in ["😀".repeat(1000), "\u{1}".repeat(1000)] {
         server
             .sql()
@@ -339,21 +335,21 @@ async fn a_page_ends_early_at_about_a_mebibyte_and_goes_on() {
         let mut seen = BTreeSet::new();
         let mut sizes = Vec::new();
         while let Some(at) = target {
-            let answer = server
+            let response = server
                 .get(&at)
                 .bearer(&ann.access_token)
                 .send()
                 .await
                 .expect(200);
-            for task in answer.json().as_array().unwrap() {
+            for task in response.json().as_array().unwrap() {
                 assert_eq!(task["description"], json!(description));
                 assert!(
                     seen.insert(task["id"].as_str().unwrap().to_owned()),
                     "seen twice"
                 );
             }
-            sizes.push(answer.body.len());
-            target = next(&answer);
+            sizes.push(response.body.len());
+            target = next(&response);
         }
         assert_eq!(seen.len(), 1000);
         assert!(sizes.iter().all(|size| *size < 1_200_000), "{sizes:?}");
@@ -366,7 +362,7 @@ async fn a_page_ends_early_at_about_a_mebibyte_and_goes_on() {
 }
 
 #[tokio::test]
-async fn the_total_is_counted_when_asked_and_over_all_pages() {
+async fn total_counts_all_pages_and_only_on_request() {
     let server = Server::start().await;
     let ann = server.user().await;
     let bob = server.user().await;
@@ -390,36 +386,36 @@ async fn the_total_is_counted_when_asked_and_over_all_pages() {
     ] {
         let mut target = Some(format!("{}?{query}", ann.tasks()));
         while let Some(at) = target {
-            let answer = server
+            let response = server
                 .get(&at)
                 .bearer(&ann.access_token)
                 .send()
                 .await
                 .expect(200);
-            assert_eq!(answer.header("x-total-count"), total, "{at}");
-            target = next(&answer);
+            assert_eq!(response.header("x-total-count"), total, "{at}");
+            target = next(&response);
         }
     }
     for query in ["", "?total=false", "?limit=5"] {
-        let answer = server
+        let response = server
             .get(format!("{}{query}", ann.tasks()))
             .bearer(&ann.access_token)
             .send()
             .await;
         assert!(
-            !answer.expect(200).headers.contains_key("x-total-count"),
+            !response.expect(200).headers.contains_key("x-total-count"),
             "{query}"
         );
     }
 }
 
 #[tokio::test]
-async fn link_keeps_the_filters_to_the_letter() {
+async fn the_next_link_preserves_the_filters() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let odd = "a&b=c #%+é\"<>_";
+    let text = "a&b=c #%+é\"<>_";
     for n in 0..3 {
-        ann.create_task(&server, &format!("{n} {odd}")).await;
+        ann.create_task(&server, &format!("{n} {text}")).await;
         ann.create_task(&server, &format!("{n} a&b")).await;
     }
     let encoded = "a%26b%3Dc%20%23%25%2B%C3%A9%22%3C%3E_";
@@ -427,15 +423,15 @@ async fn link_keeps_the_filters_to_the_letter() {
     let mut target = format!("{}?{query}", ann.tasks());
     let mut titles = Vec::new();
     loop {
-        let answer = server
+        let response = server
             .get(&target)
             .bearer(&ann.access_token)
             .send()
             .await
             .expect(200);
-        titles.push(answer.json()[0]["title"].as_str().unwrap().to_owned());
-        let Some(at) = next(&answer) else { break };
-        assert!(titles.len() < 6, "the pages go round in circles");
+        titles.push(response.json()[0]["title"].as_str().unwrap().to_owned());
+        let Some(at) = next(&response) else { break };
+        assert!(titles.len() < 6, "the pages repeat");
         assert!(at.starts_with(&format!("{}?", ann.tasks())), "{at}");
         let kept = filters(&at);
         for (name, value) in [
@@ -450,12 +446,16 @@ async fn link_keeps_the_filters_to_the_letter() {
     }
     assert_eq!(
         titles,
-        [format!("0 {odd}"), format!("1 {odd}"), format!("2 {odd}")]
+        [
+            format!("0 {text}"),
+            format!("1 {text}"),
+            format!("2 {text}")
+        ]
     );
 }
 
 #[tokio::test]
-async fn a_last_page_that_is_full_promises_no_more() {
+async fn a_full_last_page_has_no_next_link() {
     let server = Server::start().await;
     let ann = server.user().await;
     let first = ann.create_task(&server, "a").await;
@@ -463,7 +463,7 @@ async fn a_last_page_that_is_full_promises_no_more() {
     let (ids, end) = page(&server, &ann, &format!("{}?limit=2", ann.tasks())).await;
     assert_eq!((ids.len(), end), (2, None));
     let (_, more) = page(&server, &ann, &format!("{}?limit=1", ann.tasks())).await;
-    // What was promised may be gone when it is asked for: an empty page then, and the end.
+    // The next page is empty if its tasks have been deleted meanwhile.
     server
         .delete(path_of(&ann, &first))
         .bearer(&ann.access_token)
@@ -471,24 +471,23 @@ async fn a_last_page_that_is_full_promises_no_more() {
         .await
         .expect(204);
     assert_eq!(
-        page(&server, &ann, &more.expect("there was more")).await,
+        page(&server, &ann, &more.expect("a next page")).await,
         (vec![], None)
     );
 }
 
-// What no page ever gave out is refused, and what one did is taken as it is.
 #[tokio::test]
-async fn after_is_taken_as_a_page_gave_it_and_refused_else() {
+async fn rejects_cursors_that_no_page_returned() {
     let server = Server::start().await;
     let ann = server.user().await;
     fill(&server, &ann, 3, "x").await;
     let (_, target) = page(&server, &ann, &format!("{}?limit=1", ann.tasks())).await;
-    let target = target.expect("there is more");
+    let target = target.expect("a next page");
     let once = page(&server, &ann, &target).await;
     assert_eq!(
         page(&server, &ann, &target).await,
         once,
-        "asked again, answered again"
+        "the same page twice"
     );
     let (path, _) = target.split_once("after=").unwrap();
     for garbage in [
@@ -501,12 +500,12 @@ async fn after_is_taken_as_a_page_gave_it_and_refused_else() {
         &"a".repeat(5000),
         "'%20or%201=1",
     ] {
-        let answer = server
+        let response = server
             .get(format!("{path}after={garbage}"))
             .bearer(&ann.access_token)
             .send()
             .await;
-        let problem = answer.problem(422, "validation_failed");
+        let problem = response.problem(422, "validation_failed");
         assert_eq!(problem["errors"][0]["parameter"], "after", "{garbage}");
     }
     assert!(Uuid::parse_str(&once.0[0]).is_ok());

@@ -1,4 +1,4 @@
-//! Caching and lost updates: `ETag`, `If-None-Match`, `If-Match`.
+//! Preconditions: `ETag`, `If-Match` and `If-None-Match`.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::harness::{Response, Server, User};
 use crate::tasks::path_of;
 
-/// Waits until `count` statements on this database stand before a lock.
+/// Waits until `count` statements in this database are blocked by a lock.
 pub(crate) async fn blocked_statements(sql: &Client, count: i64) {
     let waiting = "select count(*) from pg_stat_activity
                    where datname = current_database() and wait_event_type = 'Lock'";
@@ -24,33 +24,33 @@ pub(crate) async fn blocked_statements(sql: &Client, count: i64) {
         }
         assert!(
             Instant::now() < deadline,
-            "only {seen} of {count} statements met the lock"
+            "only {seen} of {count} statements are blocked"
         );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// The tag on an answer, checked to be a strong one.
-fn tag_of(answer: &Response) -> String {
-    let tag = answer.header("etag").to_owned();
+/// Returns the entity tag of a response, and checks that it is strong.
+fn tag_of(response: &Response) -> String {
+    let tag = response.header("etag").to_owned();
     assert!(
         tag.len() > 2 && tag.starts_with('"') && tag.ends_with('"'),
-        "no strong tag: {tag}"
+        "not a strong tag: {tag}"
     );
     assert!(
         !tag[1..tag.len() - 1].contains(['"', ' ', ',']),
-        "a tag that a list would break: {tag}"
+        "cannot be used in a list: {tag}"
     );
     tag
 }
 
 async fn new_task(server: &Server, user: &User) -> (String, String) {
     let request = server.post(user.tasks()).bearer(&user.access_token);
-    let answer = request.json(json!({"title": "a"})).send().await.expect(201);
-    (path_of(user, &answer.json()), tag_of(&answer))
+    let response = request.json(json!({"title": "a"})).send().await.expect(201);
+    (path_of(user, &response.json()), tag_of(&response))
 }
 
-/// The four ways to change a task.
+/// The four requests that change a task: method, path, body, and status.
 fn changes(path: &str) -> Vec<(Method, String, Option<Value>, u16)> {
     vec![
         (
@@ -98,7 +98,7 @@ async fn change_with(
 }
 
 #[tokio::test]
-async fn every_answer_that_is_one_task_has_a_strong_tag_that_changes_with_the_task() {
+async fn every_task_has_a_strong_tag_that_changes_with_the_task() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (path, created) = new_task(&server, &ann).await;
@@ -120,15 +120,15 @@ async fn every_answer_that_is_one_task_has_a_strong_tag_that_changes_with_the_ta
                 .send()
                 .await
                 .expect(200);
-            assert_eq!(tag_of(&read), last, "reading changes nothing");
+            assert_eq!(tag_of(&read), last, "the tag changed without an update");
         }
         let request = server.request(method, at).bearer(&ann.access_token);
-        let answer = match body {
+        let response = match body {
             Some(body) => request.json(body).send().await,
             None => request.send().await,
         };
-        last = tag_of(&answer.expect(200));
-        assert!(tags.insert(last.clone()), "a tag came back");
+        last = tag_of(&response.expect(200));
+        assert!(tags.insert(last.clone()), "a tag was reused");
     }
     assert!(
         !server
@@ -142,7 +142,7 @@ async fn every_answer_that_is_one_task_has_a_strong_tag_that_changes_with_the_ta
 }
 
 #[tokio::test]
-async fn if_none_match_spares_the_body_of_what_is_known() {
+async fn returns_304_if_if_none_match_lists_the_version() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (path, tag) = new_task(&server, &ann).await;
@@ -162,10 +162,10 @@ async fn if_none_match_spares_the_body_of_what_is_known() {
         format!("\"a,b\" , W/\"c\",,\t{tag}"),
     ] {
         for method in [Method::GET, Method::HEAD] {
-            let answer = ask(method.clone(), known.clone()).await;
-            assert_eq!(answer.status, 304, "{method} {known}");
-            assert_eq!(answer.header("etag"), tag);
-            assert!(answer.body.is_empty());
+            let response = ask(method.clone(), known.clone()).await;
+            assert_eq!(response.status, 304, "{method} {known}");
+            assert_eq!(response.header("etag"), tag);
+            assert!(response.body.is_empty());
         }
     }
     let bare = tag.trim_matches('"').to_owned();
@@ -178,24 +178,24 @@ async fn if_none_match_spares_the_body_of_what_is_known() {
         String::new(),
         format!("w/{tag}"),
         format!("\"a,{bare}\""),
-        // Malformed as a whole, so no condition at all.
+        // Malformed, so the whole header is ignored.
         format!("{tag} garbage"),
         format!("{tag}, garbage"),
         format!("{tag}{tag}"),
         format!("*, {tag}"),
         format!("\"a b\", {tag}"),
     ] {
-        let answer = ask(Method::GET, unknown.clone()).await;
-        assert_eq!(answer.status, 200, "{unknown}");
+        let response = ask(Method::GET, unknown.clone()).await;
+        assert_eq!(response.status, 200, "{unknown}");
     }
-    // Two header lines are one list.
+    // Two header lines form one list.
     let request = server.get(&path).bearer(&ann.access_token);
-    let answer = request
+    let response = request
         .header("if-none-match", "\"other\"")
         .header("if-none-match", &tag)
         .send()
         .await;
-    assert_eq!(answer.status, 304);
+    assert_eq!(response.status, 304);
 
     let body = json!({"title": "b"});
     server
@@ -209,7 +209,7 @@ async fn if_none_match_spares_the_body_of_what_is_known() {
 }
 
 #[tokio::test]
-async fn if_match_lets_a_change_through_only_while_the_task_is_as_it_was_seen() {
+async fn returns_412_unless_if_match_lists_the_version() {
     let server = Server::start().await;
     let ann = server.user().await;
     for n in 0..4 {
@@ -234,20 +234,20 @@ async fn if_match_lets_a_change_through_only_while_the_task_is_as_it_was_seen() 
             format!("\"stale,{bare}\""),
             "\"\"".to_owned(),
             String::new(),
-            // Malformed as a whole, so it matches nothing.
+            // Malformed, so the whole header matches nothing.
             format!("{tag} garbage"),
             format!("{tag}, garbage"),
             format!("{tag}{tag}"),
             format!("*, {tag}"),
         ] {
             let change_to = &changes(&path)[n];
-            let answer = change(&server, &ann, change_to, &stale).await;
+            let response = change(&server, &ann, change_to, &stale).await;
             assert_eq!(
-                answer.status, 412,
+                response.status, 412,
                 "{} {} {stale}",
                 change_to.0, change_to.1
             );
-            answer.problem(412, "precondition_failed");
+            response.problem(412, "precondition_failed");
         }
         let after = server
             .get(&path)
@@ -256,19 +256,19 @@ async fn if_match_lets_a_change_through_only_while_the_task_is_as_it_was_seen() 
             .await
             .expect(200)
             .json();
-        assert_eq!(after, before, "a refused change changed something");
+        assert_eq!(after, before, "a rejected request changed the task");
 
         for good in ["\"stale\", {tag}", "{tag},\"stale\"", "{tag}", "*"] {
             let (path, tag) = new_task(&server, &ann).await;
             let change_to = &changes(&path)[n];
             let good = good.replace("{tag}", &tag);
-            let answer = change(&server, &ann, change_to, &good).await;
+            let response = change(&server, &ann, change_to, &good).await;
             assert_eq!(
-                answer.status, change_to.3,
+                response.status, change_to.3,
                 "{} {} {good}",
                 change_to.0, change_to.1
             );
-            // What it was is not what it is.
+            // The old tag no longer matches.
             let expected = if change_to.0 == Method::DELETE {
                 404
             } else {
@@ -291,21 +291,21 @@ async fn if_match_lets_a_change_through_only_while_the_task_is_as_it_was_seen() 
         assert_eq!(
             request.send().await.status,
             *status,
-            "two header lines are one list"
+            "two header lines form one list"
         );
     }
 }
 
 #[tokio::test]
-async fn the_tag_of_each_answer_is_good_for_the_next_change() {
+async fn the_tag_of_each_response_matches_in_the_next_request() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (path, mut tag) = new_task(&server, &ann).await;
     for n in [0, 1, 2, 1, 0, 2] {
-        let answer = change(&server, &ann, &changes(&path)[n], &tag)
+        let response = change(&server, &ann, &changes(&path)[n], &tag)
             .await
             .expect(200);
-        tag = tag_of(&answer);
+        tag = tag_of(&response);
     }
     change(&server, &ann, &changes(&path)[3], &tag)
         .await
@@ -313,7 +313,7 @@ async fn the_tag_of_each_answer_is_good_for_the_next_change() {
 }
 
 #[tokio::test]
-async fn a_task_that_is_not_there_is_not_found_whatever_was_expected_of_it() {
+async fn returns_404_for_a_missing_task_whatever_the_preconditions() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let (theirs, tag) = new_task(&server, &bob).await;
@@ -337,9 +337,9 @@ async fn a_task_that_is_not_there_is_not_found_whatever_was_expected_of_it() {
     }
 }
 
-// Both hold the same tag and both stand before the row when it is let go.
+// Both requests have the same tag, and both wait for the row's lock.
 #[tokio::test]
-async fn of_two_changes_to_what_both_saw_exactly_one_wins() {
+async fn of_two_concurrent_changes_with_the_same_tag_one_succeeds() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut holder = server.sql().await;
@@ -361,28 +361,28 @@ async fn of_two_changes_to_what_both_saw_exactly_one_wins() {
             .unwrap();
         let all = changes(&path);
         let pair = join_all([first, second].map(|n| change(&server, &ann, &all[n], &tag)));
-        let (answers, ()) = join(pair, async {
+        let (responses, ()) = join(pair, async {
             blocked_statements(&control, 2).await;
             held.commit().await.unwrap();
         })
         .await;
-        let won: Vec<bool> = answers
+        let won: Vec<bool> = responses
             .iter()
-            .map(|answer| matches!(answer.status, 200 | 204))
+            .map(|response| matches!(response.status, 200 | 204))
             .collect();
         assert!(
             won[0] ^ won[1],
             "{first} and {second}: {} {}",
-            answers[0].status,
-            answers[1].status
+            responses[0].status,
+            responses[1].status
         );
-        let loser = answers
+        let loser = responses
             .into_iter()
             .zip(won)
             .find(|(_, won)| !won)
             .unwrap()
             .0;
-        // Where the winner deleted it, there is nothing left to have moved on.
+        // 404 if the other request deleted the task.
         match loser.status {
             404 => drop(loser.problem(404, "task_not_found")),
             _ => drop(loser.problem(412, "precondition_failed")),
@@ -391,7 +391,7 @@ async fn of_two_changes_to_what_both_saw_exactly_one_wins() {
 }
 
 #[tokio::test]
-async fn if_none_match_refuses_every_change_to_a_version_that_it_lists() {
+async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (path, tag) = new_task(&server, &ann).await;
@@ -410,13 +410,14 @@ async fn if_none_match_refuses_every_change_to_a_version_that_it_lists() {
             let (path, tag) = new_task(&server, &ann).await;
             let unseen = unseen.replace("{tag}", &tag);
             let change_to = &changes(&path)[n];
-            let answer = change_with(&server, &ann, change_to, &[("if-none-match", &unseen)]).await;
-            assert_eq!(answer.status, change_to.3, "{} {unseen}", change_to.0);
+            let response =
+                change_with(&server, &ann, change_to, &[("if-none-match", &unseen)]).await;
+            assert_eq!(response.status, change_to.3, "{} {unseen}", change_to.0);
         }
     }
 }
 
-// RFC 9110 section 13.2.2.
+// RFC 9110 section 13.2.2
 #[tokio::test]
 async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
     let server = Server::start().await;
@@ -444,46 +445,46 @@ async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
             ];
             for method in [Method::GET, Method::HEAD] {
                 let get = (method.clone(), path.clone(), None, 200);
-                let answer = change_with(&server, &ann, &get, &headers).await;
-                assert_eq!(answer.status, read, "{method} {headers:?}");
+                let response = change_with(&server, &ann, &get, &headers).await;
+                assert_eq!(response.status, read, "{method} {headers:?}");
             }
             let change_to = &changes(&path)[n];
-            let answer = change_with(&server, &ann, change_to, &headers).await;
+            let response = change_with(&server, &ann, change_to, &headers).await;
             let status = if changed { change_to.3 } else { 412 };
-            assert_eq!(answer.status, status, "{} {headers:?}", change_to.0);
+            assert_eq!(response.status, status, "{} {headers:?}", change_to.0);
         }
     }
 }
 
 #[tokio::test]
-async fn a_tag_that_a_compressing_proxy_decorated_is_recognised() {
+async fn accepts_tags_with_the_suffix_of_a_compressing_proxy() {
     let server = Server::start().await;
     let ann = server.user().await;
     for suffix in ["-gzip", "-br", "-zstd", "-gzip-br"] {
         for n in 0..4 {
             let (path, tag) = new_task(&server, &ann).await;
-            let decorated = format!("{}{suffix}\"", tag.trim_end_matches('"'));
+            let suffixed = format!("{}{suffix}\"", tag.trim_end_matches('"'));
             let change_to = &changes(&path)[n];
             for (name, value, read) in [
-                ("if-none-match", &decorated, 304),
-                ("if-none-match", &format!("W/{decorated}"), 304),
-                ("if-match", &decorated, 200),
-                ("if-match", &format!("W/{decorated}"), 412),
+                ("if-none-match", &suffixed, 304),
+                ("if-none-match", &format!("W/{suffixed}"), 304),
+                ("if-match", &suffixed, 200),
+                ("if-match", &format!("W/{suffixed}"), 412),
             ] {
                 let get = (Method::GET, path.clone(), None, 200);
-                let answer = change_with(&server, &ann, &get, &[(name, value)]).await;
-                assert_eq!(answer.status, read, "{name} {value}");
+                let response = change_with(&server, &ann, &get, &[(name, value)]).await;
+                assert_eq!(response.status, read, "{name} {value}");
             }
             for (name, value) in [
-                ("if-none-match", &decorated),
-                ("if-match", &format!("W/{decorated}")),
+                ("if-none-match", &suffixed),
+                ("if-match", &format!("W/{suffixed}")),
             ] {
                 change_with(&server, &ann, change_to, &[(name, value)])
                     .await
                     .problem(412, "precondition_failed");
             }
-            let answer = change(&server, &ann, change_to, &decorated).await;
-            assert_eq!(answer.status, change_to.3, "{} {decorated}", change_to.0);
+            let response = change(&server, &ann, change_to, &suffixed).await;
+            assert_eq!(response.status, change_to.3, "{} {suffixed}", change_to.0);
         }
     }
     let (path, tag) = new_task(&server, &ann).await;
@@ -500,9 +501,9 @@ async fn a_tag_that_a_compressing_proxy_decorated_is_recognised() {
     }
 }
 
-// A look before the statement would see the version that is about to go, which is not listed.
+// A select before the statement would read the old version, which the header does not list.
 #[tokio::test]
-async fn the_statement_that_changes_a_task_evaluates_the_preconditions_itself() {
+async fn preconditions_are_checked_by_the_statement_that_changes_the_task() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut holder = server.sql().await;
@@ -517,11 +518,11 @@ async fn the_statement_that_changes_a_task_evaluates_the_preconditions_itself() 
         let next = format!("\"{:x}\"", version + 1_000_000);
         let headers = [("if-none-match", next.as_str())];
         let waiting = change_with(&server, &ann, &all[n], &headers);
-        let (answer, ()) = join(waiting, async {
+        let (response, ()) = join(waiting, async {
             blocked_statements(&control, 1).await;
             held.commit().await.unwrap();
         })
         .await;
-        answer.problem(412, "precondition_failed");
+        response.problem(412, "precondition_failed");
     }
 }

@@ -1,4 +1,4 @@
-//! The operations on tasks: what each changes, what it leaves, what it answers.
+//! The operations on tasks: what each changes, what it keeps, and how it responds.
 
 use futures_util::future::join_all;
 use hyper::Method;
@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::harness::{Server, User};
 
-/// The address of a task that was answered.
+/// Returns the path of a task.
 pub(crate) fn path_of(user: &User, task: &Value) -> String {
     format!(
         "{}/{}",
@@ -16,7 +16,7 @@ pub(crate) fn path_of(user: &User, task: &Value) -> String {
     )
 }
 
-/// The titles of the tasks listed at `query`, in their order.
+/// Lists tasks with `query` and returns their titles in order.
 async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
     let path = format!("{}{query}", user.tasks());
     let tasks = server
@@ -32,7 +32,7 @@ async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
         .collect()
 }
 
-/// Makes a task, and sees to it that what was answered is what was stored.
+/// Creates a task, and checks that the response matches what was stored.
 async fn create(server: &Server, user: &User, body: Value) -> Value {
     let request = server.post(user.tasks()).bearer(&user.access_token);
     let task = request.json(body).send().await.expect(201).json();
@@ -43,16 +43,16 @@ async fn create(server: &Server, user: &User, body: Value) -> Value {
 
 // FR-005, FR-009
 #[tokio::test]
-async fn a_new_task_is_answered_whole_with_its_location() {
+async fn returns_a_new_task_with_its_location() {
     let server = Server::start().await;
     let ann = server.user().await;
     let request = server.post(ann.tasks()).bearer(&ann.access_token);
-    let answer = request
+    let response = request
         .json(json!({"title": "Sow peas", "description": "in rows"}))
         .send()
         .await;
-    let answer = answer.expect(201);
-    let task = answer.json();
+    let response = response.expect(201);
+    let task = response.json();
     let members: Vec<_> = task
         .as_object()
         .unwrap()
@@ -73,12 +73,12 @@ async fn a_new_task_is_answered_whole_with_its_location() {
     assert_eq!(task["description"], "in rows");
     assert_eq!(task["completed"], false);
     assert_eq!(task["user_id"], json!(ann.id));
-    assert_eq!(answer.header("location"), path_of(&ann, &task));
-    assert_eq!(answer.header("content-type"), "application/json");
+    assert_eq!(response.header("location"), path_of(&ann, &task));
+    assert_eq!(response.header("content-type"), "application/json");
 }
 
 #[tokio::test]
-async fn a_task_can_be_created_completed_and_without_a_description() {
+async fn creates_a_completed_task_or_one_without_a_description() {
     let server = Server::start().await;
     let ann = server.user().await;
     let bare = create(&server, &ann, json!({"title": "a"})).await;
@@ -93,7 +93,7 @@ async fn a_task_can_be_created_completed_and_without_a_description() {
 }
 
 #[tokio::test]
-async fn an_empty_description_is_kept_as_it_is() {
+async fn keeps_an_empty_description() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut task = create(&server, &ann, json!({"title": "a", "description": ""})).await;
@@ -117,7 +117,7 @@ async fn an_empty_description_is_kept_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_clients_own_id_owner_and_times_are_ignored() {
+async fn ignores_the_id_owner_and_times_that_a_client_sends() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let wish = Uuid::now_v7().to_string();
@@ -154,7 +154,7 @@ async fn ids_are_lower_case_uuids_of_version_7() {
 }
 
 #[tokio::test]
-async fn an_id_is_compared_as_text() {
+async fn rejects_other_spellings_of_an_id() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -167,13 +167,13 @@ async fn an_id_is_compared_as_text() {
     ];
     for other in others.iter().filter(|other| *other != id) {
         let path = format!("{}/{other}", ann.tasks());
-        let answer = server.get(&path).bearer(&ann.access_token).send().await;
-        answer.problem(404, "task_not_found");
+        let response = server.get(&path).bearer(&ann.access_token).send().await;
+        response.problem(404, "task_not_found");
     }
 }
 
 #[tokio::test]
-async fn times_are_utc_with_six_digits_of_a_second_always() {
+async fn times_are_utc_with_six_fractional_digits() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -194,17 +194,20 @@ async fn times_are_utc_with_six_digits_of_a_second_always() {
 }
 
 #[tokio::test]
-async fn newest_first_agrees_with_created_at_also_for_fifty_created_at_once() {
+async fn order_matches_created_at_for_concurrently_created_tasks() {
     let server = Server::start().await;
     let ann = server.user().await;
     let create = async |n: i32| {
         let request = server.post(ann.tasks()).bearer(&ann.access_token);
         request.json(json!({"title": n.to_string()})).send().await
     };
-    let answers = join_all((0..50).map(create)).await;
-    // A slow machine may shed some.
-    let made = answers.iter().filter(|answer| answer.status == 201).count();
-    assert!(made > 1, "{answers:?}");
+    let responses = join_all((0..50).map(create)).await;
+    // A slow machine may reject some as overloaded.
+    let made = responses
+        .iter()
+        .filter(|response| response.status == 201)
+        .count();
+    assert!(made > 1, "{responses:?}");
     for (query, newest_first) in [
         ("", true),
         ("?sort=-created_at", true),
@@ -236,7 +239,7 @@ async fn newest_first_agrees_with_created_at_also_for_fifty_created_at_once() {
 
 // FR-009
 #[tokio::test]
-async fn put_and_patch_change_what_is_given_and_leave_the_rest() {
+async fn put_and_patch_change_only_the_given_fields() {
     let server = Server::start().await;
     let ann = server.user().await;
     for method in [Method::PUT, Method::PATCH] {
@@ -278,7 +281,7 @@ async fn put_and_patch_change_what_is_given_and_leave_the_rest() {
 }
 
 #[tokio::test]
-async fn null_clears_the_description_and_nothing_else_can_be_null() {
+async fn null_clears_the_description_and_is_rejected_elsewhere() {
     let server = Server::start().await;
     let ann = server.user().await;
     for method in [Method::PUT, Method::PATCH] {
@@ -309,13 +312,13 @@ async fn null_clears_the_description_and_nothing_else_can_be_null() {
 }
 
 #[tokio::test]
-async fn updated_at_moves_at_every_change_and_never_backwards() {
+async fn updated_at_increases_with_every_change() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
     let path = path_of(&ann, &task);
     let sql = server.sql().await;
-    // As if a clock had been wrong: the row comes from the future.
+    // As if a clock had been wrong: the task was updated in the future.
     let ahead = "update tasks set updated_at = now() + interval '1 day' returning to_json(updated_at)::text";
     sql.query_one(ahead, &[]).await.unwrap();
     let read = server
@@ -351,7 +354,7 @@ async fn updated_at_moves_at_every_change_and_never_backwards() {
 
 // FR-009
 #[tokio::test]
-async fn complete_flips_without_a_word_and_sets_what_it_is_told() {
+async fn complete_toggles_without_a_value_and_sets_a_given_one() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -379,39 +382,42 @@ async fn complete_flips_without_a_word_and_sets_what_it_is_told() {
         json!({"completed": 1}),
         json!({"completed": null}),
     ] {
-        let answer = server
+        let response = server
             .patch(&path)
             .bearer(&ann.access_token)
             .json(bad)
             .send()
             .await;
-        let problem = answer.problem(422, "validation_failed");
+        let problem = response.problem(422, "validation_failed");
         assert_eq!(problem["errors"][0]["pointer"], "/completed");
     }
 }
 
 #[tokio::test]
-async fn flips_at_the_same_instant_all_count() {
+async fn every_concurrent_toggle_takes_effect() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
     let path = format!("{}/complete", path_of(&ann, &task));
-    let flips = (0..21).map(|_| server.patch(&path).bearer(&ann.access_token).send());
-    let answers = join_all(flips).await;
-    let done = answers.iter().filter(|answer| answer.status == 200).count();
-    assert!(done > 1, "{answers:?}");
+    let toggles = (0..21).map(|_| server.patch(&path).bearer(&ann.access_token).send());
+    let responses = join_all(toggles).await;
+    let done = responses
+        .iter()
+        .filter(|response| response.status == 200)
+        .count();
+    assert!(done > 1, "{responses:?}");
     let read = server
         .get(path_of(&ann, &task))
         .bearer(&ann.access_token)
         .send()
         .await
         .json();
-    assert_eq!(read["completed"], done % 2 == 1, "{done} flips");
+    assert_eq!(read["completed"], done % 2 == 1, "{done} toggles");
 }
 
 // FR-009
 #[tokio::test]
-async fn a_deleted_task_is_gone_for_every_method() {
+async fn returns_404_for_a_deleted_task_with_every_method() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (task, other) = (
@@ -427,12 +433,12 @@ async fn a_deleted_task_is_gone_for_every_method() {
         .expect(204);
     assert!(gone.body.is_empty());
     for method in [Method::GET, Method::DELETE] {
-        let answer = server
+        let response = server
             .request(method, &path)
             .bearer(&ann.access_token)
             .send()
             .await;
-        answer.problem(404, "task_not_found");
+        response.problem(404, "task_not_found");
     }
     for (method, at) in [
         (Method::PUT, path.clone()),
@@ -456,7 +462,7 @@ async fn a_deleted_task_is_gone_for_every_method() {
 }
 
 #[tokio::test]
-async fn clear_completed_deletes_what_is_done_and_says_how_many() {
+async fn delete_completed_returns_how_many_tasks_it_deleted() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (title, completed) in [("a", true), ("b", false), ("c", true), ("d", false)] {
@@ -469,19 +475,19 @@ async fn clear_completed_deletes_what_is_done_and_says_how_many() {
     }
     let clear = format!("{}?completed=true", ann.tasks());
     for deleted in [2, 0] {
-        let answer = server
+        let response = server
             .delete(&clear)
             .bearer(&ann.access_token)
             .send()
             .await
             .expect(200);
-        assert_eq!(answer.json(), json!({"deleted": deleted}));
+        assert_eq!(response.json(), json!({"deleted": deleted}));
         assert_eq!(titles(&server, &ann, "").await, ["d", "b"]);
     }
 }
 
 #[tokio::test]
-async fn the_list_can_be_held_to_what_is_done_or_not() {
+async fn filters_by_completed() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (title, completed) in [("a", true), ("b", false), ("c", true)] {
@@ -502,7 +508,7 @@ async fn the_list_can_be_held_to_what_is_done_or_not() {
 }
 
 #[tokio::test]
-async fn a_search_is_a_literal_substring_case_aside_in_title_or_description() {
+async fn search_matches_a_literal_substring_case_insensitively() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (title, description) in [
@@ -556,7 +562,7 @@ async fn a_search_is_a_literal_substring_case_aside_in_title_or_description() {
 }
 
 #[tokio::test]
-async fn an_empty_search_and_unknown_parameters_filter_nothing() {
+async fn ignores_an_empty_search_and_unknown_parameters() {
     let server = Server::start().await;
     let ann = server.user().await;
     ann.create_task(&server, "a").await;
@@ -575,7 +581,7 @@ async fn an_empty_search_and_unknown_parameters_filter_nothing() {
 }
 
 #[tokio::test]
-async fn a_page_holds_as_many_as_asked_for_and_a_thousand_unasked() {
+async fn a_page_has_limit_tasks_and_1000_by_default() {
     let server = Server::start().await;
     let ann = server.user().await;
     fill(&server, &ann, 1001, "t").await;
@@ -588,16 +594,16 @@ async fn a_page_holds_as_many_as_asked_for_and_a_thousand_unasked() {
         ("?limit=100", 100),
         ("?limit=101", 101),
     ] {
-        let answer = server
+        let response = server
             .get(format!("{path}{query}"))
             .bearer(&ann.access_token)
             .send()
             .await
             .expect(200);
-        assert_eq!(answer.json().as_array().unwrap().len(), length, "{query}");
+        assert_eq!(response.json().as_array().unwrap().len(), length, "{query}");
         assert!(
-            answer.header("link").contains(r#"rel="next""#),
-            "{query}: cut silently"
+            response.header("link").contains(r#"rel="next""#),
+            "{query}: no link to the next page"
         );
     }
     let sql = server.sql().await;
@@ -607,17 +613,20 @@ async fn a_page_holds_as_many_as_asked_for_and_a_thousand_unasked() {
     )
     .await
     .unwrap();
-    let answer = server
+    let response = server
         .get(&path)
         .bearer(&ann.access_token)
         .send()
         .await
         .expect(200);
-    assert_eq!(answer.json().as_array().unwrap().len(), 1000);
-    assert!(!answer.headers.contains_key("link"), "there is no more");
+    assert_eq!(response.json().as_array().unwrap().len(), 1000);
+    assert!(
+        !response.headers.contains_key("link"),
+        "link on the last page"
+    );
 }
 
-/// Puts `count` tasks into the table directly, the last one newest, each with this description.
+/// Inserts `count` tasks with this description into the table, oldest first.
 pub(crate) async fn fill(server: &Server, user: &User, count: usize, description: &str) {
     let ids: Vec<Uuid> = (0..count).map(|_| Uuid::now_v7()).collect();
     let statement =

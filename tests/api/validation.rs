@@ -1,4 +1,4 @@
-//! What is taken and what is refused, from both sides of every bound.
+//! Which values are accepted and which are rejected, at every limit.
 
 use hyper::Method;
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ async fn create(server: &Server, user: &User, body: Value) -> crate::harness::Re
         .await
 }
 
-/// Creates with these bytes as they are.
+/// Creates a task from a raw body.
 async fn create_raw(
     server: &Server,
     user: &User,
@@ -33,11 +33,9 @@ async fn create_raw(
         .await
 }
 
-/// The pointer and the code of each fault in a problem.
-fn faults(problem: &Value) -> Vec<(&str, &str)> {
-    let errors = problem["errors"]
-        .as_array()
-        .expect("a 422 names its faults");
+/// Returns the pointer and the code of each error in a problem.
+fn errors(problem: &Value) -> Vec<(&str, &str)> {
+    let errors = problem["errors"].as_array().expect("a 422 has errors");
     errors
         .iter()
         .map(|error| {
@@ -57,7 +55,7 @@ fn faults(problem: &Value) -> Vec<(&str, &str)> {
 
 // FR-005
 #[tokio::test]
-async fn a_title_has_1_to_200_code_points() {
+async fn accepts_titles_of_1_to_200_code_points() {
     let server = Server::start().await;
     let ann = server.user().await;
     for title in [
@@ -82,13 +80,13 @@ async fn a_title_has_1_to_200_code_points() {
         let problem = create(&server, &ann, json!({"title": title}))
             .await
             .problem(422, "validation_failed");
-        assert_eq!(faults(&problem), [("/title", code)]);
+        assert_eq!(errors(&problem), [("/title", code)]);
     }
 }
 
 // FR-005
 #[tokio::test]
-async fn white_space_of_any_script_is_cut_from_a_titles_ends_before_it_is_counted() {
+async fn trims_unicode_white_space_from_titles_before_counting() {
     let server = Server::start().await;
     let ann = server.user().await;
     let spaces = "\t\n\u{b}\u{c}\r \u{85}\u{a0}\u{1680}\u{2000}\u{2007}\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}";
@@ -119,13 +117,13 @@ async fn white_space_of_any_script_is_cut_from_a_titles_ends_before_it_is_counte
         let problem = create(&server, &ann, json!({"title": title}))
             .await
             .problem(422, "validation_failed");
-        assert_eq!(faults(&problem), [("/title", "too_short")], "{space:?}");
+        assert_eq!(errors(&problem), [("/title", "too_short")], "{space:?}");
     }
 }
 
 // FR-005
 #[tokio::test]
-async fn a_description_has_up_to_1000_code_points() {
+async fn accepts_descriptions_of_up_to_1000_code_points() {
     let server = Server::start().await;
     let ann = server.user().await;
     for description in [
@@ -143,12 +141,12 @@ async fn a_description_has_up_to_1000_code_points() {
         let problem = create(&server, &ann, body)
             .await
             .problem(422, "validation_failed");
-        assert_eq!(faults(&problem), [("/description", "too_long")]);
+        assert_eq!(errors(&problem), [("/description", "too_long")]);
     }
 }
 
 #[tokio::test]
-async fn the_bounds_hold_for_changes_as_for_creation() {
+async fn updates_have_the_same_limits_as_creation() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "as it was").await;
@@ -183,7 +181,7 @@ async fn the_bounds_hold_for_changes_as_for_creation() {
                 .send()
                 .await
                 .problem(422, "validation_failed");
-            assert_eq!(faults(&problem), [(pointer, code)], "{method} {body}");
+            assert_eq!(errors(&problem), [(pointer, code)], "{method} {body}");
         }
         for (title, description) in [
             ("x".repeat(200), ASTRAL.repeat(1000)),
@@ -202,7 +200,7 @@ async fn the_bounds_hold_for_changes_as_for_creation() {
 }
 
 #[tokio::test]
-async fn nul_is_refused_in_either_text() {
+async fn rejects_nul_in_title_and_description() {
     let server = Server::start().await;
     let ann = server.user().await;
     for text in ["\0", "a\0b", "a\0"] {
@@ -211,14 +209,14 @@ async fn nul_is_refused_in_either_text() {
             .await
             .problem(422, "validation_failed");
         assert_eq!(
-            faults(&problem),
+            errors(&problem),
             [
                 ("/title", "invalid_character"),
                 ("/description", "invalid_character")
             ]
         );
     }
-    // Every other character is a person's own business.
+    // All other characters are allowed.
     let odd = "\u{1}\u{7f}\u{202e}\u{fffe}\u{10ffff}\"\\/</script>'; drop table tasks; --";
     let task = create(&server, &ann, json!({"title": odd, "description": odd}))
         .await
@@ -231,7 +229,7 @@ async fn nul_is_refused_in_either_text() {
 }
 
 #[tokio::test]
-async fn a_member_of_a_wrong_type_is_refused_and_never_converted() {
+async fn rejects_fields_of_a_wrong_type() {
     let server = Server::start().await;
     let ann = server.user().await;
     let wrong = [
@@ -245,7 +243,7 @@ async fn a_member_of_a_wrong_type_is_refused_and_never_converted() {
         let problem = create(&server, &ann, json!({"title": value}))
             .await
             .problem(422, "validation_failed");
-        assert_eq!(faults(&problem)[0].0, "/title", "{value}");
+        assert_eq!(errors(&problem)[0].0, "/title", "{value}");
     }
     for value in &wrong {
         let body = json!({"title": "a", "description": value});
@@ -253,7 +251,7 @@ async fn a_member_of_a_wrong_type_is_refused_and_never_converted() {
             .await
             .problem(422, "validation_failed");
         assert_eq!(
-            faults(&problem),
+            errors(&problem),
             [("/description", "wrong_type")],
             "{value}"
         );
@@ -270,13 +268,13 @@ async fn a_member_of_a_wrong_type_is_refused_and_never_converted() {
         let problem = create(&server, &ann, body)
             .await
             .problem(422, "validation_failed");
-        assert_eq!(faults(&problem), [("/completed", "wrong_type")], "{value}");
+        assert_eq!(errors(&problem), [("/completed", "wrong_type")], "{value}");
     }
 }
 
 // FR-008
 #[tokio::test]
-async fn all_faults_of_a_body_are_named_at_once() {
+async fn returns_all_errors_of_a_body_at_once() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "x".repeat(201), "description": 7, "completed": "yes"});
@@ -288,7 +286,7 @@ async fn all_faults_of_a_body_are_named_at_once() {
         ("/description", "wrong_type"),
         ("/completed", "wrong_type"),
     ];
-    assert_eq!(faults(&problem), expected);
+    assert_eq!(errors(&problem), expected);
     assert!(
         problem["detail"]
             .as_str()
@@ -298,7 +296,7 @@ async fn all_faults_of_a_body_are_named_at_once() {
     let problem = create(&server, &ann, json!({}))
         .await
         .problem(422, "validation_failed");
-    assert_eq!(faults(&problem), [("/title", "required")]);
+    assert_eq!(errors(&problem), [("/title", "required")]);
 
     for path in ["/api/v1/auth/register", "/api/v1/auth/login"] {
         let problem = server
@@ -308,7 +306,7 @@ async fn all_faults_of_a_body_are_named_at_once() {
             .await
             .problem(422, "validation_failed");
         assert_eq!(
-            faults(&problem),
+            errors(&problem),
             [("/email", "required"), ("/password", "required")]
         );
         let body = json!({"email": 1, "password": ["x"]});
@@ -319,19 +317,19 @@ async fn all_faults_of_a_body_are_named_at_once() {
             .await
             .problem(422, "validation_failed");
         assert_eq!(
-            faults(&problem),
+            errors(&problem),
             [("/email", "wrong_type"), ("/password", "wrong_type")]
         );
     }
     let body = json!({"email": "nobody", "password": "short"});
-    let answer = server.post("/api/v1/auth/register").json(body).send().await;
-    let problem = answer.problem(422, "validation_failed");
-    let pointers: Vec<_> = faults(&problem).into_iter().map(|fault| fault.0).collect();
+    let response = server.post("/api/v1/auth/register").json(body).send().await;
+    let problem = response.problem(422, "validation_failed");
+    let pointers: Vec<_> = errors(&problem).into_iter().map(|error| error.0).collect();
     assert_eq!(pointers, ["/email", "/password"]);
 }
 
 #[tokio::test]
-async fn unknown_members_are_ignored_but_a_change_needs_a_known_one() {
+async fn ignores_unknown_fields_but_rejects_an_update_without_known_ones() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "colour": "red", "": 1, "Title": "b", "x": {"title": [1]}});
@@ -364,7 +362,7 @@ async fn unknown_members_are_ignored_but_a_change_needs_a_known_one() {
 }
 
 #[tokio::test]
-async fn what_is_not_json_is_malformed() {
+async fn returns_400_for_malformed_json() {
     let server = Server::start().await;
     let ann = server.user().await;
     let bodies: [&[u8]; 16] = [
@@ -386,9 +384,9 @@ async fn what_is_not_json_is_malformed() {
         b"title=a",
     ];
     for body in bodies {
-        let answer = create_raw(&server, &ann, body).await;
-        assert_eq!(answer.status, 400, "{}", String::from_utf8_lossy(body));
-        answer.problem(400, "malformed_json");
+        let response = create_raw(&server, &ann, body).await;
+        assert_eq!(response.status, 400, "{}", String::from_utf8_lossy(body));
+        response.problem(400, "malformed_json");
     }
     let task = ann.create_task(&server, "a").await;
     for method in [Method::PUT, Method::PATCH] {
@@ -418,7 +416,7 @@ async fn what_is_not_json_is_malformed() {
 }
 
 #[tokio::test]
-async fn json_that_is_no_object_is_refused_as_such() {
+async fn returns_422_for_json_that_is_not_an_object() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -436,20 +434,20 @@ async fn json_that_is_no_object_is_refused_as_such() {
         let problem = create_raw(&server, &ann, body)
             .await
             .problem(422, "validation_failed");
-        assert_eq!(faults(&problem), [("", "wrong_type")], "{body}");
+        assert_eq!(errors(&problem), [("", "wrong_type")], "{body}");
         for at in [path.clone(), format!("{path}/complete")] {
             let request = server.patch(&at).bearer(&ann.access_token);
-            let answer = request
+            let response = request
                 .body(body.as_bytes().to_vec(), "application/json")
                 .send()
                 .await;
-            answer.problem(422, "validation_failed");
+            response.problem(422, "validation_failed");
         }
     }
 }
 
 #[tokio::test]
-async fn odd_json_is_taken_as_json_says_and_never_a_fault_of_ours() {
+async fn accepts_unusual_json_and_never_returns_500() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (body, title) in [
@@ -458,10 +456,10 @@ async fn odd_json_is_taken_as_json_says_and_never_a_fault_of_ours() {
         (r#"{"title":"a","n":123456789012345678901234567890}"#, "a"),
         (r#"{"title":"a","n":-0.0e-99999}"#, "a"),
     ] {
-        let answer = create_raw(&server, &ann, body).await;
-        assert_eq!(answer.expect(201).json()["title"], json!(title), "{body}");
+        let response = create_raw(&server, &ann, body).await;
+        assert_eq!(response.expect(201).json()["title"], json!(title), "{body}");
     }
-    // RFC 8259 section 6 leaves the range of numbers to each reader.
+    // RFC 8259 section 6 leaves the range of numbers to the implementation.
     for (body, statuses) in [
         (r#"{"title":1e999}"#, [400, 422]),
         (r#"{"title":"a","n":1e999}"#, [400, 201]),
@@ -469,7 +467,7 @@ async fn odd_json_is_taken_as_json_says_and_never_a_fault_of_ours() {
         let huge = create_raw(&server, &ann, body).await;
         assert!(statuses.contains(&huge.status), "{body}: {}", huge.status);
     }
-    // As deep as a body can be: refused or read past, but not a crash.
+    // Nested as deeply as the body size allows: rejected or ignored, but no crash.
     for (open, close) in [("[", "]"), ("{\"x\":", "}")] {
         let depth = 16_000 / (open.len() + close.len());
         let nested = open.repeat(depth) + "1" + &close.repeat(depth);
@@ -489,14 +487,14 @@ async fn odd_json_is_taken_as_json_says_and_never_a_fault_of_ours() {
 }
 
 #[tokio::test]
-async fn a_member_said_twice_makes_one_task_at_most_with_one_of_the_two() {
+async fn a_duplicate_field_creates_at_most_one_task() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let answer = create_raw(&server, &ann, r#"{"title":"a","title":"b"}"#).await;
+    let response = create_raw(&server, &ann, r#"{"title":"a","title":"b"}"#).await;
     assert!(
-        matches!(answer.status, 201 | 400 | 422),
+        matches!(response.status, 201 | 400 | 422),
         "{}",
-        answer.status
+        response.status
     );
     let tasks = server
         .get(ann.tasks())
@@ -507,12 +505,12 @@ async fn a_member_said_twice_makes_one_task_at_most_with_one_of_the_two() {
         .json();
     assert_eq!(
         tasks.as_array().unwrap().len(),
-        usize::from(answer.status == 201)
+        usize::from(response.status == 201)
     );
 }
 
 #[tokio::test]
-async fn a_body_is_json_by_its_type_or_has_none() {
+async fn requires_a_json_content_type_or_none() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -550,13 +548,13 @@ async fn a_body_is_json_by_its_type_or_has_none() {
             request.body(body.clone(), content_type).send()
         };
         for content_type in json_types {
-            let answer = send(content_type).await;
-            assert_eq!(answer.status, good, "{method} {at} {content_type}");
+            let response = send(content_type).await;
+            assert_eq!(response.status, good, "{method} {at} {content_type}");
         }
         for content_type in other_types {
-            let answer = send(content_type).await;
-            assert_eq!(answer.status, 415, "{method} {at} {content_type}");
-            answer.problem(415, "unsupported_media_type");
+            let response = send(content_type).await;
+            assert_eq!(response.status, 415, "{method} {at} {content_type}");
+            response.problem(415, "unsupported_media_type");
         }
         let patch = method == Method::PATCH;
         assert_eq!(
@@ -575,7 +573,7 @@ async fn a_body_is_json_by_its_type_or_has_none() {
             good,
             "{method} {at} without a type"
         );
-        // Two types are no type anybody could trust.
+        // Contradictory types are rejected.
         let more = format!("{more}Content-Type: text/plain\r\nContent-Type: application/json\r\n");
         wire.send(head(method.as_str(), at, Some(&ann.access_token), &more))
             .await;
@@ -585,7 +583,7 @@ async fn a_body_is_json_by_its_type_or_has_none() {
             "{method} {at} two types"
         );
     }
-    // A type alone, without a body, is no reason to refuse where no body is needed.
+    // The type is ignored if there is no body and none is required.
     let request = server
         .patch(&complete)
         .bearer(&ann.access_token)
@@ -599,7 +597,7 @@ async fn a_body_is_json_by_its_type_or_has_none() {
 }
 
 #[tokio::test]
-async fn a_refused_type_says_what_is_taken() {
+async fn a_415_names_the_accepted_types() {
     let server = Server::start().await;
     let ann = server.user().await;
     let task = ann.create_task(&server, "a").await;
@@ -620,38 +618,38 @@ async fn a_refused_type_says_what_is_taken() {
         };
         for coding in ["gzip", "GZip", "br", "zstd", "identity, gzip", "x"] {
             for content_type in ["application/json", "text/plain"] {
-                let answer = send(coding, content_type).await;
-                let problem = answer.problem(415, "unsupported_media_type");
+                let response = send(coding, content_type).await;
+                let problem = response.problem(415, "unsupported_media_type");
                 assert!(
                     problem["detail"].as_str().unwrap().contains("compressed"),
                     "{problem}"
                 );
-                assert_eq!(answer.header("accept-encoding"), "identity");
+                assert_eq!(response.header("accept-encoding"), "identity");
                 assert_eq!(
-                    answer.headers.contains_key("accept-patch"),
+                    response.headers.contains_key("accept-patch"),
                     method == Method::PATCH
                 );
             }
         }
-        let answer = send("identity", "text/plain").await;
-        answer.problem(415, "unsupported_media_type");
-        assert!(!answer.headers.contains_key("accept-encoding"));
+        let response = send("identity", "text/plain").await;
+        response.problem(415, "unsupported_media_type");
+        assert!(!response.headers.contains_key("accept-encoding"));
         match method == Method::PATCH {
             true => assert_eq!(
-                answer.header("accept-patch"),
+                response.header("accept-patch"),
                 "application/json, application/merge-patch+json"
             ),
-            false => assert!(!answer.headers.contains_key("accept-patch")),
+            false => assert!(!response.headers.contains_key("accept-patch")),
         }
         for coding in ["identity", "Identity", "identity, identity", ""] {
-            let answer = send(coding, "application/json").await;
-            assert!(answer.status < 300, "{coding}: {}", answer.status);
+            let response = send(coding, "application/json").await;
+            assert!(response.status < 300, "{coding}: {}", response.status);
         }
     }
 }
 
 #[tokio::test]
-async fn a_body_may_have_16_kib_and_not_a_byte_more() {
+async fn accepts_bodies_of_up_to_16_kib() {
     let server = Server::start().await;
     let ann = server.user().await;
     let frame = r#"{"title":"a","x":""}"#.len();
@@ -678,26 +676,26 @@ async fn a_body_may_have_16_kib_and_not_a_byte_more() {
 }
 
 #[tokio::test]
-async fn who_sends_a_megabyte_can_still_read_why_it_was_refused() {
+async fn a_client_that_sends_a_megabyte_receives_the_413() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = vec![b' '; 1 << 20];
-    let refused = |answer: crate::http::Answer| {
-        assert_eq!(answer.status, 413);
-        assert_eq!(answer.json()["code"], "body_too_large");
+    let assert_rejected = |response: crate::http::Answer| {
+        assert_eq!(response.status, 413);
+        assert_eq!(response.json()["code"], "body_too_large");
         assert_eq!(
-            answer.header("content-type"),
+            response.header("content-type"),
             Some("application/problem+json")
         );
     };
     for _ in 0..10 {
-        // All of it is on its way before anything is read.
+        // The whole body is sent before the response is read.
         let mut wire = Wire::open(&server).await;
         let more = format!("Content-Length: {}\r\n", body.len());
         wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), &more))
             .await;
         wire.send(&body).await;
-        refused(wire.answer().await);
+        assert_rejected(wire.answer().await);
 
         let mut wire = Wire::open(&server).await;
         wire.send(head(
@@ -710,7 +708,7 @@ async fn who_sends_a_megabyte_can_still_read_why_it_was_refused() {
         wire.send(format!("{:x}\r\n", body.len())).await;
         wire.send(&body).await;
         wire.send("\r\n0\r\n\r\n").await;
-        refused(wire.answer().await);
+        assert_rejected(wire.answer().await);
 
         let mut wire = Wire::open(&server).await;
         let more = format!("Content-Length: {}\r\n", body.len());
@@ -718,7 +716,7 @@ async fn who_sends_a_megabyte_can_still_read_why_it_was_refused() {
         wire.send(&body).await;
         assert_eq!(wire.answer().await.status, 401);
     }
-    // What is announced too large need not be sent, and is not waited for.
+    // A Content-Length that is too large is rejected without waiting for the body.
     let mut wire = Wire::open(&server).await;
     wire.send(head(
         "POST",
@@ -727,12 +725,12 @@ async fn who_sends_a_megabyte_can_still_read_why_it_was_refused() {
         "Content-Length: 99999999999\r\n",
     ))
     .await;
-    refused(wire.answer().await);
+    assert_rejected(wire.answer().await);
 }
 
 // FR-008
 #[tokio::test]
-async fn of_many_faults_the_first_in_the_order_of_refusals_is_told() {
+async fn returns_the_first_error_in_the_documented_order() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let task = ann.create_task(&server, "a").await;
@@ -807,16 +805,20 @@ async fn of_many_faults_the_first_in_the_order_of_refusals_is_told() {
         let mut wire = Wire::open(&server).await;
         let more = format!("{more}Content-Length: {}\r\n", body.len());
         wire.send(head(method, target, token, &more) + body).await;
-        let answer = wire.answer().await;
-        assert_eq!(answer.status, status, "{method} {target} {}", answer.body);
+        let response = wire.answer().await;
+        assert_eq!(
+            response.status, status,
+            "{method} {target} {}",
+            response.body
+        );
         if status >= 400 {
-            assert_eq!(answer.json()["code"], code);
+            assert_eq!(response.json()["code"], code);
         }
     }
 }
 
 #[tokio::test]
-async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
+async fn names_invalid_and_duplicate_query_parameters() {
     let server = Server::start().await;
     let ann = server.user().await;
     ann.create_task(&server, "a").await;
@@ -836,7 +838,7 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
         .next()
         .unwrap();
 
-    let ill = [
+    let invalid = [
         (
             "limit",
             vec![
@@ -883,7 +885,7 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
         ),
         ("q", vec!["%00", "a%00b", "%FF", "%C3"]),
     ];
-    let doubled = [
+    let duplicates = [
         ("limit", "1"),
         ("completed", "true"),
         ("sort", "created_at"),
@@ -892,14 +894,14 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
         ("after", after),
     ];
     let mut queries: Vec<(&str, String)> = Vec::new();
-    for (name, values) in ill {
+    for (name, values) in invalid {
         queries.extend(
             values
                 .into_iter()
                 .map(|value| (name, format!("{name}={value}"))),
         );
     }
-    for (name, value) in doubled {
+    for (name, value) in duplicates {
         let single = format!("{path}?{name}={value}");
         server
             .get(&single)
@@ -918,13 +920,13 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
         ));
     }
     for (name, query) in queries {
-        let answer = server
+        let response = server
             .get(format!("{path}?{query}"))
             .bearer(&ann.access_token)
             .send()
             .await;
-        assert_eq!(answer.status, 422, "{query}");
-        let problem = answer.problem(422, "validation_failed");
+        assert_eq!(response.status, 422, "{query}");
+        let problem = response.problem(422, "validation_failed");
         let error = &problem["errors"][0];
         assert_eq!(error["parameter"], name, "{query}");
         assert!(error.get("pointer").is_none(), "{query}: {error}");
@@ -933,12 +935,12 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
             "{query}: {error}"
         );
     }
-    let answer = server
+    let response = server
         .get(format!("{path}?limit=0&sort=x&completed=y"))
         .bearer(&ann.access_token)
         .send()
         .await;
-    let problem = answer.problem(422, "validation_failed");
+    let problem = response.problem(422, "validation_failed");
     let mut named: Vec<_> = problem["errors"]
         .as_array()
         .unwrap()
@@ -946,11 +948,11 @@ async fn a_list_parameter_that_is_ill_formed_or_doubled_is_named() {
         .map(|e| e["parameter"].as_str().unwrap())
         .collect();
     named.sort_unstable();
-    assert_eq!(named, ["completed", "limit", "sort"], "every fault at once");
+    assert_eq!(named, ["completed", "limit", "sort"], "all errors at once");
 }
 
 #[tokio::test]
-async fn the_bulk_delete_takes_completed_true_only_and_else_deletes_nothing() {
+async fn delete_completed_requires_completed_true() {
     let server = Server::start().await;
     let ann = server.user().await;
     create(&server, &ann, json!({"title": "a", "completed": true}))
@@ -983,9 +985,9 @@ async fn the_bulk_delete_takes_completed_true_only_and_else_deletes_nothing() {
     assert_eq!(list.as_array().unwrap().len(), 1);
 }
 
-// FR-005, FR-014, FR-015: the last gate is the database.
+// FR-005, FR-014, FR-015
 #[tokio::test]
-async fn the_schema_itself_refuses_what_must_not_be() {
+async fn the_schema_rejects_invalid_rows() {
     let server = Server::start().await;
     let ann = server.user().await;
     ann.create_task(&server, "a").await;
@@ -996,10 +998,10 @@ async fn the_schema_itself_refuses_what_must_not_be() {
              select {values} from users u cross join tasks t"
         )
     };
-    let sound = task("u.id, gen_random_uuid(), 'x', null, false, now(), now()");
-    sql.execute(&sound, &[])
+    let valid = task("u.id, gen_random_uuid(), 'x', null, false, now(), now()");
+    sql.execute(&valid, &[])
         .await
-        .expect("a sound row is taken");
+        .expect("a valid row is accepted");
     let user = |values: &str| {
         format!(
             "insert into users (id, email, password_hash, created_at, updated_at)
@@ -1016,7 +1018,7 @@ async fn the_schema_itself_refuses_what_must_not_be() {
         task("u.id, gen_random_uuid(), repeat('😀', 200), repeat('😀', 1000), true, now(), now()");
     sql.execute(&longest, &[])
         .await
-        .expect("the longest texts are taken");
+        .expect("the longest texts are accepted");
     for bad in [
         task("u.id, gen_random_uuid(), '', null, false, now(), now()"),
         task("u.id, gen_random_uuid(), ' ', null, false, now(), now()"),
@@ -1046,14 +1048,14 @@ async fn the_schema_itself_refuses_what_must_not_be() {
         session("gen_random_uuid(), user_id, 0, now(), now(), now(), now()"),
         session("gen_random_uuid(), user_id, 1, now(), now(), now(), null"),
     ] {
-        let refused = sql.execute(&bad, &[]).await;
-        let error = refused.expect_err(&bad);
+        let rejected = sql.execute(&bad, &[]).await;
+        let error = rejected.expect_err(&bad);
         let class = error
             .code()
-            .expect("PostgreSQL's own refusal")
+            .expect("an error of the server")
             .code()
             .to_owned();
-        // Integrity (23…) or a text that is too long (22001), not a mistake in this test.
+        // A constraint (23…) or the length (22001) rejects it, and not a mistake in this test.
         assert!(
             class.starts_with("23") || class == "22001",
             "{class}: {bad}"
