@@ -83,7 +83,7 @@ def complete(operation, body, truthful):
         body.update(email=guest.email, password=guest.password)
     elif operation in ("refresh", "logout") and truthful:
         body["refresh_token"] = (leaver if operation == "logout" else guest).refresh_token
-    elif operation in ("updateTask", "replaceTask") and not KNOWN_CHANGES & body.keys():
+    elif operation in ("updateTask", "updateTaskWithPut") and not KNOWN_CHANGES & body.keys():
         # Unknown members are ignored, and a change without known members is refused.
         body["completed"] = True
 

@@ -545,7 +545,7 @@ async fn successes(coverage: &mut Coverage, server: &Server) {
             304,
         )
         .await;
-    for id in ["replaceTask", "updateTask", "setTaskCompletion"] {
+    for id in ["updateTaskWithPut", "updateTask", "setTaskCompletion"] {
         coverage
             .expect(
                 id,
@@ -554,7 +554,7 @@ async fn successes(coverage: &mut Coverage, server: &Server) {
             )
             .await;
     }
-    for id in ["replaceTask", "updateTask", "setTaskCompletion"] {
+    for id in ["updateTaskWithPut", "updateTask", "setTaskCompletion"] {
         let stale = signed_in(coverage, id)
             .header("if-match", &tag)
             .json(json!({"completed": false}));
@@ -635,7 +635,7 @@ async fn specific_errors(coverage: &mut Coverage, server: &Server, user: &User) 
     for id in ["getTask", "deleteTask", "endSession"] {
         coverage.expect(id, signed_in(coverage, id), 404).await;
     }
-    for id in ["replaceTask", "updateTask", "setTaskCompletion"] {
+    for id in ["updateTaskWithPut", "updateTask", "setTaskCompletion"] {
         coverage
             .expect(
                 id,
