@@ -4,15 +4,15 @@
 //!
 //! | Module | Contents |
 //! |---|---|
-//! | [`cli`] | the commands, and how `serve` wires everything; `shutdown`: signals |
+//! | [`cli`] | the commands; `serve` wires the service, `shutdown` receives signals |
 //! | `http` | everything between a connection and a handler, and the handlers; see below |
+//! | `config` | the table of settings |
 //! | `auth` | tokens, passwords, revoked sessions, login rate limiting |
-//! | `error` | everything that can go wrong, and the problem that the client sees |
+//! | `error` | everything that can go wrong; `problem` describes it to clients |
 //! | [`db`] | connection pool, retries and batching; the queries of each table; migrations; purging |
-//! | [`config`] | settings |
 //! | `domain` | values that are valid by construction, such as an e-mail address or a title |
 //! | [`embedded_postgres`] | the PostgreSQL server that runs when `DATABASE_URL` is unset |
-//! | [`telemetry`] | logging and metrics |
+//! | `telemetry` | logging and metrics |
 //!
 //! Imports point down this table. `domain`, `embedded_postgres` and `telemetry` import no other
 //! module of the crate.

@@ -56,11 +56,11 @@ impl ConnectionState {
 
     /// Records that everything was written. Returns whether that completes a response.
     pub(crate) fn on_flushed(&self) -> bool {
-        let completes_response = self.responded.swap(false, Relaxed);
-        if completes_response {
+        let is_complete = self.responded.swap(false, Relaxed);
+        if is_complete {
             self.busy.store(false, Relaxed);
         }
-        completes_response
+        is_complete
     }
 
     pub(crate) fn is_busy(&self) -> bool {

@@ -2,10 +2,11 @@
 //! closed to make room for new ones.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
@@ -57,7 +58,7 @@ impl ConnectionTable {
     fn register(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> ConnectionPermit {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let state = Arc::<ConnectionState>::default();
-        self.open().insert(id, state.clone());
+        self.open.lock().insert(id, state.clone());
         ConnectionPermit {
             id,
             state,
@@ -67,7 +68,7 @@ impl ConnectionTable {
     }
 
     fn evict_idle(&self) {
-        let open = self.open();
+        let open = self.open.lock();
         let mut idle: Vec<_> = open
             .values()
             .filter_map(|state| Some((state.idle_time()?, state)))
@@ -77,10 +78,6 @@ impl ConnectionTable {
         for (_, state) in idle.iter().take(self.limit.div_ceil(EVICTED_SHARE)) {
             state.evict();
         }
-    }
-
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<ConnectionState>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,6 +91,6 @@ pub(crate) struct ConnectionPermit {
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        self.table.open().remove(&self.id);
+        self.table.open.lock().remove(&self.id);
     }
 }

@@ -12,6 +12,7 @@ use hyper::http::request::Parts;
 /// Preflights allow every method on every path: otherwise a page would see a network error instead
 /// of a 404 or 405.
 pub(crate) const ALL_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+const ALLOWED_METHODS: HeaderValue = HeaderValue::from_static(ALL_METHODS);
 const ALLOWED_HEADERS: HeaderValue = HeaderValue::from_static(
     "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, Prefer, X-Request-Id",
 );
@@ -69,10 +70,7 @@ impl Cors {
         };
         headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
         if self.is_preflight(head) {
-            headers.insert(
-                ACCESS_CONTROL_ALLOW_METHODS,
-                HeaderValue::from_static(ALL_METHODS),
-            );
+            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, ALLOWED_METHODS);
             headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, ALLOWED_HEADERS);
             headers.insert(ACCESS_CONTROL_MAX_AGE, MAX_AGE);
         } else {

@@ -18,7 +18,7 @@ use crate::http::response::{self, Response};
 macro_rules! routes {
     (|$context:ident, $body:ident| $(
         [/ $($segment:tt)/ *] {
-            $($($method:ident)|+ => $handler:expr,)+
+            $($($method:ident)|+ => $handler:expr),+ $(,)?
         }
     )+) => {
         /// Runs the handler of the request's route.
@@ -100,39 +100,17 @@ macro_rules! allow {
 }
 
 routes! { |context, body|
-    [/] {
-        GET => Ok(response::redirect("docs")),
-    }
-    [/healthz] {
-        GET => meta::healthz(),
-    }
-    [/readyz] {
-        GET => meta::readyz(context).await,
-    }
-    [/"openapi.json"] {
-        GET => Ok(meta::openapi()),
-    }
-    [/docs] {
-        GET => Ok(meta::docs(context)),
-    }
-    [/docs/{file}] {
-        GET => meta::docs_file(file),
-    }
-    [/problems/{code}] {
-        GET => meta::problem(context, code),
-    }
-    [/api/v1/auth/register] {
-        POST => auth::register(context, body).await,
-    }
-    [/api/v1/auth/login] {
-        POST => auth::login(context, body).await,
-    }
-    [/api/v1/auth/refresh] {
-        POST => auth::refresh(context, body).await,
-    }
-    [/api/v1/auth/logout] {
-        POST => auth::logout(context, body).await,
-    }
+    [/] { GET => Ok(response::redirect("docs")) }
+    [/healthz] { GET => meta::healthz() }
+    [/readyz] { GET => meta::readyz(context).await }
+    [/"openapi.json"] { GET => Ok(meta::openapi()) }
+    [/docs] { GET => Ok(meta::docs(context)) }
+    [/docs/{file}] { GET => meta::docs_file(file) }
+    [/problems/{code}] { GET => meta::problem(context, code) }
+    [/api/v1/auth/register] { POST => auth::register(context, body).await }
+    [/api/v1/auth/login] { POST => auth::login(context, body).await }
+    [/api/v1/auth/refresh] { POST => auth::refresh(context, body).await }
+    [/api/v1/auth/logout] { POST => auth::logout(context, body).await }
     [/api/v1/auth/me] {
         GET => account::me(context, authenticate(context).await?).await,
         DELETE => account::delete_me(context, authenticate(context).await?, body).await,
