@@ -19,14 +19,11 @@ impl ShutdownSignals {
         if !ignores_hangup() {
             kinds.push(SignalKind::hangup());
         }
-        kinds
-            .into_iter()
-            .map(signal)
-            .collect::<io::Result<_>>()
-            .map(Self)
+        let signals: io::Result<_> = kinds.into_iter().map(signal).collect();
+        signals.map(Self)
     }
 
-    /// Returns when the first of the signals arrives.
+    /// Waits for the first of the signals.
     pub(crate) async fn recv(&mut self) {
         poll_fn(|context| {
             let received = |signal: &mut Signal| signal.poll_recv(context).is_ready();
@@ -39,7 +36,7 @@ impl ShutdownSignals {
     }
 }
 
-/// Whether this process was started by `nohup`: a handler would undo that. Linux only.
+/// Whether SIGHUP is ignored, as under `nohup`: a handler would undo that. Linux only.
 fn ignores_hangup() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

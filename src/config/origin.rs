@@ -1,23 +1,17 @@
-//! Web origins as `CORS_ORIGINS` lists them.
+//! Web origins in `CORS_ORIGINS`.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// Pages of these schemes send `Origin: null`, or there are no such pages.
-const SCHEMES_WITHOUT_ORIGIN: [&str; 8] = [
-    "about",
-    "blob",
-    "data",
-    "file",
-    "ftp",
-    "javascript",
-    "ws",
-    "wss",
-];
+/// Pages of these schemes have the origin `null`, or do not exist.
+#[rustfmt::skip]
+const SCHEMES_WITHOUT_ORIGIN: [&str; 8] =
+    ["about", "blob", "data", "file", "ftp", "javascript", "ws", "wss"];
 
-/// Returns the origin as browsers send it (RFC 6454 section 6.2); the error says why none ever does.
-pub(crate) fn normalize_origin(text: &str) -> Result<String, String> {
+/// Returns the origin as browsers send it (RFC 6454 section 6.2). The error is the reason why no
+/// browser ever sends it.
+pub(super) fn normalize_origin(text: &str) -> Result<String, String> {
     normalize(text).map_err(|reason| match text.contains('@') {
-        // It may show a password.
+        // The text may contain a password.
         true => reason.to_owned(),
         false => format!("{text:?}: {reason}"),
     })
@@ -35,25 +29,23 @@ fn normalize(text: &str) -> Result<String, &'static str> {
     }
     let text = text.to_ascii_lowercase();
     if text == "null" {
-        return Err("any sandboxed page has the origin null, so it cannot be allowed");
+        return Err("every sandboxed page has the origin null, so it cannot be allowed");
     }
     let (scheme, rest) = text.split_once("://").unwrap_or_default();
-    let valid_scheme = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
-        && scheme
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
-    if !valid_scheme {
-        return Err("an origin begins with a scheme, like https://app.example.com");
+    let is_scheme_char = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+    if !scheme.starts_with(|c: char| c.is_ascii_alphabetic()) || !scheme.chars().all(is_scheme_char)
+    {
+        return Err("an origin starts with a scheme, like https://app.example.com");
     }
     if SCHEMES_WITHOUT_ORIGIN.contains(&scheme) {
-        return Err("pages of this scheme send no origin that could be allowed");
+        return Err("pages of this scheme have no origin that could be allowed");
     }
     let authority = rest.strip_suffix('/').unwrap_or(rest);
     if authority.contains('@') {
-        return Err("an origin has no user name and no password");
+        return Err("an origin has no user name or password");
     }
     if authority.contains(['/', '?', '#', '\\']) {
-        return Err("an origin has no path and no query");
+        return Err("an origin has no path or query");
     }
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => (host, port),
@@ -73,14 +65,19 @@ fn normalize_host(host: &str) -> Result<String, &'static str> {
         let address: Ipv6Addr = address.parse().map_err(|_| RULE)?;
         return Ok(format!("[{address}]"));
     }
-    let valid = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-    if host.is_empty() || host.starts_with('.') || host.contains("..") || !host.bytes().all(valid) {
+    let is_valid = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    if host.is_empty()
+        || host.starts_with('.')
+        || host.contains("..")
+        || !host.chars().all(is_valid)
+    {
         return Err(RULE);
     }
-    // Browsers read such a host as an IPv4 address, and send it in this form only.
+    // Browsers parse a host whose last label is numeric as an IPv4 address, and send it in dotted
+    // decimal form.
     let last = host.rsplit('.').next().unwrap_or_default();
-    let numeric = last.starts_with("0x") || last.bytes().all(|byte| byte.is_ascii_digit());
-    if !last.is_empty() && numeric && host.parse::<Ipv4Addr>().is_err() {
+    let is_numeric = last.starts_with("0x") || last.chars().all(|c| c.is_ascii_digit());
+    if !last.is_empty() && is_numeric && host.parse::<Ipv4Addr>().is_err() {
         return Err("the host must be a name or an IPv4 address of four decimal numbers");
     }
     Ok(host.to_owned())
@@ -90,9 +87,8 @@ fn parse_port(port: &str) -> Result<Option<u16>, &'static str> {
     if port.is_empty() {
         return Ok(None);
     }
-    let digits = port.bytes().all(|byte| byte.is_ascii_digit());
     match port.parse() {
-        Ok(port) if digits => Ok(Some(port)),
+        Ok(number) if !port.starts_with('+') => Ok(Some(number)),
         _ => Err("the port must be a number up to 65535"),
     }
 }

@@ -94,7 +94,7 @@ impl fmt::Display for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address => f.write_str("an address and a port like 127.0.0.1:8000"),
-            Integer(range) => write!(f, "a number from {} to {}", range.start(), range.end()),
+            Integer(range) => write!(f, "{} to {}", range.start(), range.end()),
             OneOf(words) => f.write_str(&words.join(" or ")),
             Secret(min_bytes) => write!(f, "{min_bytes} bytes or more"),
             Text => f.write_str("text"),
@@ -106,17 +106,16 @@ impl fmt::Display for Values {
 pub(crate) fn help() -> String {
     let line = |setting: &Setting| {
         let Setting { name, help, .. } = setting;
-        let mut notes = match &setting.values {
-            Integer(range) => vec![format!("{} to {}", range.start(), range.end())],
-            OneOf(words) => vec![words.join(" or ")],
-            Address | Secret(_) | Text => Vec::new(),
-        };
+        let mut notes = Vec::new();
+        if matches!(setting.values, Integer(_) | OneOf(_)) {
+            notes.push(setting.values.to_string());
+        }
         if !setting.default.is_empty() {
             notes.push(format!("default {}", setting.default));
         }
-        let notes = match notes.join(", ") {
-            none if none.is_empty() => none,
-            notes => format!(" ({notes})"),
+        let notes = match notes.is_empty() {
+            true => String::new(),
+            false => format!(" ({})", notes.join(", ")),
         };
         format!("  {name:<24}{help}{notes}")
     };
@@ -229,7 +228,7 @@ fn variable(name: &str) -> Result<Option<String>, ConfigError> {
 fn parse<T: FromStr>(name: &str, text: &str) -> Result<T, ConfigError> {
     let setting = Setting::find(name);
     let value = text.parse().ok().filter(|_| setting.accepts(text));
-    value.ok_or_else(|| ConfigError(format!("{name} must be {}", setting.values)))
+    value.ok_or_else(|| ConfigError(format!("{name} must be {}, not {text:?}", setting.values)))
 }
 
 fn read(name: &str, path: &Path) -> Result<String, ConfigError> {

@@ -1,8 +1,8 @@
 //! Child processes that end with this process, however it ends.
 //!
-//! Linux can signal a process when its parent dies, but the process has to ask for that itself,
-//! and again after a change of user. So the service starts its own program once more, which asks
-//! for the signal and then replaces itself by the program of PostgreSQL.
+//! Linux signals a process when its parent ends if the process itself has requested that, after its
+//! last change of user. So the service spawns its own program, which requests the signal and then
+//! replaces itself with a program of PostgreSQL.
 
 use std::{
     env, io,
@@ -23,15 +23,15 @@ use tokio::{
     runtime::Handle,
 };
 
-/// The first argument of this program when it is to become another; then follow the signal, the
-/// parent's pid, the other program and its arguments.
+/// The argument that makes this program replace itself. It is followed by the signal, the parent's
+/// pid, the other program and that program's arguments.
 const BECOME: &str = "--become";
 
-/// Whether this program is one that calls `become_child`, which a test is not.
+/// Whether this program calls `become_child`. The test binary does not.
 static CAN_BECOME: AtomicBool = AtomicBool::new(false);
 
-/// The first thing that `main` does: becomes a program of PostgreSQL if this process was started
-/// for that. An error is why it could not.
+/// Replaces this process with a program of PostgreSQL if it was spawned for that. Must be called
+/// before anything else. Returns an error if the program cannot be run.
 pub fn become_child() -> io::Result<()> {
     CAN_BECOME.store(cfg!(target_os = "linux"), Ordering::Relaxed);
     let mut arguments = env::args_os().skip(1);
@@ -43,7 +43,7 @@ pub fn become_child() -> io::Result<()> {
     let parent = number().and_then(Pid::from_raw);
     #[cfg(target_os = "linux")]
     rustix::process::set_parent_process_death_signal(_signal)?;
-    // The parent may have died before that.
+    // The parent may have ended before the request.
     if getppid() != parent {
         process::exit(1);
     }
@@ -51,13 +51,13 @@ pub fn become_child() -> io::Result<()> {
     Err(process::Command::new(program).args(arguments).exec())
 }
 
-/// A command that Linux sends `signal` when this process ends. Elsewhere it survives a process
-/// that is killed, and the next start stops it.
+/// A command that Linux sends `signal` when this process ends. On other systems it outlives a killed
+/// process; the next start stops it.
 pub(super) fn command(program: &Path, signal: Signal) -> Command {
     if !CAN_BECOME.load(Ordering::Relaxed) {
         return Command::new(program);
     }
-    // This very program, even if an upgrade has replaced its file.
+    // This program, even if an upgrade has replaced its file.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg(BECOME)
@@ -70,7 +70,7 @@ pub(super) fn command(program: &Path, signal: Signal) -> Command {
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The thread that spawns all children. Linux sends the signal when the *thread* that spawned the
-/// child ends, and a thread of the runtime may end at any time; this one never does.
+/// child ends. The runtime's threads may end at any time; this one never does.
 static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
     let (jobs, received) = mpsc::channel::<Job>();
     // Without the thread the channel is closed, which `spawn` reports.
@@ -87,7 +87,7 @@ pub(super) fn spawn(mut command: Command) -> io::Result<Child> {
     let (reply, child) = mpsc::channel();
     let job = move || {
         let _context = runtime.enter();
-        // The receiver waits.
+        // Fails only if the caller has panicked.
         let _ = reply.send(command.spawn());
     };
     let sent = SPAWNER.send(Box::new(job));

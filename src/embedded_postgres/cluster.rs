@@ -1,4 +1,4 @@
-//! A cluster: where it is, and its creation with initdb.
+//! A cluster and its creation with initdb.
 
 use std::{
     env,
@@ -17,23 +17,25 @@ use super::{
     path_error, run, socket_config,
 };
 
+/// Includes writing about 40 MB to a slow disk.
 const INITDB_TIMEOUT: Duration = Duration::from_secs(120);
 /// Prefix of the directories in which initdb has not finished.
 const UNFINISHED: &str = "cluster.unfinished-";
 
-/// Where a cluster is and what it is run with.
+/// A cluster and what runs it.
 #[derive(Clone)]
 pub(super) struct Cluster {
     pub(super) data_dir: PathBuf,
     pub(super) directory: PathBuf,
     pub(super) socket_dir: PathBuf,
     pub(super) installation: Installation,
-    pub(super) os_user: Option<OsUser>,
+    os_user: Option<OsUser>,
+    /// Additional settings, as `name=value`.
     pub(super) settings: Vec<String>,
 }
 
 impl Cluster {
-    /// Finds the programs for the cluster, and creates it if it is missing.
+    /// Finds the programs for the cluster, and creates the cluster if it is missing.
     pub(super) async fn open(
         data_dir: PathBuf,
         os_user: Option<OsUser>,
@@ -42,19 +44,17 @@ impl Cluster {
         let directory = data_dir.join("cluster");
         let installation = Installation::find(&directory).await?;
         let socket_dir = create_socket_dir(&data_dir, os_user.as_ref())?;
-        let mut all_settings = access::write_rules(&data_dir)?;
-        all_settings.extend(
-            settings
-                .iter()
-                .map(|(name, value)| format!("{name}={value}")),
-        );
+        let rules = access::write_rules(&data_dir)?.into_iter();
+        let settings = settings
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"));
         let cluster = Cluster {
+            settings: rules.chain(settings).collect(),
             data_dir,
             directory,
             socket_dir,
             installation,
             os_user,
-            settings: all_settings,
         };
         if !cluster.directory.exists() {
             cluster.init().await?;
@@ -62,17 +62,12 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Runs initdb in a temporary directory and renames the result: an interrupted run never counts.
+    /// Runs initdb in a temporary directory and renames it, so that the cluster is never incomplete.
     async fn init(&self) -> Result<(), Error> {
-        info!(
-            "creating a PostgreSQL {} cluster in {}",
-            self.installation.version,
-            self.directory.display()
-        );
-        self.remove_unfinished();
-        let unfinished = self
-            .data_dir
-            .join(format!("{UNFINISHED}{}", std::process::id()));
+        let (version, directory) = (&self.installation.version, self.directory.display());
+        info!("creating a PostgreSQL {version} cluster in {directory}");
+        let name = format!("{UNFINISHED}{}", std::process::id());
+        let unfinished = self.data_dir.join(name);
         // Not every system has C.UTF-8; plain C sorts the same way.
         let result = match self.initdb(&unfinished, "--locale=C.UTF-8").await {
             Err(Error(reason)) if reason.contains("locale") => {
@@ -85,7 +80,7 @@ impl Cluster {
         }
         result?;
         fs::rename(&unfinished, &self.directory).map_err(path_error("create", &self.directory))?;
-        // The new name must survive a power cut as the files in it do.
+        // The new name must survive a power failure, as the files do.
         File::open(&self.data_dir)
             .and_then(|directory| directory.sync_all())
             .map_err(path_error("sync", &self.data_dir))
@@ -98,28 +93,24 @@ impl Cluster {
         command.arg("--pgdata").arg(directory).args([
             "--encoding=UTF8",
             locale,
-            // These rules apply only if the cluster is started without ours (`access`).
+            // These rules apply only to a server that is started without those of `access`.
             "--auth-local=peer",
             "--auth-host=reject",
             &format!("--username={SUPERUSER}"),
         ]);
-        let output = run(command, INITDB_TIMEOUT).await.map_err(path_error(
-            "run",
-            &self.installation.directory.join("initdb"),
-        ))?;
+        let output = run(command, INITDB_TIMEOUT).await;
+        let output = output.map_err(path_error("run initdb in", &self.data_dir))?;
         if output.status.success() {
             return Ok(());
         }
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        Err(Error(format!(
-            "initdb failed in {}: {}",
-            self.data_dir.display(),
-            first_error_line(&stderr).unwrap_or_else(|| output.status.to_string())
-        )))
+        let reason = first_error_line(&String::from_utf8_lossy(&output.stderr));
+        let reason = reason.unwrap_or_else(|| output.status.to_string());
+        let data_dir = self.data_dir.display();
+        Err(Error(format!("initdb failed in {data_dir}: {reason}")))
     }
 
-    /// Removes what interrupted runs of initdb have left. A directory that cannot be removed is
-    /// harmless: the next has another name.
+    /// Removes the directories of interrupted runs of initdb. One that cannot be removed is harmless:
+    /// the next run uses another name.
     fn remove_unfinished(&self) {
         for entry in fs::read_dir(&self.data_dir).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED)
@@ -130,18 +121,18 @@ impl Cluster {
         }
     }
 
-    /// One of PostgreSQL's programs, run by the user that owns the cluster. If this process dies, it
-    /// receives `signal`.
+    /// A command that runs one of PostgreSQL's programs as the owner of the cluster, and that receives
+    /// `signal` if this process ends.
     pub(super) fn command(&self, program: &str, signal: Signal) -> Command {
         let mut command = child::command(&self.installation.directory.join(program), signal);
         command
-            // The environment has secrets in it, and variables such as PGPORT would change settings.
+            // The environment contains secrets, and variables such as PGPORT would change settings.
             .env_clear()
             .envs(env::var_os("PATH").map(|path| ("PATH", path)))
             .env("LC_ALL", "C")
-            // The user may not be allowed in the current directory.
+            // The user may not have access to the current directory.
             .current_dir("/")
-            // Ctrl-C on a terminal signals a whole process group; only the service handles it.
+            // Ctrl-C signals the terminal's foreground process group; only the service handles it.
             .process_group(0);
         if let Some(user) = &self.os_user {
             command.uid(user.uid).gid(user.gid);
@@ -153,7 +144,7 @@ impl Cluster {
         socket_config(&self.socket_dir, database)
     }
 
-    /// Removes a socket directory outside of `DATA_DIR`.
+    /// Removes the socket directory if it is outside of `DATA_DIR`.
     pub(super) fn remove_external_socket_dir(&self) {
         if !self.socket_dir.starts_with(&self.data_dir)
             && let Err(error) = fs::remove_dir(&self.socket_dir)
@@ -163,18 +154,18 @@ impl Cluster {
     }
 }
 
-/// The first line in which one of PostgreSQL's programs reports an error; later errors are its consequences.
+/// The first line in which one of PostgreSQL's programs reports an error: later errors follow from it.
 pub(super) fn first_error_line(text: &str) -> Option<String> {
     const LEVELS: [&str; 3] = ["FATAL:", "PANIC:", "error:"];
     let is_error = |line: &&str| {
-        // Not the refusal of a client that came too early.
+        // Except for the rejection of a client that connected too early.
         LEVELS.iter().any(|level| line.contains(level)) && !line.contains("the database system is")
     };
     let line = text
         .lines()
         .find(is_error)
         .or_else(|| text.lines().rev().find(|line| !line.trim().is_empty()))?;
-    // Without PostgreSQL's time and process id in front.
+    // Omits the time and the process id in front.
     let start = LEVELS[..2].iter().find_map(|level| line.find(level));
     Some(line[start.unwrap_or(0)..].trim().to_owned())
 }

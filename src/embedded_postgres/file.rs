@@ -1,4 +1,4 @@
-//! Files below `DATA_DIR`: no link is followed, and no other user's file is used.
+//! Files below `DATA_DIR`. Symbolic links are not followed, and other users' files are not used.
 
 use std::{
     fs::{self, File, OpenOptions, Permissions},
@@ -11,29 +11,25 @@ use rustix::{fs::OFlags, process::geteuid};
 
 use super::{Error, path_error};
 
-/// More than any file that is read whole has.
+/// Larger than any file that is read as a whole.
 const READ_LIMIT: u64 = 64 << 10;
 
-/// Whether a file of this user is as safe as one of our own.
+/// Whether files of this user are as trustworthy as our own.
 pub(super) fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }
 
 fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
     // NONBLOCK: opening a FIFO must not wait for its other end.
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = options
-        .clone()
-        .custom_flags(flags.bits() as i32)
-        .open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
-    } else {
-        Err(io::Error::other("it is not a regular file"))
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+    let file = options.clone().custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is not a regular file")),
     }
 }
 
-/// Opens a file that only this user or root can have put there.
+/// Opens a file that no user other than this one or root can have created.
 pub(super) fn open_own(path: &Path, options: &OpenOptions) -> Result<File, Error> {
     let is_link = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink());
     let file = match open_regular(path, options) {
@@ -43,15 +39,14 @@ pub(super) fn open_own(path: &Path, options: &OpenOptions) -> Result<File, Error
     let file = file.map_err(path_error("open", path))?;
     let owner = file.metadata().map_err(path_error("open", path))?.uid();
     if !is_trusted(owner) {
-        return Err(Error(format!(
-            "{} belongs to another user (id {owner}): remove it",
-            path.display()
-        )));
+        let path = path.display();
+        let reason = format!("{path} belongs to another user (id {owner}): remove it");
+        return Err(Error(reason));
     }
     Ok(file)
 }
 
-/// Reads a text file of the cluster, whose owner is the user that runs PostgreSQL.
+/// Reads a text file of the cluster, which the user that runs PostgreSQL owns.
 pub(super) fn read(path: &Path) -> io::Result<String> {
     let file = open_regular(path, OpenOptions::new().read(true))?;
     let mut text = String::new();
@@ -59,21 +54,18 @@ pub(super) fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// Writes a file under a temporary name and renames it: it is never incomplete.
+/// Writes a file under a temporary name and renames it, so that it is never incomplete.
 pub(super) fn replace_file(path: &Path, mode: u32, text: &str) -> Result<(), Error> {
     let unfinished = path.with_added_extension("unfinished");
     let write = || {
-        if let Err(error) = fs::remove_file(&unfinished)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            return Err(error);
-        }
-        let mut file = OpenOptions::new()
+        remove_if_exists(&unfinished)?;
+        let mut options = OpenOptions::new();
+        let mut file = options
             .create_new(true)
             .write(true)
             .mode(mode)
             .open(&unfinished)?;
-        // Undoes the umask.
+        // Not subject to the umask.
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
@@ -83,4 +75,11 @@ pub(super) fn replace_file(path: &Path, mode: u32, text: &str) -> Result<(), Err
         fs::remove_file(&unfinished).ok();
         path_error("write", path)(error)
     })
+}
+
+pub(super) fn remove_if_exists(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }

@@ -13,8 +13,8 @@ use super::{Error, file, path_error, run};
 const MIN_MAJOR: u32 = 13;
 const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where distributions install PostgreSQL: directories with subdirectories that begin with the
-/// name and contain `bin`.
+/// Where distributions install PostgreSQL: a directory, and the prefix of those of its
+/// subdirectories that have the programs in `bin`.
 const SEARCH_PATHS: [(&str, &str); 8] = [
     ("/usr/lib/postgresql", ""),
     ("/usr", "pgsql-"),
@@ -34,55 +34,51 @@ pub(super) struct Installation {
 }
 
 impl Installation {
-    /// The newest on this machine that fits the cluster: the same major version, or any supported
-    /// version for a new cluster.
+    /// Finds the newest installation that can run the cluster: one of the cluster's major version,
+    /// or any supported version for a new cluster.
     pub(super) async fn find(cluster: &Path) -> Result<Installation, Error> {
-        let wanted = match file::read(&cluster.join("PG_VERSION")) {
+        let version_file = cluster.join("PG_VERSION");
+        let required = match file::read(&version_file) {
             Ok(version) => Some(major_minor(&version).0),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(path_error("read", &cluster.join("PG_VERSION"))(error)),
+            Err(error) => return Err(path_error("read", &version_file)(error)),
         };
-        let found = Installation::all().await;
-        let newest = found
-            .iter()
-            .filter(|installation| {
-                let major = major_minor(&installation.version).0;
-                wanted.map_or(major >= MIN_MAJOR, |wanted| major == wanted)
-            })
-            .max_by_key(|installation| major_minor(&installation.version));
-        if let Some(installation) = newest {
-            return Ok(installation.clone());
+        let mut found = Installation::find_all().await;
+        found.sort_by_key(|installation| major_minor(&installation.version));
+        let is_suitable = |installation: &&Installation| {
+            let (major, _) = major_minor(&installation.version);
+            required.map_or(major >= MIN_MAJOR, |required| major == required)
+        };
+        if let Some(newest) = found.iter().rfind(is_suitable) {
+            return Ok(newest.clone());
         }
         let mut versions: Vec<_> = found.iter().map(|found| found.version.as_str()).collect();
         versions.dedup();
-        let there = match versions.join(", ") {
-            none if none.is_empty() => String::new(),
-            versions => format!(" (there is {versions})"),
+        let installed = match versions.join(", ") {
+            none if none.is_empty() => none,
+            versions => format!(" (installed: {versions})"),
         };
-        Err(Error(match wanted {
+        Err(Error(match required {
             Some(major) => format!(
-                "the data in {} was written by PostgreSQL {major}, which is not installed{there}: \
+                "the data in {} was written by PostgreSQL {major}, which is not installed{installed}: \
                  install it as well (Debian, Ubuntu: apt install postgresql-{major}; macOS: brew install postgresql@{major}), \
                  then move the data as docs/operations.md says under “A new major version of PostgreSQL”",
                 cluster.display()
             ),
             None => format!(
-                "no PostgreSQL {MIN_MAJOR} or later on this machine{there}: install it \
+                "there is no PostgreSQL {MIN_MAJOR} or later on this machine{installed}: install it \
                  (Debian, Ubuntu: apt install postgresql; macOS: brew install postgresql@17) or set DATABASE_URL"
             ),
         }))
     }
 
-    async fn all() -> Vec<Installation> {
-        let mut directories: Vec<PathBuf> = env::var_os("PATH")
-            .map(|path| env::split_paths(&path).collect())
-            .unwrap_or_default();
+    async fn find_all() -> Vec<Installation> {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let mut directories: Vec<PathBuf> = env::split_paths(&path).collect();
         for (parent, prefix) in SEARCH_PATHS {
-            for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-                if entry.file_name().to_string_lossy().starts_with(prefix) {
-                    directories.push(entry.path().join("bin"));
-                }
-            }
+            let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+            let entries = entries.filter(|e| e.file_name().to_string_lossy().starts_with(prefix));
+            directories.extend(entries.map(|entry| entry.path().join("bin")));
         }
         let mut found = Vec::new();
         for directory in directories {
@@ -97,7 +93,7 @@ impl Installation {
     }
 }
 
-/// `15.8` out of `postgres (PostgreSQL) 15.8 (Debian 15.8-0+deb12u1)`.
+/// Returns `15.8` if the program prints `postgres (PostgreSQL) 15.8 (Debian 15.8-0+deb12u1)`.
 async fn version_of(postgres: &Path) -> Option<String> {
     let mut command = Command::new(postgres);
     command.arg("--version");
@@ -106,19 +102,14 @@ async fn version_of(postgres: &Path) -> Option<String> {
     text.split_whitespace().nth(2).map(str::to_owned)
 }
 
-/// (15, 8) of `15.8`, (18, 0) of `18beta1`.
+/// Parses `15.8` as (15, 8) and `18beta1` as (18, 0).
 fn major_minor(version: &str) -> (u32, u32) {
-    let mut numbers = version
-        .trim()
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|number| number.parse().unwrap_or(0));
-    let major = numbers.next().unwrap_or(0);
-    let minor = if version.contains('.') {
-        numbers.next()
-    } else {
-        None
+    let (major, minor) = version.split_once('.').unwrap_or((version, ""));
+    let number = |text: &str| {
+        let digits = text.split(|c: char| !c.is_ascii_digit()).next();
+        digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
     };
-    (major, minor.unwrap_or(0))
+    (number(major), number(minor))
 }
 
 #[cfg(test)]

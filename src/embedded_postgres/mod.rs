@@ -1,4 +1,4 @@
-//! The embedded PostgreSQL, which the service runs itself when `DATABASE_URL` is unset.
+//! The embedded PostgreSQL, which the service runs if `DATABASE_URL` is unset.
 //!
 //! `DATA_DIR` contains:
 //!
@@ -6,13 +6,13 @@
 //! |---|---|
 //! | `lock` | locked while a service runs on this directory |
 //! | `cluster/` | PostgreSQL's data directory |
-//! | `socket/` | the only address it listens on, mode 0700 (in a temporary directory if this path is too long for a socket) |
-//! | `pg_hba.conf`, `pg_ident.conf` | who may connect |
+//! | `socket/` | the only address that PostgreSQL listens on (in a temporary directory if this path is too long for a socket) |
+//! | `pg_hba.conf`, `pg_ident.conf` | the rules that say who can connect |
 //! | `postgres.log` | PostgreSQL's log |
 //! | `jwt-secret` | the secret that signs tokens, created at the first start |
 //!
-//! A server is stopped with [`Postgres::stop`]; one that a crash left behind is stopped before
-//! the next is started. In between a supervisor restarts it when it dies.
+//! A supervisor restarts the server if it ends unexpectedly. A server that is still running after
+//! the service crashed is stopped before the next one is started.
 
 mod access;
 mod child;
@@ -43,7 +43,7 @@ use os_user::OsUser;
 const SUPERUSER: &str = "todo";
 const DATABASE: &str = "todo";
 
-/// Why the embedded PostgreSQL is not available: one line for the operator.
+/// The embedded PostgreSQL is unavailable: one line for the operator.
 #[derive(Debug)]
 pub struct Error(String);
 
@@ -70,7 +70,7 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Creates the cluster in `data_dir` if there is none, starts it and waits until it accepts connections.
+    /// Starts PostgreSQL, in a new cluster if there is none, and waits until it accepts connections.
     pub async fn start(data_dir: &Path) -> Result<Postgres, Error> {
         Postgres::start_with(data_dir, &[]).await
     }
@@ -87,19 +87,12 @@ impl Postgres {
             }
             opened => opened?,
         };
-        info!(
-            "starting embedded PostgreSQL {} in {}",
-            cluster.installation.version,
-            cluster.directory.display()
-        );
+        let (version, directory) = (&cluster.installation.version, cluster.directory.display());
+        info!("starting embedded PostgreSQL {version} in {directory}");
         let server = cluster.launch().await?;
         let (stop, stopped) = oneshot::channel();
-        let supervisor = tokio::spawn(supervisor::supervise(
-            cluster.clone(),
-            server,
-            stopped,
-            lock,
-        ));
+        let supervise = supervisor::supervise(cluster.clone(), server, stopped, lock);
+        let supervisor = tokio::spawn(supervise);
         Ok(Postgres {
             cluster,
             stop,
@@ -107,7 +100,7 @@ impl Postgres {
         })
     }
 
-    /// How to connect: through the socket, without a password.
+    /// The configuration of a connection through the socket, without a password.
     pub fn config(&self) -> tokio_postgres::Config {
         self.cluster.config(DATABASE)
     }
@@ -127,34 +120,34 @@ impl Postgres {
         &self.cluster.installation.version
     }
 
-    /// Shuts PostgreSQL down and waits for its end.
+    /// Shuts PostgreSQL down and waits until it has ended.
     pub async fn stop(self) {
         drop(self.stop);
         // A supervisor that panicked has dropped its server, which signals it to stop.
         if let Err(error) = self.supervisor.await {
-            error!("the supervisor of the embedded PostgreSQL failed: {error}");
+            error!("the supervisor of embedded PostgreSQL failed: {error}");
         }
     }
 }
 
-/// The version of PostgreSQL that a start on `data_dir` would run, or the error that it would
+/// Returns the version of PostgreSQL that [`Postgres::start`] would run, or the error that it would
 /// return. Creates nothing.
 pub async fn dry_run(data_dir: &Path) -> Result<String, Error> {
-    let data_dir = if data_dir.exists() {
-        data_dir::check(data_dir)?.0
+    if data_dir.exists() {
+        data_dir::check(data_dir)?;
     } else {
         data_dir::check_missing(data_dir)?;
-        data_dir.to_owned()
-    };
+    }
     Ok(Installation::find(&data_dir.join("cluster")).await?.version)
 }
 
-/// Whether a service has created its cluster in `data_dir`.
+/// Whether `data_dir` contains a cluster.
 pub fn has_cluster(data_dir: &Path) -> bool {
     data_dir.join("cluster").exists()
 }
 
-/// How to connect to the embedded PostgreSQL of a service that runs on `data_dir`; `None` if none runs.
+/// The configuration of a connection to the embedded PostgreSQL of the service that runs on
+/// `data_dir`, if there is one.
 pub fn running_config(data_dir: &Path) -> Result<Option<tokio_postgres::Config>, Error> {
     if !data_dir.exists() {
         return Ok(None);
@@ -164,7 +157,7 @@ pub fn running_config(data_dir: &Path) -> Result<Option<tokio_postgres::Config>,
         return Ok(None);
     }
     let pid_file = file::read(&data_dir.join("cluster/postmaster.pid")).unwrap_or_default();
-    // The fifth line is the directory of the socket.
+    // The fifth line is the socket directory.
     let socket_dir = pid_file.lines().nth(4);
     Ok(socket_dir.map(|directory| socket_config(Path::new(directory), DATABASE)))
 }
@@ -179,16 +172,14 @@ fn socket_config(socket_dir: &Path, database: &str) -> tokio_postgres::Config {
     config
 }
 
-/// Runs a program to its end, or kills it when the time is over.
-async fn run(mut command: Command, limit: Duration) -> io::Result<Output> {
+/// Runs a program and returns its output. Kills it at the timeout.
+async fn run(mut command: Command, time_limit: Duration) -> io::Result<Output> {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let output = child::spawn(command)?.wait_with_output();
-    timeout(limit, output).await.map_err(|_| {
-        let message = format!("still running after {} s", limit.as_secs());
-        io::Error::new(io::ErrorKind::TimedOut, message)
-    })?
+    let output = timeout(time_limit, output).await;
+    output.map_err(|_| io::Error::other(format!("still running after {time_limit:?}")))?
 }

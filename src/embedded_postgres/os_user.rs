@@ -1,6 +1,6 @@
 //! The system user that runs PostgreSQL if the service is root: PostgreSQL refuses to run as root.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, process::Command};
 
 use rustix::process::geteuid;
 
@@ -8,7 +8,7 @@ use super::Error;
 
 #[derive(Clone)]
 pub(super) struct OsUser {
-    pub(super) name: String,
+    name: String,
     pub(super) uid: u32,
     pub(super) gid: u32,
 }
@@ -19,18 +19,16 @@ impl OsUser {
         if !geteuid().is_root() {
             return Ok(None);
         }
-        if let Ok(owner) = fs::symlink_metadata(cluster)
-            && owner.uid() != 0
-        {
-            return Ok(Some(OsUser {
+        match fs::symlink_metadata(cluster) {
+            Ok(owner) if owner.uid() != 0 => Ok(Some(OsUser {
                 name: format!("with id {}", owner.uid()),
                 uid: owner.uid(),
                 gid: owner.gid(),
-            }));
+            })),
+            _ => OsUser::unprivileged().map(Some).ok_or_else(|| {
+                Error("PostgreSQL cannot run as root, and there is no user postgres or nobody to run it as".into())
+            }),
         }
-        OsUser::unprivileged().map(Some).ok_or_else(|| {
-            Error("PostgreSQL does not run as root, and there is no user postgres or nobody to run it as".into())
-        })
     }
 
     pub(super) fn unprivileged() -> Option<OsUser> {
@@ -43,37 +41,31 @@ impl OsUser {
         })
     }
 
-    /// Checks that PostgreSQL can reach its files: every directory on the way must let this user pass.
+    /// Checks that this user can reach `directory`, whose missing parts will be created accordingly.
     pub(super) fn check_traversable(&self, directory: &Path) -> Result<(), Error> {
-        match directory
-            .ancestors()
-            .find(|ancestor| !self.may_traverse(ancestor))
-        {
-            None => Ok(()),
-            Some(closed) => Err(Error(format!(
-                "DATA_DIR {} cannot be reached by user {}, as which PostgreSQL runs if todo-api runs as root: \
-                 {} is closed to it; set DATA_DIR to another directory, such as /var/lib/todo-api",
-                directory.display(),
-                self.name,
-                closed.display()
-            ))),
-        }
+        let mut ancestors = directory.ancestors();
+        let Some(closed) = ancestors.find(|ancestor| !self.may_traverse(ancestor)) else {
+            return Ok(());
+        };
+        let (directory, closed, user) = (directory.display(), closed.display(), &self.name);
+        Err(Error(format!(
+            "user {user}, as which PostgreSQL runs if todo-api runs as root, cannot reach DATA_DIR {directory}: \
+             {closed} is closed to it; set DATA_DIR to another directory, such as /var/lib/todo-api"
+        )))
     }
 
     fn may_traverse(&self, directory: &Path) -> bool {
-        let Ok(directory) = fs::metadata(directory) else {
-            // A missing directory will be created with the right mode.
-            return true;
-        };
-        // The first class that applies decides, as it does in the kernel.
-        let needed = if directory.uid() == self.uid {
-            0o100
-        } else if directory.gid() == self.gid {
-            0o010
-        } else {
-            0o001
-        };
-        directory.mode() & needed != 0
+        // As in the kernel, the first class that applies decides.
+        fs::metadata(directory).map_or(true, |meta| {
+            let needed = if meta.uid() == self.uid {
+                0o100
+            } else if meta.gid() == self.gid {
+                0o010
+            } else {
+                0o001
+            };
+            meta.mode() & needed != 0
+        })
     }
 }
 
@@ -81,17 +73,14 @@ impl OsUser {
 pub(super) fn user_name(uid: u32) -> Result<String, Error> {
     id("-un", &uid.to_string()).ok_or_else(|| {
         Error(format!(
-            "user id {uid} has no name on this machine, which PostgreSQL needs \
+            "user id {uid} has no name on this machine, which PostgreSQL requires \
              (with systemd's DynamicUser: apt install libnss-systemd)"
         ))
     })
 }
 
-fn id(which: &str, user: &str) -> Option<String> {
-    let output = std::process::Command::new("id")
-        .args([which, user])
-        .output()
-        .ok()?;
+fn id(option: &str, user: &str) -> Option<String> {
+    let output = Command::new("id").args([option, user]).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     (output.status.success()).then(|| text.trim().to_owned())
 }

@@ -1,4 +1,4 @@
-//! The server that runs on a cluster: start, readiness, shutdown.
+//! Starting and stopping the server on a cluster.
 
 use std::{
     fs::{self, OpenOptions},
@@ -25,17 +25,18 @@ use super::{
     path_error, run,
 };
 
-/// A longer log is rotated at a start; one previous log is kept.
+/// A longer log is rotated at the next start; one previous log is kept.
 const LOG_LIMIT: u64 = 16 << 20;
 
-/// Replaying the WAL after a crash is part of a start.
+/// Includes replaying the WAL after a crash.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
-/// Backends of a killed server notice its end within moments, unless they run a query.
+/// Backends of a killed server end at once, unless they are running a query.
 const STALE_BACKENDS_TIMEOUT: Duration = Duration::from_secs(30);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Fast, then immediate (the next start replays the WAL, nothing is lost), then by force.
+/// The signals that shut the server down and the time each one gets: fast, immediate (the next start
+/// replays the WAL, so nothing is lost), kill.
 const SHUTDOWN: [(Signal, Duration); 3] = [
     (Signal::INT, Duration::from_secs(10)),
     (Signal::QUIT, Duration::from_secs(6)),
@@ -47,6 +48,7 @@ impl Cluster {
     pub(super) async fn launch(&self) -> Result<Server, Error> {
         self.stop_stale_server().await?;
         self.remove_socket()?;
+        let data_dir = self.data_dir.display();
         let deadline = Instant::now() + STALE_BACKENDS_TIMEOUT;
         let mut server = loop {
             let mut server = self.spawn()?;
@@ -54,14 +56,12 @@ impl Cluster {
                 break server;
             };
             server.shut_down().await;
-            // Backends of a killed server still hold its shared memory.
+            // Backends of a killed server still use its shared memory.
             let stale_backends =
                 reason.contains("shared memory block") || reason.contains("lock file");
             if !stale_backends || Instant::now() > deadline {
-                return Err(Error(format!(
-                    "embedded PostgreSQL in {} does not start: {reason}",
-                    self.data_dir.display()
-                )));
+                let reason = format!("embedded PostgreSQL in {data_dir} does not start: {reason}");
+                return Err(Error(reason));
             }
             sleep(RETRY_INTERVAL).await;
         };
@@ -73,10 +73,8 @@ impl Cluster {
             Err(_) => "no response".into(),
         };
         server.shut_down().await;
-        Err(Error(format!(
-            "embedded PostgreSQL in {} cannot be used: {reason}",
-            self.data_dir.display()
-        )))
+        let reason = format!("embedded PostgreSQL in {data_dir} cannot be used: {reason}");
+        Err(Error(reason))
     }
 
     fn spawn(&self) -> Result<Server, Error> {
@@ -85,42 +83,39 @@ impl Cluster {
             let previous = self.data_dir.join("postgres.log.1");
             fs::rename(&log_path, &previous).map_err(path_error("rename", &log_path))?;
         }
-        let log = open_own(
-            &log_path,
-            OpenOptions::new().create(true).append(true).mode(0o600),
-        )?;
+        let mut options = OpenOptions::new();
+        let log = open_own(&log_path, options.create(true).append(true).mode(0o600))?;
         let log_start = log.metadata().map_or(0, |log| log.len());
 
-        // On SIGQUIT it does not wait for queries or for a checkpoint: the next start replays the WAL.
+        // SIGQUIT waits neither for queries nor for a checkpoint: the next start replays the WAL.
         let mut command = self.command("postgres", Signal::QUIT);
         command.arg("-D").arg(&self.directory);
-        // Quoted, because the setting is a list separated by commas.
+        // Quoted, because the setting is a comma-separated list.
         let socket_dir = format!("unix_socket_directories=\"{}\"", self.socket_dir.display());
-        for setting in [
+        let settings = [
             "listen_addresses=",
             "port=5432",
             &socket_dir,
             "unix_socket_permissions=0700",
             "logging_collector=off",
-            // The JIT compiler needs memory that is writable and executable, which a hardened unit
-            // forbids: an expensive search would fail. None of our statements is faster with it.
+            // The JIT compiler needs memory that is writable and executable, which the systemd unit
+            // forbids: an expensive search would fail. JIT makes no statement of the service faster.
             "jit=off",
             // A line for each checkpoint would fill the log.
             "log_checkpoints=off",
-        ] {
-            command.args(["-c", setting]);
-        }
-        for setting in &self.settings {
+        ];
+        for setting in settings
+            .into_iter()
+            .chain(self.settings.iter().map(|s| &**s))
+        {
             command.args(["-c", setting]);
         }
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
-        let child = child::spawn(command).map_err(path_error(
-            "run",
-            &self.installation.directory.join("postgres"),
-        ))?;
+        let child = child::spawn(command);
+        let child = child.map_err(path_error("start PostgreSQL in", &self.data_dir))?;
         Ok(Server {
             child,
             log_path,
@@ -128,7 +123,8 @@ impl Cluster {
         })
     }
 
-    /// Stops a server on this cluster that outlived its service. It is unused: we hold the lock.
+    /// Stops a server on this cluster that outlived its service. No other service uses it: the caller
+    /// holds the lock.
     pub(super) async fn stop_stale_server(&self) -> Result<(), Error> {
         let pid_file = self.directory.join("postmaster.pid");
         let Some(pid) = file::read(&pid_file)
@@ -139,17 +135,17 @@ impl Cluster {
         };
         if !self.is_our_postmaster(pid).await {
             if test_kill_process(pid).is_ok() {
-                // The pid was reused by another process. PostgreSQL would believe the file; real
-                // leftovers are detected by their shared memory.
+                // The pid has been reused, but PostgreSQL would take that process for a server. It
+                // detects real servers by their shared memory.
                 fs::remove_file(&pid_file).map_err(path_error("remove", &pid_file))?;
             }
             return Ok(());
         }
-        info!("stopping the PostgreSQL that an earlier run has left (process {pid})");
-        for (signal, limit) in SHUTDOWN {
-            // It may end between the check and the signal.
+        info!("stopping the PostgreSQL of an earlier run pid={pid}");
+        for (signal, time_limit) in SHUTDOWN {
+            // The process may have ended since the check.
             let _ = kill_process(pid, signal);
-            let deadline = Instant::now() + limit;
+            let deadline = Instant::now() + time_limit;
             while Instant::now() < deadline {
                 if !self.is_our_postmaster(pid).await {
                     return Ok(());
@@ -157,23 +153,17 @@ impl Cluster {
                 sleep(POLL_INTERVAL).await;
             }
         }
+        let data_dir = self.data_dir.display();
         Err(Error(format!(
-            "a PostgreSQL from an earlier run (process {pid}) still runs in {} and does not stop",
-            self.data_dir.display()
+            "the PostgreSQL of an earlier run (process {pid}) in {data_dir} does not stop"
         )))
     }
 
-    /// Removes the socket files of a killed server: the lock file there contains a pid, too, which
-    /// may have been reused.
+    /// Removes the socket files of a killed server: the pid in the lock file may have been reused.
     fn remove_socket(&self) -> Result<(), Error> {
         for name in [SOCKET_NAME.to_owned(), format!("{SOCKET_NAME}.lock")] {
             let path = self.socket_dir.join(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(path_error("remove", &path)(error));
-                }
-                _ => {}
-            }
+            file::remove_if_exists(&path).map_err(path_error("remove", &path))?;
         }
         Ok(())
     }
@@ -181,7 +171,7 @@ impl Cluster {
     /// Whether this process is a PostgreSQL server on this cluster.
     async fn is_our_postmaster(&self, pid: Pid) -> bool {
         if cfg!(target_os = "linux") {
-            // Its working directory is its data directory. A zombie has none and does not count.
+            // A server's working directory is the cluster. A zombie has no working directory.
             let process = PathBuf::from(format!("/proc/{pid}"));
             return fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd == self.directory)
                 && fs::read_to_string(process.join("comm"))
@@ -195,7 +185,7 @@ impl Cluster {
         })
     }
 
-    /// Creates the database if the cluster has none yet.
+    /// Creates the service's database if it is missing.
     async fn create_database(&self) -> Result<(), tokio_postgres::Error> {
         match self.config(DATABASE).connect(NoTls).await {
             Ok(_) => return Ok(()),
@@ -213,11 +203,11 @@ impl Cluster {
     }
 }
 
-/// A server that this process started; dropped, it is signalled to shut down.
+/// A server that this process started. Signalled to shut down on drop.
 pub(super) struct Server {
     child: Child,
     log_path: PathBuf,
-    /// Where its own lines begin in the log.
+    /// The length of the log at the start.
     log_start: u64,
 }
 
@@ -226,7 +216,7 @@ impl Server {
         self.child.wait().await
     }
 
-    /// Waits until the server accepts connections, or returns why it does not.
+    /// Waits until the server accepts connections. The error is the reason why it does not.
     async fn wait_ready(&mut self, cluster: &Path) -> Result<(), String> {
         let pid = self.child.id().map(|pid| pid.to_string());
         let deadline = Instant::now() + START_TIMEOUT;
@@ -234,8 +224,8 @@ impl Server {
             if let Some(status) = self.child.try_wait().map_err(|error| error.to_string())? {
                 return Err(self.startup_error().unwrap_or_else(|| status.to_string()));
             }
-            // PostgreSQL writes its state to the eighth line, where pg_ctl reads it: this needs no
-            // connection and logs no refused one.
+            // The eighth line is the server's state, which pg_ctl reads as well. Connecting instead
+            // would log each rejected attempt.
             let text = file::read(&cluster.join("postmaster.pid")).unwrap_or_default();
             let mut lines = text.lines();
             if lines.next().map(str::trim) == pid.as_deref()
@@ -248,7 +238,7 @@ impl Server {
         Err(format!("not ready after {} s", START_TIMEOUT.as_secs()))
     }
 
-    /// The error that it wrote to the log.
+    /// The error that the server has logged.
     fn startup_error(&self) -> Option<String> {
         let mut log = open_own(&self.log_path, OpenOptions::new().read(true)).ok()?;
         log.seek(SeekFrom::Start(self.log_start)).ok()?;
@@ -258,17 +248,17 @@ impl Server {
     }
 
     pub(super) async fn shut_down(&mut self) {
-        for (signal, limit) in SHUTDOWN {
+        for (signal, time_limit) in SHUTDOWN {
             self.signal(signal);
-            if timeout(limit, self.child.wait()).await.is_ok() {
+            if timeout(time_limit, self.child.wait()).await.is_ok() {
                 return;
             }
-            warn!("embedded PostgreSQL has not stopped after {limit:?}");
+            warn!("embedded PostgreSQL has not stopped after {time_limit:?}");
         }
     }
 
     fn signal(&self, signal: Signal) {
-        // A child that was waited for has no pid any more, so no other process can be hit.
+        // A child that has been waited for has no id, so no other process can receive the signal.
         if let Some(pid) = self.child.id().and_then(|id| Pid::from_raw(id as i32)) {
             let _ = kill_process(pid, signal);
         }

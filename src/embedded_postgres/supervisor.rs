@@ -1,6 +1,6 @@
-//! Restarts PostgreSQL when it dies.
+//! Restarts PostgreSQL when it ends unexpectedly.
 
-use std::{fs::File, io, process::ExitStatus, time::Duration};
+use std::{fs::File, time::Duration};
 
 use log::{error, info, warn};
 use tokio::{
@@ -12,7 +12,7 @@ use super::{Cluster, server::Server};
 
 const MIN_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-/// A server that ran this long did start well: the backoff begins again.
+/// A server that has run for this long resets the backoff.
 const BACKOFF_RESET: Duration = Duration::from_secs(60);
 
 /// Keeps PostgreSQL running until `stop` is dropped, then shuts it down. Holds the lock until then.
@@ -29,17 +29,15 @@ pub(super) async fn supervise(
             _ = &mut stop => break,
             status = server.wait() => status,
         };
+        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+        error!("embedded PostgreSQL ended unexpectedly ({status}), restarting it");
         if started.elapsed() > BACKOFF_RESET {
             backoff = MIN_BACKOFF;
         }
-        error!(
-            "embedded PostgreSQL ended unexpectedly ({}), restarting it",
-            outcome(status)
-        );
         server = tokio::select! {
             server = relaunch(&cluster, &mut backoff) => server,
             _ = &mut stop => {
-                // The start that was abandoned has been signalled to stop; this waits for it.
+                // Waits for the end of a server that the abandoned launch has signalled to stop.
                 if let Err(error) = cluster.stop_stale_server().await {
                     warn!("{error}");
                 }
@@ -52,7 +50,7 @@ pub(super) async fn supervise(
     cluster.remove_external_socket_dir();
 }
 
-/// Retries until the server runs, with a longer pause after each attempt.
+/// Launches the server, retrying with exponential backoff until it runs.
 async fn relaunch(cluster: &Cluster, backoff: &mut Duration) -> Server {
     loop {
         sleep(*backoff).await;
@@ -62,8 +60,4 @@ async fn relaunch(cluster: &Cluster, backoff: &mut Duration) -> Server {
             Err(error) => warn!("{error}; retrying in {} ms", backoff.as_millis()),
         }
     }
-}
-
-fn outcome(status: io::Result<ExitStatus>) -> String {
-    status.map_or_else(|error| error.to_string(), |status| status.to_string())
 }
