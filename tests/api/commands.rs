@@ -1,4 +1,4 @@
-//! What the binary does besides serving.
+//! The commands other than `serve`.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server};
 use serde_json::json;
 
-/// Runs a command to its end with a line on its standard input and nothing else in its environment.
+/// Runs a command with this standard input, and with these variables alone in its environment.
 fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_todo-api"))
         .args(arguments)
@@ -36,11 +36,11 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// As a terminal may send it: with the accents apart.
+/// With combining accents, as some terminals send it.
 const NEW_PASSWORD: &str = "seven Co\u{308}pper ke\u{301}ttles";
 
 #[tokio::test]
-async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
+async fn set_password_lifts_lockouts_and_revokes_sessions() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let ben = server.user().await;
@@ -80,7 +80,7 @@ async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
         .send()
         .await
         .problem(401, "invalid_refresh_token");
-    // Every lockout of the account was lifted, and nobody else noticed.
+    // No lockout of the account is left, and other users are not affected.
     let left = "select count(distinct account) from login_failures";
     let left: i64 = sql.query_one(left, &[]).await.expect("a count").get(0);
     assert_eq!(left, 2);
@@ -91,7 +91,7 @@ async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
         .await
         .expect(200);
 
-    for (email, password, says) in [
+    for (email, password, expected) in [
         ("nobody@example.com", NEW_PASSWORD, "no account"),
         ("ann@example.com", "password", "guessed"),
         ("ann@example.com", "short", "8 characters"),
@@ -103,12 +103,12 @@ async fn set_password_lets_somebody_back_in_and_ends_their_sessions() {
             &format!("{password}\n"),
         );
         assert!(!output.status.success());
-        assert!(stderr(&output).contains(says), "{}", stderr(&output));
+        assert!(stderr(&output).contains(expected), "{}", stderr(&output));
     }
 }
 
 #[tokio::test]
-async fn set_password_reaches_the_private_postgresql_of_a_running_service() {
+async fn set_password_and_check_work_beside_a_running_service() {
     let data = DataDir::new();
     let service = Process::spawn(
         &[],
@@ -141,7 +141,7 @@ async fn set_password_reaches_the_private_postgresql_of_a_running_service() {
 }
 
 #[tokio::test]
-async fn no_command_but_serve_creates_a_database() {
+async fn only_serve_creates_a_database() {
     let data = DataDir::new();
     let variables = [("DATA_DIR", data.text())];
     for (arguments, code) in [
@@ -158,12 +158,12 @@ async fn no_command_but_serve_creates_a_database() {
                 "{said}"
             );
         }
-        assert!(!data.path().exists(), "{arguments:?} created something");
+        assert!(!data.path().exists(), "{arguments:?} created a directory");
     }
 }
 
 #[tokio::test]
-async fn a_command_starts_an_embedded_postgresql_that_rests_and_stops_it_again() {
+async fn commands_start_a_stopped_embedded_postgres_and_stop_it_again() {
     let data = DataDir::new();
     let variables = [
         ("DATA_DIR", data.text()),
@@ -199,7 +199,7 @@ async fn errors_of_set_password_name_the_database() {
 }
 
 #[test]
-fn output_that_nobody_reads_or_that_cannot_be_written_ends_without_a_panic() {
+fn closed_and_full_output_streams_cause_no_panic() {
     let data = DataDir::new();
     let run = |command: &str, stdout: Stdio, stderr: Stdio| {
         Command::new(env!("CARGO_BIN_EXE_todo-api"))
@@ -212,7 +212,7 @@ fn output_that_nobody_reads_or_that_cannot_be_written_ends_without_a_panic() {
             .expect("the binary ends")
     };
     for command in ["--help", "--version", "check"] {
-        // Nobody reads, as after `| head -1` has seen its line.
+        // A closed pipe, as `| head -1` leaves it.
         let (reader, writer) = std::io::pipe().expect("a pipe");
         drop(reader);
         let output = run(command, writer.into(), Stdio::piped());
@@ -236,7 +236,7 @@ fn output_that_nobody_reads_or_that_cannot_be_written_ends_without_a_panic() {
             assert_eq!(run(command, full.into(), also_full).status.code(), Some(1));
         }
     }
-    // Errors go to stderr, which may be full or closed as well.
+    // stderr, where errors go, may be closed as well.
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
     assert_eq!(
@@ -246,7 +246,7 @@ fn output_that_nobody_reads_or_that_cannot_be_written_ends_without_a_panic() {
 }
 
 #[tokio::test]
-async fn check_tells_each_setting_and_its_source_but_no_secret() {
+async fn check_prints_each_setting_and_its_source_but_no_secret() {
     let server = Server::start().await;
     let url = server.database_url();
     let variables = [
@@ -256,31 +256,31 @@ async fn check_tells_each_setting_and_its_source_but_no_secret() {
     ];
     let output = run(&["check"], &variables, "");
     assert!(output.status.success(), "{}", stderr(&output));
-    let told = stdout(&output);
-    assert!(!told.contains(SECRET) && !told.contains(&url));
+    let output = stdout(&output);
+    assert!(!output.contains(SECRET) && !output.contains(&url));
     let help = stdout(&run(&["--help"], &[], ""));
-    for line in told
+    for line in output
         .lines()
         .take_while(|line| !line.starts_with("database"))
     {
         let name = line.split_whitespace().next().unwrap_or_default();
         assert!(help.contains(name), "--help does not name {name}");
     }
-    let cost = told.lines().find(|line| line.starts_with("BCRYPT_COST"));
+    let cost = output.lines().find(|line| line.starts_with("BCRYPT_COST"));
     assert_eq!(
         cost.map(|line| line.split_whitespace().collect::<Vec<_>>()),
         Some(vec!["BCRYPT_COST", "11", "environment"])
     );
-    for said in [
+    for line in [
         "PostgreSQL",
         "TLS not in use",
         "migrations due: 0",
         "clock difference",
         "pooler none",
     ] {
-        assert!(told.contains(said), "{said} is not in {told}");
+        assert!(output.contains(line), "{line} is not in {output}");
     }
-    // One screen.
+    // It fits on one screen.
     assert!(
         help.lines().count() <= 40 && help.lines().all(|line| line.len() <= 100),
         "{help}"
@@ -291,8 +291,8 @@ async fn check_tells_each_setting_and_its_source_but_no_secret() {
 fn settings() -> Vec<(String, Option<String>)> {
     let data = DataDir::new();
     let output = run(&["check"], &[("DATA_DIR", data.text())], "");
-    let told = stdout(&output);
-    let rows = told.lines().map_while(|line| {
+    let output = stdout(&output);
+    let rows = output.lines().map_while(|line| {
         let mut words = line.split_whitespace();
         let (name, value, source) = (words.next()?, words.next()?, words.next()?);
         let is_row = ["default", "environment"].contains(&source);
@@ -344,7 +344,7 @@ fn help_readme_and_example_file_agree_with_the_settings() {
 }
 
 #[tokio::test]
-async fn check_fails_fast_where_the_database_is_not_there() {
+async fn check_fails_fast_if_the_database_is_unreachable() {
     let variables = [
         ("DATABASE_URL", "postgres://nobody@127.0.0.1:9/none"),
         ("JWT_SECRET", SECRET),
@@ -366,7 +366,7 @@ async fn registration_can_be_closed() {
 }
 
 #[tokio::test]
-async fn an_unknown_command_ends_with_one_line() {
+async fn an_unknown_command_prints_one_line_and_exits_with_2() {
     for arguments in [
         &["dance"][..],
         &["--dance"],

@@ -1,5 +1,4 @@
-//! Zero set-up: without `DATABASE_URL` the service runs a PostgreSQL of its own, and nothing that
-//! it acknowledged is lost, whoever is killed.
+//! The embedded PostgreSQL: no acknowledged write is lost, whichever process is killed.
 
 use std::{
     fs,
@@ -21,7 +20,7 @@ async fn serve(directory: &DataDir) -> Server {
     Server::with(&[("DATA_DIR", directory.text())]).await
 }
 
-/// Somebody with one task, on a server of their own.
+/// A server with one user, who has one task.
 async fn start_with_a_task(directory: &DataDir) -> (Server, User, Value) {
     let server = serve(directory).await;
     let user = server.user().await;
@@ -29,8 +28,8 @@ async fn start_with_a_task(directory: &DataDir) -> (Server, User, Value) {
     (server, user, task)
 }
 
-/// The old token opens the door, the task is what it was, and another can be added.
-async fn assert_all_there(server: &Server, user: &User, task: &Value) {
+/// The old token is valid, the task is unchanged, and another one can be created.
+async fn assert_data_kept(server: &Server, user: &User, task: &Value) {
     let list = server
         .get(user.tasks())
         .bearer(&user.access_token)
@@ -45,22 +44,34 @@ async fn assert_all_there(server: &Server, user: &User, task: &Value) {
     assert_eq!(second["user_id"], *user.id);
 }
 
+/// Starts the service without waiting for it.
+fn spawn(directory: &DataDir) -> Process {
+    let listen = ("LISTEN_ADDR", "127.0.0.1:0");
+    Process::spawn(&[], &[("DATA_DIR", directory.text()), listen])
+}
+
+/// Creates a cluster that is not running.
+async fn create_cluster(directory: &DataDir) {
+    let postgres = Postgres::start(directory.path()).await.unwrap();
+    postgres.stop().await;
+}
+
 fn running_postgres(directory: &DataDir) -> Pid {
-    directory.postgres().expect("no PostgreSQL runs")
+    directory.postgres().expect("PostgreSQL is not running")
 }
 
 #[tokio::test]
-async fn one_directory_is_all_the_set_up_there_is() {
+async fn needs_only_a_data_directory() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
-    assert_all_there(&server, &user, &task).await;
+    assert_data_kept(&server, &user, &task).await;
     assert_eq!(server.stop().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn without_any_setting_the_data_goes_below_the_current_directory() {
+async fn stores_data_in_the_current_directory_by_default() {
     let directory = DataDir::named(".todo-api");
-    // The port is the one thing that a test must choose.
+    // The default port may be in use.
     let process = Process::spawn_in(directory.parent(), &[], &[("LISTEN_ADDR", "127.0.0.1:0")]);
     process.listening().await;
     until("PostgreSQL runs", async || directory.postgres().is_some()).await;
@@ -69,16 +80,16 @@ async fn without_any_setting_the_data_goes_below_the_current_directory() {
 }
 
 #[tokio::test]
-async fn the_data_is_there_after_a_stop_and_a_start() {
+async fn data_survives_a_restart() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
     let postgres = running_postgres(&directory);
     assert_eq!(server.stop().await.code(), Some(0));
     assert!(!is_alive(postgres));
-    assert_all_there(&serve(&directory).await, &user, &task).await;
+    assert_data_kept(&serve(&directory).await, &user, &task).await;
 }
 
-/// The processes that work in the cluster: the postmaster and its children.
+/// The number of processes whose working directory is the cluster: the postmaster and its children.
 fn postgres_processes(directory: &DataDir) -> usize {
     let cluster = directory.path().join("cluster");
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -99,19 +110,19 @@ async fn postgres_ends_when_the_service_is_killed() {
         })
         .await;
     }
-    assert_all_there(&serve(&directory).await, &user, &task).await;
+    assert_data_kept(&serve(&directory).await, &user, &task).await;
 }
 
 #[tokio::test]
-async fn a_postgres_that_outlived_its_service_is_stopped_before_the_next_is_started() {
+async fn stops_a_stale_postgres_before_starting_another() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
     let programs = programs(&directory);
     assert_eq!(server.stop().await.code(), Some(0));
-    // As where no parent-death signal is sent.
+    // As on systems without a parent-death signal.
     let cluster = directory.path().join("cluster");
     let mut command = as_owner_of(&cluster, programs.join("postgres"));
-    let mut left = command
+    let mut stale = command
         .arg("-D")
         .arg(&cluster)
         .args(["-c", "listen_addresses=", "-c", "unix_socket_directories="])
@@ -121,20 +132,20 @@ async fn a_postgres_that_outlived_its_service_is_stopped_before_the_next_is_star
     until("it runs", async || directory.postgres().is_some()).await;
     let server = serve(&directory).await;
     assert!(
-        !is_alive(Pid::from_child(&left)),
-        "two PostgreSQL on one directory"
+        !is_alive(Pid::from_child(&stale)),
+        "two servers run on one directory"
     );
-    left.wait().unwrap();
-    assert_all_there(&server, &user, &task).await;
+    stale.wait().unwrap();
+    assert_data_kept(&server, &user, &task).await;
 }
 
-/// The directory of the programs of the PostgreSQL that runs here.
+/// The directory of the programs of the running PostgreSQL.
 fn programs(directory: &DataDir) -> PathBuf {
     let postgres = fs::read_link(format!("/proc/{}/exe", running_postgres(directory))).unwrap();
     postgres.parent().unwrap().to_owned()
 }
 
-/// A command that runs as the user that owns this file.
+/// A command that runs as the owner of this file.
 fn as_owner_of(path: &Path, program: PathBuf) -> Command {
     let mut command = Command::new(program);
     command.current_dir("/");
@@ -146,7 +157,7 @@ fn as_owner_of(path: &Path, program: PathBuf) -> Command {
 }
 
 #[tokio::test]
-async fn it_heals_when_its_postgres_is_killed() {
+async fn restarts_a_killed_postgres() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
     for _ in 0..3 {
@@ -166,29 +177,29 @@ async fn it_heals_when_its_postgres_is_killed() {
         })
         .await;
     }
-    assert_all_there(&server, &user, &task).await;
-    let told = server
+    assert_data_kept(&server, &user, &task).await;
+    let restarts = server
         .log()
         .lines()
         .filter(|line| line.contains("ended unexpectedly"))
         .count();
-    assert_eq!(told, 3, "{}", server.log());
+    assert_eq!(restarts, 3, "{}", server.log());
     assert_eq!(server.stop().await.code(), Some(0));
     assert_eq!(directory.postgres(), None);
 }
 
 #[tokio::test]
-async fn the_data_is_there_after_both_were_killed() {
+async fn data_survives_if_service_and_postgres_are_killed() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
     let postgres = running_postgres(&directory);
     server.kill();
     kill_process(postgres, Signal::KILL).unwrap();
-    assert_all_there(&serve(&directory).await, &user, &task).await;
+    assert_data_kept(&serve(&directory).await, &user, &task).await;
 }
 
 #[tokio::test]
-async fn a_stop_by_any_signal_leaves_no_postgres_behind() {
+async fn stops_postgres_on_each_signal() {
     let directory = DataDir::new();
     for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
         let server = serve(&directory).await;
@@ -200,16 +211,10 @@ async fn a_stop_by_any_signal_leaves_no_postgres_behind() {
 }
 
 #[tokio::test]
-async fn a_start_that_is_called_off_leaves_no_postgres_behind() {
+async fn stops_postgres_if_startup_is_interrupted() {
     let directory = DataDir::new();
-    let process = Process::spawn(
-        &[],
-        &[
-            ("DATA_DIR", directory.text()),
-            ("LISTEN_ADDR", "127.0.0.1:0"),
-        ],
-    );
-    until("PostgreSQL is about to run", async || {
+    let process = spawn(&directory);
+    until("PostgreSQL is being started", async || {
         directory.path().join("postgres.log").exists()
     })
     .await;
@@ -221,7 +226,7 @@ async fn a_start_that_is_called_off_leaves_no_postgres_behind() {
 }
 
 #[tokio::test]
-async fn an_interrupted_making_of_the_cluster_does_not_stick() {
+async fn recovers_from_an_interrupted_initdb() {
     let directory = DataDir::new();
     let unfinished = || {
         fs::read_dir(directory.path())
@@ -236,46 +241,34 @@ async fn an_interrupted_making_of_the_cluster_does_not_stick() {
             })
             .count()
     };
-    let process = Process::spawn(
-        &[],
-        &[
-            ("DATA_DIR", directory.text()),
-            ("LISTEN_ADDR", "127.0.0.1:0"),
-        ],
-    );
-    until("initdb is at work", async || unfinished() == 1).await;
+    let process = spawn(&directory);
+    until("initdb is running", async || unfinished() == 1).await;
     process.kill();
     assert!(!directory.path().join("cluster").exists());
     let (server, user, task) = start_with_a_task(&directory).await;
-    assert_all_there(&server, &user, &task).await;
+    assert_data_kept(&server, &user, &task).await;
     assert_eq!(unfinished(), 0);
 }
 
 #[tokio::test]
-async fn a_second_service_on_one_directory_ends_with_one_line() {
+async fn a_second_service_on_one_directory_exits() {
     let directory = DataDir::new();
     let (server, user, task) = start_with_a_task(&directory).await;
-    let second = Process::spawn(
-        &[],
-        &[
-            ("DATA_DIR", directory.text()),
-            ("LISTEN_ADDR", "127.0.0.1:0"),
-        ],
-    );
+    let second = spawn(&directory);
     let status = second.ended().await;
     assert!(status.code().is_some_and(|code| code != 0), "{status}");
     let log = second.log();
-    let told: Vec<_> = log
+    let lines: Vec<_> = log
         .lines()
         .filter(|line| line.contains("another todo-api"))
         .collect();
-    assert_eq!(told.len(), 1, "{log}");
-    assert!(told[0].contains(directory.text()), "{log}");
-    assert_all_there(&server, &user, &task).await;
+    assert_eq!(lines.len(), 1, "{log}");
+    assert!(lines[0].contains(directory.text()), "{log}");
+    assert_data_kept(&server, &user, &task).await;
 }
 
 #[tokio::test]
-async fn what_is_private_is_closed_to_others() {
+async fn other_users_cannot_access_private_files() {
     let directory = DataDir::new();
     let server = serve(&directory).await;
     let mode = |name: &str| {
@@ -294,13 +287,13 @@ async fn what_is_private_is_closed_to_others() {
     ] {
         assert_eq!(mode(name), expected, "{name}");
     }
-    // Root's must let the user pass who runs PostgreSQL; nobody may look into it.
+    // If root runs the service, PostgreSQL's user may traverse the directory; no user may list it.
     assert_eq!(mode("") & 0o066, 0);
     assert_eq!(server.stop().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn its_postgres_listens_on_no_network() {
+async fn postgres_listens_on_no_network_address() {
     let directory = DataDir::new();
     let server = serve(&directory).await;
     let addresses: String = server
@@ -314,7 +307,7 @@ async fn its_postgres_listens_on_no_network() {
 }
 
 #[tokio::test]
-async fn acknowledged_writes_are_on_the_disk() {
+async fn commits_are_durable() {
     let directory = DataDir::new();
     let server = serve(&directory).await;
     let sql = server.sql().await;
@@ -329,9 +322,9 @@ async fn acknowledged_writes_are_on_the_disk() {
 }
 
 #[tokio::test]
-async fn its_postgres_does_not_inherit_the_environment() {
+async fn postgres_does_not_inherit_the_environment() {
     let directory = DataDir::new();
-    // PGPORT would move the socket, and secrets are none of another program's business.
+    // PGPORT would change the name of the socket.
     let server = Server::with(&[
         ("DATA_DIR", directory.text()),
         ("PGPORT", "6543"),
@@ -349,7 +342,7 @@ async fn its_postgres_does_not_inherit_the_environment() {
 }
 
 #[test]
-fn the_secret_is_made_once_and_kept() {
+fn creates_the_secret_once() {
     let directory = DataDir::new();
     let secret = embedded_postgres::jwt_secret(directory.path()).unwrap();
     assert!(secret.len() >= 64, "{} bytes", secret.len());
@@ -362,33 +355,33 @@ fn the_secret_is_made_once_and_kept() {
 }
 
 #[test]
-fn a_secret_that_others_can_read_or_guess_is_refused() {
+fn rejects_a_secret_that_is_readable_by_others_or_too_short() {
     let directory = DataDir::new();
     let secret = embedded_postgres::jwt_secret(directory.path()).unwrap();
     let path = directory.path().join("jwt-secret");
 
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-    let refusal = embedded_postgres::jwt_secret(directory.path())
+    let error = embedded_postgres::jwt_secret(directory.path())
         .unwrap_err()
         .to_string();
     assert!(
-        refusal.contains(path.to_str().unwrap()) && !refusal.contains(&secret),
-        "{refusal}"
+        error.contains(path.to_str().unwrap()) && !error.contains(&secret),
+        "{error}"
     );
 
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(&path, "short").unwrap();
-    let refusal = embedded_postgres::jwt_secret(directory.path())
+    let error = embedded_postgres::jwt_secret(directory.path())
         .unwrap_err()
         .to_string();
     assert!(
-        refusal.contains("32 bytes") && !refusal.contains("short"),
-        "{refusal}"
+        error.contains("32 bytes") && !error.contains("short"),
+        "{error}"
     );
 }
 
 #[tokio::test]
-async fn a_directory_too_deep_for_a_socket_works_as_well() {
+async fn supports_paths_that_are_too_long_for_a_socket() {
     let directory = DataDir::named(&"x".repeat(100));
     let parent = directory.parent();
     let elsewhere = || {
@@ -414,84 +407,65 @@ async fn a_directory_too_deep_for_a_socket_works_as_well() {
 }
 
 #[tokio::test]
-async fn odd_characters_in_the_directory_do_no_harm() {
+async fn supports_special_characters_in_the_path() {
     let directory = DataDir::named("a, 'b' ü");
     let postgres = Postgres::start(directory.path()).await.unwrap();
-    assert_answers(&postgres).await;
+    assert_responds(&postgres).await;
     postgres.stop().await;
 }
 
 #[tokio::test]
-async fn a_lock_file_that_names_a_stranger_harms_neither() {
-    let stranger = DataDir::new();
-    let strangers = Postgres::start(stranger.path()).await.unwrap();
+async fn ignores_a_lock_file_with_a_reused_pid() {
+    let other = DataDir::new();
+    let other_postgres = Postgres::start(other.path()).await.unwrap();
     let directory = DataDir::new();
-    Postgres::start(directory.path())
-        .await
-        .unwrap()
-        .stop()
-        .await;
-    // As after a crash, when the number has gone to another process since; one that PostgreSQL
-    // itself would take for the one that it fears, because the same user runs it.
-    let pid = running_postgres(&stranger);
+    create_cluster(&directory).await;
+    // As after a crash, if another process has the pid since. PostgreSQL would take that process for
+    // a server on this cluster, because the same user runs it.
+    let pid = running_postgres(&other);
     for file in ["cluster/postmaster.pid", "socket/.s.PGSQL.5432.lock"] {
         fs::write(directory.path().join(file), format!("{pid}\n")).unwrap();
     }
     let postgres = Postgres::start(directory.path()).await.unwrap();
-    assert_answers(&postgres).await;
-    assert_answers(&strangers).await;
+    assert_responds(&postgres).await;
+    assert_responds(&other_postgres).await;
     postgres.stop().await;
-    strangers.stop().await;
+    other_postgres.stop().await;
 }
 
 #[tokio::test]
-async fn a_cluster_of_a_version_that_is_not_here_is_left_alone() {
+async fn rejects_a_cluster_of_a_version_that_is_not_installed() {
     let directory = DataDir::new();
-    Postgres::start(directory.path())
-        .await
-        .unwrap()
-        .stop()
-        .await;
+    create_cluster(&directory).await;
     let version = directory.path().join("cluster/PG_VERSION");
     fs::write(&version, "9\n").unwrap();
-    let refusal = refusal(directory.path()).await;
-    assert!(
-        refusal.contains("was written by PostgreSQL 9,"),
-        "{refusal}"
-    );
+    let error = start_error(directory.path()).await;
+    assert!(error.contains("was written by PostgreSQL 9,"), "{error}");
     let recipe = "A new major version of PostgreSQL";
-    assert!(refusal.contains(recipe), "{refusal}");
+    assert!(error.contains(recipe), "{error}");
     assert!(include_str!("../../docs/operations.md").contains(&format!("### {recipe}\n")));
 }
 
 #[tokio::test]
-async fn a_postgres_that_cannot_start_says_why() {
+async fn reports_why_postgres_cannot_start() {
     let directory = DataDir::new();
-    Postgres::start(directory.path())
-        .await
-        .unwrap()
-        .stop()
-        .await;
+    create_cluster(&directory).await;
     let settings = directory.path().join("cluster/postgresql.conf");
     fs::write(&settings, "shared_buffers = plenty\n").unwrap();
-    let refusal = refusal(directory.path()).await;
-    assert!(refusal.contains("does not start"), "{refusal}");
-    assert!(refusal.contains("postgresql.conf"), "{refusal}");
+    let error = start_error(directory.path()).await;
+    assert!(error.contains("does not start"), "{error}");
+    assert!(error.contains("postgresql.conf"), "{error}");
 }
 
 #[tokio::test]
-async fn only_root_and_the_services_own_user_can_connect() {
+async fn only_root_and_the_service_user_can_connect() {
     if !geteuid().is_root() {
-        // The socket's directory is closed to everybody else, and PostgreSQL runs as ourselves.
+        // Other users cannot enter the socket directory, and PostgreSQL runs as this user.
         return;
     }
     let directory = DataDir::new();
-    // A cluster as earlier versions created it: whoever reaches its socket is the superuser.
-    Postgres::start(directory.path())
-        .await
-        .unwrap()
-        .stop()
-        .await;
+    // A cluster as earlier versions created it, with rules that trust every local user.
+    create_cluster(&directory).await;
     let rules = directory.path().join("cluster/pg_hba.conf");
     fs::write(&rules, "local all all trust\n").unwrap();
 
@@ -519,54 +493,54 @@ async fn only_root_and_the_services_own_user_can_connect() {
 }
 
 #[tokio::test]
-async fn the_directory_of_another_user_is_not_used() {
+async fn rejects_another_users_directory_link_or_secret() {
     if !geteuid().is_root() {
-        // Only root can give a directory away.
+        // Only root can change the owner of a directory.
         return;
     }
-    const STRANGER: u32 = 65_534;
+    const OTHER_USER: u32 = 65_534;
     let directory = DataDir::new();
     fs::create_dir(directory.path()).unwrap();
     let secret = directory.path().join("jwt-secret");
-    fs::write(&secret, "planted, and long enough to be a secret of ours").unwrap();
+    fs::write(&secret, "planted, and long enough to be a secret").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
 
-    chown(directory.path(), Some(STRANGER), None).unwrap();
-    let refused = refusal(directory.path()).await;
+    chown(directory.path(), Some(OTHER_USER), None).unwrap();
+    let error = start_error(directory.path()).await;
     assert!(
-        refused.contains(directory.text()) && refused.contains("another user"),
-        "{refused}"
+        error.contains(directory.text()) && error.contains("another user"),
+        "{error}"
     );
-    // A link that a stranger made is no better.
+    // Nor is a symbolic link that another user has created.
     let link = directory.parent().join("link");
     symlink(directory.path(), &link).unwrap();
     chown(directory.path(), Some(0), None).unwrap();
-    std::os::unix::fs::lchown(&link, Some(STRANGER), None).unwrap();
-    assert!(refusal(&link).await.contains("another user"));
-    // Nor is a secret that a stranger left in a directory that is ours since.
-    chown(&secret, Some(STRANGER), None).unwrap();
-    let refused = embedded_postgres::jwt_secret(directory.path())
+    std::os::unix::fs::lchown(&link, Some(OTHER_USER), None).unwrap();
+    assert!(start_error(&link).await.contains("another user"));
+    // Nor is another user's secret in a directory of this user.
+    chown(&secret, Some(OTHER_USER), None).unwrap();
+    let error = embedded_postgres::jwt_secret(directory.path())
         .unwrap_err()
         .to_string();
-    assert!(refused.contains("another user"), "{refused}");
+    assert!(error.contains("another user"), "{error}");
     assert_eq!(
         fs::read_dir(directory.path()).unwrap().count(),
         1,
-        "something was created"
+        "a file was created"
     );
 }
 
 #[tokio::test]
-async fn a_directory_that_others_can_write_to_is_not_used() {
+async fn rejects_a_directory_that_other_users_can_write_to() {
     let directory = DataDir::new();
     fs::create_dir(directory.path()).unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let refused = refusal(directory.path()).await;
-    assert!(refused.contains("chmod go-w"), "{refused}");
+    let error = start_error(directory.path()).await;
+    assert!(error.contains("chmod go-w"), "{error}");
 }
 
 #[tokio::test]
-async fn links_in_the_directory_are_not_followed() {
+async fn does_not_follow_symbolic_links() {
     for name in [
         "jwt-secret",
         "lock",
@@ -585,21 +559,15 @@ async fn links_in_the_directory_are_not_followed() {
         fs::set_permissions(&target, fs::Permissions::from_mode(0o750)).unwrap();
         symlink(&target, directory.path().join(name)).unwrap();
         match name {
-            // A rename replaces it.
-            "pg_hba.conf" => {
-                Postgres::start(directory.path())
-                    .await
-                    .unwrap()
-                    .stop()
-                    .await
-            }
+            // The link is replaced.
+            "pg_hba.conf" => create_cluster(&directory).await,
             "jwt-secret" => {
-                let refused = embedded_postgres::jwt_secret(directory.path()).unwrap_err();
-                assert!(refused.to_string().contains("symbolic link"), "{refused}");
+                let error = embedded_postgres::jwt_secret(directory.path()).unwrap_err();
+                assert!(error.to_string().contains("symbolic link"), "{error}");
             }
             _ => {
-                let refused = refusal(directory.path()).await;
-                assert!(refused.contains(directory.text()), "{name}: {refused}");
+                let error = start_error(directory.path()).await;
+                assert!(error.contains(directory.text()), "{name}: {error}");
             }
         }
         let meta = fs::metadata(&target).unwrap();
@@ -613,7 +581,7 @@ async fn links_in_the_directory_are_not_followed() {
 }
 
 #[tokio::test]
-async fn a_directory_that_cannot_be_created_is_named_with_the_reason() {
+async fn names_a_directory_that_cannot_be_created() {
     let directory = DataDir::new();
     let file = directory.parent().join("file");
     fs::write(&file, "").unwrap();
@@ -628,17 +596,17 @@ async fn a_directory_that_cannot_be_created_is_named_with_the_reason() {
         (&file.join("data"), "is not a directory"),
         (&long, "too long a path"),
     ] {
-        let refused = refusal(path).await;
+        let error = start_error(path).await;
         assert!(
-            refused.contains("DATA_DIR") && refused.contains(reason),
-            "{refused}"
+            error.contains("DATA_DIR") && error.contains(reason),
+            "{error}"
         );
     }
-    assert!(!directory.path().exists(), "a directory was left behind");
+    assert!(!directory.path().exists(), "a directory was created");
 }
 
-/// Runs the service, with DATA_DIR as $1/disk/below/data, on a disk that is too small for a cluster.
-const TOO_SMALL_A_DISK: &str = r#"
+/// Runs the service on $1/disk, which is too small for a cluster.
+const RUN_ON_SMALL_DISK: &str = r#"
 mkdir "$1/disk" && mount -t tmpfs -o size=20m,mode=755 tmpfs "$1/disk" || exit 99
 "$2"
 code=$?
@@ -647,7 +615,7 @@ exit $code
 "#;
 
 #[tokio::test]
-async fn a_disk_that_is_full_at_the_first_start_is_named_and_nothing_is_left_on_it() {
+async fn a_failed_first_start_on_a_full_disk_leaves_no_files() {
     let mounts = Command::new("unshare").args(["-m", "true"]).output();
     if !geteuid().is_root() || !mounts.is_ok_and(|output| output.status.success()) {
         return;
@@ -656,7 +624,7 @@ async fn a_disk_that_is_full_at_the_first_start_is_named_and_nothing_is_left_on_
     let data_dir = directory.parent().join("disk/below/data");
     let mut command = Command::new("unshare");
     command
-        .args(["-m", "sh", "-c", TOO_SMALL_A_DISK, "sh"])
+        .args(["-m", "sh", "-c", RUN_ON_SMALL_DISK, "sh"])
         .arg(directory.parent())
         .arg(env!("CARGO_BIN_EXE_todo-api"))
         .stdin(Stdio::null())
@@ -672,23 +640,23 @@ async fn a_disk_that_is_full_at_the_first_start_is_named_and_nothing_is_left_on_
     let log = process.log();
     let line = log.lines().last().unwrap_or_default();
     assert!(line.contains("No space left on device"), "{log}");
-    assert_eq!(process.output(), "", "left behind");
+    assert_eq!(process.output(), "", "files are left");
 }
 
 #[tokio::test]
-async fn a_place_that_postgres_cannot_reach_is_named() {
+async fn names_a_directory_that_postgres_cannot_reach() {
     if !geteuid().is_root() {
-        // Anybody else runs PostgreSQL as themselves.
+        // Other users run PostgreSQL as themselves.
         return;
     }
     let directory = DataDir::new();
     fs::set_permissions(directory.parent(), fs::Permissions::from_mode(0o700)).unwrap();
-    let refusal = refusal(directory.path()).await;
-    assert!(refusal.contains(directory.text()), "{refusal}");
-    assert!(!directory.path().exists(), "made what cannot be used");
+    let error = start_error(directory.path()).await;
+    assert!(error.contains(directory.text()), "{error}");
+    assert!(!directory.path().exists(), "a directory was created");
 }
 
-async fn assert_answers(postgres: &Postgres) {
+async fn assert_responds(postgres: &Postgres) {
     let (client, connection) = postgres
         .config()
         .connect(tokio_postgres::NoTls)
@@ -703,12 +671,12 @@ async fn assert_answers(postgres: &Postgres) {
     assert_eq!(name, "todo");
 }
 
-/// The one line with which a start in this directory fails.
-async fn refusal(directory: &Path) -> String {
-    let refusal = match Postgres::start(directory).await {
-        Ok(_) => panic!("it starts"),
+/// Starts PostgreSQL in this directory, which must fail, and returns the error.
+async fn start_error(directory: &Path) -> String {
+    let error = match Postgres::start(directory).await {
+        Ok(_) => panic!("PostgreSQL has started"),
         Err(error) => error.to_string(),
     };
-    assert_eq!(refusal.lines().count(), 1, "{refusal}");
-    refusal
+    assert_eq!(error.lines().count(), 1, "{error}");
+    error
 }

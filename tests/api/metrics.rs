@@ -1,4 +1,4 @@
-//! What Prometheus scrapes.
+//! The metrics that Prometheus scrapes.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use crate::harness::{PASSWORD, Server};
 
-/// The text at `/metrics` of the address that the log names.
+/// Gets `/metrics` from the address that the log names.
 pub(crate) async fn scrape(server: &Server) -> String {
     server.wait_for_log("metrics at http://").await;
     let log = server.log();
@@ -22,13 +22,16 @@ pub(crate) async fn scrape(server: &Server) -> String {
         .write_all(b"GET /metrics HTTP/1.1\r\nHost: metrics\r\n\r\n")
         .await
         .expect("a request");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.expect("an answer");
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    answer
+    let mut response = String::new();
+    stream
+        .read_to_string(&mut response)
+        .await
+        .expect("a response");
+    assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+    response
 }
 
-/// The values that a label has anywhere.
+/// All values of a label.
 fn values<'a>(text: &'a str, label: &str) -> BTreeSet<&'a str> {
     let start = format!("{label}=\"");
     let values = text.split(&start).skip(1);
@@ -45,12 +48,12 @@ fn series<'a>(text: &'a str, name: &str) -> Vec<(&'a str, u64)> {
 }
 
 #[tokio::test]
-async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_adds_one() {
+async fn all_series_exist_from_the_start_and_clients_cannot_add_any() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
     let text = scrape(&server).await;
     let known = ["route", "method", "status", "result", "reason"]
         .map(|label| (label, values(&text, label)));
-    for (name, some) in [
+    for (name, labels) in [
         ("todo_api_logins_total{result=", ["success", "rate_limited"]),
         (
             "todo_api_tokens_rejected_total{reason=",
@@ -63,7 +66,7 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
     ] {
         let series = series(&text, name);
         assert!(series.iter().all(|(_, count)| *count == 0), "{series:?}");
-        for value in some {
+        for value in labels {
             assert!(
                 series.iter().any(|(series, _)| series.contains(value)),
                 "{value}"
@@ -85,11 +88,11 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
             "{name} is not exported"
         );
     }
-    let honest = alerts
+    let ignored = alerts
         .split_once("reason!~\"")
         .expect("a list of reasons")
         .1;
-    for reason in honest
+    for reason in ignored
         .split('"')
         .next()
         .into_iter()
@@ -150,7 +153,7 @@ async fn every_label_value_is_there_from_the_start_and_nothing_a_client_sends_ad
 }
 
 #[tokio::test]
-async fn the_metrics_are_not_on_the_listener_of_the_clients() {
+async fn the_api_does_not_serve_metrics() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
     server
         .get("/metrics")

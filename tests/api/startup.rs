@@ -1,5 +1,4 @@
-//! Coming up and going down: what a newcomer reads, what an operator reads when a setting is
-//! wrong, and the database that comes later or not at all.
+//! Startup and shutdown: the log, invalid settings, and a database that is unavailable or unusable.
 
 use std::{
     fs,
@@ -19,8 +18,8 @@ use tokio_postgres::error::SqlState;
 
 use crate::harness::{DataDir, Database, Process, SECRET, Server, until};
 
-/// Starts the program, which must end by itself with a code that is not 0 and this one line.
-async fn refusal(variables: &[(&str, &str)]) -> String {
+/// Starts the service, which must fail, and returns the only line that it prints.
+async fn startup_error(variables: &[(&str, &str)]) -> String {
     let process = Process::spawn(&[], variables);
     let status = process.ended().await;
     let log = process.log();
@@ -28,17 +27,13 @@ async fn refusal(variables: &[(&str, &str)]) -> String {
         status.code().is_some_and(|code| code != 0),
         "{status} with {variables:?}:\n{log}"
     );
-    assert_eq!(
-        log.lines().count(),
-        1,
-        "not one line with {variables:?}:\n{log}"
-    );
+    assert_eq!(log.lines().count(), 1, "{variables:?}:\n{log}");
     assert_eq!(process.output(), "", "{variables:?}");
     log.trim_end().to_owned()
 }
 
-/// The line of a start that fails after it has begun: the last, and the only one that is an error.
-async fn late_refusal(variables: &[(&str, &str)]) -> String {
+/// Starts the service, which must fail after it has begun to log, and returns the last line.
+async fn last_error(variables: &[(&str, &str)]) -> String {
     let process = Process::spawn(&[], variables);
     let status = process.ended().await;
     let log = process.log();
@@ -50,7 +45,7 @@ async fn late_refusal(variables: &[(&str, &str)]) -> String {
 }
 
 #[tokio::test]
-async fn three_lines_tell_a_newcomer_where_everything_is() {
+async fn startup_logs_end_with_the_addresses_and_the_data_directory() {
     let directory = DataDir::new();
     let server = Server::with(&[("DATA_DIR", directory.text())]).await;
     server.wait_for_log("/docs").await;
@@ -70,21 +65,21 @@ async fn three_lines_tell_a_newcomer_where_everything_is() {
 }
 
 #[tokio::test]
-async fn no_line_of_the_start_shows_a_secret() {
+async fn startup_logs_contain_no_secret() {
     let directory = DataDir::new();
     let server = Server::with(&[("DATA_DIR", directory.text())]).await;
-    let made = fs::read_to_string(directory.path().join("jwt-secret")).unwrap();
-    assert!(!server.log().contains(made.trim()));
+    let secret = fs::read_to_string(directory.path().join("jwt-secret")).unwrap();
+    assert!(!server.log().contains(secret.trim()));
     let server = Server::start().await;
     assert!(!server.log().contains(SECRET));
 }
 
 #[tokio::test]
-async fn a_port_in_use_is_named() {
+async fn names_a_port_in_use() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = taken.local_addr().unwrap().to_string();
     let database = Database::create().await;
-    let line = refusal(&[
+    let line = startup_error(&[
         ("LISTEN_ADDR", &addr),
         ("DATABASE_URL", &database.url()),
         ("JWT_SECRET", SECRET),
@@ -94,7 +89,7 @@ async fn a_port_in_use_is_named() {
 }
 
 #[tokio::test]
-async fn a_wrong_variable_is_named() {
+async fn names_an_invalid_variable() {
     let secret = "thirty-one bytes, one too few!!";
     assert_eq!(secret.len(), 31);
     let nowhere = "/nowhere/at-all";
@@ -166,29 +161,29 @@ async fn a_wrong_variable_is_named() {
     let runs = cases.map(|(name, value)| {
         let directory = directory.text();
         async move {
-            // The last of a name wins.
+            // The last value of a variable applies.
             let variables = [
                 ("LISTEN_ADDR", "127.0.0.1:0"),
                 ("DATA_DIR", directory),
                 (name, value),
             ];
-            let line = refusal(&variables).await;
+            let line = startup_error(&variables).await;
             assert!(line.contains(name), "{name}={value}: {line}");
             assert!(
                 !line.contains("hunter2") && !line.contains(secret),
-                "a secret is shown: {line}"
+                "the line contains a secret: {line}"
             );
         }
     });
     join_all(runs).await;
     assert!(
         !directory.path().join("cluster").exists(),
-        "something started before the settings were read"
+        "PostgreSQL was started before the settings were read"
     );
 }
 
 #[tokio::test]
-async fn a_log_filter_that_is_wrong_or_hides_our_errors_is_refused() {
+async fn rejects_log_filters_that_are_invalid_or_hide_errors() {
     let directory = DataDir::new();
     let filters = [
         "info,access=loud",
@@ -201,7 +196,7 @@ async fn a_log_filter_that_is_wrong_or_hides_our_errors_is_refused() {
         "todo_api=off",
     ];
     join_all(filters.map(|filter| async move {
-        let line = refusal(&[("RUST_LOG", filter), ("LISTEN_ADDR", "127.0.0.1:0")]).await;
+        let line = startup_error(&[("RUST_LOG", filter), ("LISTEN_ADDR", "127.0.0.1:0")]).await;
         assert!(line.contains("RUST_LOG"), "{filter}: {line}");
     }))
     .await;
@@ -216,7 +211,7 @@ async fn a_log_filter_that_is_wrong_or_hides_our_errors_is_refused() {
 }
 
 #[tokio::test]
-async fn an_error_that_ends_the_service_is_an_error_in_the_journal() {
+async fn fatal_errors_have_error_priority_in_the_journal() {
     let directory = DataDir::new();
     let cases: [(&[&str], (&str, &str)); 4] = [
         (&["--dance"], ("LISTEN_ADDR", "127.0.0.1:0")),
@@ -242,8 +237,8 @@ async fn an_error_that_ends_the_service_is_an_error_in_the_journal() {
 }
 
 #[tokio::test]
-async fn a_database_of_ones_own_wants_a_secret_of_ones_own() {
-    let line = refusal(&[("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1/todo")]).await;
+async fn requires_a_jwt_secret_with_a_database_url() {
+    let line = startup_error(&[("DATABASE_URL", "postgres://ann:hunter2@127.0.0.1/todo")]).await;
     assert!(
         line.contains("JWT_SECRET") && !line.contains("hunter2"),
         "{line}"
@@ -251,14 +246,14 @@ async fn a_database_of_ones_own_wants_a_secret_of_ones_own() {
 }
 
 #[tokio::test]
-async fn a_secret_of_thirty_two_bytes_is_enough() {
+async fn accepts_a_secret_of_32_bytes() {
     let secret = "x".repeat(32);
     let server = Server::with(&[("JWT_SECRET", &secret)]).await;
     server.user().await;
 }
 
 #[tokio::test]
-async fn secrets_can_come_out_of_files() {
+async fn reads_secrets_from_files() {
     let directory = DataDir::new();
     let database = Database::create().await;
     let (url, secret) = (
@@ -280,7 +275,7 @@ async fn secrets_can_come_out_of_files() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_ends_the_start_with_the_reason() {
+async fn exits_if_the_database_rejects_the_password() {
     let directory = DataDir::new();
     let postgres = Postgres::start(directory.path()).await.unwrap();
     let (client, connection) = postgres
@@ -301,14 +296,14 @@ async fn a_wrong_password_ends_the_start_with_the_reason() {
         .await
         .unwrap();
     let url = directory.database_url().replace("todo@", "ann:hunter2@");
-    // The reload reaches the postmaster a moment later.
+    // The postmaster reloads asynchronously.
     until("the rules are in force", async || {
         let refused = tokio_postgres::connect(&url, tokio_postgres::NoTls).await;
         refused.is_err_and(|error| error.code() == Some(&SqlState::INVALID_PASSWORD))
     })
     .await;
 
-    let line = late_refusal(&[
+    let line = last_error(&[
         ("DATABASE_URL", &url),
         ("JWT_SECRET", SECRET),
         ("LISTEN_ADDR", "127.0.0.1:0"),
@@ -325,10 +320,10 @@ async fn a_wrong_password_ends_the_start_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_database_that_does_not_exist_ends_the_start_with_the_reason() {
+async fn exits_if_the_database_does_not_exist() {
     let database = Database::create().await;
     let url = database.url().replace("/test_", "/no_");
-    let line = late_refusal(&[
+    let line = last_error(&[
         ("DATABASE_URL", &url),
         ("JWT_SECRET", SECRET),
         ("LISTEN_ADDR", "127.0.0.1:0"),
@@ -342,34 +337,34 @@ async fn a_database_that_does_not_exist_ends_the_start_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_database_without_tls_is_refused_where_tls_is_required() {
+async fn exits_if_the_database_lacks_the_required_tls() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
-            // PostgreSQL's answer to a request for TLS when it has none.
+            // A server without TLS rejects the SSLRequest with N.
             let mut request = [0; 8];
             let _ = stream.read_exact(&mut request).await;
             let _ = stream.write_all(b"N").await;
         }
     });
     let url = format!("postgres://ann:hunter2@{addr}/todo?sslmode=require");
-    let line = late_refusal(&[
+    let line = last_error(&[
         ("DATABASE_URL", &url),
         ("JWT_SECRET", SECRET),
         ("LISTEN_ADDR", "127.0.0.1:0"),
     ])
     .await;
     assert!(line.contains("TLS"), "{line}");
-    let place = format!("DATABASE_URL ({addr}/todo)");
-    assert!(line.contains(&place), "{line}");
+    let subject = format!("DATABASE_URL ({addr}/todo)");
+    assert!(line.contains(&subject), "{line}");
     assert!(!line.contains("hunter2"), "{line}");
 }
 
 #[tokio::test]
-async fn a_database_that_is_not_there_yet_is_waited_for() {
+async fn waits_for_an_unavailable_database() {
     let directory = DataDir::new();
-    // Made before, so that the database is there as soon as its server is.
+    // Creates the cluster, so that the database exists as soon as its server runs.
     Postgres::start(directory.path())
         .await
         .unwrap()
@@ -390,13 +385,13 @@ async fn a_database_that_is_not_there_yet_is_waited_for() {
     })
     .await;
     let user = server.user().await;
-    user.create_task(&server, "patience").await;
+    user.create_task(&server, "a task").await;
     assert_eq!(server.stop().await.code(), Some(0));
     postgres.stop().await;
 }
 
 #[tokio::test]
-async fn it_can_be_stopped_while_it_waits_for_the_database() {
+async fn stops_while_waiting_for_the_database() {
     let directory = DataDir::new();
     let server = Server::listening(&[("DATABASE_URL", &directory.database_url())]).await;
     server.wait_for_log("waiting for the database").await;
@@ -423,7 +418,7 @@ async fn five_instances_can_start_at_once_on_an_empty_database() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_migrated_already_is_left_as_it_is() {
+async fn a_restart_keeps_the_data() {
     let server = Server::start().await;
     let user = server.user().await;
     let task = user.create_task(&server, "still here").await;
@@ -439,7 +434,7 @@ async fn a_database_that_is_migrated_already_is_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn any_signal_that_asks_for_the_end_is_a_graceful_shutdown() {
+async fn shuts_down_gracefully_on_each_signal() {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
         let server = Server::start().await;
         server.user().await;
@@ -449,7 +444,7 @@ async fn any_signal_that_asks_for_the_end_is_a_graceful_shutdown() {
 }
 
 #[tokio::test]
-async fn under_nohup_it_outlives_its_terminal() {
+async fn survives_sighup_under_nohup() {
     if !cfg!(target_os = "linux") {
         return;
     }
@@ -476,16 +471,16 @@ async fn under_nohup_it_outlives_its_terminal() {
 }
 
 #[tokio::test]
-async fn an_idle_connection_does_not_hold_up_the_stop() {
+async fn an_idle_connection_does_not_delay_shutdown() {
     let server = Server::start().await;
     let mut idle = tokio::net::TcpStream::connect(server.addr()).await.unwrap();
     idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
         .await
         .unwrap();
-    let mut answer = [0; 1024];
-    assert!(idle.read(&mut answer).await.unwrap() > 0);
-    // The drain has ten seconds for what still runs; nothing runs here.
+    let mut response = [0; 1024];
+    assert!(idle.read(&mut response).await.unwrap() > 0);
+    // Running requests would have ten seconds; here there are none.
     timeout(Duration::from_secs(9), server.stop())
         .await
-        .expect("it waited for a connection that does nothing");
+        .expect("shutdown waited for an idle connection");
 }
