@@ -8,7 +8,7 @@ use crate::db::users;
 use crate::error::Error;
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
-use crate::http::handlers::auth::tokens;
+use crate::http::handlers::auth::token_response;
 use crate::http::handlers::credentials::{MAX_ATTEMPTS, new_password, verify_current_password};
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
@@ -75,7 +75,7 @@ pub(crate) async fn change_password(
                 session_id: session.id,
                 before_epoch: session.epoch,
             }]);
-            return tokens(context, StatusCode::OK, &change.user, session);
+            return token_response(context, StatusCode::OK, &change.user, session);
         }
     }
     Err(Error::WrongPassword)

@@ -49,7 +49,7 @@ pub(crate) async fn register(
     let session = context.new_session();
     let user = users::register(db, &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
-    let response = tokens(context, StatusCode::CREATED, &user, session.state())?;
+    let response = token_response(context, StatusCode::CREATED, &user, session.state())?;
     Ok(response::with_location(response, "/api/v1/auth/me".into()))
 }
 
@@ -71,7 +71,7 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
     let session = context.new_session();
     let user = log_in(context, &email, &password, &session).await?;
     app.metrics.record_login();
-    tokens(context, StatusCode::OK, &user, session.state())
+    token_response(context, StatusCode::OK, &user, session.state())
 }
 
 /// `POST /api/v1/auth/refresh`
@@ -91,7 +91,7 @@ pub(crate) async fn refresh(
     let refreshed =
         sessions::refresh(db, claims.sid, claims.generation, lifetimes, &network).await?;
     if let Some((user, session)) = refreshed {
-        return tokens(context, StatusCode::OK, &user, session);
+        return token_response(context, StatusCode::OK, &user, session);
     }
     // Either the session has ended, or the token was used before and may have been stolen.
     if !sessions::end_reused(db, claims.sid, claims.generation).await? {
@@ -153,7 +153,7 @@ async fn end_by_refresh_token(
 }
 
 /// Responds with new tokens of a session.
-pub(super) fn tokens(
+pub(super) fn token_response(
     context: &RequestContext<'_>,
     status: StatusCode,
     user: &User,

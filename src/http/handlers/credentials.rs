@@ -10,8 +10,8 @@ use crate::http::json_fields::JsonFields;
 use crate::http::middleware::AuthenticatedUser;
 use crate::telemetry::labels::{LoginFailure, RevocationReason, TokenRejection};
 
-/// Verifying a password is repeated if the hash changes meanwhile: once because another login
-/// rehashed it, and once more to be safe. A lockout that begins meanwhile is noticed as well.
+/// A password is verified again if its hash changes meanwhile: the second attempt covers another
+/// login that rehashed it, the third is a reserve. Each attempt checks for a lockout first.
 pub(super) const MAX_ATTEMPTS: usize = 3;
 
 /// Verifies the credentials of a login and stores its session.
@@ -50,8 +50,7 @@ pub(super) async fn log_in(
 
 /// Verifies the password of a signed-in user. Returns their address and the verified hash.
 ///
-/// Failures are counted separately from those of logins, so that only the user can cause a lockout
-/// here.
+/// Failures have a counter of their own, which only requests with an access token increment.
 pub(super) async fn verify_current_password(
     context: &RequestContext<'_>,
     user: &AuthenticatedUser,
