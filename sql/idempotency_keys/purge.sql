@@ -1,4 +1,5 @@
--- Forgets a batch of keys that are a day old.
+-- Deletes a batch of keys that are more than a day old.
+-- No parameters.
 delete from idempotency_keys
 where ctid = any(array(
     select ctid from idempotency_keys

@@ -1,4 +1,4 @@
--- Deletes a batch of failures that are a day old.
+-- Deletes a batch of counters whose last failure is more than a day ago.
 -- No parameters.
 delete from login_failures
 where ctid = any(array(

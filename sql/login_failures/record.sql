@@ -1,10 +1,10 @@
--- Counts a failed attempt for its network and, in a login from a network that the account does not
--- use, for all such networks together. The tenth failure in a row from a network and each after it
--- blocks that network for 30 s, doubling to an hour; the hundredth from unused networks blocks
--- those for a day. An attempt that finds such a block begun while it was being checked does not
--- count; the row gives the seconds until that block ends, 0 if there was none.
--- $1 the e-mail, or the user id of a signed-in user, $2 the network, or 'session'
-with due as (
+-- Counts a failed attempt for its network and, if the account does not use that network, for all
+-- unused networks together. From the tenth failure in a row on, a network is blocked for 30 s,
+-- doubling up to an hour; from the hundredth on, unused networks are blocked for a day. If a block
+-- began while this attempt was being verified, the attempt does not count, and the row contains
+-- the seconds until that block ends; otherwise 0.
+-- $1 the e-mail address, or the user id of an authenticated user, $2 the network, or 'session'
+with counters as (
     select $2::text as network
     union all
     select '*'
@@ -16,7 +16,7 @@ with due as (
             and n.last_used_at > clock_timestamp() - interval '30 days')
 ), counted as (
     insert into login_failures as f (account, network, failures, last_failure_at)
-    select $1, network, 1, clock_timestamp() from due
+    select $1, network, 1, clock_timestamp() from counters
     on conflict (account, network) do update
     set failures = case when f.last_failure_at < clock_timestamp() - interval '24 hours'
                         then 1 else f.failures + 1 end,
@@ -30,10 +30,10 @@ with due as (
     where f.blocked_until is null or f.blocked_until <= clock_timestamp()
     returning network
 )
-select case when (select count(*) from counted) = (select count(*) from due) then 0
-            -- A block that began this very moment is not visible here.
+select case when (select count(*) from counted) = (select count(*) from counters) then 0
+            -- A block that began just now is not visible to this snapshot.
             else coalesce(greatest(1, (
                 select extract(epoch from max(f.blocked_until) - clock_timestamp())
                 from login_failures f
-                where f.account = $1 and f.network in (select network from due))), 1)
+                where f.account = $1 and f.network in (select network from counters))), 1)
        end::float8 as retry_after_secs

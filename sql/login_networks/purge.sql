@@ -1,4 +1,4 @@
--- Deletes a batch of networks that were last used 30 days ago.
+-- Deletes a batch of networks that have not been used for 30 days.
 -- No parameters.
 delete from login_networks
 where ctid = any(array(

@@ -1,23 +1,23 @@
--- People, their tasks, their sessions, and what protects them. The checks repeat the rules
--- that the service enforces at its edge: the last gate is the database.
+-- Accounts, tasks, sessions, and their protection. The checks repeat what the service validates, as a
+-- second line of defense.
 
 create table users (
     id            uuid         primary key,
     email         varchar(254) not null unique
                   check (email ~ '^[^@]+@[^@]+$' and email !~ '[A-Z]' and octet_length(email) <= 254),
-    -- A bcrypt hash is 60 characters of ASCII, `$2b$` and the cost in front.
+    -- A bcrypt hash: 60 ASCII characters that start with `$2b$` and the cost.
     password_hash varchar(60)  not null check (length(password_hash) = 60),
     created_at    timestamptz  not null,
     updated_at    timestamptz  not null
 );
 
--- The key leads with the owner: a user's tasks lie together, newest first is this index read
--- backwards (ids are UUIDv7), and the table can be distributed by `user_id` as it stands.
+-- The key starts with the owner: a user's tasks are stored together, newest-first is the same index
+-- backwards (ids are UUIDv7), and the table can be distributed by `user_id`.
 create table tasks (
     user_id     uuid          not null references users (id) on delete cascade,
     id          uuid          not null,
     title       varchar(200)  not null
-                -- Not empty, and no white space (Unicode's) at either end.
+                -- Not empty, without Unicode white space at either end.
                 check (title <> '' and title = btrim(title,
                     U&' \0009\000A\000B\000C\000D\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')),
     description varchar(1000),
@@ -27,8 +27,8 @@ create table tasks (
     primary key (user_id, id)
 );
 
--- The sessions that are alive. `generation` counts the refresh tokens of a session; only the
--- newest is good, so there is nothing here that a thief could use.
+-- The active sessions. `generation` counts the refresh tokens of a session, of which only the newest
+-- is valid; the tokens themselves are not stored.
 create table sessions (
     id           uuid         primary key,
     user_id      uuid         not null references users (id) on delete cascade,
@@ -42,18 +42,17 @@ create table sessions (
 create index sessions_by_user on sessions (user_id, id);
 create index sessions_by_expiry on sessions (expires_at);
 
--- What ended while an access token of it may still be alive. No foreign key: these rows outlive
--- the session and the account.
+-- Sessions that ended while one of their access tokens may still be valid. No foreign key, because
+-- these rows outlive the session and the account.
 create table revocations (
     session_id uuid        primary key,
     ended_at   timestamptz not null
 );
 create index revocations_by_end on revocations (ended_at);
 
--- However a session ends (sign-out, a changed password, a deleted account and the cascade that
--- follows it, an operator's `delete from sessions`), its revocation is written with it. A session
--- that ran out of time by itself leaves its last access token to that token's own end; it is swept
--- a day later, when no access token of it can be alive, and that needs no revocation.
+-- Writes the revocation of a session however it ends: by a logout, a password change, the cascade of
+-- a deleted account, or an operator's `delete from sessions`. A session that expired is purged a day
+-- later, when its access tokens have expired as well, and needs no revocation.
 create function record_ended_sessions() returns trigger language plpgsql as $$
 begin
     insert into revocations (session_id, ended_at)
@@ -66,7 +65,7 @@ create trigger record_ended_sessions after delete on sessions
     referencing old table as ended
     for each statement execute function record_ended_sessions();
 
--- Wrong passwords in a row by address, whether or not an account has that address.
+-- Consecutive wrong passwords by address, whether or not there is an account.
 create table sign_in_failures (
     email           varchar(254) primary key,
     failures        integer      not null,
@@ -75,7 +74,7 @@ create table sign_in_failures (
 );
 create index sign_in_failures_by_time on sign_in_failures (last_failure_at);
 
--- What a create with an Idempotency-Key made, as it was made.
+-- The tasks that requests with an Idempotency-Key created, with their original values.
 create table idempotency_keys (
     user_id     uuid          not null references users (id) on delete cascade,
     key         varchar(255)  not null,

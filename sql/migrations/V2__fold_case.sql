@@ -1,6 +1,6 @@
--- What searches compare, so that they ignore case in every script: the database's own locale may
--- know only ASCII. Lower case alone would not do: ICU gives a sigma at the end of a word another
--- form, so that a part of a word would not be found in it.
+-- The form of a text that searches compare, so that they ignore case in every script: the database's
+-- own locale may support only ASCII. Lower case alone is not enough: in ICU, a final sigma has a form
+-- of its own, and part of a word would not be found in the word.
 do $$
 declare
     candidate text;
@@ -8,8 +8,8 @@ declare
     rules text := '';
 begin
     -- PostgreSQL's own rules (17 or later), else ICU's, else those of a locale of the operating
-    -- system, though not Turkish or Lithuanian ones. Where there are none the database's own locale
-    -- has to do, and the service says at its start what that lacks.
+    -- system that is not Azerbaijani, Lithuanian or Turkish, else the database's own locale. In the
+    -- last case the service logs a warning at startup if they are not sufficient.
     for candidate in
         select format(' collate pg_catalog.%I', collname)
         from pg_collation
@@ -27,7 +27,7 @@ begin
                 exit;
             end if;
         exception when others then
-            -- The operating system has lost this locale since.
+            -- The operating system no longer has this locale.
             null;
         end;
     end loop;

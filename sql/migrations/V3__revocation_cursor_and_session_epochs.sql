@@ -1,18 +1,18 @@
--- Revocations are read by transaction instead of by time, tokens of a session can be revoked while
--- the session goes on, and an account has a limited number of sessions.
+-- Revocations are read by transaction instead of by time, tokens of a session can be revoked without
+-- ending it, and the number of sessions of an account is limited.
 
--- The transaction that wrote the revocation. Its time says when it was written, not when it became
--- visible; "every transaction below the oldest one still open" is exact.
+-- The transaction that wrote the revocation. Its time tells when it was written, not when it became
+-- visible; "every transaction below the oldest open one" is exact.
 alter table revocations add column xid xid8 not null default pg_current_xact_id();
 create index revocations_by_xid on revocations (xid);
 
--- A session's epoch is the generation of refresh tokens that its last change of password started
--- with, 0 without one. Tokens of earlier epochs are revoked.
+-- The generation of refresh tokens with which the last password change started, or 0. Tokens of
+-- earlier epochs are revoked.
 alter table sessions add column epoch integer not null default 0;
--- Tokens of epochs before this are revoked. The default is all of them.
+-- Tokens of epochs before this one are revoked; by default, all tokens.
 alter table revocations add column before_epoch integer not null default 2147483647;
 
--- As before; but a session that ends may have a revocation of its earlier epochs.
+-- As before, except that a session may already have a revocation of its earlier epochs.
 create or replace function record_ended_sessions() returns trigger language plpgsql as $$
 begin
     insert into revocations (session_id, ended_at)
@@ -23,9 +23,9 @@ begin
 end
 $$;
 
--- Ends the least recently used sessions of an account so that `most` are alive at the most, the new
--- one included, and returns them. A function, because its snapshot is taken when it is called: the
--- caller holds the lock on the account by then, so it counts the sessions of every login before.
+-- Ends the least recently used sessions of an account beyond `most`, the new one included, and returns
+-- them. A function takes its snapshot when it is called, when the caller holds the lock on the
+-- account, so that it sees the sessions of all previous logins.
 create function end_surplus_sessions(account uuid, new_session uuid, most integer) returns uuid[]
 language sql volatile as $$
     with ended as (

@@ -1,5 +1,6 @@
--- Forgets a batch of ended sessions whose last access token has run out: none lives longer than a
--- day. No parameters.
+-- Deletes a batch of revocations whose last access token has expired: none is valid for more than a
+-- day.
+-- No parameters.
 delete from revocations
 where ctid = any(array(
     select ctid from revocations

@@ -1,10 +1,9 @@
--- What was revoked since the previous read. The cursor is the oldest transaction that was still
--- open then: everything below it was visible or rolled back, so nothing is missed however late a
--- transaction commits; what was visible already may come again. The first read, and the first one
--- of a server that was started or failed over since, whose transaction numbers may be lower, reads
--- all rows. Rows out of a dump may have higher numbers than any transaction here: they are read
--- then, and not again and again.
--- $1 the cursor of the previous read, $2 when its server had started; null for the first time
+-- Reads what was revoked since the previous read. The cursor is the oldest transaction that was open
+-- then: every transaction below it was visible or rolled back, so that no revocation is missed,
+-- however late it commits; some may be returned twice. The first read returns all rows, as does the
+-- first one after the server restarted or failed over, because its transaction ids may be lower.
+-- Rows restored from a dump may have ids above any transaction here; only a full read returns them.
+-- $1 the cursor of the previous read, $2 the start time of its server; both null for the first read
 with server as (
     select pg_postmaster_start_time() as server_started_at,
            pg_snapshot_xmin(pg_current_snapshot())::text::bigint as cursor

@@ -1,3 +1,3 @@
--- Ends one session of a user, unless its tokens up to this epoch are revoked already.
--- $1 user id, $2 session id, $3 epoch
+-- Ends one session of a user, unless it is in a later epoch than the token.
+-- $1 user id, $2 session id, $3 the token's epoch
 delete from sessions where user_id = $1 and id = $2 and epoch <= $3 returning id

@@ -1,4 +1,4 @@
--- The sessions of a user that are alive, newest first.
+-- Lists the active sessions of a user, newest first.
 -- $1 user id
 select id, user_agent, created_at, last_used_at, expires_at
 from sessions

@@ -1,10 +1,9 @@
--- Makes a session for somebody whose password was verified, forgets the failures from their
--- network, remembers the network, renews an old hash and ends the sessions used least recently
--- beyond a hundred; no row if the password was changed, the account deleted or a lockout began
--- meanwhile. The row lock makes a change of password, and another login that counts sessions, wait
--- for us or us for them.
--- $1 user id, $2 the hash that was verified, $3 the hash to keep, $4 session id,
--- $5 seconds until the session idles out, $6 user agent, $7 network
+-- Creates a session for a user whose password was verified, clears the failures from this network,
+-- records the network, replaces an outdated hash, and ends the least recently used sessions beyond a
+-- hundred. Returns no row if the password was changed, the account deleted or a lockout began
+-- meanwhile. The row lock serializes logins with each other and with password changes.
+-- $1 user id, $2 the hash that was verified, $3 the hash to store, $4 session id, $5 seconds of
+-- inactivity until the session expires, $6 user agent, $7 network
 with account as (
     select id, email, created_at, updated_at from users u
     where id = $1 and password_hash = $2
@@ -17,10 +16,10 @@ with account as (
                   and n.last_used_at > clock_timestamp() - interval '30 days') then '*' end])
             and f.blocked_until > clock_timestamp())
     for no key update
-), renewed as (
+), rehashed as (
     update users u set password_hash = $3
-    from account p
-    where u.id = p.id and u.password_hash = $2 and $3 <> $2
+    from account a
+    where u.id = a.id and u.password_hash = $2 and $3 <> $2
 ), cleared as (
     delete from login_failures where account = (select email from account) and network = $7
 ), session as (
@@ -28,7 +27,7 @@ with account as (
     select $4, id, 1, clock_timestamp(), clock_timestamp(), clock_timestamp(),
            clock_timestamp() + $5::float8 * interval '1 second', $6
     from account
-), noted as (
+), recorded as (
     -- At most once an hour.
     insert into login_networks (user_id, network, last_used_at)
     select id, $7, clock_timestamp() from account
@@ -39,13 +38,13 @@ with account as (
     on conflict (user_id, network) do update set last_used_at = excluded.last_used_at
     returning user_id
 ), evicted as (
-    -- The least recently used, if there are a hundred already.
+    -- The least recently used, if there are a hundred.
     delete from login_networks n
-    using noted, lateral (
+    using recorded, lateral (
         select min(known.last_used_at) as last_used_at from login_networks known
-        where known.user_id = noted.user_id
+        where known.user_id = recorded.user_id
         having count(*) >= 100) oldest
-    where n.user_id = noted.user_id and n.last_used_at = oldest.last_used_at and n.network <> $7
+    where n.user_id = recorded.user_id and n.last_used_at = oldest.last_used_at and n.network <> $7
 )
 select id, email, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
 from account

@@ -1,4 +1,4 @@
--- Forgets a batch of sessions that ran out of time so long ago that their access tokens did, too.
+-- Deletes a batch of sessions that expired so long ago that their access tokens have expired, too.
 -- No parameters.
 delete from sessions
 where ctid = any(array(

@@ -1,7 +1,7 @@
--- Uses a refresh token: the newest moves the session on, the one before it gets the same
--- successor again within the grace time, any other gives no row. Remembers the network.
--- $1 session id, $2 the token's generation, $3 grace seconds, $4 idle seconds, $5 seconds in all,
--- $6 network
+-- Rotates a refresh token and records the network. The newest token advances the session; within the
+-- grace time, the one before it gets the same successor again; any other gets no row.
+-- $1 session id, $2 the token's generation, $3 grace seconds, $4 seconds of inactivity until the
+-- session expires, $5 its total seconds, $6 network
 with session as (
     update sessions s
     set generation = $2 + 1,
@@ -18,7 +18,7 @@ with session as (
                and s.rotated_at > clock_timestamp() - $3::float8 * interval '1 second'))
     returning u.id, u.email, u.created_at, u.updated_at, s.generation, s.epoch,
               extract(epoch from s.expires_at - clock_timestamp())::float8 as expires_in
-), noted as (
+), recorded as (
     -- At most once an hour.
     insert into login_networks (user_id, network, last_used_at)
     select id, $6, clock_timestamp() from session
@@ -29,12 +29,12 @@ with session as (
     on conflict (user_id, network) do update set last_used_at = excluded.last_used_at
     returning user_id
 ), evicted as (
-    -- The least recently used, if there are a hundred already.
+    -- The least recently used, if there are a hundred.
     delete from login_networks n
-    using noted, lateral (
+    using recorded, lateral (
         select min(known.last_used_at) as last_used_at from login_networks known
-        where known.user_id = noted.user_id
+        where known.user_id = recorded.user_id
         having count(*) >= 100) oldest
-    where n.user_id = noted.user_id and n.last_used_at = oldest.last_used_at and n.network <> $6
+    where n.user_id = recorded.user_id and n.last_used_at = oldest.last_used_at and n.network <> $6
 )
 select id, email, created_at, updated_at, generation, epoch, expires_in from session

@@ -1,13 +1,13 @@
--- After a change of password: ends every session of a user but one, and starts a new epoch in that
--- one, so that its tokens from before are revoked. One row always; the last three columns are null
--- if there is no session to keep.
--- $1 user id, $2 the session to keep, null for none, $3 idle seconds, $4 seconds in all
+-- Part of a password change: ends every session of a user except one, and starts a new epoch in that
+-- one, which revokes its earlier tokens. Always returns one row; its last three columns are null if
+-- there is no session to keep.
+-- $1 user id, $2 the session to keep or null, $3 seconds of inactivity until the session expires,
+-- $4 its total seconds
 with ended as (
     delete from sessions where user_id = $1 and id is distinct from $2 returning id
 ), renewed as (
     update sessions
-    -- Two generations on: the grace time for the token before the newest reaches no further back
-    -- than to one that was never issued.
+    -- Skips a generation, so that the grace time covers only a token that was never issued.
     set generation = generation + 2,
         epoch = generation + 2,
         last_used_at = clock_timestamp(),
@@ -24,4 +24,4 @@ with ended as (
 )
 select (select coalesce(array_agg(id), '{}') from ended) as ended_ids,
        generation, epoch, extract(epoch from expires_at - clock_timestamp())::float8 as expires_in
-from (select) always left join renewed on true
+from (select) one_row left join renewed on true

@@ -1,6 +1,6 @@
--- How many tasks a list has over all its pages. Without a filter the index alone can tell, also
--- where the plan has to do for any parameters.
--- $1 user id, $2 completed or null for all, $3 text to find or null
+-- Counts the tasks of a list over all its pages. The case expression lets a generic plan answer the
+-- unfiltered count from the index alone.
+-- $1 user id, $2 completed or null for all, $3 text to search for or null
 select case
     when $2::boolean is null and $3::text is null
     then (select count(*) from tasks where user_id = $1)

@@ -1,6 +1,7 @@
--- A new task under an Idempotency-Key: whoever comes first claims the key and makes the task, a
--- copy waits for that and gets what was made. A key a day old is claimed anew.
--- $1 user id, $2 task id, $3 title, $4 description, $5 completed, $6 the time that the id carries,
+-- Creates a task with an Idempotency-Key. The first request claims the key and creates the task; a
+-- concurrent copy waits for it and returns the same values. A key more than a day old can be claimed
+-- again.
+-- $1 user id, $2 task id, $3 title, $4 description, $5 completed, $6 the time that the id contains,
 -- $7 key
 with claim as (
     insert into idempotency_keys as k (user_id, key, task_id, title, description, completed, created_at)

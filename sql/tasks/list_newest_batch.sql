@@ -1,12 +1,12 @@
 -- Reads a short page of tasks, newest first, for each of several requests. The rows are numbered by
 -- request.
--- $1 user ids, $2 the last id of the previous page or null, $3 the most rows, up to 101: one of each
+-- $1 user ids, $2 the last id of the previous page or null, $3 limit, up to 101: one of each
 -- per request
 select page.*, request.ordinal
 -- The subqueries hide the length of the arrays from the planner. Otherwise it would plan each length
 -- anew instead of keeping a generic plan.
 from unnest((select $1::uuid[]), (select $2::uuid[]), (select $3::bigint[]))
-    with ordinality as request (user_id, after, most, ordinal)
+    with ordinality as request (user_id, after, max_rows, ordinal)
 cross join lateral (
     select *
     -- A constant limit tells the planner that there are few rows, which are not worth compiling.
@@ -18,6 +18,6 @@ cross join lateral (
         order by t.user_id desc, t.id desc
         limit 101
     ) newest
-    limit request.most
+    limit request.max_rows
 ) page
 order by request.ordinal

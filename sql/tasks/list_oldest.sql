@@ -1,6 +1,6 @@
--- A page of a user's tasks, oldest first.
--- $1 user id, $2 completed or null for all, $3 text to find or null, $4 the id that the page
--- before ended with or null, $5 how many
+-- Lists a page of a user's tasks, oldest first.
+-- $1 user id, $2 completed or null for all, $3 text to search for or null, $4 the last id of the
+-- previous page or null, $5 limit
 select id, user_id, title, description, completed, created_at, updated_at
 from tasks
 where user_id = $1

@@ -1,8 +1,8 @@
--- Changes a task if it still is as the caller saw it: one row, the task as it is now, or nulls and
--- whether there is such a task at all.
--- $1 user id, $2 task id, $3 title or null, $4 whether $5 is meant, $5 description,
--- $6 whether to flip completed, $7 completed or null, $8 versions or null, $9 whether the task must be
--- in one of them or in none of them
+-- Changes a task if its version allows it. Always returns one row: the changed task, or nulls and
+-- whether the version is the reason.
+-- $1 user id, $2 task id, $3 title or null to keep it, $4 whether to set the description to $5,
+-- $6 whether to toggle completed, $7 completed or null to keep it, $8 versions or null, $9 whether
+-- the task must be in one of the versions (true) or in none (false)
 with changed as (
     update tasks
     set title = coalesce($3, title),
@@ -16,4 +16,4 @@ with changed as (
 select c.id, c.user_id, c.title, c.description, c.completed, c.created_at, c.updated_at,
        c.id is null and $8 is not null
            and exists (select from tasks t where t.user_id = $1 and t.id = $2) as version_mismatch
-from (select) one left join changed c on true
+from (select) one_row left join changed c on true

@@ -1,6 +1,6 @@
--- Deletes an account, by cascade its tasks, keys and sessions (whose revocations a trigger
--- writes); no row if the password was changed or a lockout began meanwhile. Failed logins at the
--- address stay: that they were forgotten would tell that there was an account.
+-- Deletes an account and, by cascade, its tasks, keys and sessions; a trigger writes the revocations.
+-- Returns no row if the password was changed or a lockout began meanwhile. The failed logins with the
+-- address stay, because clearing them would reveal that there was an account.
 -- $1 user id, $2 the hash that was verified
 with account as (
     delete from users where id = $1 and password_hash = $2

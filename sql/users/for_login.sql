@@ -1,6 +1,6 @@
--- What a login needs: always one row, with the account where there is one and the seconds for
--- which attempts on this address, known or not, are refused from this network.
--- $1 e-mail, $2 network
+-- Reads what a login needs. Always returns one row: the account, if there is one, and the seconds
+-- until logins with this address, registered or not, are accepted from this network again.
+-- $1 e-mail address, $2 network
 select u.id, u.password_hash,
        coalesce((
            select extract(epoch from max(f.blocked_until) - clock_timestamp())

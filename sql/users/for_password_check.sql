@@ -1,4 +1,4 @@
--- What checking the password of a signed-in user needs; no row if the account is deleted.
+-- Reads what verifying the password of an authenticated user needs; no row if the account was deleted.
 -- $1 user id
 select u.email, u.password_hash,
        coalesce(extract(epoch from f.blocked_until - clock_timestamp()), 0)::float8

@@ -1,3 +1,3 @@
--- The signed-in user.
+-- Reads an account.
 -- $1 user id
 select id, email, created_at, updated_at from users where id = $1

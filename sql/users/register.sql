@@ -1,6 +1,6 @@
--- Makes an account with its first session and its first network; no row if the address is taken.
--- $1 user id, $2 e-mail, $3 password hash, $4 session id,
--- $5 seconds until the session idles out, $6 user agent, $7 network
+-- Creates an account with its first session and network; no row if the address is taken.
+-- $1 user id, $2 e-mail address, $3 password hash, $4 session id, $5 seconds of inactivity until the
+-- session expires, $6 user agent, $7 network
 with account as (
     insert into users (id, email, password_hash, created_at, updated_at)
     values ($1, $2, $3, now(), now())

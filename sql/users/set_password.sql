@@ -1,5 +1,5 @@
--- Replaces the hash that was verified and forgets the wrong attempts of signed-in users; no row if
--- the password was changed or a lockout began meanwhile.
+-- Replaces the hash that was verified and clears the failed confirmations of the user; no row if the
+-- password was changed or a lockout began meanwhile.
 -- $1 user id, $2 the hash that was verified, $3 the new hash
 with account as (
     update users

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout_at};
 
 use super::deadline::Deadline;
-use super::error::DbError;
+use super::error::{DbError, Result};
 use super::health::{Health, Interrupted};
 use super::pool::{CONNECT_TIMEOUT, Registry, request_capacity};
 use crate::telemetry::metrics::Metrics;
@@ -50,7 +50,7 @@ impl Admission {
     }
 
     /// Waits until a connection may be taken from the pool.
-    pub(super) async fn acquire(&self, until: Instant) -> Result<OwnedSemaphorePermit, DbError> {
+    pub(super) async fn acquire(&self, until: Instant) -> Result<OwnedSemaphorePermit> {
         let now = Instant::now();
         if let Ok(permit) = self.connections.clone().try_acquire_owned() {
             *self.last_uncontended.lock() = now;
@@ -74,10 +74,7 @@ impl Admission {
     }
 
     /// Waits until a search may start.
-    pub(super) async fn acquire_search(
-        &self,
-        deadline: Deadline,
-    ) -> Result<SemaphorePermit<'_>, DbError> {
+    pub(super) async fn acquire_search(&self, deadline: Deadline) -> Result<SemaphorePermit<'_>> {
         match timeout_at(deadline.at(), self.searches.acquire()).await {
             Ok(Ok(permit)) => Ok(permit),
             _ => Err(DbError::Overloaded),

@@ -21,7 +21,7 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::deadline::Deadline;
-use super::error::DbError;
+use super::error::{DbError, Result};
 use super::lease::{Connections, Lease};
 use super::retry::Repeat;
 
@@ -48,7 +48,7 @@ pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
         lease: &mut Lease,
         deadline: Deadline,
         queries: &[Self],
-    ) -> impl Future<Output = Result<Vec<Row>, DbError>> + Send;
+    ) -> impl Future<Output = Result<Vec<Row>>> + Send;
 }
 
 /// A query in the queue. Its caller drops the receiver of `reply` when it gives up.
@@ -58,7 +58,7 @@ struct Pending<Q> {
     reply: Reply,
 }
 
-type Reply = oneshot::Sender<Result<Vec<Row>, DbError>>;
+type Reply = oneshot::Sender<Result<Vec<Row>>>;
 /// Always `Ok`: the semaphores are never closed.
 type WorkerPermit = Result<OwnedSemaphorePermit, AcquireError>;
 
@@ -78,7 +78,7 @@ impl<Q: BatchQuery> Batcher<Q> {
         connections: &Arc<Connections>,
         deadline: Deadline,
         query: Q,
-    ) -> Result<Vec<Row>, DbError> {
+    ) -> Result<Vec<Row>> {
         let (reply, response) = oneshot::channel();
         let pending = Pending {
             query,

@@ -8,6 +8,9 @@ use std::sync::Arc;
 use tokio_postgres::Error;
 use tokio_postgres::error::{Severity, SqlState};
 
+/// The result of a statement.
+pub(crate) type Result<T, E = DbError> = std::result::Result<T, E>;
+
 /// Why a statement has no result. Nothing was changed, except possibly after `ConnectionLost`.
 #[derive(Clone, Debug)]
 pub(crate) enum DbError {

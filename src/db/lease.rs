@@ -14,7 +14,7 @@ use tokio_postgres::{Error, Row};
 use super::admission::Admission;
 use super::connect::Endpoint;
 use super::deadline::{Deadline, REQUEST_TIMEOUT};
-use super::error::{DbError, error_message};
+use super::error::{DbError, Result, error_message};
 use super::health::{Health, Interrupted};
 use super::isolation::{self, Isolation};
 use super::pool::{self, CONNECT_TIMEOUT, ConnectionManager, Pool, PooledConnection, Registry};
@@ -68,7 +68,7 @@ impl Connections {
     }
 
     /// Checks out a connection.
-    pub(super) async fn acquire(self: &Arc<Self>, deadline: Deadline) -> Result<Lease, DbError> {
+    pub(super) async fn acquire(self: &Arc<Self>, deadline: Deadline) -> Result<Lease> {
         let pool_timeout = Instant::now() + CONNECT_TIMEOUT;
         let until = deadline.at().min(pool_timeout);
         if !self.health.is_up_after_startup(until).await {
@@ -115,7 +115,7 @@ impl Lease {
         deadline: Deadline,
         sql: Sql,
         params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
+    ) -> Result<Vec<Row>> {
         let connection = self.connection.clone();
         let query = connection.client().query(connection.statement(sql), params);
         let explicit = self.needs_transaction();
@@ -129,7 +129,7 @@ impl Lease {
         deadline: Deadline,
         sql: Sql,
         params: Params<'_>,
-    ) -> Result<u64, DbError> {
+    ) -> Result<u64> {
         let connection = self.connection.clone();
         let query = connection
             .client()
@@ -140,7 +140,7 @@ impl Lease {
     }
 
     /// Makes one round trip.
-    pub(super) async fn ping(&mut self, deadline: Deadline) -> Result<(), DbError> {
+    pub(super) async fn ping(&mut self, deadline: Deadline) -> Result<()> {
         let connection = self.connection.clone();
         self.run(deadline, connection.client().check_connection())
             .await
@@ -148,27 +148,27 @@ impl Lease {
 
     /// Opens a transaction. It ends with `commit` or `rollback`; a lease that is dropped before
     /// that closes its connection.
-    pub(super) async fn begin(&mut self, deadline: Deadline) -> Result<(), DbError> {
+    pub(super) async fn begin(&mut self, deadline: Deadline) -> Result<()> {
         self.batch_execute(deadline, isolation::BEGIN).await?;
         self.in_flight = true;
         Ok(())
     }
 
-    pub(super) async fn commit(self, deadline: Deadline) -> Result<(), DbError> {
+    pub(super) async fn commit(self, deadline: Deadline) -> Result<()> {
         self.end(deadline, "commit").await
     }
 
-    pub(super) async fn rollback(self, deadline: Deadline) -> Result<(), DbError> {
+    pub(super) async fn rollback(self, deadline: Deadline) -> Result<()> {
         self.end(deadline, "rollback").await
     }
 
-    async fn end(mut self, deadline: Deadline, text: &'static str) -> Result<(), DbError> {
+    async fn end(mut self, deadline: Deadline, text: &'static str) -> Result<()> {
         self.batch_execute(deadline, text).await?;
         self.in_flight = false;
         Ok(())
     }
 
-    async fn batch_execute(&mut self, deadline: Deadline, text: &str) -> Result<(), DbError> {
+    async fn batch_execute(&mut self, deadline: Deadline, text: &str) -> Result<()> {
         let connection = self.connection.clone();
         self.run(deadline, connection.client().batch_execute(text))
             .await
@@ -184,7 +184,7 @@ impl Lease {
         &mut self,
         deadline: Deadline,
         statement: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, DbError> {
+    ) -> Result<T> {
         if deadline.has_passed() {
             return Err(DbError::Unavailable("the deadline has passed".into()));
         }
@@ -208,7 +208,7 @@ impl Lease {
         &self,
         deadline: Deadline,
         statement: impl Future<Output = Result<T, Error>>,
-    ) -> Result<Result<T, Error>, DbError> {
+    ) -> Result<Result<T, Error>> {
         let Connections {
             health,
             registry,

@@ -3,37 +3,31 @@
 
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-/// All migrations: version, name and text. They only add, so that the previous release still runs.
-/// A database may lack any of them, not only the last ones.
-pub(crate) const MIGRATIONS: &[(i32, &str, &str)] = &[
-    (
-        1,
-        "initial",
-        include_str!("../../sql/migrations/V1__initial.sql"),
-    ),
-    (
-        2,
-        "fold_case",
-        include_str!("../../sql/migrations/V2__fold_case.sql"),
-    ),
-    (
-        3,
-        "revocation_cursor_and_session_epochs",
-        include_str!("../../sql/migrations/V3__revocation_cursor_and_session_epochs.sql"),
-    ),
-    (
-        4,
-        "login_lockout",
-        include_str!("../../sql/migrations/V4__login_lockout.sql"),
-    ),
-];
+macro_rules! migrations {
+    ($($version:literal $name:literal),* $(,)?) => {
+        /// All migrations: version, name and text. They only add, so that the previous release still
+        /// runs. A database may lack any of them, not only the last ones.
+        const MIGRATIONS: &[(i32, &str, &str)] = &[$((
+            $version,
+            $name,
+            include_str!(concat!("../../sql/migrations/V", $version, "__", $name, ".sql")),
+        )),*];
+    };
+}
+
+migrations! {
+    1 "initial",
+    2 "fold_case",
+    3 "revocation_cursor_and_session_epochs",
+    4 "login_lockout",
+}
 
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.
 const LOCK: i64 = 0x746f_646f_2d61_7069;
 
 /// Applies the missing migrations and returns their number. Neither waiting for another instance
 /// nor the migrations themselves have a timeout.
-pub(crate) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Error> {
+pub(super) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Error> {
     // Otherwise the service would always need a role that may create tables.
     if due(client).await? == 0 {
         return Ok(0);
@@ -89,7 +83,7 @@ async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> 
 }
 
 /// Returns how many migrations a database lacks. Migrations of newer releases do not count.
-pub(crate) async fn due(client: &Client) -> Result<usize, tokio_postgres::Error> {
+pub(super) async fn due(client: &Client) -> Result<usize, tokio_postgres::Error> {
     let known = client
         .simple_query("select from pg_tables where schemaname = any(current_schemas(false)) and tablename = 'migrations'")
         .await?;

@@ -37,6 +37,7 @@ use batch::{BatchQuery, Batcher};
 pub use connect::{Endpoint, FatalError};
 pub use deadline::Deadline;
 pub(crate) use deadline::{AUTHENTICATION_TIMEOUT, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
+use error::Result;
 pub(crate) use error::{DbError, error_message};
 pub use inspect::{Pooler, ServerInfo};
 use lease::{Connections, Params};
@@ -101,7 +102,7 @@ impl Database {
                 || self.ping(CONNECT_TIMEOUT).await.is_ok())
     }
 
-    async fn ping(&self, timeout: Duration) -> Result<(), DbError> {
+    async fn ping(&self, timeout: Duration) -> Result<()> {
         let deadline = Deadline::after(timeout);
         self.connections
             .acquire(deadline)
@@ -139,40 +140,36 @@ impl<'a> Queries<'a> {
     }
 
     /// Runs a read. If its connection is lost it runs again.
-    async fn read(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+    async fn read(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Read, sql, params).await
     }
 
     /// Runs a read together with others of its kind.
-    async fn batch<Q: BatchQuery>(
-        self,
-        batcher: &Batcher<Q>,
-        query: Q,
-    ) -> Result<Vec<Row>, DbError> {
+    async fn batch<Q: BatchQuery>(self, batcher: &Batcher<Q>, query: Q) -> Result<Vec<Row>> {
         let connections = &self.database.connections;
         batcher.submit(connections, self.deadline, query).await
     }
 
     /// Runs a read that may scan all rows of a user. Few of these run at a time.
-    async fn search(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+    async fn search(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         let admission = &self.database.connections.admission;
         let _permit = admission.acquire_search(self.deadline).await?;
         self.query(Repeat::Read, sql, params).await
     }
 
     /// Runs a write. If its connection is lost it does not run again.
-    async fn write(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+    async fn write(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Never, sql, params).await
     }
 
     /// Runs a write that inserts rows under ids that the caller chose. If its connection is lost it
     /// runs again, and finds the rows if the first run inserted them.
-    async fn insert(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>, DbError> {
+    async fn insert(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Insert, sql, params).await
     }
 
     /// Like `write`, but returns how many rows the statement changed.
-    async fn execute(self, sql: Sql, params: Params<'_>) -> Result<u64, DbError> {
+    async fn execute(self, sql: Sql, params: Params<'_>) -> Result<u64> {
         let Self { database, deadline } = self;
         let connections = &database.connections;
         let attempt = || async {
@@ -182,12 +179,7 @@ impl<'a> Queries<'a> {
         connections.retry(deadline, Repeat::Never, attempt).await
     }
 
-    async fn query(
-        self,
-        repeat: Repeat,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>, DbError> {
+    async fn query(self, repeat: Repeat, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         let Self { database, deadline } = self;
         let connections = &database.connections;
         let attempt = || async {

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::statements::Sql;
-use super::{Database, DbError, Deadline, REQUEST_TIMEOUT};
+use super::{Database, Deadline, REQUEST_TIMEOUT, Result};
 
 const INTERVAL: Duration = Duration::from_secs(600);
 /// The limit in the statements.
@@ -46,7 +46,7 @@ impl Purger {
     }
 }
 
-async fn purge_all(database: &Database) -> Result<(), DbError> {
+async fn purge_all(database: &Database) -> Result<()> {
     for sql in [
         Sql::SessionsPurge,
         Sql::RevocationsPurge,

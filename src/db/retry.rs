@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::deadline::Deadline;
-use super::error::DbError;
+use super::error::{DbError, Result};
 use super::lease::Connections;
 
 const MIN_BACKOFF: Duration = Duration::from_millis(5);
@@ -37,12 +37,12 @@ impl Backoff {
 
 impl Connections {
     /// Calls `attempt` until it succeeds, fails for good, or the deadline leaves no time for more.
-    pub(super) async fn retry<T, F: Future<Output = Result<T, DbError>>>(
+    pub(super) async fn retry<T, F: Future<Output = Result<T>>>(
         &self,
         deadline: Deadline,
         repeat: Repeat,
         mut attempt: impl FnMut() -> F,
-    ) -> Result<T, DbError> {
+    ) -> Result<T> {
         let mut backoff = Backoff(MIN_BACKOFF);
         // The error of an insert that may have taken effect.
         let mut unknown = None;

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::lease::Params;
 use super::statements::Sql;
 use super::users::{NewSession, user};
-use super::{DbError, Queries};
+use super::{Queries, Result};
 use crate::domain::{Rfc3339, Session, TokenLifetimes, User};
 
 /// The state of a session that its tokens carry.
@@ -54,7 +54,7 @@ pub(crate) async fn login(
     verified: &str,
     hash: &str,
     session: &NewSession,
-) -> Result<Option<(User, Vec<Uuid>)>, DbError> {
+) -> Result<Option<(User, Vec<Uuid>)>> {
     let params: Params = &[
         &id,
         &verified,
@@ -76,7 +76,7 @@ pub(crate) async fn refresh(
     generation: i32,
     lifetimes: TokenLifetimes,
     network: &str,
-) -> Result<Option<(User, SessionState)>, DbError> {
+) -> Result<Option<(User, SessionState)>> {
     let params: Params = &[
         &id,
         &generation,
@@ -91,14 +91,9 @@ pub(crate) async fn refresh(
 }
 
 /// Ends the session of a refresh token that was used before. Returns whether there was one.
-pub(crate) async fn end_reused(
-    db: Queries<'_>,
-    id: Uuid,
-    generation: i32,
-) -> Result<bool, DbError> {
+pub(crate) async fn end_reused(db: Queries<'_>, id: Uuid, generation: i32) -> Result<bool> {
     let params: Params = &[&id, &generation];
-    let rows = db.write(Sql::SessionsEndReused, params).await?;
-    Ok(!rows.is_empty())
+    Ok(db.execute(Sql::SessionsEndReused, params).await? > 0)
 }
 
 /// Ends the session of a refresh token, unless the token belongs to an earlier epoch. Returns
@@ -107,18 +102,13 @@ pub(crate) async fn end_by_refresh_token(
     db: Queries<'_>,
     id: Uuid,
     generation: i32,
-) -> Result<bool, DbError> {
+) -> Result<bool> {
     let params: Params = &[&id, &generation];
-    let rows = db.write(Sql::SessionsEndByRefreshToken, params).await?;
-    Ok(!rows.is_empty())
+    Ok(db.execute(Sql::SessionsEndByRefreshToken, params).await? > 0)
 }
 
 /// Reads the active sessions of a user, newest first.
-pub(crate) async fn list(
-    db: Queries<'_>,
-    user_id: Uuid,
-    current: Uuid,
-) -> Result<Vec<Session>, DbError> {
+pub(crate) async fn list(db: Queries<'_>, user_id: Uuid, current: Uuid) -> Result<Vec<Session>> {
     let rows = db.read(Sql::SessionsList, &[&user_id]).await?;
     let session = |row: &Row| Session {
         id: row.get("id"),
@@ -132,23 +122,13 @@ pub(crate) async fn list(
 }
 
 /// Ends one session of a user, unless it is in a later epoch than this. Returns whether it did.
-pub(crate) async fn end(
-    db: Queries<'_>,
-    user_id: Uuid,
-    id: Uuid,
-    epoch: i32,
-) -> Result<bool, DbError> {
+pub(crate) async fn end(db: Queries<'_>, user_id: Uuid, id: Uuid, epoch: i32) -> Result<bool> {
     let params: Params = &[&user_id, &id, &epoch];
-    let rows = db.write(Sql::SessionsEnd, params).await?;
-    Ok(!rows.is_empty())
+    Ok(db.execute(Sql::SessionsEnd, params).await? > 0)
 }
 
 /// Ends every session of a user except `keep`, and returns those that ended.
-pub(crate) async fn end_others(
-    db: Queries<'_>,
-    user_id: Uuid,
-    keep: Uuid,
-) -> Result<Vec<Uuid>, DbError> {
+pub(crate) async fn end_others(db: Queries<'_>, user_id: Uuid, keep: Uuid) -> Result<Vec<Uuid>> {
     let params: Params = &[&user_id, &keep];
     let rows = db.write(Sql::SessionsEndOthers, params).await?;
     Ok(rows.iter().map(|row| row.get("id")).collect())
@@ -158,7 +138,7 @@ pub(crate) async fn end_others(
 pub(crate) async fn revoked_since(
     db: Queries<'_>,
     since: Option<Cursor>,
-) -> Result<(Vec<Revocation>, Option<Cursor>), DbError> {
+) -> Result<(Vec<Revocation>, Option<Cursor>)> {
     let (cursor, server_started) = since.unzip();
     let params: Params = &[&cursor, &server_started];
     let rows = db.read(Sql::RevocationsSince, params).await?;

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::batch::{BatchQuery, Batcher};
 use super::lease::{Lease, Params};
 use super::statements::Sql;
-use super::{DbError, Deadline, Queries};
+use super::{Deadline, Queries, Result};
 use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange, Title};
 
 /// The longest page whose query is batched.
@@ -78,7 +78,7 @@ pub(crate) async fn create(
     user_id: Uuid,
     new: NewTask,
     key: Option<&str>,
-) -> Result<CreateOutcome, DbError> {
+) -> Result<CreateOutcome> {
     let (id, created_at) = NewTask::new_id();
     let title = new.title.as_str();
     let description = new.description.as_ref().map(Description::as_str);
@@ -122,7 +122,7 @@ pub(crate) async fn create(
 }
 
 /// Reads a task.
-pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Option<Task>, DbError> {
+pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Option<Task>> {
     let batcher = &db.database.batchers.get;
     let rows = db.batch(batcher, GetTask { user_id, id }).await?;
     Ok(rows.first().map(task))
@@ -135,7 +135,7 @@ pub(crate) async fn list(
     filter: &Filter,
     after: Option<Uuid>,
     limit: i64,
-) -> Result<Vec<Task>, DbError> {
+) -> Result<Vec<Task>> {
     let is_search = filter.text.is_some() || filter.completed.is_some();
     if !is_search && !filter.oldest_first && limit <= ListNewest::MAX_LIMIT {
         let query = ListNewest {
@@ -181,11 +181,7 @@ impl BatchQuery for GetTask {
         self.user_id
     }
 
-    async fn execute(
-        lease: &mut Lease,
-        deadline: Deadline,
-        queries: &[Self],
-    ) -> Result<Vec<Row>, DbError> {
+    async fn execute(lease: &mut Lease, deadline: Deadline, queries: &[Self]) -> Result<Vec<Row>> {
         let user_ids: Vec<Uuid> = queries.iter().map(|query| query.user_id).collect();
         let ids: Vec<Uuid> = queries.iter().map(|query| query.id).collect();
         lease
@@ -213,11 +209,7 @@ impl BatchQuery for ListNewest {
         self.user_id
     }
 
-    async fn execute(
-        lease: &mut Lease,
-        deadline: Deadline,
-        queries: &[Self],
-    ) -> Result<Vec<Row>, DbError> {
+    async fn execute(lease: &mut Lease, deadline: Deadline, queries: &[Self]) -> Result<Vec<Row>> {
         let user_ids: Vec<Uuid> = queries.iter().map(|query| query.user_id).collect();
         let after: Vec<Option<Uuid>> = queries.iter().map(|query| query.after).collect();
         let limits: Vec<i64> = queries.iter().map(|query| query.limit).collect();
@@ -229,7 +221,7 @@ impl BatchQuery for ListNewest {
 }
 
 /// Counts the tasks of a list over all its pages.
-pub(crate) async fn count(db: Queries<'_>, user_id: Uuid, filter: &Filter) -> Result<i64, DbError> {
+pub(crate) async fn count(db: Queries<'_>, user_id: Uuid, filter: &Filter) -> Result<i64> {
     let params: Params = &[&user_id, &filter.completed, &filter.text];
     let rows = db.search(Sql::TasksCount, params).await?;
     Ok(rows.first().map_or(0, |row| row.get("total")))
@@ -242,7 +234,7 @@ pub(crate) async fn update(
     id: Uuid,
     change: &TaskChange,
     versions: &Versions,
-) -> Result<Conditional<Task>, DbError> {
+) -> Result<Conditional<Task>> {
     let title = change.title.as_ref().map(Title::as_str);
     let description = change.description.as_ref();
     let new_description = description.and_then(|text| text.as_ref().map(Description::as_str));
@@ -274,7 +266,7 @@ pub(crate) async fn delete(
     user_id: Uuid,
     id: Uuid,
     versions: &Versions,
-) -> Result<Conditional<()>, DbError> {
+) -> Result<Conditional<()>> {
     let (versions, one_of) = versions.params();
     let params: Params = &[&user_id, &id, &versions, &one_of];
     let rows = db.write(Sql::TasksDelete, params).await?;
@@ -284,7 +276,7 @@ pub(crate) async fn delete(
 }
 
 /// Deletes all completed tasks of a user and returns how many there were.
-pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<u64, DbError> {
+pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<u64> {
     db.execute(Sql::TasksDeleteCompleted, &[&user_id]).await
 }
 

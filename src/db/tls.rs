@@ -35,33 +35,26 @@ pub(super) fn connector(
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|error| format!("cannot use TLS: {error}"))?;
-    let config = if verification == Verification::None {
-        builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(RelaxedVerifier {
-                chain: None,
-                provider,
-            }))
-            .with_no_client_auth()
+    let chain = if verification == Verification::None {
+        None
     } else {
         let roots = match roots {
             Some(roots) => roots,
             None => Arc::new(system_roots()?),
         };
-        let full = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
             .build()
             .map_err(|error| format!("cannot verify certificates: {error}"))?;
-        match verification {
-            Verification::Full => builder.with_webpki_verifier(full).with_no_client_auth(),
-            _ => builder
-                .dangerous()
-                .with_custom_certificate_verifier(Arc::new(RelaxedVerifier {
-                    chain: Some(full),
-                    provider,
-                }))
-                .with_no_client_auth(),
-        }
+        Some(verifier)
     };
+    let verifier: Arc<dyn ServerCertVerifier> = match (verification, chain) {
+        (Verification::Full, Some(verifier)) => verifier,
+        (_, chain) => Arc::new(RelaxedVerifier { chain, provider }),
+    };
+    let config = builder
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
     Ok(MakeRustlsConnect::new(config))
 }
 

@@ -21,56 +21,18 @@ const EXAMPLE: &str = "must be a URL like postgres://user:password@host/database
 const ENCODE: &str = "cannot be read reliably: percent-encode the password and other parts with special characters \
     (@ is %40, / is %2F, ? is %3F, : is %3A, & is %26, = is %3D, % is %25, a space is %20)";
 /// The parameters that have an effect, all of them libpq's.
-const PARAMETERS: [&str; 20] = [
-    "application_name",
-    "channel_binding",
-    "connect_timeout",
-    "dbname",
-    "host",
-    "hostaddr",
-    "keepalives",
-    "keepalives_count",
-    "keepalives_idle",
-    "keepalives_interval",
-    "load_balance_hosts",
-    "options",
-    "password",
-    "port",
-    "sslmode",
-    "sslnegotiation",
-    "sslrootcert",
-    "target_session_attrs",
-    "tcp_user_timeout",
-    "user",
-];
+const PARAMETERS: &str = "\
+    application_name channel_binding connect_timeout dbname host hostaddr keepalives \
+    keepalives_count keepalives_idle keepalives_interval load_balance_hosts options password \
+    port sslmode sslnegotiation sslrootcert target_session_attrs tcp_user_timeout user";
 /// Parameters that libpq, Prisma, pgx, Rails, JDBC and hosting providers add, and that have no effect:
 /// the service has its own pool, always uses UTF-8 and SNI, and never Kerberos.
-const IGNORED: [&str; 24] = [
-    "ApplicationName",
-    "client_encoding",
-    "connection_limit",
-    "fallback_application_name",
-    "gssdelegation",
-    "gssencmode",
-    "gsslib",
-    "krbsrvname",
-    "max_protocol_version",
-    "min_protocol_version",
-    "pgbouncer",
-    "pool",
-    "pool_max_conns",
-    "pool_min_conns",
-    "pool_size",
-    "pool_timeout",
-    "prepareThreshold",
-    "prepared_statements",
-    "socket_timeout",
-    "sslcompression",
-    "sslsni",
-    "statement_cache_size",
-    "supa",
-    "uselibpqcompat",
-];
+const IGNORED: &str = "\
+    ApplicationName client_encoding connection_limit fallback_application_name gssdelegation \
+    gssencmode gsslib krbsrvname max_protocol_version min_protocol_version pgbouncer pool \
+    pool_max_conns pool_min_conns pool_size pool_timeout prepareThreshold \
+    prepared_statements socket_timeout sslcompression sslsni statement_cache_size supa \
+    uselibpqcompat";
 
 /// A parsed `DATABASE_URL`.
 #[derive(Clone)]
@@ -223,8 +185,8 @@ fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
             // Prisma's default, and the server's default.
             ("schema", "public") => continue,
             ("schema", _) => return Err("has a schema: use options=-csearch_path%3DNAME".into()),
-            (name, value) if PARAMETERS.contains(&name) => (name, value),
-            (name, _) if IGNORED.contains(&name) => continue,
+            (name, value) if has_word(PARAMETERS, name) => (name, value),
+            (name, _) if has_word(IGNORED, name) => continue,
             _ if follows_password => return Err(ENCODE.into()),
             (name, _) => return Err(format!("has the unsupported parameter {name}: remove it")),
         };
@@ -232,6 +194,10 @@ fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
         parameters.insert(name.to_owned(), value.to_owned());
     }
     Ok(parameters)
+}
+
+fn has_word(words: &str, word: &str) -> bool {
+    words.split(' ').any(|known| known == word)
 }
 
 fn decode(text: &str) -> Result<String, String> {

@@ -7,7 +7,7 @@ use super::lease::Params;
 use super::retry::Repeat;
 use super::sessions::SessionState;
 use super::statements::Sql;
-use super::{DbError, Queries};
+use super::{Queries, Result};
 use crate::domain::{Email, Rfc3339, TokenLifetimes, User};
 
 /// What a login needs before the password is verified.
@@ -86,7 +86,7 @@ pub(crate) async fn register(
     email: &Email,
     hash: &str,
     session: &NewSession,
-) -> Result<Option<User>, DbError> {
+) -> Result<Option<User>> {
     let id = Uuid::now_v7();
     let params: Params = &[
         &id,
@@ -106,13 +106,13 @@ pub(crate) async fn register(
 }
 
 /// Reads an account; `None` if it was deleted.
-pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>, DbError> {
+pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>> {
     let rows = db.read(Sql::UsersGet, &[&id]).await?;
     Ok(rows.first().map(user))
 }
 
 /// Reads what a login needs.
-pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord, DbError> {
+pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord> {
     let params: Params = &[&key.account, &key.network];
     let rows = db.read(Sql::UsersForLogin, params).await?;
     let id: Option<Uuid> = rows.first().and_then(|row| row.get("id"));
@@ -123,10 +123,7 @@ pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<Login
 }
 
 /// Reads what verifying this user's password needs; `None` if the account was deleted.
-pub(crate) async fn for_password_check(
-    db: Queries<'_>,
-    id: Uuid,
-) -> Result<Option<PasswordCheck>, DbError> {
+pub(crate) async fn for_password_check(db: Queries<'_>, id: Uuid) -> Result<Option<PasswordCheck>> {
     let rows = db.read(Sql::UsersForPasswordCheck, &[&id]).await?;
     Ok(rows.first().map(|row| PasswordCheck {
         email: row.get("email"),
@@ -137,7 +134,7 @@ pub(crate) async fn for_password_check(
 
 /// Counts a wrong password and returns 0. If a lockout began while the password was being
 /// verified, the attempt does not count, and the seconds until the lockout ends are returned.
-pub(crate) async fn record_failure(db: Queries<'_>, key: &LockoutKey) -> Result<f64, DbError> {
+pub(crate) async fn record_failure(db: Queries<'_>, key: &LockoutKey) -> Result<f64> {
     let params: Params = &[&key.account, &key.network];
     let rows = db.write(Sql::LoginFailuresRecord, params).await?;
     Ok(retry_after_secs(&rows))
@@ -148,7 +145,7 @@ fn retry_after_secs(rows: &[Row]) -> f64 {
 }
 
 /// Lifts every lockout of an account.
-pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64, DbError> {
+pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64> {
     db.execute(Sql::LoginFailuresClear, &[&id]).await
 }
 
@@ -164,7 +161,7 @@ pub(crate) async fn change_password(
     hash: &str,
     keep: Option<Uuid>,
     lifetimes: TokenLifetimes,
-) -> Result<Option<PasswordChange>, DbError> {
+) -> Result<Option<PasswordChange>> {
     let deadline = db.deadline;
     let connections = &db.database.connections;
     let attempt = || async {
@@ -200,11 +197,7 @@ pub(crate) async fn change_password(
 
 /// Deletes an account and everything that belongs to it. Returns the sessions that ended; `None`
 /// if the password was changed concurrently.
-pub(crate) async fn delete(
-    db: Queries<'_>,
-    id: Uuid,
-    verified: &str,
-) -> Result<Option<Vec<Uuid>>, DbError> {
+pub(crate) async fn delete(db: Queries<'_>, id: Uuid, verified: &str) -> Result<Option<Vec<Uuid>>> {
     let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
     Ok(rows.first().map(|row| row.get("session_ids")))
 }
