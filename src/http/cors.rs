@@ -1,5 +1,5 @@
-//! Cross-origin resource sharing, as the Fetch standard defines it. Credentials mode is not allowed,
-//! because tokens travel in a header and never in a cookie.
+//! Cross-origin resource sharing (CORS), as the Fetch standard defines it. Credentials are not
+//! allowed, because tokens travel in a header and never in a cookie.
 
 use hyper::Method;
 use hyper::header::{

@@ -51,25 +51,14 @@ macro_rules! routes {
 }
 
 /// One segment of a route: a fixed text or a `{parameter}`.
+#[rustfmt::skip]
 macro_rules! segment {
-    (pattern {$parameter:ident}) => {
-        $parameter
-    };
-    (pattern $text:ident) => {
-        stringify!($text)
-    };
-    (pattern $text:literal) => {
-        $text
-    };
-    (path {$parameter:ident}) => {
-        concat!("/{", stringify!($parameter), "}")
-    };
-    (path $text:ident) => {
-        concat!("/", stringify!($text))
-    };
-    (path $text:literal) => {
-        concat!("/", $text)
-    };
+    (pattern {$parameter:ident}) => { $parameter };
+    (pattern $text:ident) => { stringify!($text) };
+    (pattern $text:literal) => { $text };
+    (path {$parameter:ident}) => { concat!("/{", stringify!($parameter), "}") };
+    (path $text:ident) => { concat!("/", stringify!($text)) };
+    (path $text:literal) => { concat!("/", $text) };
 }
 
 /// The text of a route's path.
@@ -79,19 +68,12 @@ macro_rules! path {
 }
 
 /// A method of a route. hyper omits the body of a response to HEAD.
+#[rustfmt::skip]
 macro_rules! method {
-    (pattern GET) => {
-        Method::GET | Method::HEAD
-    };
-    (pattern $method:ident) => {
-        Method::$method
-    };
-    (allow GET) => {
-        "GET, HEAD, "
-    };
-    (allow $method:ident) => {
-        concat!(stringify!($method), ", ")
-    };
+    (pattern GET) => { Method::GET | Method::HEAD };
+    (pattern $method:ident) => { Method::$method };
+    (allow GET) => { "GET, HEAD, " };
+    (allow $method:ident) => { concat!(stringify!($method), ", ") };
 }
 
 /// The value of a route's `Allow` header.
