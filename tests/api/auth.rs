@@ -17,7 +17,6 @@ pub(crate) async fn login(server: &Server, email: &str, password: &str) -> Respo
     server
         .post("/api/v1/auth/login")
         .json(json!({"email": email, "password": password}))
-        .send()
         .await
 }
 
@@ -26,7 +25,6 @@ pub(crate) async fn register(server: &Server, email: &str, password: &str) -> Re
     server
         .post("/api/v1/auth/register")
         .json(json!({"email": email, "password": password}))
-        .send()
         .await
 }
 
@@ -35,7 +33,6 @@ pub(crate) async fn refresh(server: &Server, refresh_token: &str) -> Response {
     server
         .post("/api/v1/auth/refresh")
         .json(json!({"refresh_token": refresh_token}))
-        .send()
         .await
 }
 
@@ -50,7 +47,6 @@ pub(crate) async fn change_password(
         .put("/api/v1/auth/password")
         .bearer(access_token)
         .json(json!({"current_password": current, "new_password": new}))
-        .send()
         .await
 }
 
@@ -64,7 +60,6 @@ pub(crate) async fn delete_account(
         .delete("/api/v1/auth/me")
         .bearer(access_token)
         .json(json!({"password": password}))
-        .send()
         .await
 }
 
@@ -73,7 +68,6 @@ pub(crate) async fn assert_signed_in(server: &Server, access_token: &str) {
     server
         .get("/api/v1/auth/me")
         .bearer(access_token)
-        .send()
         .await
         .expect(200);
 }
@@ -83,7 +77,6 @@ pub(crate) async fn sign_out(server: &Server, access_token: &str) -> Response {
     server
         .post("/api/v1/auth/logout")
         .bearer(access_token)
-        .send()
         .await
 }
 
@@ -192,7 +185,6 @@ async fn registering_gives_an_account_and_its_tokens() {
     let me = server
         .get("/api/v1/auth/me")
         .bearer(&text(&body, "access_token"))
-        .send()
         .await
         .expect(200);
     assert_eq!(me.header("cache-control"), "no-store");
@@ -494,7 +486,6 @@ async fn ill_formed_bodies_are_refused_with_all_their_faults() {
             let problem = server
                 .post(path)
                 .json(body.clone())
-                .send()
                 .await
                 .problem(422, "validation_failed");
             assert_eq!(pointers(&problem), both, "{path} {body}");
@@ -505,7 +496,6 @@ async fn ill_formed_bodies_are_refused_with_all_their_faults() {
         let problem = server
             .post(refresh)
             .json(body)
-            .send()
             .await
             .problem(422, "validation_failed");
         assert_eq!(
@@ -513,22 +503,18 @@ async fn ill_formed_bodies_are_refused_with_all_their_faults() {
             BTreeSet::from(["/refresh_token".to_owned()])
         );
     }
-    let problem = server
+    let problem = ann
         .put("/api/v1/auth/password")
-        .bearer(&ann.access_token)
         .json(json!({"current_password": 1}))
-        .send()
         .await
         .problem(422, "validation_failed");
     assert_eq!(
         pointers(&problem),
         BTreeSet::from(["/current_password".to_owned(), "/new_password".to_owned()])
     );
-    let problem = server
+    let problem = ann
         .delete("/api/v1/auth/me")
-        .bearer(&ann.access_token)
         .json(json!({}))
-        .send()
         .await
         .problem(422, "validation_failed");
     assert_eq!(pointers(&problem), BTreeSet::from(["/password".to_owned()]));
@@ -545,20 +531,17 @@ async fn ill_formed_bodies_are_refused_with_all_their_faults() {
             server
                 .post(path)
                 .body(body.as_bytes().to_vec(), "application/json")
-                .send()
                 .await
                 .problem(status, code);
         }
         server
             .post(path)
             .body(b"email=ann".to_vec(), "application/x-www-form-urlencoded")
-            .send()
             .await
             .problem(415, "unsupported_media_type");
         server
             .post(path)
             .body(vec![b' '; 16 * 1024 + 1], "application/json")
-            .send()
             .await
             .problem(413, "body_too_large");
     }
@@ -648,7 +631,7 @@ async fn without_a_token_the_account_is_closed() {
         ("POST", "/api/v1/auth/logout"),
     ] {
         let method = method.parse().expect("a method");
-        let response = server.request(method, path).send().await;
+        let response = server.request(method, path).await;
         assert_eq!(
             response.header("www-authenticate"),
             "Bearer realm=\"todo\"",
@@ -666,7 +649,7 @@ async fn deleting_the_account_leaves_nothing_of_it() {
     let ann = server.register("ann@example.com").await;
     let bob = server.register("bob@example.com").await;
     for user in [&ann, &ann, &bob] {
-        user.create_task(&server, "water the plants").await;
+        user.create_task("water the plants").await;
     }
     let second = login(&server, &ann.email, &ann.password)
         .await
@@ -703,12 +686,7 @@ async fn deleting_the_account_leaves_nothing_of_it() {
     // The address is free again, for somebody with nothing.
     let again = server.register(&ann.email).await;
     assert_ne!(again.id, ann.id);
-    let tasks = server
-        .get(again.tasks())
-        .bearer(&again.access_token)
-        .send()
-        .await
-        .expect(200);
+    let tasks = again.get(again.tasks()).await.expect(200);
     assert_eq!(tasks.json(), json!([]));
 }
 

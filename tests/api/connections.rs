@@ -11,8 +11,7 @@ use tokio::net::TcpSocket;
 use tokio::time::{sleep, timeout};
 
 use crate::faults::{family, short_or_full};
-use crate::harness::{DataDir, Process, SECRET, Server, until};
-use crate::http::{Wire, head};
+use crate::harness::{DataDir, Process, SECRET, Server, Wire, head, until};
 
 /// Starts the program as systemd does, with these sockets as descriptors 3 and 4.
 pub(crate) fn start_with_sockets(
@@ -44,7 +43,7 @@ pub(crate) fn listening_socket() -> TcpListener {
 /// The status of `GET /healthz` on a connection, which stays open.
 async fn health(wire: &mut Wire) -> u16 {
     wire.send(head("GET", "/healthz", None, "")).await;
-    wire.answer().await.status
+    wire.response().await.status
 }
 
 #[tokio::test]
@@ -153,7 +152,7 @@ async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_l
     for mut wire in busy {
         wire.send("}").await;
         assert_eq!(
-            wire.answer().await.status,
+            wire.response().await.status,
             422,
             "a busy connection was closed"
         );
@@ -193,7 +192,7 @@ async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
     assert!(!process.log().contains("health check"), "{}", process.log());
     // As soon as there is room, the client that waited is served.
     drop(busy.pop());
-    assert_eq!(shut_out.answer().await.status, 200);
+    assert_eq!(shut_out.response().await.status, 200);
 }
 
 // Caddy keeps an idle connection to its upstream for 120 seconds, others less.

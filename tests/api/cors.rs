@@ -6,7 +6,6 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use crate::harness::{Response, Server, User};
-use crate::tasks::path_of;
 
 const ALLOWED: &str = "https://todo.example";
 const ALSO_ALLOWED: &str = "http://localhost:5173";
@@ -71,55 +70,48 @@ fn assert_no_cors_headers(response: &Response, what: &str) {
 async fn an_allowed_origin_can_read_every_response_and_its_headers() {
     let server = server().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let (tasks, path) = (ann.tasks(), path_of(&ann, &task));
+    let task = ann.create_task("a").await;
+    let (tasks, path) = (ann.tasks(), ann.path_of(&task));
     let token = &ann.access_token;
     for origin in [ALLOWED, ALSO_ALLOWED] {
         let from = |method: Method, at: &str| server.request(method, at).header("origin", origin);
         for (response, status) in [
-            (from(Method::GET, &tasks).bearer(token).send().await, 200),
+            (from(Method::GET, &tasks).bearer(token).await, 200),
             (
                 from(Method::POST, &tasks)
                     .bearer(token)
                     .json(json!({"title": "b"}))
-                    .send()
                     .await,
                 201,
             ),
-            (from(Method::GET, &path).bearer(token).send().await, 200),
-            (from(Method::HEAD, &path).bearer(token).send().await, 200),
+            (from(Method::GET, &path).bearer(token).await, 200),
+            (from(Method::HEAD, &path).bearer(token).await, 200),
             (
                 from(Method::GET, &path)
                     .bearer(token)
                     .header("if-none-match", "*")
-                    .send()
                     .await,
                 304,
             ),
             (
                 from(Method::DELETE, &format!("{tasks}?completed=true"))
                     .bearer(token)
-                    .send()
                     .await,
                 200,
             ),
             // Errors, in the order in which the service checks a request.
-            (from(Method::GET, "/nowhere").send().await, 404),
-            (from(Method::PUT, &tasks).send().await, 405),
-            (from(Method::GET, &tasks).send().await, 401),
-            (from(Method::GET, &tasks).bearer("bad").send().await, 401),
+            (from(Method::GET, "/nowhere").await, 404),
+            (from(Method::PUT, &tasks).await, 405),
+            (from(Method::GET, &tasks).await, 401),
+            (from(Method::GET, &tasks).bearer("bad").await, 401),
             (
-                from(Method::GET, "/api/v1/other/tasks")
-                    .bearer(token)
-                    .send()
-                    .await,
+                from(Method::GET, "/api/v1/other/tasks").bearer(token).await,
                 403,
             ),
             (
                 from(Method::POST, &tasks)
                     .bearer(token)
                     .body(b"x".to_vec(), "text/plain")
-                    .send()
                     .await,
                 415,
             ),
@@ -127,7 +119,6 @@ async fn an_allowed_origin_can_read_every_response_and_its_headers() {
                 from(Method::POST, &tasks)
                     .bearer(token)
                     .body(vec![b' '; 20_000], "application/json")
-                    .send()
                     .await,
                 413,
             ),
@@ -135,7 +126,6 @@ async fn an_allowed_origin_can_read_every_response_and_its_headers() {
                 from(Method::POST, &tasks)
                     .bearer(token)
                     .body(b"{".to_vec(), "application/json")
-                    .send()
                     .await,
                 400,
             ),
@@ -143,15 +133,11 @@ async fn an_allowed_origin_can_read_every_response_and_its_headers() {
                 from(Method::POST, &tasks)
                     .bearer(token)
                     .json(json!({}))
-                    .send()
                     .await,
                 422,
             ),
             (
-                from(Method::GET, &format!("{tasks}/x"))
-                    .bearer(token)
-                    .send()
-                    .await,
+                from(Method::GET, &format!("{tasks}/x")).bearer(token).await,
                 404,
             ),
             (
@@ -159,11 +145,10 @@ async fn an_allowed_origin_can_read_every_response_and_its_headers() {
                     .bearer(token)
                     .header("if-match", "\"x\"")
                     .json(json!({"title": "c"}))
-                    .send()
                     .await,
                 412,
             ),
-            (from(Method::OPTIONS, &tasks).send().await, 204),
+            (from(Method::OPTIONS, &tasks).await, 204),
         ] {
             assert_eq!(response.status, status);
             assert_readable(&response, origin, &status.to_string());
@@ -175,8 +160,8 @@ async fn an_allowed_origin_can_read_every_response_and_its_headers() {
 async fn a_preflight_from_an_allowed_origin_returns_204_for_any_path_without_authentication() {
     let server = server().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let path = path_of(&ann, &task);
+    let task = ann.create_task("a").await;
+    let path = ann.path_of(&task);
     for (at, method) in [
         ("/api/v1/auth/register", "POST"),
         ("/api/v1/auth/me", "GET"),
@@ -198,13 +183,15 @@ async fn a_preflight_from_an_allowed_origin_returns_204_for_any_path_without_aut
     ] {
         let request = server
             .request(Method::OPTIONS, at)
-            .header("origin", ALLOWED);
-        let request = request.header("access-control-request-method", method);
-        let request = request.header(
-            "access-control-request-headers",
-            "authorization,content-type",
-        );
-        let response = request.send().await.expect(204);
+            .header("origin", ALLOWED)
+            .header("access-control-request-method", method);
+        let response = request
+            .header(
+                "access-control-request-headers",
+                "authorization,content-type",
+            )
+            .await
+            .expect(204);
         assert_eq!(response.header("access-control-allow-origin"), ALLOWED);
         assert!(
             names(response.header("access-control-allow-methods")).contains(&method.to_lowercase()),
@@ -223,13 +210,16 @@ async fn a_preflight_from_an_allowed_origin_returns_204_for_any_path_without_aut
         "a preflight is not a failed authentication"
     );
     // Neither of these is a preflight from an allowed origin.
-    let request = server.request(Method::OPTIONS, "/nowhere");
-    let other = request
+    let other = server
+        .request(Method::OPTIONS, "/nowhere")
         .header("origin", OTHER_ORIGINS[0])
         .header("access-control-request-method", "GET");
-    assert_no_cors_headers(&other.send().await.expect(404), OTHER_ORIGINS[0]);
-    let request = server.request(Method::OPTIONS, "/nowhere");
-    request.header("origin", ALLOWED).send().await.expect(404);
+    assert_no_cors_headers(&other.await.expect(404), OTHER_ORIGINS[0]);
+    server
+        .request(Method::OPTIONS, "/nowhere")
+        .header("origin", ALLOWED)
+        .await
+        .expect(404);
 }
 
 #[tokio::test]
@@ -254,14 +244,14 @@ async fn origins_are_normalized() {
     let setting = origins.map(|(configured, _)| configured).join(" , ");
     let server = Server::with(&[("CORS_ORIGINS", &setting)]).await;
     for (_, sent) in origins {
-        let response = server.get("/healthz").header("origin", sent).send().await;
+        let response = server.get("/healthz").header("origin", sent).await;
         assert_readable(&response, sent, sent);
     }
     for other in OTHER_ORIGINS
         .into_iter()
         .filter(|&o| o != "http://localhost")
     {
-        let response = server.get("/healthz").header("origin", other).send().await;
+        let response = server.get("/healthz").header("origin", other).await;
         assert_no_cors_headers(&response, other);
     }
 }
@@ -311,10 +301,8 @@ async fn rejects_a_body_without_content_type_from_another_origin() {
             .await
             .problem(415, "unsupported_media_type");
     }
-    let sessions = server
-        .get("/api/v1/auth/sessions")
-        .bearer(&ann.access_token);
-    let sessions = sessions.send().await.expect(200).json();
+    let sessions = ann.get("/api/v1/auth/sessions");
+    let sessions = sessions.await.expect(200).json();
     assert_eq!(
         sessions.as_array().unwrap().len(),
         1,
@@ -353,7 +341,7 @@ async fn accepts_a_body_without_content_type_from_other_clients() {
         if let Some(host) = forwarded_host {
             request = request.header("x-forwarded-host", host);
         }
-        let response = request.untyped(login).send().await;
+        let response = request.untyped(login).await;
         assert_eq!(response.status, 200, "{origin:?} {forwarded_host:?}");
     }
     // With a content type, a browser has sent a preflight before.
@@ -362,15 +350,14 @@ async fn accepts_a_body_without_content_type_from_other_clients() {
     let request = server
         .post("/api/v1/auth/login")
         .header("origin", OTHER_ORIGINS[0]);
-    assert_no_cors_headers(
-        &request.json(login).send().await.expect(200),
-        OTHER_ORIGINS[0],
-    );
+    assert_no_cors_headers(&request.json(login).await.expect(200), OTHER_ORIGINS[0]);
     // A request without a body needs no content type.
-    let request = server
+    server
         .post("/api/v1/auth/logout")
-        .header("origin", OTHER_ORIGINS[0]);
-    request.bearer(&ann.access_token).send().await.expect(204);
+        .header("origin", OTHER_ORIGINS[0])
+        .bearer(&ann.access_token)
+        .await
+        .expect(204);
 }
 
 #[tokio::test]
@@ -378,29 +365,18 @@ async fn other_origins_get_no_cors_headers_but_vary() {
     let server = server().await;
     let ann = server.user().await;
     for origin in OTHER_ORIGINS {
-        let response = server
-            .get(ann.tasks())
-            .bearer(&ann.access_token)
-            .header("origin", origin)
-            .send()
-            .await;
+        let response = ann.get(ann.tasks()).header("origin", origin).await;
         assert_no_cors_headers(&response, origin);
         assert!(
             names(response.header("vary")).contains("origin"),
             "{origin}"
         );
-        let response = server
-            .get(ann.tasks())
-            .header("origin", origin)
-            .send()
-            .await;
+        let response = server.get(ann.tasks()).header("origin", origin).await;
         assert_no_cors_headers(&response, origin);
-        let request = server
+        let preflight = server
             .request(Method::OPTIONS, ann.tasks())
-            .header("origin", origin);
-        let preflight = request
+            .header("origin", origin)
             .header("access-control-request-method", "POST")
-            .send()
             .await;
         assert_no_cors_headers(&preflight, origin);
         assert!(
@@ -409,11 +385,7 @@ async fn other_origins_get_no_cors_headers_but_vary() {
         );
     }
     // A cache must not serve the response to a request without an origin to an allowed origin.
-    let response = server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await;
+    let response = ann.get(ann.tasks()).await;
     assert!(names(response.header("vary")).contains("origin"));
 }
 
@@ -422,19 +394,12 @@ async fn no_origin_is_allowed_by_default() {
     let server = Server::start().await;
     let ann = server.user().await;
     for origin in OTHER_ORIGINS.into_iter().chain([ALLOWED, ALSO_ALLOWED]) {
-        let response = server
-            .get(ann.tasks())
-            .bearer(&ann.access_token)
-            .header("origin", origin)
-            .send()
-            .await;
+        let response = ann.get(ann.tasks()).header("origin", origin).await;
         assert_no_cors_headers(&response.expect(200), origin);
-        let request = server
+        let preflight = server
             .request(Method::OPTIONS, ann.tasks())
-            .header("origin", origin);
-        let preflight = request
+            .header("origin", origin)
             .header("access-control-request-method", "POST")
-            .send()
             .await;
         assert_no_cors_headers(&preflight, origin);
     }

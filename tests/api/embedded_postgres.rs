@@ -24,7 +24,7 @@ async fn serve(directory: &DataDir) -> Server {
 async fn start_with_a_task(directory: &DataDir) -> (Server, User, Value) {
     let server = serve(directory).await;
     let user = server.user().await;
-    let task = user.create_task(&server, "water the ferns").await;
+    let task = user.create_task("water the ferns").await;
     (server, user, task)
 }
 
@@ -33,14 +33,13 @@ async fn assert_data_kept(server: &Server, user: &User, task: &Value) {
     let list = server
         .get(user.tasks())
         .bearer(&user.access_token)
-        .send()
         .await
         .expect(200)
         .json();
     assert_eq!(list, Value::Array(vec![task.clone()]));
     let login = server.login(&user.email, &user.password).await;
     assert_eq!(login.id, user.id);
-    let second = login.create_task(server, "and the moss").await;
+    let second = login.create_task("and the moss").await;
     assert_eq!(second["user_id"], *user.id);
 }
 
@@ -62,7 +61,7 @@ fn running_postgres(directory: &DataDir) -> Pid {
 
 #[tokio::test]
 async fn needs_only_a_data_directory() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     assert_data_kept(&server, &user, &task).await;
     assert_eq!(server.stop().await.code(), Some(0));
@@ -81,7 +80,7 @@ async fn stores_data_in_the_current_directory_by_default() {
 
 #[tokio::test]
 async fn data_survives_a_restart() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let postgres = running_postgres(&directory);
     assert_eq!(server.stop().await.code(), Some(0));
@@ -100,7 +99,7 @@ fn postgres_processes(directory: &DataDir) -> usize {
 
 #[tokio::test]
 async fn postgres_ends_when_the_service_is_killed() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let postgres = running_postgres(&directory);
     server.kill();
@@ -115,7 +114,7 @@ async fn postgres_ends_when_the_service_is_killed() {
 
 #[tokio::test]
 async fn stops_a_stale_postgres_before_starting_another() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let programs = programs(&directory);
     assert_eq!(server.stop().await.code(), Some(0));
@@ -158,7 +157,7 @@ fn as_owner_of(path: &Path, program: PathBuf) -> Command {
 
 #[tokio::test]
 async fn restarts_a_killed_postgres() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     for _ in 0..3 {
         let killed = running_postgres(&directory);
@@ -170,7 +169,6 @@ async fn restarts_a_killed_postgres() {
                 && server
                     .get(user.tasks())
                     .bearer(&user.access_token)
-                    .send()
                     .await
                     .status
                     == 200
@@ -190,7 +188,7 @@ async fn restarts_a_killed_postgres() {
 
 #[tokio::test]
 async fn data_survives_if_service_and_postgres_are_killed() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let postgres = running_postgres(&directory);
     server.kill();
@@ -227,7 +225,7 @@ async fn stops_postgres_if_startup_is_interrupted() {
 
 #[tokio::test]
 async fn recovers_from_an_interrupted_initdb() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let unfinished = || {
         fs::read_dir(directory.path())
             .into_iter()
@@ -252,7 +250,7 @@ async fn recovers_from_an_interrupted_initdb() {
 
 #[tokio::test]
 async fn a_second_service_on_one_directory_exits() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let second = spawn(&directory);
     let status = second.ended().await;

@@ -1,23 +1,19 @@
-//! Whatever a client sends, it is answered: no 500, no connection that just closes, no end of the
-//! process. The cases are made by proptest around what the parsers look at: path, query, headers,
-//! JSON, tokens, and the bytes of HTTP itself.
+//! Fuzz tests: the service responds to whatever a client sends. No 500, no connection that closes
+//! without a response, no crash. proptest generates the cases around what the parsers read: path,
+//! query, headers, JSON, tokens, and the bytes of HTTP itself.
 //!
-//! A few thousand of them by default; `FUZZ_CASES=1000000` runs a million of each kind.
+//! A few thousand cases by default; `FUZZ_CASES=1000000` runs a million of each kind.
 
-use std::{
-    env,
-    io::{Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
-    time::Duration,
-};
+use std::{cell::RefCell, env, net::SocketAddr};
 
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
 use serde_json::{Value, json};
+use tokio::runtime::Handle;
 
-use crate::harness::{SECRET, Server, User, base64url, forge};
+use crate::harness::{SECRET, Server, User, Wire, base64url, forge};
 
 fn cases() -> u32 {
     let cases = env::var("FUZZ_CASES")
@@ -26,106 +22,61 @@ fn cases() -> u32 {
     cases.unwrap_or(500)
 }
 
-const CLOSED: &str = "closed without an answer";
+const CLOSED: &str = "closed without a response";
 
-/// Sends bytes and reads one answer; the connection is kept for the next where it can be.
-struct Wire {
+/// Sends one request after another, over one connection where possible.
+struct FuzzClient {
     address: SocketAddr,
-    stream: Option<TcpStream>,
-    /// What is sent may not be one request: each has a connection of its own, and an end.
-    once: bool,
+    connection: Option<Wire>,
+    /// Whether each case has a connection of its own, because it may not be exactly one request.
+    one_shot: bool,
 }
 
-impl Wire {
-    fn to(address: SocketAddr, once: bool) -> Wire {
-        Wire {
-            address,
-            stream: None,
-            once,
-        }
-    }
-
-    fn ask(&mut self, bytes: &[u8]) -> Result<u16, String> {
-        let reused = self.stream.is_some();
-        match self.exchange(bytes) {
-            // A body that nobody asked for may have ended the connection behind its answer.
-            Err(reason) if reused && reason == CLOSED => self.exchange(bytes),
+impl FuzzClient {
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let reused = self.connection.is_some();
+        match self.exchange(bytes).await {
+            // An unread body may have ended the connection after the previous response.
+            Err(reason) if reused && reason == CLOSED => self.exchange(bytes).await,
             result => result,
         }
     }
 
-    fn exchange(&mut self, bytes: &[u8]) -> Result<u16, String> {
-        let mut stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => TcpStream::connect(self.address).map_err(|error| error.to_string())?,
+    async fn exchange(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let mut wire = match self.connection.take() {
+            Some(wire) => wire,
+            None => Wire::connect(self.address).await.with_long_timeout(),
         };
-        // Longer than any bound of the service that a test wants to meet.
-        let patience = Some(Duration::from_secs(30));
-        stream.set_read_timeout(patience).unwrap();
-        stream.set_nodelay(true).unwrap();
-        // Who is refused early may find the connection closed while still sending.
-        let _ = stream.write_all(bytes);
-        if self.once {
-            let _ = stream.shutdown(Shutdown::Write);
+        wire.send(bytes).await;
+        if self.one_shot {
+            wire.finish().await;
         }
-        let mut answer = Vec::new();
-        let mut piece = [0; 16 * 1024];
-        let head = loop {
-            if let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
-                if !answer.starts_with(b"HTTP/1.1 100 ") {
-                    break end + 4;
-                }
-                answer.drain(..end + 4);
-                continue;
-            }
-            match stream.read(&mut piece) {
-                Ok(0) if answer.is_empty() => return Err(CLOSED.into()),
-                Ok(0) => {
-                    return Err(format!(
-                        "closed after {:?}",
-                        String::from_utf8_lossy(&answer)
-                    ));
-                }
-                Ok(length) => answer.extend_from_slice(&piece[..length]),
-                Err(error) => return Err(format!("no answer: {error}")),
+        let has_body = !bytes.starts_with(b"HEAD ");
+        let response = loop {
+            match wire.next(has_body).await {
+                Some(response) if response.status == 100 => {}
+                Some(response) => break response,
+                None => return Err(CLOSED.into()),
             }
         };
-        let text = String::from_utf8_lossy(&answer[..head]).to_ascii_lowercase();
-        let status: u16 = text
-            .strip_prefix("http/1.1 ")
-            .or_else(|| text.strip_prefix("http/1.0 "))
-            .and_then(|rest| rest.get(..3)?.parse().ok())
-            .ok_or(format!("not an answer: {text:?}"))?;
-        let length: usize = text
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: ")?.parse().ok())
-            .unwrap_or(0);
-        let body_follows = !bytes.starts_with(b"HEAD ") && status != 204 && status != 304;
-        while body_follows && answer.len() < head + length {
-            match stream.read(&mut piece) {
-                Ok(0) | Err(_) => return Err(format!("{status}, cut off in mid-answer")),
-                Ok(length) => answer.extend_from_slice(&piece[..length]),
-            }
+        if response.status >= 500 {
+            return Err(format!("{}\n{}", response.head, response.body));
         }
-        let asked_to_close = bytes
+        let names_connection = bytes
             .to_ascii_lowercase()
             .windows(10)
             .any(|word| word == b"connection");
-        let closes = self.once || asked_to_close || text.contains("connection: close");
-        if !closes && !(400..500).contains(&status) {
-            self.stream = Some(stream);
+        let closes = names_connection || response.header("connection") == Some("close");
+        if !self.one_shot && !closes && response.status < 400 {
+            self.connection = Some(wire);
         }
-        // What we cannot parse hyper answers alone, with these and without a body of ours.
-        if status >= 500 {
-            return Err(format!("{status}: {:?}", String::from_utf8_lossy(&answer)));
-        }
-        Ok(status)
+        Ok(())
     }
 }
 
-/// Runs cases of this kind against a server of their own.
+/// Runs cases of this kind against a new server.
 async fn fuzz<S>(
-    once: bool,
+    one_shot: bool,
     strategy: impl Fn(&User) -> S + Send + 'static,
     bytes: fn(&User, S::Value) -> Vec<u8>,
 ) where
@@ -142,24 +93,24 @@ async fn fuzz<S>(
             max_shrink_iters: 2000,
             ..Config::default()
         };
-        let mut wire = Wire::to(address, once);
-        let wire = std::cell::RefCell::new(&mut wire);
+        let client = RefCell::new(FuzzClient {
+            address,
+            connection: None,
+            one_shot,
+        });
         let result = TestRunner::new(config).run(&strategy, |case| {
             let bytes = bytes(&user, case);
-            let answer = wire.borrow_mut().ask(&bytes);
-            answer.map(|_| ()).map_err(|reason| {
-                wire.borrow_mut().stream = None;
-                TestCaseError::fail(format!(
-                    "{reason}\nto {:?}",
-                    String::from_utf8_lossy(&bytes)
-                ))
+            let sent = Handle::current().block_on(client.borrow_mut().send(&bytes));
+            sent.map_err(|reason| {
+                let sent = String::from_utf8_lossy(&bytes);
+                TestCaseError::fail(format!("{reason}\nto {sent:?}"))
             })
         });
         result.unwrap_or_else(|error| panic!("{error}"));
     })
     .await
     .unwrap();
-    server.get("/healthz").send().await.expect(200);
+    server.get("/healthz").await.expect(200);
     let log = server.log();
     assert!(
         !log.contains("internal error") && !log.contains("panic"),
@@ -174,12 +125,12 @@ fn method() -> impl Strategy<Value = String> {
             .prop_map(str::to_owned),
         1 => "[A-Z!#$%&'*+.^_`|~-]{1,12}",
     ]
-    // The answer to it ends in a tunnel; hyper closes it.
-    .prop_filter("no tunnels", |method| method != "CONNECT")
+    // A response to CONNECT turns the connection into a tunnel, which hyper closes.
+    .prop_filter("CONNECT opens a tunnel", |method| method != "CONNECT")
 }
 
-/// A piece of text as nobody expects it, percent-encoded so that it can stand in a target.
-fn odd() -> impl Strategy<Value = String> {
+/// Unusual text. Callers percent-encode it where it becomes part of a target.
+fn unusual_text() -> impl Strategy<Value = String> {
     prop_oneof![
         "[ -~]{0,20}",
         "\\PC{0,20}",
@@ -195,7 +146,7 @@ fn encoded(text: &str) -> String {
     percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
-/// A segment: of a route, of an id, encoded, or bytes that decode to no text.
+/// A path segment: part of a route, an id, encoded text, or bytes that are not UTF-8.
 fn segment(user: &User) -> impl Strategy<Value = String> + use<> {
     prop_oneof![
         3 => prop::sample::select(vec![
@@ -205,13 +156,13 @@ fn segment(user: &User) -> impl Strategy<Value = String> + use<> {
         .prop_map(str::to_owned),
         2 => Just(user.id.clone()),
         1 => any::<u128>().prop_map(|bits| uuid::Uuid::from_u128(bits).to_string()),
-        2 => odd().prop_map(|text| encoded(&text)),
+        2 => unusual_text().prop_map(|text| encoded(&text)),
         1 => "(%[0-9a-fA-F]{2}){1,8}",
         1 => "[!$&'()*+,;=:@%A-Za-z0-9._~-]{1,20}",
     ]
 }
 
-/// A path near a route, or any at all.
+/// A path close to a route, or an arbitrary one.
 fn path(user: &User) -> impl Strategy<Value = String> + use<> {
     let tasks = user.tasks();
     let routes = vec![
@@ -233,7 +184,7 @@ fn path(user: &User) -> impl Strategy<Value = String> + use<> {
 fn query() -> impl Strategy<Value = String> {
     let name = prop_oneof![
         8 => prop::sample::select(vec!["completed", "q", "sort", "limit", "after", "total"]).prop_map(str::to_owned),
-        1 => odd().prop_map(|text| encoded(&text)),
+        1 => unusual_text().prop_map(|text| encoded(&text)),
         1 => "(%[0-9a-f]{2}){1,4}|%|%4|[a-z+]{0,5}",
     ];
     let value = prop_oneof![
@@ -256,7 +207,7 @@ fn query() -> impl Strategy<Value = String> {
             "true&true",
         ])
         .prop_map(str::to_owned),
-        odd().prop_map(|text| encoded(&text)),
+        unusual_text().prop_map(|text| encoded(&text)),
         "(%[0-9a-fA-F]{2}){1,8}",
         "[A-Za-z0-9_-]{1,80}",
     ];
@@ -274,7 +225,7 @@ fn head(method: &str, target: &str, token: &str) -> String {
 }
 
 #[tokio::test]
-async fn any_path_and_query_is_answered() {
+async fn responds_to_any_path_and_query() {
     fuzz(
         false,
         |user| (method(), path(user), prop::option::of(query())),
@@ -287,7 +238,7 @@ async fn any_path_and_query_is_answered() {
     .await;
 }
 
-/// Values of every type, with what is close to right among them.
+/// JSON values of every type, including almost valid ones.
 fn value() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -317,7 +268,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
                 "current_password", "new_password",
             ])
             .prop_map(str::to_owned),
-            1 => odd(),
+            1 => unusual_text(),
         ]
     };
     let object = || {
@@ -329,7 +280,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         6 => object(),
         2 => value().prop_map(|value| value.to_string().into_bytes()),
-        // Right JSON with a byte that is not.
+        // Valid JSON with one byte changed.
         2 => (object(), any::<prop::sample::Index>(), any::<u8>()).prop_map(|(mut text, at, byte)| {
             let at = at.index(text.len());
             text[at] = byte;
@@ -345,7 +296,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
 }
 
 #[tokio::test]
-async fn any_body_is_answered() {
+async fn responds_to_any_body() {
     fuzz(
         false,
         |user| {
@@ -358,7 +309,6 @@ async fn any_body_is_answered() {
                 "",
                 ";;;",
             ]);
-            // Signing up and in costs a hash each, and says nothing new about a body.
             let methods = prop::sample::select(vec!["POST", "PUT", "PATCH", "DELETE", "GET"]);
             let routes = prop::sample::select(vec![
                 user.tasks(),
@@ -384,7 +334,7 @@ async fn any_body_is_answered() {
 }
 
 #[tokio::test]
-async fn any_header_is_answered() {
+async fn responds_to_any_header() {
     fuzz(
         false,
         |user| {
@@ -416,7 +366,7 @@ async fn any_header_is_answered() {
         |user, (method, tasks, tail, extra)| {
             let mut bytes = head(method, &(tasks + tail), &user.access_token).into_bytes();
             for (name, value) in extra {
-                // What the framing hangs on has a test of its own.
+                // `responds_to_any_bytes` covers the headers that determine the framing.
                 if ["content-length", "transfer-encoding", "upgrade"].contains(&&*name.to_lowercase()) {
                     continue;
                 }
@@ -431,7 +381,7 @@ async fn any_header_is_answered() {
 }
 
 #[tokio::test]
-async fn any_token_is_answered() {
+async fn responds_to_any_token() {
     fuzz(
         false,
         |user| {
@@ -467,20 +417,20 @@ async fn any_token_is_answered() {
                 1 => value(),
             ];
             let signed = (header, claims).prop_map(|(header, claims)| forge(SECRET, header, claims));
-            let bent = (Just(user.access_token.clone()), any::<prop::sample::Index>(), 0x21_u8..0x7f)
+            let changed = (Just(user.access_token.clone()), any::<prop::sample::Index>(), 0x21_u8..0x7f)
                 .prop_map(|(token, at, byte)| {
                     let mut token = token.into_bytes();
                     let at = at.index(token.len());
                     token[at] = byte;
                     String::from_utf8(token).unwrap()
                 });
-            let cut = (Just(user.access_token.clone()), any::<prop::sample::Index>())
+            let truncated = (Just(user.access_token.clone()), any::<prop::sample::Index>())
                 .prop_map(|(token, at)| token[..at.index(token.len())].to_owned());
             let parts = prop::collection::vec(any::<Vec<u8>>(), 0..5).prop_map(|parts| {
                 let parts: Vec<_> = parts.iter().map(|part| base64url(part)).collect();
                 parts.join(".")
             });
-            let token = prop_oneof![4 => signed, 2 => bent, 1 => cut, 1 => parts, 1 => "[!-~]{0,400}"];
+            let token = prop_oneof![4 => signed, 2 => changed, 1 => truncated, 1 => parts, 1 => "[!-~]{0,400}"];
             (token, any::<bool>())
         },
         |user, (token, refreshing)| {
@@ -500,7 +450,7 @@ async fn any_token_is_answered() {
 }
 
 #[tokio::test]
-async fn any_bytes_are_answered() {
+async fn responds_to_any_bytes() {
     fuzz(
         true,
         |user| {
@@ -537,8 +487,7 @@ async fn any_bytes_are_answered() {
                     _ => bytes[at] = byte,
                 }
             }
-            // Whatever it is now, it has an end: a head that ends, and whoever counts on more
-            // bytes of a body has them.
+            // Terminate the head, and provide the bytes that a Content-Length may announce.
             bytes.extend(b"\r\n\r\n");
             bytes.extend([b'0'; 64]);
             bytes.extend(b"\r\n\r\n");

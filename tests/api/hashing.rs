@@ -23,8 +23,8 @@ async fn when_too_many_sign_in_some_are_told_to_come_back_and_reads_go_on() {
     let clients = 200 * std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let server = Server::with(&[("BCRYPT_COST", "11")]).await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "water the plants").await;
-    let path = format!("{}/{}", ann.tasks(), task["id"].as_str().expect("an id"));
+    let task = ann.create_task("water the plants").await;
+    let path = ann.path_of(&task);
 
     let over = AtomicBool::new(false);
     let storm = async {
@@ -42,7 +42,6 @@ async fn when_too_many_sign_in_some_are_told_to_come_back_and_reads_go_on() {
             server
                 .get(&path)
                 .bearer(&ann.access_token)
-                .send()
                 .await
                 .expect(200);
             served += 1;

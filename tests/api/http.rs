@@ -1,159 +1,16 @@
 //! HTTP semantics, tested on the wire.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
 
-use crate::harness::{Server, User};
-use crate::tasks::path_of;
-
-/// A connection over which a test sends arbitrary bytes.
-pub(crate) struct Wire {
-    stream: TcpStream,
-    read: Vec<u8>,
-    timeout: Duration,
-}
-
-/// A response. `head` includes the status line; header names are in lower case.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    pub(crate) status: u16,
-    pub(crate) head: String,
-    pub(crate) body: String,
-}
-
-impl Answer {
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        self.head
-            .lines()
-            .skip(1)
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-    }
-
-    pub(crate) fn json(&self) -> Value {
-        serde_json::from_str(&self.body).expect("a JSON body")
-    }
-}
-
-impl Wire {
-    pub(crate) async fn open(server: &Server) -> Wire {
-        Wire::connect(server.addr()).await
-    }
-
-    pub(crate) async fn connect(address: SocketAddr) -> Wire {
-        let stream = TcpStream::connect(address).await.expect("a connection");
-        stream.set_nodelay(true).expect("a socket option");
-        Wire {
-            stream,
-            read: Vec::new(),
-            timeout: Duration::from_secs(10),
-        }
-    }
-
-    /// Waits for responses for up to a minute, for tests of the server's timeouts.
-    pub(crate) fn patient(mut self) -> Wire {
-        self.timeout = Duration::from_secs(60);
-        self
-    }
-
-    /// Sends `bytes`. Ignores errors, because the server may have closed the connection.
-    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        let _ = self.stream.write_all(bytes.as_ref()).await;
-    }
-
-    /// Reads the next response.
-    pub(crate) async fn answer(&mut self) -> Answer {
-        self.next(true).await.expect("a response")
-    }
-
-    /// Reads the next response; `None` if the server closes the connection instead.
-    pub(crate) async fn answer_or_close(&mut self) -> Option<Answer> {
-        self.next(true).await
-    }
-
-    /// Reads the response to a HEAD request, which has no body.
-    pub(crate) async fn answer_to_head(&mut self) -> Answer {
-        self.next(false).await.expect("a response")
-    }
-
-    /// Whether the server closes the connection without sending anything more.
-    pub(crate) async fn is_closed(&mut self) -> bool {
-        self.read.is_empty() && !self.more().await && self.read.is_empty()
-    }
-
-    async fn next(&mut self, has_body: bool) -> Option<Answer> {
-        let end = loop {
-            if let Some(at) = self.read.windows(4).position(|four| four == b"\r\n\r\n") {
-                break at + 4;
-            }
-            if !self.more().await {
-                let rest = String::from_utf8_lossy(&self.read);
-                assert!(rest.is_empty(), "half a response: {rest}");
-                return None;
-            }
-        };
-        let head: Vec<u8> = self.read.drain(..end).collect();
-        let head: Vec<String> = String::from_utf8(head)
-            .expect("a head in ASCII")
-            .lines()
-            .map(|line| match line.split_once(": ") {
-                Some((name, value)) => format!("{}: {value}", name.to_lowercase()),
-                None => line.to_owned(),
-            })
-            .collect();
-        let status = head[0]
-            .split(' ')
-            .nth(1)
-            .expect("a status line")
-            .parse()
-            .expect("a status");
-        let mut response = Answer {
-            status,
-            head: head.join("\n"),
-            body: String::new(),
-        };
-        let length = response
-            .header("content-length")
-            .map_or(0, |n| n.parse().expect("a length"));
-        if has_body && status >= 200 && status != 204 && status != 304 {
-            while self.read.len() < length {
-                assert!(self.more().await, "half a body after {}", response.head);
-            }
-            response.body = String::from_utf8(self.read.drain(..length).collect()).expect("text");
-        }
-        Some(response)
-    }
-
-    /// Reads more bytes. Returns false once the server has closed the connection.
-    async fn more(&mut self) -> bool {
-        let mut bytes = [0; 16 * 1024];
-        let read = timeout(self.timeout, self.stream.read(&mut bytes)).await;
-        // A reset also closes the connection.
-        let count = read
-            .expect("neither a response nor a close within the timeout")
-            .unwrap_or(0);
-        self.read.extend_from_slice(&bytes[..count]);
-        count > 0
-    }
-}
-
-/// Formats a request's head. `more` contains further header lines.
-pub(crate) fn head(method: &str, target: &str, token: Option<&str>, more: &str) -> String {
-    let bearer = token.map_or(String::new(), |token| {
-        format!("Authorization: Bearer {token}\r\n")
-    });
-    format!("{method} {target} HTTP/1.1\r\nHost: todo.example\r\n{bearer}{more}\r\n")
-}
+use crate::harness::{Server, User, Wire, WireResponse, head};
 
 /// A path of every route, with the methods of the route.
 fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
     let session = format!("/api/v1/auth/sessions/{}", user.session_id);
-    let complete = format!("{}/complete", path_of(user, task));
+    let complete = format!("{}/complete", user.path_of(task));
     vec![
         ("/api/v1/auth/register".into(), vec!["POST"]),
         ("/api/v1/auth/login".into(), vec!["POST"]),
@@ -164,7 +21,7 @@ fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
         ("/api/v1/auth/sessions".into(), vec!["GET", "DELETE"]),
         (session, vec!["DELETE"]),
         (user.tasks(), vec!["GET", "POST", "DELETE"]),
-        (path_of(user, task), vec!["GET", "PUT", "PATCH", "DELETE"]),
+        (user.path_of(task), vec!["GET", "PUT", "PATCH", "DELETE"]),
         (complete, vec!["PATCH"]),
         ("/healthz".into(), vec!["GET"]),
         ("/readyz".into(), vec!["GET"]),
@@ -223,7 +80,7 @@ const CODES: [&str; 23] = [
 async fn head_returns_the_headers_of_get() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let mut targets: Vec<_> = routes(&ann, &task)
         .into_iter()
         .filter(|(_, methods)| methods.contains(&"GET"))
@@ -240,8 +97,8 @@ async fn head_returns_the_headers_of_get() {
             wire.send(head(method, &target, token, "X-Request-Id: same\r\n"))
                 .await;
             let response = match method {
-                "GET" => wire.answer().await,
-                _ => wire.answer_to_head().await,
+                "GET" => wire.response().await,
+                _ => wire.response_to_head().await,
             };
             // RFC 9110 section 9.3.2: HEAD may omit headers that depend on generating the content.
             let lines = response
@@ -260,11 +117,11 @@ async fn head_returns_the_headers_of_get() {
 async fn options_returns_the_allowed_methods_without_authentication() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let mut wire = Wire::open(&server).await;
     for (target, methods) in routes(&ann, &task) {
         wire.send(head("OPTIONS", &target, None, "")).await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         assert_eq!(response.status, 204, "{target}: {}", response.head);
         assert_eq!(
             listed(response.header("allow").expect("Allow")),
@@ -277,9 +134,9 @@ async fn options_returns_the_allowed_methods_without_authentication() {
         assert_eq!(response.header("accept-patch"), patch, "{target}");
     }
     wire.send(head("OPTIONS", "/nowhere", None, "")).await;
-    assert_eq!(wire.answer().await.status, 404);
+    assert_eq!(wire.response().await.status, 404);
     wire.send(head("OPTIONS", "*", None, "")).await;
-    assert!(wire.answer().await.status < 500);
+    assert!(wire.response().await.status < 500);
 }
 
 // FR-008
@@ -287,7 +144,7 @@ async fn options_returns_the_allowed_methods_without_authentication() {
 async fn returns_405_and_the_allowed_methods_for_other_methods() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let mut wire = Wire::open(&server).await;
     for (target, methods) in routes(&ann, &task) {
         let all = allow(&methods);
@@ -299,8 +156,8 @@ async fn returns_405_and_the_allowed_methods_for_other_methods() {
             }
             wire.send(head(method, &target, None, "")).await;
             let response = match method {
-                "HEAD" => wire.answer_to_head().await,
-                _ => wire.answer().await,
+                "HEAD" => wire.response_to_head().await,
+                _ => wire.response().await,
             };
             assert_eq!(response.status, 405, "{method} {target}");
             assert_eq!(
@@ -319,7 +176,7 @@ async fn returns_405_and_the_allowed_methods_for_other_methods() {
 async fn ignores_one_trailing_slash_but_not_two() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let mut wire = Wire::open(&server).await;
     let token = Some(ann.access_token.as_str());
     for (target, methods) in routes(&ann, &task) {
@@ -327,12 +184,12 @@ async fn ignores_one_trailing_slash_but_not_two() {
             continue;
         }
         wire.send(head("GET", &target, token, "")).await;
-        let plain = wire.answer().await;
+        let plain = wire.response().await;
         wire.send(head("GET", &format!("{target}/"), token, ""))
             .await;
-        let slash = wire.answer().await;
+        let slash = wire.response().await;
         // A page's relative links depend on its path.
-        let body = |response: &Answer| match response.header("content-type") {
+        let body = |response: &WireResponse| match response.header("content-type") {
             Some(html) if html.starts_with("text/html") => String::new(),
             _ => response.body.clone(),
         };
@@ -345,7 +202,7 @@ async fn ignores_one_trailing_slash_but_not_two() {
             .await;
         // The empty segment is not an id.
         assert!(
-            matches!(wire.answer().await.status, 404 | 405),
+            matches!(wire.response().await.status, 404 | 405),
             "{target}//"
         );
     }
@@ -359,7 +216,7 @@ async fn ignores_one_trailing_slash_but_not_two() {
         ) + body,
     )
     .await;
-    assert_eq!(wire.answer().await.status, 201);
+    assert_eq!(wire.response().await.status, 201);
 }
 
 #[tokio::test]
@@ -370,9 +227,9 @@ async fn sends_100_continue_before_reading_the_body() {
     let more = "Expect: 100-continue\r\nContent-Length: 13\r\n";
     wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), more))
         .await;
-    assert_eq!(wire.answer().await.status, 100);
+    assert_eq!(wire.response().await.status, 100);
     wire.send(r#"{"title":"a"}"#).await;
-    assert_eq!(wire.answer().await.status, 201);
+    assert_eq!(wire.response().await.status, 201);
 }
 
 // FR-001: the token is verified before the body is read.
@@ -388,7 +245,7 @@ async fn rejects_a_bad_token_without_100_continue() {
     ] {
         let mut wire = Wire::open(&server).await;
         wire.send(head("POST", &user.tasks(), token, more)).await;
-        assert_eq!(wire.answer().await.status, status);
+        assert_eq!(wire.response().await.status, status);
     }
 }
 
@@ -404,7 +261,7 @@ async fn accepts_a_chunked_body() {
     ] {
         wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), more) + body)
             .await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         assert_eq!(response.status, 201, "{body}");
         assert_eq!(response.json()["title"], "a");
     }
@@ -415,7 +272,7 @@ async fn accepts_a_chunked_body() {
     {
         wire.send([byte]).await;
     }
-    assert_eq!(wire.answer().await.json()["title"], "b");
+    assert_eq!(wire.response().await.json()["title"], "b");
 }
 
 #[tokio::test]
@@ -431,7 +288,7 @@ async fn accepts_a_target_in_absolute_form() {
         let target = format!("{base}{}?limit=5", ann.tasks());
         wire.send(head("GET", &target, Some(&ann.access_token), ""))
             .await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         assert_eq!(
             (response.status, response.body.as_str()),
             (200, "[]"),
@@ -449,7 +306,7 @@ async fn decodes_each_segment_of_a_path_by_itself() {
     let mut wire = Wire::open(&server).await;
     wire.send(head("GET", &same, Some(&ann.access_token), ""))
         .await;
-    assert_eq!(wire.answer().await.status, 200, "{same}");
+    assert_eq!(wire.response().await.status, 200, "{same}");
 
     let (own, other) = (&ann.id, &bob.id);
     for (target, statuses) in [
@@ -470,7 +327,7 @@ async fn decodes_each_segment_of_a_path_by_itself() {
         let mut wire = Wire::open(&server).await;
         wire.send(head("GET", &target, Some(&ann.access_token), ""))
             .await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         assert!(
             statuses.contains(&response.status),
             "{target}: {}",
@@ -495,10 +352,10 @@ async fn skips_the_body_of_a_get() {
     ] {
         wire.send(head("GET", &ann.tasks(), token, more) + body)
             .await;
-        assert_eq!(wire.answer().await.status, 200, "{more}");
+        assert_eq!(wire.response().await.status, 200, "{more}");
     }
     wire.send(head("GET", "/healthz", None, "")).await;
-    assert_eq!(wire.answer().await.status, 200);
+    assert_eq!(wire.response().await.status, 200);
 }
 
 #[tokio::test]
@@ -527,13 +384,13 @@ async fn responds_to_pipelined_requests_in_order() {
     wire.send(requests).await;
     for n in 0..20 {
         let title = json!(format!("task {n:02}"));
-        let created = wire.answer().await;
+        let created = wire.response().await;
         assert_eq!(
             created.header("x-request-id"),
             Some(format!("create-{n}").as_str())
         );
         assert_eq!(created.json()["title"], title);
-        let read = wire.answer().await;
+        let read = wire.response().await;
         assert_eq!(
             read.header("x-request-id"),
             Some(format!("read-{n}").as_str())
@@ -543,7 +400,7 @@ async fn responds_to_pipelined_requests_in_order() {
             title,
             "a request sees the effects of the previous one"
         );
-        let missed = wire.answer().await;
+        let missed = wire.response().await;
         assert_eq!(
             (missed.status, missed.header("x-request-id")),
             (404, Some(format!("miss-{n}").as_str()))
@@ -572,12 +429,12 @@ async fn finds_the_next_request_however_the_stream_is_split() {
         wire.send(&all[..cut]).await;
         tokio::task::yield_now().await;
         if cut > chunked.len() {
-            assert_eq!(wire.answer().await.status, 201, "cut at {cut}");
+            assert_eq!(wire.response().await.status, 201, "cut at {cut}");
         }
         wire.send(&all[cut..]).await;
         let rest = [201, 201, 200, 201, 201, 200, 201];
         for status in &rest[usize::from(cut > chunked.len())..] {
-            assert_eq!(wire.answer().await.status, *status, "cut at {cut}");
+            assert_eq!(wire.response().await.status, *status, "cut at {cut}");
         }
     }
 }
@@ -598,16 +455,16 @@ async fn serves_the_request_after_a_rejected_one_or_closes_the_connection() {
                 let mut wire = Wire::open(&server).await;
                 if together {
                     wire.send(rejected + body).await;
-                    assert!(matches!(wire.answer().await.status, 401 | 404));
+                    assert!(matches!(wire.response().await.status, 401 | 404));
                 } else {
                     wire.send(rejected).await;
-                    assert!(matches!(wire.answer().await.status, 401 | 404));
+                    assert!(matches!(wire.response().await.status, 401 | 404));
                     wire.send(body).await;
                 }
                 for _ in 0..2 {
                     wire.send(head("GET", &ann.tasks(), Some(&ann.access_token), ""))
                         .await;
-                    let Some(next) = wire.answer_or_close().await else {
+                    let Some(next) = wire.response_or_close().await else {
                         break;
                     };
                     assert_eq!(
@@ -629,7 +486,7 @@ async fn closes_the_connection_if_the_client_says_so() {
     let mut wire = Wire::open(&server).await;
     let one = head("GET", &ann.tasks(), token, "Connection: close\r\n");
     wire.send(format!("{one}{one}")).await;
-    let response = wire.answer().await;
+    let response = wire.response().await;
     assert_eq!(
         (response.status, response.header("connection")),
         (200, Some("close"))
@@ -647,7 +504,7 @@ async fn closes_the_connection_if_the_client_says_so() {
     ))
     .await;
     assert_eq!(
-        wire.answer().await.status,
+        wire.response().await.status,
         200,
         "HTTP/1.0 does not require Host"
     );
@@ -673,7 +530,7 @@ async fn rejects_a_missing_duplicate_or_malformed_host() {
         let mut wire = Wire::open(&server).await;
         wire.send(format!("GET /healthz HTTP/1.1\r\n{hosts}\r\n"))
             .await;
-        assert_eq!(wire.answer().await.status, 400, "{hosts:?}");
+        assert_eq!(wire.response().await.status, 400, "{hosts:?}");
     }
     for host in [
         "a.example",
@@ -687,7 +544,7 @@ async fn rejects_a_missing_duplicate_or_malformed_host() {
         let mut wire = Wire::open(&server).await;
         wire.send(format!("GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"))
             .await;
-        assert_eq!(wire.answer().await.status, 200, "{host}");
+        assert_eq!(wire.response().await.status, 200, "{host}");
     }
 }
 
@@ -696,11 +553,7 @@ async fn returns_and_logs_a_valid_request_id() {
     let server = Server::start().await;
     let ann = server.user().await;
     for sane in ["a", "Client-7.request_9", &"x".repeat(128)] {
-        let response = server
-            .get(ann.tasks())
-            .header("x-request-id", sane)
-            .send()
-            .await;
+        let response = server.get(ann.tasks()).header("x-request-id", sane).await;
         assert_eq!(response.header("x-request-id"), sane);
         response.problem(401, "missing_token");
         server.wait_for_log(&format!("request_id={sane}")).await;
@@ -723,7 +576,7 @@ async fn replaces_an_invalid_request_id_by_a_unique_one() {
             &format!("X-Request-Id: {insane}\r\n"),
         ))
         .await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         let id = response
             .header("x-request-id")
             .expect("X-Request-Id")
@@ -748,14 +601,14 @@ async fn replaces_an_invalid_request_id_by_a_unique_one() {
 async fn every_response_has_a_request_id_and_nosniff() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let mut wire = Wire::open(&server).await;
     for (target, _) in routes(&ann, &task) {
         for method in ["GET", "POST", "OPTIONS", "TRACE"] {
             for token in [None, Some(ann.access_token.as_str())] {
                 wire.send(head(method, &target, token, "Content-Length: 0\r\n"))
                     .await;
-                let response = wire.answer().await;
+                let response = wire.response().await;
                 assert!(
                     response.header("x-request-id").is_some(),
                     "{method} {target}"
@@ -774,64 +627,31 @@ async fn every_response_has_a_request_id_and_nosniff() {
 async fn responses_of_the_api_are_not_cached() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let token = &ann.access_token;
-    let task = ann.create_task(&server, "a").await;
-    let path = path_of(&ann, &task);
+    let task = ann.create_task("a").await;
+    let path = ann.path_of(&task);
     let credentials = json!({"email": ann.email, "password": ann.password});
     let title = json!({"title": "b"});
     for response in [
         server
             .post("/api/v1/auth/login")
             .json(credentials)
-            .send()
             .await
             .expect(200),
         server
             .post("/api/v1/auth/refresh")
             .json(json!({"refresh_token": ann.refresh_token}))
-            .send()
             .await
             .expect(200),
-        server
-            .get("/api/v1/auth/me")
-            .bearer(token)
-            .send()
-            .await
-            .expect(200),
-        server
-            .get("/api/v1/auth/sessions")
-            .bearer(token)
-            .send()
-            .await
-            .expect(200),
-        server
-            .get(ann.tasks())
-            .bearer(token)
-            .send()
-            .await
-            .expect(200),
-        server
-            .post(ann.tasks())
-            .bearer(token)
-            .json(title.clone())
-            .send()
-            .await
-            .expect(201),
-        server.get(&path).bearer(token).send().await.expect(200),
-        server
-            .get(&path)
-            .bearer(token)
+        ann.get("/api/v1/auth/me").await.expect(200),
+        ann.get("/api/v1/auth/sessions").await.expect(200),
+        ann.get(ann.tasks()).await.expect(200),
+        ann.create(title.clone()).await.expect(201),
+        ann.get(&path).await.expect(200),
+        ann.get(&path)
             .header("if-none-match", "*")
-            .send()
             .await
             .expect(304),
-        server
-            .patch(&path)
-            .bearer(token)
-            .json(title)
-            .send()
-            .await
-            .expect(200),
+        ann.patch(&path).json(title).await.expect(200),
     ] {
         assert_eq!(response.header("cache-control"), "no-store");
     }
@@ -840,7 +660,7 @@ async fn responses_of_the_api_are_not_cached() {
         ann.tasks().replace("/api", "/%61pi"),
         ann.tasks().replace("/v1", "/v%31"),
     ] {
-        let response = server.get(path).bearer(token).send().await.expect(200);
+        let response = ann.get(path).await.expect(200);
         assert_eq!(response.header("cache-control"), "no-store");
     }
 }
@@ -857,32 +677,32 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         "Content-Length: 9000\r\n",
     );
     let silent = async {
-        let mut wire = Wire::open(&server).await.patient();
+        let mut wire = Wire::open(&server).await.with_long_timeout();
         assert!(
-            wire.answer_or_close()
+            wire.response_or_close()
                 .await
                 .is_none_or(|response| response.status == 408)
         );
     };
     let half_a_head = async {
-        let mut wire = Wire::open(&server).await.patient();
+        let mut wire = Wire::open(&server).await.with_long_timeout();
         wire.send("GET /healthz HTTP/1.1\r\nHost: a").await;
         assert!(
-            wire.answer_or_close()
+            wire.response_or_close()
                 .await
                 .is_none_or(|response| response.status == 408)
         );
     };
     let endless_head = async {
-        let mut wire = Wire::open(&server).await.patient();
+        let mut wire = Wire::open(&server).await.with_long_timeout();
         wire.send("GET /healthz HTTP/1.1\r\nHost: a\r\n").await;
         let cut_off = trickle(&mut wire, "X-More: 1\r\n").await;
         assert!(cut_off.is_none_or(|response| response.status == 408));
     };
     let stalled_body = async {
-        let mut wire = Wire::open(&server).await.patient();
+        let mut wire = Wire::open(&server).await.with_long_timeout();
         wire.send(full.clone() + "{").await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         assert_eq!(
             (response.status, &response.json()["code"]),
             (408, &json!("request_timeout"))
@@ -893,7 +713,7 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         );
     };
     let endless_body = async {
-        let mut wire = Wire::open(&server).await.patient();
+        let mut wire = Wire::open(&server).await.with_long_timeout();
         wire.send(full.clone()).await;
         let response = trickle(&mut wire, " ").await.expect("a response");
         assert_eq!(
@@ -908,25 +728,17 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         stalled_body,
         endless_body
     );
-    server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200);
+    ann.get(ann.tasks()).await.expect(200);
 }
 
 /// Sends `bytes` again and again until the server responds or closes the connection.
-async fn trickle(wire: &mut Wire, bytes: &str) -> Option<Answer> {
+async fn trickle(wire: &mut Wire, bytes: &str) -> Option<WireResponse> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         assert!(Instant::now() < deadline, "the server does not time out");
         wire.send(bytes).await;
-        if timeout(Duration::from_millis(250), wire.stream.readable())
-            .await
-            .is_ok()
-        {
-            return wire.answer_or_close().await;
+        if wire.is_readable(Duration::from_millis(250)).await {
+            return wire.response_or_close().await;
         }
     }
 }
@@ -946,24 +758,24 @@ async fn rejects_an_oversized_head() {
     ] {
         let mut wire = Wire::open(&server).await;
         wire.send(request).await;
-        let response = wire.answer_or_close().await;
+        let response = wire.response_or_close().await;
         assert!(response.is_none_or(|response| matches!(response.status, 400 | 414 | 431)));
     }
-    server.get("/healthz").send().await.expect(200);
+    server.get("/healthz").await.expect(200);
 }
 
 #[tokio::test]
 async fn pages_have_a_strict_content_security_policy() {
     let server = Server::start().await;
-    server.get("/healthz").send().await.expect(200);
-    server.get("/readyz").send().await.expect(200);
-    let document = server.get("/openapi.json").send().await.expect(200).json();
+    server.get("/healthz").await.expect(200);
+    server.get("/readyz").await.expect(200);
+    let document = server.get("/openapi.json").await.expect(200).json();
     assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
-    let home = server.get("/").send().await;
+    let home = server.get("/").await;
     assert!((300..400).contains(&home.status), "/ does not redirect");
     assert_eq!(home.header("location"), "docs");
     for page in ["/docs", "/problems/validation_failed"] {
-        let response = server.get(page).send().await.expect(200);
+        let response = server.get(page).await.expect(200);
         assert!(
             response.header("content-type").starts_with("text/html"),
             "{page}"
@@ -1005,7 +817,7 @@ async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
         let stripped = path
             .strip_prefix("/todo")
             .unwrap_or_else(|| panic!("{path}"));
-        server.get(stripped).send().await
+        server.get(stripped).await
     };
     let home = served("/todo/").await;
     assert_eq!(resolve("/todo/", home.header("location")), "/todo/docs");
@@ -1024,7 +836,7 @@ async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
         }
         assert!(count >= 3, "{page} has {count} references");
     }
-    let script = server.get("/docs/init.js").send().await.expect(200);
+    let script = server.get("/docs/init.js").await.expect(200);
     let text = String::from_utf8(script.body.to_vec()).unwrap();
     let mut rooted = text.split("\"/").skip(1);
     assert!(!rooted.any(|rest| rest.starts_with(|c: char| c.is_ascii_alphanumeric())));
@@ -1050,17 +862,12 @@ async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
 async fn every_problem_has_a_page() {
     let server = Server::start().await;
     for code in CODES.into_iter().chain(["overloaded", "stopping"]) {
-        let response = server
-            .get(format!("/problems/{code}"))
-            .send()
-            .await
-            .expect(200);
+        let response = server.get(format!("/problems/{code}")).await.expect(200);
         let text = String::from_utf8(response.body.to_vec()).unwrap();
         assert!(text.contains(code), "{code}: {text}");
     }
     server
         .get("/problems/unknown")
-        .send()
         .await
         .problem(404, "not_found");
 }
@@ -1083,12 +890,7 @@ async fn returns_404_for_an_unknown_path_with_or_without_a_token() {
         &format!("{tasks}/a/complete/b"),
         &format!("/api/v1/{}", ann.id),
     ] {
-        server.get(path).send().await.problem(404, "not_found");
-        server
-            .get(path)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .problem(404, "not_found");
+        server.get(path).await.problem(404, "not_found");
+        ann.get(path).await.problem(404, "not_found");
     }
 }

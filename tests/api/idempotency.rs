@@ -3,16 +3,14 @@
 use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
 
-use crate::harness::{Response, Server, User};
-use crate::preconditions::blocked_statements;
-use crate::tasks::path_of;
+use crate::harness::{Response, Server, User, wait_for_blocked};
 
 async fn create(server: &Server, user: &User, key: &str, body: Value) -> Response {
-    let request = server.post(user.tasks()).bearer(&user.access_token);
-    request
+    server
+        .post(user.tasks())
+        .bearer(&user.access_token)
         .header("idempotency-key", key)
         .json(body)
-        .send()
         .await
 }
 
@@ -49,11 +47,9 @@ async fn a_repeated_request_gets_the_first_response_and_creates_nothing() {
         );
     }
     assert_eq!(count(&server).await, 1);
-    let request = server
-        .get(path_of(&ann, &first.3))
-        .bearer(&ann.access_token);
+    let request = ann.get(ann.path_of(&first.3));
     assert_eq!(
-        request.send().await.expect(200).json(),
+        request.await.expect(200).json(),
         first.3,
         "the response differs from the stored task"
     );
@@ -65,12 +61,9 @@ async fn a_repeated_request_gets_the_first_response_and_creates_nothing() {
         other["id"], first.3["id"],
         "another key must create another task"
     );
-    let request = server
-        .post(ann.tasks())
-        .bearer(&ann.access_token)
-        .json(body);
+    let request = ann.create(body);
     assert_ne!(
-        request.send().await.expect(201).json()["id"],
+        request.await.expect(201).json()["id"],
         first.3["id"],
         "no key must create another task"
     );
@@ -100,7 +93,7 @@ async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
             )
         });
         let (responses, ()) = join(join_all(copies), async {
-            blocked_statements(&control, 20).await;
+            wait_for_blocked(&control, 20).await;
             held.commit().await.unwrap();
         })
         .await;
@@ -129,7 +122,7 @@ async fn of_concurrent_requests_with_one_key_and_different_values_one_succeeds()
     let rivals =
         (0..4).map(|n| create(&server, &ann, "key", json!({"title": format!("rival {n}")})));
     let (responses, ()) = join(join_all(rivals), async {
-        blocked_statements(&control, 4).await;
+        wait_for_blocked(&control, 4).await;
         held.commit().await.unwrap();
     })
     .await;
@@ -149,39 +142,22 @@ async fn a_repeated_request_returns_the_task_as_it_was_created() {
     let ann = server.user().await;
     let body = json!({"title": "a", "description": "as created"});
     let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
-    let path = path_of(&ann, &first.3);
+    let path = ann.path_of(&first.3);
     let change = json!({"title": "b", "description": null, "completed": true});
-    let request = server.patch(&path).bearer(&ann.access_token).json(change);
-    let changed = request.send().await.expect(200).json();
+    let changed = ann.patch(&path).json(change).await.expect(200).json();
     assert_eq!(
         stable_parts(&create(&server, &ann, "key", body.clone()).await),
         first
     );
-    let read = server
-        .get(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let read = ann.get(&path).await.expect(200).json();
     assert_eq!(read, changed, "the repeated request reverted the task");
 
-    server
-        .delete(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    ann.delete(&path).await.expect(204);
     assert_eq!(
         stable_parts(&create(&server, &ann, "key", body).await),
         first
     );
-    server
-        .get(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .problem(404, "task_not_found");
+    ann.get(&path).await.problem(404, "task_not_found");
     assert_eq!(count(&server).await, 0);
 }
 
@@ -244,12 +220,11 @@ async fn compares_values_and_not_their_spelling() {
     ];
     let mut responses = Vec::new();
     for body in bodies {
-        let request = server
+        let request = ann
             .post(ann.tasks())
-            .bearer(&ann.access_token)
-            .header("idempotency-key", "key");
-        let request = request.body(body.as_bytes().to_vec(), "application/json; charset=utf-8");
-        responses.push(stable_parts(&request.send().await.expect(201)));
+            .header("idempotency-key", "key")
+            .body(body.as_bytes().to_vec(), "application/json; charset=utf-8");
+        responses.push(stable_parts(&request.await.expect(201)));
     }
     assert!(
         responses.iter().all(|response| *response == responses[0]),
@@ -286,13 +261,12 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
         assert_eq!(response.status, 400, "{key:?}");
         response.problem(400, "malformed_request");
     }
-    let request = server.post(ann.tasks()).bearer(&ann.access_token);
-    let request = request
+    let request = ann
+        .post(ann.tasks())
         .header("idempotency-key", "one")
         .header("idempotency-key", "two");
     request
         .json(json!({"title": "a"}))
-        .send()
         .await
         .problem(400, "malformed_request");
     assert_eq!(count(&server).await, made);
@@ -333,11 +307,12 @@ async fn a_rejected_request_does_not_use_its_key() {
         .await
         .problem(422, "validation_failed");
     let send = |path: String, token: &str, body: &'static str, content_type: &str| {
-        let request = server
+        server
             .post(&path)
             .bearer(token)
-            .header("idempotency-key", "key");
-        request.body(body.as_bytes().to_vec(), content_type).send()
+            .header("idempotency-key", "key")
+            .body(body.as_bytes().to_vec(), content_type)
+            .send()
     };
     send(ann.tasks(), &ann.access_token, "{", "application/json")
         .await

@@ -5,7 +5,6 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{Response, Server, User};
-use crate::tasks::path_of;
 
 /// Every operation below `/api/v1/{user_id}`: method, path and body.
 fn operations(tasks: &str, id: &str) -> Vec<(Method, String, Option<Value>)> {
@@ -48,8 +47,8 @@ async fn send(
 ) -> Response {
     let request = server.request(method.clone(), path).bearer(token);
     match body {
-        Some(body) => request.json(body.clone()).send().await,
-        None => request.send().await,
+        Some(body) => request.json(body.clone()).await,
+        None => request.await,
     }
 }
 
@@ -74,13 +73,16 @@ async fn rows_of(server: &Server, user: &User) -> Vec<String> {
 /// Creates a user with two tasks, one of them completed and created with an idempotency key.
 async fn bob_and_his_tasks(server: &Server) -> (User, Value, Value) {
     let bob = server.user().await;
-    let open = bob.create_task(server, "secret").await;
+    let open = bob.create_task("secret").await;
     let body = json!({"title": "secret, done", "completed": true});
-    let request = server
+    let done = server
         .post(bob.tasks())
         .bearer(&bob.access_token)
-        .header("idempotency-key", "k");
-    let done = request.json(body).send().await.expect(201).json();
+        .header("idempotency-key", "k")
+        .json(body)
+        .await
+        .expect(201)
+        .json();
     (bob, open, done)
 }
 
@@ -90,7 +92,7 @@ async fn returns_403_for_another_users_paths_and_changes_nothing() {
     let server = Server::start().await;
     let (bob, open, done) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
-    let mine = ann.create_task(&server, "mine").await;
+    let mine = ann.create_task("mine").await;
     let before = rows_of(&server, &bob).await;
     assert_eq!(before.len(), 6);
 
@@ -151,7 +153,7 @@ async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
     let server = Server::start().await;
     let (bob, open, done) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
-    ann.create_task(&server, "mine").await;
+    ann.create_task("mine").await;
     let before = rows_of(&server, &bob).await;
 
     let unknown_id = Uuid::now_v7().to_string();
@@ -164,16 +166,14 @@ async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
             for tag in [None, Some("*"), Some("\"stale\"")] {
                 let mut responses = Vec::new();
                 for (method, path, body) in [&theirs[n], &unknown[n], &malformed[n]] {
-                    let mut request = server
-                        .request(method.clone(), path)
-                        .bearer(&ann.access_token);
+                    let mut request = ann.request(method.clone(), path);
                     if let Some(tag) = tag {
                         request = request.header("if-match", tag).header("if-none-match", tag);
                     }
                     if let Some(body) = body {
                         request = request.json(body.clone());
                     }
-                    let response = request.send().await;
+                    let response = request.await;
                     let mut headers = response.headers.clone();
                     headers.remove("x-request-id");
                     headers.remove("date");
@@ -204,7 +204,6 @@ async fn operations_on_lists_affect_only_the_users_own_tasks() {
     let (bob, ..) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
     let before = rows_of(&server, &bob).await;
-    let token = &ann.access_token;
 
     for query in [
         "",
@@ -214,12 +213,7 @@ async fn operations_on_lists_affect_only_the_users_own_tasks() {
         "?sort=created_at",
         "?total=true",
     ] {
-        let response = server
-            .get(format!("{}{query}", ann.tasks()))
-            .bearer(token)
-            .send()
-            .await
-            .expect(200);
+        let response = ann.get(format!("{}{query}", ann.tasks())).await.expect(200);
         assert_eq!(response.json(), json!([]), "{query}");
         assert!(
             response
@@ -230,31 +224,20 @@ async fn operations_on_lists_affect_only_the_users_own_tasks() {
         );
     }
     let clear = format!("{}?completed=true", ann.tasks());
-    let cleared = server.delete(&clear).bearer(token).send().await.expect(200);
+    let cleared = ann.delete(&clear).await.expect(200);
     assert_eq!(cleared.json(), json!({"deleted": 0}));
     // Bob's idempotency key and the cursor of his list have no meaning for Ann.
-    let request = server
+    let mine = ann
         .post(ann.tasks())
-        .bearer(token)
-        .header("idempotency-key", "k");
-    let mine = request
+        .header("idempotency-key", "k")
         .json(json!({"title": "mine"}))
-        .send()
         .await
         .expect(201)
         .json();
-    let page = server
-        .get(format!("{}?limit=1", bob.tasks()))
-        .bearer(&bob.access_token)
-        .send()
-        .await;
+    let page = bob.get(format!("{}?limit=1", bob.tasks())).await;
     let link = page.header("link");
     let query = link[link.find('?').unwrap()..].split('>').next().unwrap();
-    let response = server
-        .get(format!("{}{query}", ann.tasks()))
-        .bearer(token)
-        .send()
-        .await;
+    let response = ann.get(format!("{}{query}", ann.tasks())).await;
     if response.status != 422 {
         for task in response.expect(200).json().as_array().unwrap() {
             assert_eq!(task, &mine);
@@ -269,39 +252,18 @@ async fn sessions_of_another_user_cannot_be_listed_or_revoked() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let before = rows_of(&server, &bob).await;
-    let sessions = server
-        .get("/api/v1/auth/sessions")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let sessions = ann.get("/api/v1/auth/sessions").await.expect(200).json();
     assert_eq!(sessions.as_array().unwrap().len(), 1);
     assert_eq!(sessions[0]["id"], json!(ann.session_id));
-    let end = |id: &str| {
-        server
-            .delete(format!("/api/v1/auth/sessions/{id}"))
-            .bearer(&ann.access_token)
-            .send()
-    };
+    let end = |id: &str| ann.delete(format!("/api/v1/auth/sessions/{id}")).send();
     let theirs = end(&bob.session_id).await.problem(404, "session_not_found");
     let unknown = end(&Uuid::now_v7().to_string())
         .await
         .problem(404, "session_not_found");
     assert_eq!(theirs["detail"], unknown["detail"]);
-    server
-        .delete("/api/v1/auth/sessions")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    ann.delete("/api/v1/auth/sessions").await.expect(204);
     assert_eq!(rows_of(&server, &bob).await, before);
-    server
-        .get("/api/v1/auth/me")
-        .bearer(&bob.access_token)
-        .send()
-        .await
-        .expect(200);
+    bob.get("/api/v1/auth/me").await.expect(200);
 }
 
 #[tokio::test]
@@ -309,9 +271,9 @@ async fn no_header_or_body_selects_another_user() {
     let server = Server::start().await;
     let (bob, open, _) = bob_and_his_tasks(&server).await;
     let ann = server.user().await;
-    let mine = ann.create_task(&server, "mine").await;
+    let mine = ann.create_task("mine").await;
     let before = rows_of(&server, &bob).await;
-    let path = path_of(&ann, &mine);
+    let path = ann.path_of(&mine);
     for (name, value) in [
         ("x-user-id", bob.id.as_str()),
         ("x-forwarded-user", &bob.email),
@@ -320,30 +282,13 @@ async fn no_header_or_body_selects_another_user() {
         ("x-http-method-override", "DELETE"),
         ("cookie", &format!("access_token={}", bob.access_token)),
     ] {
-        let read = server
-            .get(&path)
-            .bearer(&ann.access_token)
-            .header(name, value)
-            .send()
-            .await;
+        let read = ann.get(&path).header(name, value).await;
         assert_eq!(read.expect(200).json(), mine, "{name}");
-        let response = server
-            .get(path_of(&bob, &open))
-            .bearer(&ann.access_token)
-            .header(name, value)
-            .send()
-            .await;
+        let response = ann.get(bob.path_of(&open)).header(name, value).await;
         response.problem(403, "forbidden");
     }
     let body = json!({"title": "b", "user_id": bob.id, "id": open["id"]});
-    let changed = server
-        .put(&path)
-        .bearer(&ann.access_token)
-        .json(body)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let changed = ann.put(&path).json(body).await.expect(200).json();
     assert_eq!(
         (&changed["id"], &changed["user_id"]),
         (&mine["id"], &json!(ann.id))
@@ -354,13 +299,7 @@ async fn no_header_or_body_selects_another_user() {
         bob.id,
         bob.access_token
     );
-    let list = server
-        .get(&query)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let list = ann.get(&query).await.expect(200).json();
     assert_eq!(list, json!([changed]));
     assert_eq!(rows_of(&server, &bob).await, before);
 }

@@ -20,7 +20,6 @@ pub(crate) async fn settled(server: &Server) -> String {
     server
         .get("/api/v1/auth/me")
         .header("x-request-id", &id)
-        .send()
         .await
         .problem(401, "missing_token");
     server.wait_for_log(&id).await;
@@ -127,13 +126,7 @@ async fn each_failed_authentication_logs_one_warning() {
         ("garbage", "GET", me, server.get(me).bearer("garbage"), 401),
         ("forged", "GET", me, server.get(me).bearer(&forged), 401),
         ("expired", "GET", me, server.get(me).bearer(&expired), 401),
-        (
-            "revoked session",
-            "GET",
-            me,
-            server.get(me).bearer(&revoked.access_token),
-            401,
-        ),
+        ("revoked session", "GET", me, revoked.get(me), 401),
         (
             "a refresh token",
             "GET",
@@ -145,7 +138,7 @@ async fn each_failed_authentication_logs_one_warning() {
             "another user's tasks",
             "GET",
             &tasks,
-            server.get(ann.tasks()).bearer(&bob.access_token),
+            bob.get(ann.tasks()),
             403,
         ),
         (
@@ -222,9 +215,7 @@ async fn each_failed_authentication_logs_one_warning() {
             "wrong current password",
             "PUT",
             "/api/v1/auth/password",
-            server
-                .put("/api/v1/auth/password")
-                .bearer(&ann.access_token)
+            ann.put("/api/v1/auth/password")
                 .json(json!({"current_password": "wrong", "new_password": ANOTHER_PASSWORD})),
             403,
         ),
@@ -232,17 +223,14 @@ async fn each_failed_authentication_logs_one_warning() {
             "wrong password for account deletion",
             "DELETE",
             me,
-            server
-                .delete(me)
-                .bearer(&ann.access_token)
-                .json(json!({"password": "wrong"})),
+            ann.delete(me).json(json!({"password": "wrong"})),
             403,
         ),
     ];
     let mut sent = Vec::new();
     for (name, method, path, request, status) in attempts {
         let id = unique_id();
-        let response = request.header("x-request-id", &id).send().await;
+        let response = request.header("x-request-id", &id).await;
         assert_eq!(response.status, status, "{name}");
         sent.push((name, method, path, id));
     }
@@ -291,27 +279,21 @@ async fn other_client_errors_log_no_warning() {
     server
         .post("/api/v1/auth/register")
         .json(json!({"email": "ann@example.com", "password": PASSWORD}))
-        .send()
         .await
         .expect(409);
     server
         .post("/api/v1/auth/register")
         .json(json!({"email": "bob", "password": "short"}))
-        .send()
         .await
         .expect(422);
     server
         .post("/api/v1/auth/login")
         .json(json!({}))
-        .send()
         .await
         .expect(422);
-    server.get("/api/v1/nowhere").send().await.expect(404);
-    server.put("/api/v1/auth/login").send().await.expect(405);
-    server
-        .get(format!("{}/unknown", ann.tasks()))
-        .bearer(&ann.access_token)
-        .send()
+    server.get("/api/v1/nowhere").await.expect(404);
+    server.put("/api/v1/auth/login").await.expect(405);
+    ann.get(format!("{}/unknown", ann.tasks()))
         .await
         .expect(404);
     let log = settled(&server).await;
@@ -378,29 +360,22 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
     server
         .get(ann.tasks())
         .bearer("refused-bearer-token")
-        .send()
         .await
         .expect(401);
     server
         .get(ann.tasks())
         .header("authorization", "Basic basic-credentials")
-        .send()
         .await
         .expect(401);
     server
         .get(format!("{}?access_token=token-in-the-query", ann.tasks()))
-        .send()
         .await
         .expect(401);
     server
         .get(format!("/api/v1/nowhere?access_token={token}"))
-        .send()
         .await
         .expect(404);
-    server
-        .get(format!("{}?access_token={token}&limit=no", ann.tasks()))
-        .bearer(token)
-        .send()
+    ann.get(format!("{}?access_token={token}&limit=no", ann.tasks()))
         .await
         .expect(422);
     server
@@ -409,17 +384,14 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
             format!("{{\"password\": \"{PASSWORD}\""),
             "application/json",
         )
-        .send()
         .await
         .expect(400);
 
     // Tasks.
-    let task = server
+    let task = ann
         .post(ann.tasks())
-        .bearer(token)
         .header("idempotency-key", "k")
         .json(json!({"title": "a title of ann's", "description": "a description of ann's"}))
-        .send()
         .await
         .expect(201)
         .json();
@@ -443,7 +415,7 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
         server.get("/api/v1/auth/sessions"),
         server.delete("/api/v1/auth/sessions"),
     ] {
-        let status = request.bearer(token).send().await.status;
+        let status = request.bearer(token).await.status;
         assert!([200, 204, 422].contains(&status), "{status}");
     }
 
@@ -471,7 +443,6 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
             .delete("/api/v1/auth/me")
             .bearer(&token)
             .json(json!({"password": password}))
-            .send()
             .await;
     }
 
@@ -530,7 +501,6 @@ async fn no_input_can_forge_a_log_line() {
             server
                 .post("/api/v1/auth/register")
                 .json(json!({"email": email, "password": "short"}))
-                .send()
                 .await
                 .expect(422);
         }
@@ -538,15 +508,11 @@ async fn no_input_can_forge_a_log_line() {
         server
             .post("/api/v1/auth/logout")
             .json(json!({"refresh_token": forged}))
-            .send()
             .await
             .expect(204);
-        server
-            .post(ann.tasks())
-            .bearer(&ann.access_token)
+        ann.post(ann.tasks())
             .header("idempotency-key", "k\u{e9}")
             .json(json!({"title": forged}))
-            .send()
             .await;
         // In the header and the claims of a token, correctly signed and not.
         for secret in [server.secret(), "not the secret of this service at all"] {
@@ -558,12 +524,7 @@ async fn no_input_can_forge_a_log_line() {
                 json!({"alg": "HS256", "typ": forged, "kid": forged}),
                 claims,
             );
-            server
-                .get(ann.tasks())
-                .bearer(&token)
-                .send()
-                .await
-                .expect(401);
+            server.get(ann.tasks()).bearer(&token).await.expect(401);
         }
         // In the path.
         let encoded: String = forged.bytes().map(|byte| format!("%{byte:02x}")).collect();
@@ -573,7 +534,7 @@ async fn no_input_can_forge_a_log_line() {
             format!("/api/v1/x/tasks?q={encoded}"),
             format!("/{encoded}"),
         ] {
-            server.get(path).send().await;
+            server.get(path).await;
         }
     }
     // In request lines and headers, including bytes that HTTP does not allow.
@@ -651,7 +612,6 @@ async fn the_fail2ban_filter_finds_clients_behind_a_proxy_in_files_and_in_the_jo
             server
                 .get("/api/v1/auth/me")
                 .header("x-forwarded-for", client)
-                .send()
                 .await
                 .expect(401);
             fail_login_from(server, client).await;
@@ -680,7 +640,6 @@ async fn fail_login_from(server: &Server, client: &str) {
         .post("/api/v1/auth/login")
         .header("x-forwarded-for", client)
         .json(json!({"email": "ann@example.com", "password": "wrong"}))
-        .send()
         .await
         .expect(401);
 }

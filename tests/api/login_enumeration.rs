@@ -28,7 +28,6 @@ async fn guess(server: &Server, email: &str, password: &str) -> Response {
         .post("/api/v1/auth/login")
         .header("x-request-id", "the-same-for-all")
         .json(json!({"email": email, "password": password}))
-        .send()
         .await
 }
 

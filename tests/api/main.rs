@@ -1,14 +1,14 @@
-//! The promises of the service, each kept by the real program on a real PostgreSQL.
+//! Integration tests: they run the real program against a real PostgreSQL.
 //!
-//! One binary: its tests share one private PostgreSQL, and each has a database of its own there.
-//! With `TEST_DATABASE_URL` they use that server instead; its user must be allowed to make databases.
+//! All tests are one binary and share an embedded PostgreSQL, in which each has a database of its
+//! own. With `TEST_DATABASE_URL` they use that server instead; its user must be able to create
+//! databases.
 
-// A test that cannot go on has failed; unwrap says so as well as anything.
 #![allow(clippy::unwrap_used)]
 
 mod harness;
 
-// Coming up, staying up, going down.
+// Startup, the database, shutdown.
 mod commands;
 mod connections;
 mod database_url;
@@ -17,7 +17,7 @@ mod migrations;
 mod purge;
 mod startup;
 
-// What the API promises.
+// The API.
 mod acceptance;
 mod cors;
 mod explain;
@@ -34,7 +34,7 @@ mod tasks;
 mod unread_bodies;
 mod validation;
 
-// Who may do what.
+// Authentication and authorization.
 mod auth;
 mod hashing;
 mod isolation;
@@ -51,6 +51,6 @@ mod sessions;
 mod throttling;
 mod tokens;
 
-// Faults, overload, several instances.
+// Faults, overload, several instances, arbitrary input.
 mod faults;
 mod fuzz;

@@ -102,20 +102,19 @@ async fn all_series_exist_from_the_start_and_clients_cannot_add_any() {
     }
 
     let ann = server.user().await;
-    ann.create_task(&server, "a").await;
+    ann.create_task("a").await;
     server
         .post("/api/v1/auth/login")
         .json(json!({"email": ann.email, "password": "wrong"}))
-        .send()
         .await
         .expect(401);
     server.login(&ann.email, PASSWORD).await;
     for number in 0..20 {
         let path = format!("/no/such/{number}");
-        server.get(path).send().await.expect(404);
+        server.get(path).await.expect(404);
         let path = format!("/api/v1/{number}/tasks/{number}");
         let token = format!("token {number}");
-        server.get(path).bearer(&token).send().await.expect(401);
+        server.get(path).bearer(&token).await.expect(401);
         let head =
             format!("BREW{number} /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         assert!(server.raw(head).await.starts_with("HTTP/1.1 405"));
@@ -155,9 +154,5 @@ async fn all_series_exist_from_the_start_and_clients_cannot_add_any() {
 #[tokio::test]
 async fn the_api_does_not_serve_metrics() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
-    server
-        .get("/metrics")
-        .send()
-        .await
-        .problem(404, "not_found");
+    server.get("/metrics").await.problem(404, "not_found");
 }

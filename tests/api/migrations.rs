@@ -128,13 +128,7 @@ async fn an_older_schema_is_migrated_with_its_data_and_the_previous_version_can_
         assert_eq!(rows_of(&sql, table, &columns).await, rows, "{table}");
     }
     let user = server.login("user1@example.com", PASSWORD).await;
-    let list = server
-        .get(user.tasks())
-        .bearer(&user.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let list = user.get(user.tasks()).await.expect(200).json();
     assert_eq!(list.as_array().map(Vec::len), Some(1), "{list}");
     assert_eq!(list[0]["title"], "an old task");
     assert_eq!(list[0]["description"], "from version 1");
@@ -142,13 +136,7 @@ async fn an_older_schema_is_migrated_with_its_data_and_the_previous_version_can_
     // The previous version may still be running, and may be started again.
     sql.batch_execute(&with(V1_INSERTS, "2")).await.unwrap();
     let user = server.login("user2@example.com", PASSWORD).await;
-    let list = server
-        .get(user.tasks())
-        .bearer(&user.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let list = user.get(user.tasks()).await.expect(200).json();
     assert_eq!(list[0]["title"], "an old task", "{list}");
     sql.batch_execute(&with(V1_CHANGES, "2")).await.unwrap();
 }
@@ -161,11 +149,9 @@ async fn a_migration_that_was_merged_after_a_later_one_is_still_applied() {
         .unwrap();
     let server = Server::with(&[("DATABASE_URL", &database.url())]).await;
     let user = server.user().await;
-    user.create_task(&server, "Ärger").await;
-    let list = server
+    user.create_task("Ärger").await;
+    let list = user
         .get(format!("{}?q=%C3%A4rger", user.tasks()))
-        .bearer(&user.access_token)
-        .send()
         .await
         .expect(200);
     assert_eq!(list.json().as_array().map(Vec::len), Some(1));
@@ -200,7 +186,7 @@ async fn two_instances_start_at_once_and_one_of_them_migrates_however_long_it_ta
             assert!(started.elapsed() < deadline, "{}", server.log());
             sleep(Duration::from_millis(50)).await;
         }
-        server.get("/readyz").send().await.expect(200);
+        server.get("/readyz").await.expect(200);
         let log = server.log();
         let line = log
             .lines()
@@ -218,7 +204,7 @@ async fn two_instances_start_at_once_and_one_of_them_migrates_however_long_it_ta
     );
     assert!(started.elapsed() >= Duration::from_secs(seconds.into()));
     let user = one.user().await;
-    user.create_task(&two, "made by the other").await;
+    user.on(&two).create_task("made by the other").await;
 }
 
 #[tokio::test]
@@ -262,10 +248,10 @@ async fn a_migration_does_not_queue_long_for_a_table_and_comes_again() {
     server
         .wait_for_log("a migration needs a table that another transaction has locked")
         .await;
-    server.get("/readyz").send().await.expect(503);
+    server.get("/readyz").await.expect(503);
     sql.batch_execute("rollback").await.unwrap();
     until("it is migrated", async || {
-        server.get("/readyz").send().await.status == 200
+        server.get("/readyz").await.status == 200
     })
     .await;
 }
@@ -277,13 +263,10 @@ async fn search_ignores_case_in_a_database_whose_locale_knows_only_ascii() {
     assert!(!server.log().contains("case-sensitive"), "{}", server.log());
     let user = server.user().await;
     let title = "Ärger über Привет, ΟΔΟΣΑ, Straße, naïve ΣΙΣΥΦΟΣ";
-    user.create_task(&server, title).await;
+    user.create_task(title).await;
     let described = serde_json::json!({"title": "other", "description": "Größe ΌΛΟΣ Ёлка"});
-    let post = server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(described);
-    post.send().await.expect(201);
+    let post = user.create(described);
+    post.await.expect(201);
     for (text, found) in [
         ("ärger", 1),
         ("ÜBER", 1),
@@ -307,12 +290,7 @@ async fn search_ignores_case_in_a_database_whose_locale_knows_only_ascii() {
         for sort in ["created_at", "-created_at"] {
             let query: String = text.bytes().map(|byte| format!("%{byte:02X}")).collect();
             let path = format!("{}?q={query}&sort={sort}&total=true", user.tasks());
-            let response = server
-                .get(path)
-                .bearer(&user.access_token)
-                .send()
-                .await
-                .expect(200);
+            let response = user.get(path).await.expect(200);
             let list: Value = response.json();
             assert_eq!(list.as_array().map(Vec::len), Some(found), "{text}: {list}");
             assert_eq!(

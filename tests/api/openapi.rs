@@ -170,7 +170,7 @@ fn assert_same_members(example: &Value, real: &Value, location: &str) {
 #[tokio::test]
 async fn serves_the_openapi_document() {
     let server = Server::start().await;
-    let response = server.get("/openapi.json").send().await.expect(200);
+    let response = server.get("/openapi.json").await.expect(200);
     assert_eq!(response.header("content-type"), "application/json");
     assert_eq!(response.json(), Document::read().0);
 }
@@ -185,7 +185,7 @@ async fn every_path_allows_exactly_the_documented_methods() {
         }
         methods.insert("OPTIONS".to_owned());
         let path = document.fill_path(path, &[]);
-        let response = server.request(Method::OPTIONS, &path).send().await;
+        let response = server.request(Method::OPTIONS, &path).await;
         assert_eq!(response.status, 204, "{path}");
         let allowed: BTreeSet<String> = response
             .header("allow")
@@ -220,16 +220,13 @@ async fn every_example_of_a_request_succeeds_with_the_documented_status() {
                 // The examples use Ann's address, which must be free for registration.
                 let user = register(&server, "ann@example.com").await;
                 if operation.id == "register" {
-                    server
-                        .delete("/api/v1/auth/me")
-                        .bearer(&user.access_token)
+                    user.delete("/api/v1/auth/me")
                         .json(json!({"password": user.password}))
-                        .send()
                         .await
                         .expect(204);
                 }
                 let task = match operation.path.contains("{id}") {
-                    true => user.create_task(&server, "Buy milk").await["id"]
+                    true => user.create_task("Buy milk").await["id"]
                         .as_str()
                         .unwrap()
                         .to_owned(),
@@ -249,7 +246,7 @@ async fn every_example_of_a_request_succeeds_with_the_documented_status() {
                 if operation.needs_a_token() && operation.id != "logout" {
                     request = request.bearer(&user.access_token);
                 }
-                let response = request.send().await;
+                let response = request.await;
                 assert_eq!(
                     response.status,
                     operation.success(),
@@ -273,13 +270,14 @@ async fn every_example_of_an_invalid_value_matches_the_response() {
         .filter(|(_, example)| example["errors"].is_array());
     let mut count = 0;
     for (_, example) in examples {
-        let request = match example["errors"][0]["pointer"].as_str() {
+        let response = match example["errors"][0]["pointer"].as_str() {
             Some("/title") => server
                 .post(user.tasks())
                 .json(json!({"title": "x".repeat(201)})),
             _ => server.get(format!("{}?limit=1001", user.tasks())),
-        };
-        let response = request.bearer(&user.access_token).send().await;
+        }
+        .bearer(&user.access_token)
+        .await;
         let problem = response.problem(422, "validation_failed");
         for member in ["errors", "detail", "title"] {
             assert_eq!(example[member], problem[member]);
@@ -301,7 +299,6 @@ async fn register(server: &Server, email: &str) -> User {
     server
         .post("/api/v1/auth/register")
         .json(body)
-        .send()
         .await
         .expect(201);
     server.login(email, EXAMPLE_PASSWORD).await
@@ -723,7 +720,6 @@ async fn rate_limits(coverage: &mut Coverage, server: &Server) {
             .delete("/api/v1/auth/me")
             .bearer(&user.access_token)
             .json(json!({"password": "wrong"}))
-            .send()
             .await
             .expect(403);
     }
@@ -752,7 +748,6 @@ async fn rate_limits(coverage: &mut Coverage, server: &Server) {
     limited
         .post("/api/v1/auth/login")
         .json(credentials.clone())
-        .send()
         .await;
     for id in ["register", "login"] {
         coverage

@@ -9,7 +9,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::harness::{Response, Server, User};
-use crate::tasks::{fill, path_of};
+use crate::tasks::fill;
 
 /// Returns the path and query of the next page, if any.
 fn next(response: &Response) -> Option<String> {
@@ -41,7 +41,6 @@ async fn page(server: &Server, user: &User, target: &str) -> (Vec<String>, Optio
     let response = server
         .get(target)
         .bearer(&user.access_token)
-        .send()
         .await
         .expect(200);
     let ids = response
@@ -128,10 +127,10 @@ fn walks() -> impl Strategy<Value = Walk> {
 
 async fn create(server: &Server, user: &User, completed: bool, found: bool) -> String {
     let title = if found { "100% Needle_x" } else { "hay" };
-    let request = server.post(user.tasks()).bearer(&user.access_token);
-    let response = request
+    let response = server
+        .post(user.tasks())
+        .bearer(&user.access_token)
         .json(json!({"title": title, "completed": completed}))
-        .send()
         .await
         .expect(201);
     response.json()["id"].as_str().unwrap().to_owned()
@@ -198,10 +197,10 @@ async fn run_walk(server: &Server, user: &User, walk: &Walk) -> Result<(), TestC
                 }
                 ConcurrentEdit::Edit(at) if !alive.is_empty() => {
                     let path = format!("{}/{}", user.tasks(), alive[at % alive.len()]);
-                    let request = server.patch(&path).bearer(&user.access_token);
-                    request
+                    server
+                        .patch(&path)
+                        .bearer(&user.access_token)
                         .json(json!({"description": "edited"}))
-                        .send()
                         .await
                         .expect(200);
                     continue;
@@ -218,7 +217,6 @@ async fn run_walk(server: &Server, user: &User, walk: &Walk) -> Result<(), TestC
             server
                 .delete(&path)
                 .bearer(&user.access_token)
-                .send()
                 .await
                 .expect(204);
             alive.retain(|id| *id != gone);
@@ -335,12 +333,7 @@ async fn a_page_ends_early_at_about_1_mib() {
         let mut seen = BTreeSet::new();
         let mut sizes = Vec::new();
         while let Some(at) = target {
-            let response = server
-                .get(&at)
-                .bearer(&ann.access_token)
-                .send()
-                .await
-                .expect(200);
+            let response = ann.get(&at).await.expect(200);
             for task in response.json().as_array().unwrap() {
                 assert_eq!(task["description"], json!(description));
                 assert!(
@@ -386,22 +379,13 @@ async fn total_counts_all_pages_and_only_on_request() {
     ] {
         let mut target = Some(format!("{}?{query}", ann.tasks()));
         while let Some(at) = target {
-            let response = server
-                .get(&at)
-                .bearer(&ann.access_token)
-                .send()
-                .await
-                .expect(200);
+            let response = ann.get(&at).await.expect(200);
             assert_eq!(response.header("x-total-count"), total, "{at}");
             target = next(&response);
         }
     }
     for query in ["", "?total=false", "?limit=5"] {
-        let response = server
-            .get(format!("{}{query}", ann.tasks()))
-            .bearer(&ann.access_token)
-            .send()
-            .await;
+        let response = ann.get(format!("{}{query}", ann.tasks())).await;
         assert!(
             !response.expect(200).headers.contains_key("x-total-count"),
             "{query}"
@@ -415,20 +399,15 @@ async fn the_next_link_preserves_the_filters() {
     let ann = server.user().await;
     let text = "a&b=c #%+é\"<>_";
     for n in 0..3 {
-        ann.create_task(&server, &format!("{n} {text}")).await;
-        ann.create_task(&server, &format!("{n} a&b")).await;
+        ann.create_task(&format!("{n} {text}")).await;
+        ann.create_task(&format!("{n} a&b")).await;
     }
     let encoded = "a%26b%3Dc%20%23%25%2B%C3%A9%22%3C%3E_";
     let query = format!("q={encoded}&completed=false&sort=created_at&limit=1&total=true");
     let mut target = format!("{}?{query}", ann.tasks());
     let mut titles = Vec::new();
     loop {
-        let response = server
-            .get(&target)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200);
+        let response = ann.get(&target).await.expect(200);
         titles.push(response.json()[0]["title"].as_str().unwrap().to_owned());
         let Some(at) = next(&response) else { break };
         assert!(titles.len() < 6, "the pages repeat");
@@ -458,18 +437,13 @@ async fn the_next_link_preserves_the_filters() {
 async fn a_full_last_page_has_no_next_link() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let first = ann.create_task(&server, "a").await;
-    ann.create_task(&server, "b").await;
+    let first = ann.create_task("a").await;
+    ann.create_task("b").await;
     let (ids, end) = page(&server, &ann, &format!("{}?limit=2", ann.tasks())).await;
     assert_eq!((ids.len(), end), (2, None));
     let (_, more) = page(&server, &ann, &format!("{}?limit=1", ann.tasks())).await;
     // The next page is empty if its tasks have been deleted meanwhile.
-    server
-        .delete(path_of(&ann, &first))
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    ann.delete(ann.path_of(&first)).await.expect(204);
     assert_eq!(
         page(&server, &ann, &more.expect("a next page")).await,
         (vec![], None)
@@ -500,11 +474,7 @@ async fn rejects_cursors_that_no_page_returned() {
         &"a".repeat(5000),
         "'%20or%201=1",
     ] {
-        let response = server
-            .get(format!("{path}after={garbage}"))
-            .bearer(&ann.access_token)
-            .send()
-            .await;
+        let response = ann.get(format!("{path}after={garbage}")).await;
         let problem = response.problem(422, "validation_failed");
         assert_eq!(problem["errors"][0]["parameter"], "after", "{garbage}");
     }

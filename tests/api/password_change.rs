@@ -21,7 +21,6 @@ async fn sign_out_by_refresh_token(server: &Server, refresh_token: &str) -> Resp
     server
         .post("/api/v1/auth/logout")
         .json(json!({"refresh_token": refresh_token}))
-        .send()
         .await
 }
 
@@ -76,7 +75,6 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
     for token in access {
         here.get(NOBODYS_TASKS)
             .bearer(token)
-            .send()
             .await
             .problem(401, "invalid_token");
         assert_dies(&there, token, changed).await;
@@ -165,7 +163,7 @@ async fn a_session_whose_password_was_changed_can_still_be_ended() {
             }
             _ => {
                 sql.batch_execute("delete from sessions").await.expect(way);
-                here.get("/healthz").send().await
+                here.get("/healthz").await
             }
         };
         let ended = Instant::now();

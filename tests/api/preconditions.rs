@@ -1,34 +1,13 @@
 //! Preconditions: `ETag`, `If-Match` and `If-None-Match`.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use futures_util::future::{join, join_all};
 use hyper::Method;
 use serde_json::{Value, json};
-use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::harness::{Response, Server, User};
-use crate::tasks::path_of;
-
-/// Waits until `count` statements in this database are blocked by a lock.
-pub(crate) async fn blocked_statements(sql: &Client, count: i64) {
-    let waiting = "select count(*) from pg_stat_activity
-                   where datname = current_database() and wait_event_type = 'Lock'";
-    let deadline = Instant::now() + Duration::from_secs(4);
-    loop {
-        let seen: i64 = sql.query_one(waiting, &[]).await.expect("a count").get(0);
-        if seen >= count {
-            return;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "only {seen} of {count} statements are blocked"
-        );
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use crate::harness::{Response, Server, User, wait_for_blocked};
 
 /// Returns the entity tag of a response, and checks that it is strong.
 fn tag_of(response: &Response) -> String {
@@ -45,9 +24,13 @@ fn tag_of(response: &Response) -> String {
 }
 
 async fn new_task(server: &Server, user: &User) -> (String, String) {
-    let request = server.post(user.tasks()).bearer(&user.access_token);
-    let response = request.json(json!({"title": "a"})).send().await.expect(201);
-    (path_of(user, &response.json()), tag_of(&response))
+    let response = server
+        .post(user.tasks())
+        .bearer(&user.access_token)
+        .json(json!({"title": "a"}))
+        .await
+        .expect(201);
+    (user.path_of(&response.json()), tag_of(&response))
 }
 
 /// The four requests that change a task: method, path, body, and status.
@@ -92,8 +75,8 @@ async fn change_with(
         request = request.header(name, value);
     }
     match body {
-        Some(body) => request.json(body.clone()).send().await,
-        None => request.send().await,
+        Some(body) => request.json(body.clone()).await,
+        None => request.await,
     }
 }
 
@@ -114,31 +97,18 @@ async fn every_task_has_a_strong_tag_that_changes_with_the_task() {
         (Method::PATCH, &complete, Some(json!({"completed": false}))),
     ] {
         for _ in 0..2 {
-            let read = server
-                .get(&path)
-                .bearer(&ann.access_token)
-                .send()
-                .await
-                .expect(200);
+            let read = ann.get(&path).await.expect(200);
             assert_eq!(tag_of(&read), last, "the tag changed without an update");
         }
-        let request = server.request(method, at).bearer(&ann.access_token);
+        let request = ann.request(method, at);
         let response = match body {
-            Some(body) => request.json(body).send().await,
-            None => request.send().await,
+            Some(body) => request.json(body).await,
+            None => request.await,
         };
         last = tag_of(&response.expect(200));
         assert!(tags.insert(last.clone()), "a tag was reused");
     }
-    assert!(
-        !server
-            .get(ann.tasks())
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .headers
-            .contains_key("etag")
-    );
+    assert!(!ann.get(ann.tasks()).await.headers.contains_key("etag"));
 }
 
 #[tokio::test]
@@ -147,9 +117,7 @@ async fn returns_304_if_if_none_match_lists_the_version() {
     let ann = server.user().await;
     let (path, tag) = new_task(&server, &ann).await;
     let ask = |method: Method, known: String| {
-        server
-            .request(method, &path)
-            .bearer(&ann.access_token)
+        ann.request(method, &path)
             .header("if-none-match", &known)
             .send()
     };
@@ -189,22 +157,15 @@ async fn returns_304_if_if_none_match_lists_the_version() {
         assert_eq!(response.status, 200, "{unknown}");
     }
     // Two header lines form one list.
-    let request = server.get(&path).bearer(&ann.access_token);
-    let response = request
+    let response = ann
+        .get(&path)
         .header("if-none-match", "\"other\"")
         .header("if-none-match", &tag)
-        .send()
         .await;
     assert_eq!(response.status, 304);
 
     let body = json!({"title": "b"});
-    server
-        .patch(&path)
-        .bearer(&ann.access_token)
-        .json(body)
-        .send()
-        .await
-        .expect(200);
+    ann.patch(&path).json(body).await.expect(200);
     assert_eq!(ask(Method::GET, tag).await.expect(200).json()["title"], "b");
 }
 
@@ -215,13 +176,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
     for n in 0..4 {
         let (path, tag) = new_task(&server, &ann).await;
         let bare = tag.trim_matches('"').to_owned();
-        let before = server
-            .get(&path)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200)
-            .json();
+        let before = ann.get(&path).await.expect(200).json();
         for stale in [
             "\"stale\"".to_owned(),
             format!("W/{tag}"),
@@ -249,13 +204,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
             );
             response.problem(412, "precondition_failed");
         }
-        let after = server
-            .get(&path)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200)
-            .json();
+        let after = ann.get(&path).await.expect(200).json();
         assert_eq!(after, before, "a rejected request changed the task");
 
         for good in ["\"stale\", {tag}", "{tag},\"stale\"", "{tag}", "*"] {
@@ -281,7 +230,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
         }
         let (path, tag) = new_task(&server, &ann).await;
         let (method, at, body, status) = &changes(&path)[n];
-        let mut request = server.request(method.clone(), at).bearer(&ann.access_token);
+        let mut request = ann.request(method.clone(), at);
         request = request
             .header("if-match", "\"stale\"")
             .header("if-match", &tag);
@@ -289,7 +238,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
             request = request.json(body.clone());
         }
         assert_eq!(
-            request.send().await.status,
+            request.await.status,
             *status,
             "two header lines form one list"
         );
@@ -328,11 +277,10 @@ async fn returns_404_for_a_missing_task_whatever_the_preconditions() {
             }
         }
         for known in ["*", "\"stale\"", &tag] {
-            let request = server
-                .get(&path)
-                .bearer(&ann.access_token)
-                .header("if-none-match", known);
-            request.send().await.problem(404, "task_not_found");
+            ann.get(&path)
+                .header("if-none-match", known)
+                .await
+                .problem(404, "task_not_found");
         }
     }
 }
@@ -362,7 +310,7 @@ async fn of_two_concurrent_changes_with_the_same_tag_one_succeeds() {
         let all = changes(&path);
         let pair = join_all([first, second].map(|n| change(&server, &ann, &all[n], &tag)));
         let (responses, ()) = join(pair, async {
-            blocked_statements(&control, 2).await;
+            wait_for_blocked(&control, 2).await;
             held.commit().await.unwrap();
         })
         .await;
@@ -395,7 +343,7 @@ async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
     let server = Server::start().await;
     let ann = server.user().await;
     let (path, tag) = new_task(&server, &ann).await;
-    let read = || server.get(&path).bearer(&ann.access_token).send();
+    let read = || ann.get(&path).send();
     let before = read().await.expect(200).json();
     for change_to in &changes(&path) {
         for seen in [&tag, &format!("W/{tag}"), "*", &format!("\"other\", {tag}")] {
@@ -519,7 +467,7 @@ async fn preconditions_are_checked_by_the_statement_that_changes_the_task() {
         let headers = [("if-none-match", next.as_str())];
         let waiting = change_with(&server, &ann, &all[n], &headers);
         let (response, ()) = join(waiting, async {
-            blocked_statements(&control, 1).await;
+            wait_for_blocked(&control, 1).await;
             held.commit().await.unwrap();
         })
         .await;

@@ -76,7 +76,6 @@ async fn leave_traces(server: &Server) -> crate::harness::User {
     server
         .post("/api/v1/auth/logout")
         .json(json!({"refresh_token": second["refresh_token"]}))
-        .send()
         .await
         .expect(204);
     login(server, &user.email, ANOTHER_PASSWORD)
@@ -87,7 +86,6 @@ async fn leave_traces(server: &Server) -> crate::harness::User {
         .bearer(&user.access_token)
         .header("idempotency-key", "the-only-one")
         .json(json!({"title": "water the plants"}))
-        .send()
         .await
         .expect(201);
     user
@@ -125,7 +123,6 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
         let status = second
             .get(live.tasks())
             .bearer(&live.access_token)
-            .send()
             .await
             .status;
         // It has only just started: 503 until it has its connections.
@@ -139,7 +136,6 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
         .bearer(&live.access_token)
         .header("idempotency-key", "the-only-one")
         .json(json!({"title": "water the plants"}))
-        .send()
         .await
         .expect(201);
     assert_eq!(again.json()["title"], "water the plants");
@@ -173,12 +169,7 @@ async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
     let user = server.user().await;
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        server
-            .get(user.tasks())
-            .bearer(&user.access_token)
-            .send()
-            .await
-            .expect(200);
+        user.get(user.tasks()).await.expect(200);
         let [_, revocations, failures, ..] = counts(&sql).await;
         if revocations == 0 && failures == 0 {
             break;

@@ -2,14 +2,14 @@
 //! the test's own makes sure that the two really overlap: both are seen to wait before it is
 //! let go. Each race is run in both orders, and over two instances.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
 use crate::auth::{
     ANOTHER_PASSWORD, assert_signed_in, change_password, delete_account, login, refresh, text,
 };
-use crate::harness::{PASSWORD, Response, Server, User};
+use crate::harness::{PASSWORD, Response, Server, User, wait_for_blocked};
 use crate::sessions::assert_dies;
 
 /// A second instance that hashes at a higher cost than the harness's servers do.
@@ -34,29 +34,9 @@ impl RowLock {
         RowLock { sql, watch }
     }
 
-    /// Waits until as many backends wait for a lock.
-    pub(crate) async fn waiting(&self, backends: i64) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            let waiting: i64 = self
-                .watch
-                .query_one(
-                    "select count(*) from pg_stat_activity
-                     where datname = current_database() and wait_event_type = 'Lock'",
-                    &[],
-                )
-                .await
-                .expect("the activity")
-                .get(0);
-            if waiting >= backends {
-                return;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "{waiting} of {backends} wait: the requests do not overlap"
-            );
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+    /// Waits until this many statements are blocked by a lock.
+    pub(crate) async fn waiting(&self, count: i64) {
+        wait_for_blocked(&self.watch, count).await;
     }
 
     /// Lets both requests run into the row, the first one first, then lets the row go.

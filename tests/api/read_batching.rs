@@ -8,7 +8,6 @@ use tokio_postgres::Client;
 
 use crate::harness::{Request, Response, Server, User, until};
 use crate::metrics::scrape;
-use crate::tasks::path_of;
 
 /// A user with tasks, newest first.
 struct Person {
@@ -24,7 +23,7 @@ async fn people(server: &Server) -> Vec<Person> {
         let mut tasks = Vec::new();
         for task in 0..person {
             let title = format!("task {task} of person {person}");
-            tasks.insert(0, user.create_task(server, &title).await);
+            tasks.insert(0, user.create_task(&title).await);
         }
         people.push(Person { user, tasks });
     }
@@ -44,7 +43,7 @@ fn questions(server: &Server, people: &[Person]) -> Vec<Asked> {
             asked.push((server.get(path).bearer(&user.access_token), answer));
         };
         for (at, task) in tasks.iter().enumerate() {
-            ask(path_of(user, task), Some(task.clone()));
+            ask(user.path_of(task), Some(task.clone()));
             let id = task["id"].as_str().unwrap().replace('-', "");
             let rest = tasks[at + 1..].iter().take(2).cloned().collect();
             ask(
@@ -52,10 +51,7 @@ fn questions(server: &Server, people: &[Person]) -> Vec<Asked> {
                 Some(Value::Array(rest)),
             );
         }
-        ask(
-            path_of(user, &people[(n + 1) % people.len()].tasks[0]),
-            None,
-        );
+        ask(user.path_of(&people[(n + 1) % people.len()].tasks[0]), None);
         ask(
             format!("{}/01900000-0000-7000-8000-000000000000", user.tasks()),
             None,
@@ -122,8 +118,8 @@ async fn waiting(watch: &Client, statements: i64) {
 /// Makes the service open some connections: while the tasks are held it cannot prepare any.
 async fn open_connections(server: &Server) {
     let user = server.user().await;
-    let task = user.create_task(server, "a").await;
-    let path = path_of(&user, &task);
+    let task = user.create_task("a").await;
+    let path = user.path_of(&task);
     let (sql, watch) = (server.sql().await, server.sql().await);
     let row = format!(
         "begin; select from tasks where id = {} for update",
@@ -131,8 +127,11 @@ async fn open_connections(server: &Server) {
     );
     sql.batch_execute(&row.replace('"', "'")).await.unwrap();
     let change = || {
-        let request = server.patch(&*path).bearer(&user.access_token);
-        request.json(json!({"title": "b"})).send()
+        server
+            .patch(&*path)
+            .bearer(&user.access_token)
+            .json(json!({"title": "b"}))
+            .send()
     };
     let release = async {
         let question = "select count(*) from pg_stat_activity
@@ -193,7 +192,7 @@ async fn who_goes_away_takes_nobodys_answer_with_them() {
                 .await
                 .ok();
         }
-        _ => assert_answered(&request.send().await, expected.as_ref()),
+        _ => assert_answered(&request.await, expected.as_ref()),
     }));
     let release = async {
         waiting(&watch, 3).await;
@@ -231,18 +230,13 @@ async fn a_read_that_is_stuck_holds_up_no_other() {
     let (ann, bob) = (server.user().await, server.user().await);
     let mut paths = Vec::new();
     for user in [&ann, &bob] {
-        paths.push(path_of(user, &user.create_task(&server, "a").await));
+        paths.push(user.path_of(&user.create_task("a").await));
     }
     open_connections(&server).await;
     let (held, watch) = (hold_tasks(&server).await, server.sql().await);
     let stuck = async {
         let ask = || async {
-            server
-                .get(&*paths[0])
-                .bearer(&ann.access_token)
-                .send()
-                .await
-                .expect(200);
+            ann.get(&*paths[0]).await.expect(200);
         };
         tokio::join!(ask(), async {
             waiting(&watch, 1).await;
@@ -252,7 +246,7 @@ async fn a_read_that_is_stuck_holds_up_no_other() {
     let others = async {
         // As many as senders are stuck, and what comes now is sent all the same.
         waiting(&watch, 2).await;
-        let next = server.get(&*paths[1]).bearer(&bob.access_token).send();
+        let next = bob.get(&*paths[1]).send();
         let ((), next) = tokio::join!(
             async {
                 waiting(&watch, 3).await;

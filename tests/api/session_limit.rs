@@ -61,7 +61,6 @@ async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
     // At once where it was ended.
     here.get("/api/v1/auth/me")
         .bearer(&ann.access_token)
-        .send()
         .await
         .problem(401, "invalid_token");
     assert_dies(&there, &ann.access_token, ended).await;

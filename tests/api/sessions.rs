@@ -21,7 +21,7 @@ pub(crate) const NOBODYS_TASKS: &str = "/api/v1/00000000-0000-7000-8000-00000000
 pub(crate) async fn assert_dies(server: &Server, token: &str, ended: Instant) {
     loop {
         let sent = Instant::now();
-        let response = server.get(NOBODYS_TASKS).bearer(token).send().await;
+        let response = server.get(NOBODYS_TASKS).bearer(token).await;
         if response.status == 401 {
             response.problem(401, "invalid_token");
             break;
@@ -38,7 +38,6 @@ pub(crate) async fn assert_dies(server: &Server, token: &str, ended: Instant) {
     server
         .get("/api/v1/auth/me")
         .bearer(token)
-        .send()
         .await
         .problem(401, "invalid_token");
 }
@@ -47,7 +46,6 @@ pub(crate) async fn list(server: &Server, access_token: &str) -> Vec<Value> {
     let response = server
         .get("/api/v1/auth/sessions")
         .bearer(access_token)
-        .send()
         .await
         .expect(200);
     assert_eq!(response.header("cache-control"), "no-store");
@@ -196,23 +194,13 @@ async fn one_session_can_be_ended_from_another() {
         "/api/v1/auth/sessions/{}",
         text(&claims(&thief_token), "sid")
     );
-    server
-        .delete(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    ann.delete(&path).await.expect(204);
     let ended = Instant::now();
     assert_dies(&server, &thief_token, ended).await;
     refresh(&server, &text(&thief, "refresh_token"))
         .await
         .problem(401, "invalid_refresh_token");
-    server
-        .delete(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .problem(404, "session_not_found");
+    ann.delete(&path).await.problem(404, "session_not_found");
     for token in [&ann.access_token, &text(&stays, "access_token")] {
         assert_eq!(list(&server, token).await.len(), 2);
     }
@@ -223,10 +211,7 @@ async fn one_session_can_be_ended_from_another() {
 async fn a_session_can_end_itself() {
     let server = Server::start().await;
     let ann = server.user().await;
-    server
-        .delete(format!("/api/v1/auth/sessions/{}", ann.session_id))
-        .bearer(&ann.access_token)
-        .send()
+    ann.delete(format!("/api/v1/auth/sessions/{}", ann.session_id))
         .await
         .expect(204);
     assert_dies(&server, &ann.access_token, Instant::now()).await;
@@ -245,12 +230,7 @@ async fn every_session_but_this_one_can_be_ended() {
             .json();
         others.push(body);
     }
-    server
-        .delete("/api/v1/auth/sessions")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    ann.delete("/api/v1/auth/sessions").await.expect(204);
     let ended = Instant::now();
     for other in &others {
         assert_dies(&server, &text(other, "access_token"), ended).await;
@@ -264,12 +244,7 @@ async fn every_session_but_this_one_can_be_ended() {
         refresh(&server, &user.refresh_token).await.expect(200);
     }
     // With no others left it is done already.
-    server
-        .delete("/api/v1/auth/sessions")
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    ann.delete("/api/v1/auth/sessions").await.expect(204);
 }
 
 /// FR-007, SC-004: someone else's session is as unknown as one that never was.
@@ -302,10 +277,8 @@ async fn a_session_of_somebody_else_is_not_found_and_untouched() {
         "%00",
         "'%20or%20'1'='1",
     ] {
-        let problem = server
+        let problem = ann
             .delete(format!("/api/v1/auth/sessions/{id}"))
-            .bearer(&ann.access_token)
-            .send()
             .await
             .problem(404, "session_not_found");
         details.insert(problem["detail"].to_string());
@@ -349,19 +322,16 @@ async fn end_after(server: &Server, way: End, event: impl AsyncFnOnce(&str)) -> 
         End::SignOutByRefreshToken => server
             .post("/api/v1/auth/logout")
             .json(json!({"refresh_token": refresh_token}))
-            .send()
             .await
             .expect(204),
         End::DeletedOne => server
             .delete(format!("/api/v1/auth/sessions/{sid}"))
             .bearer(&ann.access_token)
-            .send()
             .await
             .expect(204),
         End::DeletedOthers => server
             .delete("/api/v1/auth/sessions")
             .bearer(&ann.access_token)
-            .send()
             .await
             .expect(204),
         End::PasswordChanged => {
@@ -426,7 +396,7 @@ async fn an_instance_that_starts_later_knows_what_ended_before() {
     let statuses = join_all(
         tokens
             .iter()
-            .map(async |(token, _)| later.get(NOBODYS_TASKS).bearer(token).send().await.status),
+            .map(async |(token, _)| later.get(NOBODYS_TASKS).bearer(token).await.status),
     )
     .await;
     assert_eq!(statuses, [401; 7]);
@@ -494,12 +464,7 @@ async fn knowing_what_ended_costs_a_query_or_two_a_second_and_none_when_idle() {
     // The first requests after a start have more to do: let that be over.
     let warm = Instant::now();
     while warm.elapsed() < Duration::from_secs(2) {
-        server
-            .get(NOBODYS_TASKS)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(403);
+        ann.get(NOBODYS_TASKS).await.expect(403);
     }
 
     let before = statements.look().await;
@@ -508,12 +473,7 @@ async fn knowing_what_ended_costs_a_query_or_two_a_second_and_none_when_idle() {
     let load = async {
         let mut answered = 0;
         while started.elapsed() < Duration::from_secs(5) {
-            server
-                .get(NOBODYS_TASKS)
-                .bearer(&ann.access_token)
-                .send()
-                .await
-                .expect(403);
+            ann.get(NOBODYS_TASKS).await.expect(403);
             answered += 1;
         }
         stop.notify_one();
@@ -591,11 +551,7 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
     let mut refusals = 0;
     while refusals < 10 {
         let sent = Instant::now();
-        let response = server
-            .get(NOBODYS_TASKS)
-            .bearer(&ann.access_token)
-            .send()
-            .await;
+        let response = ann.get(NOBODYS_TASKS).await;
         if response.status == 503 {
             assert!(!response.header("retry-after").is_empty());
             response.problem(503, "database_unavailable");
@@ -613,13 +569,9 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
     server
         .get(NOBODYS_TASKS)
         .bearer(&forged)
-        .send()
         .await
         .problem(401, "invalid_token");
-    server
-        .get("/api/v1/auth/me")
-        .bearer(&ann.access_token)
-        .send()
+    ann.get("/api/v1/auth/me")
         .await
         .problem(503, "database_unavailable");
     refresh(&server, &ann.refresh_token)
@@ -637,11 +589,7 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
         .expect("an open database");
     let deadline = Instant::now() + Duration::from_secs(15);
     loop {
-        let response = server
-            .get("/api/v1/auth/me")
-            .bearer(&ann.access_token)
-            .send()
-            .await;
+        let response = ann.get("/api/v1/auth/me").await;
         if response.status == 200 {
             break;
         }

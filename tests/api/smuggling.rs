@@ -5,8 +5,7 @@
 use futures_util::future::join_all;
 use tokio_postgres::Client;
 
-use crate::harness::{Server, User};
-use crate::http::{Wire, head};
+use crate::harness::{Server, User, Wire, head};
 
 /// A request that is sent behind an ambiguous one and must not be served.
 fn hidden_request(user: &User) -> String {
@@ -26,15 +25,15 @@ async fn assert_not_served(server: &Server, attacks: impl IntoIterator<Item = Ve
     let sql = &server.sql().await;
     join_all(attacks.into_iter().map(async |attack| {
         let shown = String::from_utf8_lossy(&attack).escape_debug().to_string();
-        let mut wire = Wire::open(server).await.patient();
+        let mut wire = Wire::open(server).await.with_long_timeout();
         wire.send(&attack).await;
-        if wire.answer_or_close().await.is_some() {
+        if wire.response_or_close().await.is_some() {
             assert!(wire.is_closed().await, "a second response to {shown}");
         }
         assert_eq!(count_smuggled(sql).await, 0, "served: {shown}");
     }))
     .await;
-    server.get("/healthz").send().await.expect(200);
+    server.get("/healthz").await.expect(200);
 }
 
 /// A request that creates a task, with these framing headers and this body, followed by the hidden
@@ -58,8 +57,8 @@ async fn serves_a_request_behind_a_well_formed_one() {
     ] {
         let mut wire = Wire::open(&server).await;
         wire.send(attack(&ann, framing, body)).await;
-        assert_eq!(wire.answer().await.status, 201);
-        assert_eq!(wire.answer().await.status, 201);
+        assert_eq!(wire.response().await.status, 201);
+        assert_eq!(wire.response().await.status, 201);
     }
     assert_eq!(count_smuggled(&server.sql().await).await, 2);
 }
@@ -120,7 +119,7 @@ async fn two_content_lengths_smuggle_nothing() {
         let mut wire = Wire::open(&server).await;
         wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), repeated) + PLAIN)
             .await;
-        let response = wire.answer_or_close().await;
+        let response = wire.response_or_close().await;
         assert!(
             response.is_none_or(|response| matches!(response.status, 201 | 400)),
             "{repeated}"
@@ -263,9 +262,9 @@ async fn rejects_a_bare_lf_after_any_kind_of_body() {
         let head = head("POST", &ann.tasks(), Some(&ann.access_token), framing);
         let mut wire = Wire::open(&server).await;
         wire.send(format!("{head}{body}{hidden}")).await;
-        wire.answer().await;
+        wire.response().await;
         assert!(
-            wire.answer_or_close()
+            wire.response_or_close()
                 .await
                 .is_none_or(|response| response.status == 400),
             "{body}"
@@ -348,11 +347,11 @@ async fn the_body_of_a_rejected_request_is_not_read_as_a_request() {
     for request in rejected {
         let mut wire = Wire::open(&server).await;
         wire.send(&request).await;
-        wire.answer().await;
+        wire.response().await;
         // If there is another response, it is to the next request.
         wire.send(head("GET", "/healthz", None, "X-Request-Id: next\r\n"))
             .await;
-        if let Some(next) = wire.answer_or_close().await {
+        if let Some(next) = wire.response_or_close().await {
             assert_eq!(next.header("x-request-id"), Some("next"), "{}", next.head);
         }
         assert_eq!(count_smuggled(&sql).await, 0);

@@ -372,20 +372,20 @@ async fn waits_for_an_unavailable_database() {
         .await;
     let server = Server::listening(&[("DATABASE_URL", &directory.database_url())]).await;
     server.wait_for_log("waiting for the database").await;
-    server.get("/healthz").send().await.expect(200);
-    server.get("/readyz").send().await.expect(503);
+    server.get("/healthz").await.expect(200);
+    server.get("/readyz").await.expect(503);
     let early = server
         .post("/api/v1/auth/login")
         .json(serde_json::json!({"email": "a@b", "password": "c"}));
-    early.send().await.problem(503, "database_unavailable");
+    early.await.problem(503, "database_unavailable");
 
     let postgres = Postgres::start(directory.path()).await.unwrap();
     until("it is ready", async || {
-        server.get("/readyz").send().await.status == 200
+        server.get("/readyz").await.status == 200
     })
     .await;
     let user = server.user().await;
-    user.create_task(&server, "a task").await;
+    user.create_task("a task").await;
     assert_eq!(server.stop().await.code(), Some(0));
     postgres.stop().await;
 }
@@ -406,12 +406,11 @@ async fn five_instances_can_start_at_once_on_an_empty_database() {
     let servers = join_all((0..5).map(|_| Server::with(&variables))).await;
     let user = servers[0].user().await;
     for server in &servers {
-        user.create_task(server, "one of five").await;
+        user.on(server).create_task("one of five").await;
     }
     let list = servers[4]
         .get(user.tasks())
         .bearer(&user.access_token)
-        .send()
         .await
         .expect(200);
     assert_eq!(list.json().as_array().map(Vec::len), Some(5));
@@ -421,13 +420,12 @@ async fn five_instances_can_start_at_once_on_an_empty_database() {
 async fn a_restart_keeps_the_data() {
     let server = Server::start().await;
     let user = server.user().await;
-    let task = user.create_task(&server, "still here").await;
+    let task = user.create_task("still here").await;
     assert_eq!(server.stop().await.code(), Some(0));
     let server = server.sibling(&[]).await;
     let list = server
         .get(user.tasks())
         .bearer(&user.access_token)
-        .send()
         .await
         .expect(200);
     assert_eq!(list.json(), serde_json::json!([task]));

@@ -7,22 +7,12 @@ use uuid::Uuid;
 
 use crate::harness::{Server, User};
 
-/// Returns the path of a task.
-pub(crate) fn path_of(user: &User, task: &Value) -> String {
-    format!(
-        "{}/{}",
-        user.tasks(),
-        task["id"].as_str().expect("a task has an id")
-    )
-}
-
 /// Lists tasks with `query` and returns their titles in order.
 async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
     let path = format!("{}{query}", user.tasks());
     let tasks = server
         .get(&path)
         .bearer(&user.access_token)
-        .send()
         .await
         .expect(200)
         .json();
@@ -34,10 +24,15 @@ async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
 
 /// Creates a task, and checks that the response matches what was stored.
 async fn create(server: &Server, user: &User, body: Value) -> Value {
-    let request = server.post(user.tasks()).bearer(&user.access_token);
-    let task = request.json(body).send().await.expect(201).json();
-    let request = server.get(path_of(user, &task)).bearer(&user.access_token);
-    assert_eq!(request.send().await.expect(200).json(), task);
+    let task = server
+        .post(user.tasks())
+        .bearer(&user.access_token)
+        .json(body)
+        .await
+        .expect(201)
+        .json();
+    let request = server.get(user.path_of(&task)).bearer(&user.access_token);
+    assert_eq!(request.await.expect(200).json(), task);
     task
 }
 
@@ -46,10 +41,9 @@ async fn create(server: &Server, user: &User, body: Value) -> Value {
 async fn returns_a_new_task_with_its_location() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let request = server.post(ann.tasks()).bearer(&ann.access_token);
-    let response = request
+    let response = ann
+        .post(ann.tasks())
         .json(json!({"title": "Sow peas", "description": "in rows"}))
-        .send()
         .await;
     let response = response.expect(201);
     let task = response.json();
@@ -73,7 +67,7 @@ async fn returns_a_new_task_with_its_location() {
     assert_eq!(task["description"], "in rows");
     assert_eq!(task["completed"], false);
     assert_eq!(task["user_id"], json!(ann.id));
-    assert_eq!(response.header("location"), path_of(&ann, &task));
+    assert_eq!(response.header("location"), ann.path_of(&task));
     assert_eq!(response.header("content-type"), "application/json");
 }
 
@@ -98,22 +92,14 @@ async fn keeps_an_empty_description() {
     let ann = server.user().await;
     let mut task = create(&server, &ann, json!({"title": "a", "description": ""})).await;
     assert_eq!(task["description"], "");
-    let path = path_of(&ann, &task);
+    let path = ann.path_of(&task);
     for description in ["  kept as it is  ", ""] {
         let body = json!({"description": description});
-        let request = server.put(&path).bearer(&ann.access_token).json(body);
-        task = request.send().await.expect(200).json();
+        let request = ann.put(&path).json(body);
+        task = request.await.expect(200).json();
         assert_eq!(task["description"], description);
     }
-    assert_eq!(
-        server
-            .get(&path)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .json(),
-        task
-    );
+    assert_eq!(ann.get(&path).await.json(), task);
 }
 
 #[tokio::test]
@@ -130,11 +116,12 @@ async fn ignores_the_id_owner_and_times_that_a_client_sends() {
     assert_eq!(task["user_id"], json!(ann.id));
     assert!(task["created_at"].as_str().unwrap() > "2002");
     let body = json!({"title": "b", "user_id": bob.id, "id": wish});
-    let request = server
-        .patch(path_of(&ann, &task))
-        .bearer(&ann.access_token)
-        .json(body);
-    let changed = request.send().await.expect(200).json();
+    let changed = ann
+        .patch(ann.path_of(&task))
+        .json(body)
+        .await
+        .expect(200)
+        .json();
     assert_eq!(
         (&changed["id"], &changed["user_id"]),
         (&task["id"], &task["user_id"])
@@ -145,7 +132,7 @@ async fn ignores_the_id_owner_and_times_that_a_client_sends() {
 async fn ids_are_lower_case_uuids_of_version_7() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     for id in [&ann.id, &ann.session_id, task["id"].as_str().unwrap()] {
         let parsed = Uuid::parse_str(id).expect("a UUID");
         assert_eq!(parsed.get_version_num(), 7, "{id}");
@@ -157,7 +144,7 @@ async fn ids_are_lower_case_uuids_of_version_7() {
 async fn rejects_other_spellings_of_an_id() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let id = task["id"].as_str().unwrap();
     let others = [
         id.to_uppercase(),
@@ -167,7 +154,7 @@ async fn rejects_other_spellings_of_an_id() {
     ];
     for other in others.iter().filter(|other| *other != id) {
         let path = format!("{}/{other}", ann.tasks());
-        let response = server.get(&path).bearer(&ann.access_token).send().await;
+        let response = ann.get(&path).await;
         response.problem(404, "task_not_found");
     }
 }
@@ -176,7 +163,7 @@ async fn rejects_other_spellings_of_an_id() {
 async fn times_are_utc_with_six_fractional_digits() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let shape = |time: &str| {
         time.chars()
             .map(|c| if c.is_ascii_digit() { '0' } else { c })
@@ -187,8 +174,7 @@ async fn times_are_utc_with_six_fractional_digits() {
     }
     let whole = "update tasks set created_at = '2026-02-05 10:30:00+01', updated_at = '2026-02-05 09:30:00.5+00'";
     server.sql().await.execute(whole, &[]).await.unwrap();
-    let request = server.get(path_of(&ann, &task)).bearer(&ann.access_token);
-    let read = request.send().await.expect(200).json();
+    let read = ann.get(ann.path_of(&task)).await.expect(200).json();
     assert_eq!(read["created_at"], "2026-02-05T09:30:00.000000Z");
     assert_eq!(read["updated_at"], "2026-02-05T09:30:00.500000Z");
 }
@@ -198,8 +184,9 @@ async fn order_matches_created_at_for_concurrently_created_tasks() {
     let server = Server::start().await;
     let ann = server.user().await;
     let create = async |n: i32| {
-        let request = server.post(ann.tasks()).bearer(&ann.access_token);
-        request.json(json!({"title": n.to_string()})).send().await
+        ann.post(ann.tasks())
+            .json(json!({"title": n.to_string()}))
+            .await
     };
     let responses = join_all((0..50).map(create)).await;
     // A slow machine may reject some as overloaded.
@@ -214,13 +201,7 @@ async fn order_matches_created_at_for_concurrently_created_tasks() {
         ("?sort=created_at", false),
     ] {
         let path = format!("{}{query}", ann.tasks());
-        let tasks = server
-            .get(&path)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200)
-            .json();
+        let tasks = ann.get(&path).await.expect(200).json();
         let times: Vec<_> = tasks
             .as_array()
             .unwrap()
@@ -252,12 +233,14 @@ async fn put_and_patch_change_only_the_given_fields() {
             json!({"title": "  cut at the ends \u{3000}", "unknown": 1}),
         ];
         let mut task = create(&server, &ann, json!({"title": "old", "description": "it"})).await;
-        let path = path_of(&ann, &task);
+        let path = ann.path_of(&task);
         for change in changes {
-            let request = server
+            let changed = ann
                 .request(method.clone(), &path)
-                .bearer(&ann.access_token);
-            let changed = request.json(change.clone()).send().await.expect(200).json();
+                .json(change.clone())
+                .await
+                .expect(200)
+                .json();
             assert!(changed["updated_at"].as_str() > task["updated_at"].as_str());
             for (member, value) in change.as_object().unwrap() {
                 match (member.as_str(), value.as_str()) {
@@ -268,13 +251,7 @@ async fn put_and_patch_change_only_the_given_fields() {
             }
             task["updated_at"] = changed["updated_at"].clone();
             assert_eq!(changed, task, "{method} {change}");
-            let read = server
-                .get(&path)
-                .bearer(&ann.access_token)
-                .send()
-                .await
-                .expect(200)
-                .json();
+            let read = ann.get(&path).await.expect(200).json();
             assert_eq!(read, task);
         }
     }
@@ -286,14 +263,8 @@ async fn null_clears_the_description_and_is_rejected_elsewhere() {
     let ann = server.user().await;
     for method in [Method::PUT, Method::PATCH] {
         let task = create(&server, &ann, json!({"title": "a", "description": "b"})).await;
-        let path = path_of(&ann, &task);
-        let change = |body: Value| {
-            server
-                .request(method.clone(), &path)
-                .bearer(&ann.access_token)
-                .json(body)
-                .send()
-        };
+        let path = ann.path_of(&task);
+        let change = |body: Value| ann.request(method.clone(), &path).json(body).send();
         let cleared = change(json!({"description": null}))
             .await
             .expect(200)
@@ -315,19 +286,13 @@ async fn null_clears_the_description_and_is_rejected_elsewhere() {
 async fn updated_at_increases_with_every_change() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let path = path_of(&ann, &task);
+    let task = ann.create_task("a").await;
+    let path = ann.path_of(&task);
     let sql = server.sql().await;
     // As if a clock had been wrong: the task was updated in the future.
     let ahead = "update tasks set updated_at = now() + interval '1 day' returning to_json(updated_at)::text";
     sql.query_one(ahead, &[]).await.unwrap();
-    let read = server
-        .get(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let read = ann.get(&path).await.expect(200).json();
     let mut last = read["updated_at"].as_str().unwrap().to_owned();
     let complete = format!("{path}/complete");
     for (method, at, body) in [
@@ -337,11 +302,12 @@ async fn updated_at_increases_with_every_change() {
         (Method::PATCH, &complete, json!({"completed": false})),
         (Method::PATCH, &complete, json!({})),
     ] {
-        let request = server
+        let changed = ann
             .request(method.clone(), at)
-            .bearer(&ann.access_token)
-            .json(body.clone());
-        let changed = request.send().await.expect(200).json();
+            .json(body.clone())
+            .await
+            .expect(200)
+            .json();
         let updated = changed["updated_at"].as_str().unwrap().to_owned();
         assert!(
             updated > last,
@@ -357,8 +323,8 @@ async fn updated_at_increases_with_every_change() {
 async fn complete_toggles_without_a_value_and_sets_a_given_one() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let path = format!("{}/complete", path_of(&ann, &task));
+    let task = ann.create_task("a").await;
+    let path = format!("{}/complete", ann.path_of(&task));
     for (body, completed) in [
         (None, true),
         (None, false),
@@ -368,12 +334,14 @@ async fn complete_toggles_without_a_value_and_sets_a_given_one() {
         (Some(json!({"completed": false})), false),
         (Some(json!({"unknown": 1})), true),
     ] {
-        let request = server.patch(&path).bearer(&ann.access_token);
-        let request = match &body {
+        let request = ann.patch(&path);
+        let changed = match &body {
             Some(body) => request.json(body.clone()),
             None => request,
-        };
-        let changed = request.send().await.expect(200).json();
+        }
+        .await
+        .expect(200)
+        .json();
         assert_eq!(changed["completed"], completed, "{body:?}");
         assert_eq!(changed["title"], "a");
     }
@@ -382,12 +350,7 @@ async fn complete_toggles_without_a_value_and_sets_a_given_one() {
         json!({"completed": 1}),
         json!({"completed": null}),
     ] {
-        let response = server
-            .patch(&path)
-            .bearer(&ann.access_token)
-            .json(bad)
-            .send()
-            .await;
+        let response = ann.patch(&path).json(bad).await;
         let problem = response.problem(422, "validation_failed");
         assert_eq!(problem["errors"][0]["pointer"], "/completed");
     }
@@ -397,21 +360,16 @@ async fn complete_toggles_without_a_value_and_sets_a_given_one() {
 async fn every_concurrent_toggle_takes_effect() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let path = format!("{}/complete", path_of(&ann, &task));
-    let toggles = (0..21).map(|_| server.patch(&path).bearer(&ann.access_token).send());
+    let task = ann.create_task("a").await;
+    let path = format!("{}/complete", ann.path_of(&task));
+    let toggles = (0..21).map(|_| ann.patch(&path).send());
     let responses = join_all(toggles).await;
     let done = responses
         .iter()
         .filter(|response| response.status == 200)
         .count();
     assert!(done > 1, "{responses:?}");
-    let read = server
-        .get(path_of(&ann, &task))
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .json();
+    let read = ann.get(ann.path_of(&task)).await.json();
     assert_eq!(read["completed"], done % 2 == 1, "{done} toggles");
 }
 
@@ -420,24 +378,12 @@ async fn every_concurrent_toggle_takes_effect() {
 async fn returns_404_for_a_deleted_task_with_every_method() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let (task, other) = (
-        ann.create_task(&server, "a").await,
-        ann.create_task(&server, "b").await,
-    );
-    let path = path_of(&ann, &task);
-    let gone = server
-        .delete(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(204);
+    let (task, other) = (ann.create_task("a").await, ann.create_task("b").await);
+    let path = ann.path_of(&task);
+    let gone = ann.delete(&path).await.expect(204);
     assert!(gone.body.is_empty());
     for method in [Method::GET, Method::DELETE] {
-        let response = server
-            .request(method, &path)
-            .bearer(&ann.access_token)
-            .send()
-            .await;
+        let response = ann.request(method, &path).await;
         response.problem(404, "task_not_found");
     }
     for (method, at) in [
@@ -445,19 +391,12 @@ async fn returns_404_for_a_deleted_task_with_every_method() {
         (Method::PATCH, path.clone()),
         (Method::PATCH, format!("{path}/complete")),
     ] {
-        let request = server.request(method, &at).bearer(&ann.access_token);
-        request
+        ann.request(method, &at)
             .json(json!({"completed": true}))
-            .send()
             .await
             .problem(404, "task_not_found");
     }
-    let list = server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .json();
+    let list = ann.get(ann.tasks()).await.json();
     assert_eq!(list, json!([other]));
 }
 
@@ -475,12 +414,7 @@ async fn delete_completed_returns_how_many_tasks_it_deleted() {
     }
     let clear = format!("{}?completed=true", ann.tasks());
     for deleted in [2, 0] {
-        let response = server
-            .delete(&clear)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200);
+        let response = ann.delete(&clear).await.expect(200);
         assert_eq!(response.json(), json!({"deleted": deleted}));
         assert_eq!(titles(&server, &ann, "").await, ["d", "b"]);
     }
@@ -565,7 +499,7 @@ async fn search_matches_a_literal_substring_case_insensitively() {
 async fn ignores_an_empty_search_and_unknown_parameters() {
     let server = Server::start().await;
     let ann = server.user().await;
-    ann.create_task(&server, "a").await;
+    ann.create_task("a").await;
     for query in [
         "?q=",
         "?q",
@@ -594,12 +528,7 @@ async fn a_page_has_limit_tasks_and_1000_by_default() {
         ("?limit=100", 100),
         ("?limit=101", 101),
     ] {
-        let response = server
-            .get(format!("{path}{query}"))
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200);
+        let response = ann.get(format!("{path}{query}")).await.expect(200);
         assert_eq!(response.json().as_array().unwrap().len(), length, "{query}");
         assert!(
             response.header("link").contains(r#"rel="next""#),
@@ -613,12 +542,7 @@ async fn a_page_has_limit_tasks_and_1000_by_default() {
     )
     .await
     .unwrap();
-    let response = server
-        .get(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200);
+    let response = ann.get(&path).await.expect(200);
     assert_eq!(response.json().as_array().unwrap().len(), 1000);
     assert!(
         !response.headers.contains_key("link"),

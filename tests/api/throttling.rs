@@ -178,13 +178,8 @@ async fn nobody_else_and_no_session_in_use_is_slowed_down() {
     ten_wrong(&server, &ann.email).await;
     wait_of(login(&server, &ann.email, &ann.password).await);
 
-    ann.create_task(&server, "water the plants").await;
-    server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200);
+    ann.create_task("water the plants").await;
+    ann.get(ann.tasks()).await.expect(200);
     refresh(&server, &ann.refresh_token).await.expect(200);
     login(&server, &bob.email, &bob.password).await.expect(200);
     change_password(&server, &bob.access_token, &bob.password, ANOTHER_PASSWORD)
@@ -287,7 +282,7 @@ async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     for value in forwarded_for {
         request = request.header("x-forwarded-for", *value);
     }
-    let response = request.json(json!({"refresh_token": "x"})).send().await;
+    let response = request.json(json!({"refresh_token": "x"})).await;
     let status = response.status;
     if status == 429 {
         assert!(wait_of(response) >= 1);
@@ -322,7 +317,7 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
     }
     // Whoever is signed in does not notice.
     for path in ["/api/v1/auth/me", "/api/v1/auth/sessions"] {
-        server.get(path).bearer(&token).send().await.expect(200);
+        server.get(path).bearer(&token).await.expect(200);
     }
     sign_out(&server, &token).await.expect(204);
 }

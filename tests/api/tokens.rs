@@ -534,7 +534,6 @@ async fn assert_all_refused(server: &Server, user: &User, attacks: Vec<Attack>) 
             .bearer(&token)
             .header("x-request-id", &id)
             .json(json!({"title": name}))
-            .send()
             .await;
         if response.status != 401 {
             let_in.push(format!("{name}: {}", response.status));
@@ -566,7 +565,6 @@ async fn assert_all_refused(server: &Server, user: &User, attacks: Vec<Attack>) 
     let tasks = server
         .get(user.tasks())
         .bearer(&user.access_token)
-        .send()
         .await
         .expect(200);
     assert_eq!(tasks.json(), json!([]));
@@ -636,7 +634,6 @@ async fn an_expired_token_is_refused_and_named_so_in_the_log() {
         .get("/api/v1/auth/me")
         .header("x-request-id", &id)
         .bearer(&aged(35))
-        .send()
         .await
         .problem(401, "invalid_token");
     let log = settled(&server).await;
@@ -674,8 +671,11 @@ async fn an_access_token_that_is_good_for_more_than_a_day_is_refused() {
                 server.post("/api/v1/auth/logout"),
             ];
             for request in requests {
-                let request = request.header("x-request-id", &id).bearer(&token);
-                request.send().await.problem(401, "invalid_token");
+                request
+                    .header("x-request-id", &id)
+                    .bearer(&token)
+                    .await
+                    .problem(401, "invalid_token");
             }
             let log = settled(&server).await;
             for line in warnings(&log, &id) {
@@ -700,12 +700,7 @@ async fn a_token_with_more_claims_than_ours_is_read_as_ours() {
         ("user", json!({"id": 1})),
     ] {
         let token = forge(server.secret(), plain_header(), with(&good, name, value));
-        server
-            .get(ann.tasks())
-            .bearer(&token)
-            .send()
-            .await
-            .expect(200);
+        server.get(ann.tasks()).bearer(&token).await.expect(200);
     }
 }
 
@@ -869,12 +864,7 @@ async fn only_one_bearer_header_is_a_token() {
         // A token in a query is a token still: not even a refused one is written down.
         assert!(!log.contains(good), "{name}");
     }
-    let tasks = server
-        .get(ann.tasks())
-        .bearer(good)
-        .send()
-        .await
-        .expect(200);
+    let tasks = ann.get(ann.tasks()).await.expect(200);
     assert_eq!(tasks.json(), json!([]));
 }
 
@@ -891,8 +881,11 @@ async fn a_bearer_without_a_token_is_no_token() {
         "Bearer  null",
     ] {
         let id = unique_id();
-        let request = server.get(ann.tasks()).header("authorization", value);
-        let answer = request.header("x-request-id", &id).send().await;
+        let answer = server
+            .get(ann.tasks())
+            .header("authorization", value)
+            .header("x-request-id", &id)
+            .await;
         answer.problem(401, "missing_token");
         assert_eq!(answer.header("www-authenticate"), r#"Bearer realm="todo""#);
         let log = settled(&server).await;
@@ -904,16 +897,18 @@ async fn a_bearer_without_a_token_is_no_token() {
                 .post("/api/v1/auth/logout")
                 .header("authorization", value)
         };
-        logout().send().await.problem(401, "missing_token");
+        logout().await.problem(401, "missing_token");
         let session = server.login(&ann.email, &ann.password).await;
         let body = json!({"refresh_token": session.refresh_token});
-        logout().json(body).send().await.expect(204);
-        let request = server.get(ann.tasks()).bearer(&session.access_token);
-        request.send().await.problem(401, "invalid_token");
+        logout().json(body).await.expect(204);
+        session.get(ann.tasks()).await.problem(401, "invalid_token");
     }
     for value in ["Bearer nul", "Bearer null.null", "Bearer [object Object]"] {
-        let request = server.get(ann.tasks()).header("authorization", value);
-        request.send().await.problem(401, "invalid_token");
+        server
+            .get(ann.tasks())
+            .header("authorization", value)
+            .await
+            .problem(401, "invalid_token");
     }
 }
 
@@ -926,7 +921,6 @@ async fn the_scheme_may_be_written_in_any_case() {
         server
             .get(ann.tasks())
             .header("authorization", format!("{scheme} {}", ann.access_token))
-            .send()
             .await
             .expect(200);
     }
@@ -962,12 +956,7 @@ async fn a_monstrous_header_is_refused_and_hurts_nobody() {
             "{kilobytes} KiB: {answer}"
         );
     }
-    server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200);
+    ann.get(ann.tasks()).await.expect(200);
 }
 
 /// FR-001: the token comes before everything else of the request, its body above all.
@@ -985,7 +974,6 @@ async fn the_token_is_looked_at_before_the_body() {
             .post(ann.tasks())
             .bearer("forged")
             .body(body.to_vec(), content_type)
-            .send()
             .await
             .problem(401, "invalid_token");
     }
@@ -1016,7 +1004,6 @@ async fn a_change_of_secret_signs_nobody_out() {
     during
         .get(ann.tasks())
         .bearer(&ann.access_token)
-        .send()
         .await
         .expect(200);
     let renewed = refresh(&during, &ann.refresh_token)
@@ -1038,7 +1025,6 @@ async fn a_change_of_secret_signs_nobody_out() {
     before
         .get(ann.tasks())
         .bearer(&access)
-        .send()
         .await
         .problem(401, "invalid_token");
     refresh(&before, &renewed)
@@ -1051,19 +1037,13 @@ async fn a_change_of_secret_signs_nobody_out() {
         after
             .get(NOBODYS_TASKS)
             .bearer(token)
-            .send()
             .await
             .problem(401, "invalid_token");
     }
     refresh(&after, &bob.refresh_token)
         .await
         .problem(401, "invalid_refresh_token");
-    after
-        .get(ann.tasks())
-        .bearer(&access)
-        .send()
-        .await
-        .expect(200);
+    after.get(ann.tasks()).bearer(&access).await.expect(200);
     refresh(&after, &renewed).await.expect(200);
     login(&after, &bob.email, &bob.password).await.expect(200);
 }

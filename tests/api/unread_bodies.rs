@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use tokio::time::sleep;
 
-use crate::harness::{Server, User};
-use crate::http::{Answer, Wire, head};
+use crate::harness::{Server, User, Wire, WireResponse, head};
 
 const BODY: &str = r#"{"title":"a"}"#;
 const LENGTH: &str = "Content-Length: 13\r\n";
@@ -86,7 +85,7 @@ const ARRIVALS: [Arrival; 4] = [
 ];
 
 impl Refused {
-    async fn send(&self, wire: &mut Wire, arrival: Arrival) -> Answer {
+    async fn send(&self, wire: &mut Wire, arrival: Arrival) -> WireResponse {
         match arrival {
             Arrival::Together => wire.send(format!("{}{}", self.head, self.body)).await,
             Arrival::BodyAfter(delay) => {
@@ -104,8 +103,8 @@ impl Refused {
             }
         }
         let answer = match self.method {
-            "HEAD" => wire.answer_to_head().await,
-            _ => wire.answer().await,
+            "HEAD" => wire.response_to_head().await,
+            _ => wire.response().await,
         };
         assert_eq!(answer.status, self.status, "{arrival:?} {}", self.head);
         answer
@@ -118,7 +117,7 @@ impl Refused {
             let answer = self.send(&mut wire, arrival).await;
             assert_eq!(answer.header("connection"), None, "{}", self.head);
             wire.send(good).await;
-            let next = wire.answer_or_close().await;
+            let next = wire.response_or_close().await;
             let next = next.unwrap_or_else(|| panic!("lost after {arrival:?} {}", self.head));
             assert_eq!(next.status, status, "{arrival:?} {}", self.head);
         }
@@ -191,19 +190,19 @@ async fn requests_pipelined_behind_an_unread_body_are_answered_in_order() {
         }
         for refused in &refused {
             assert_eq!(
-                wire.answer().await.status,
+                wire.response().await.status,
                 refused.status,
                 "{}",
                 refused.head
             );
-            assert_eq!(wire.answer().await.status, 200, "after {}", refused.head);
+            assert_eq!(wire.response().await.status, 200, "after {}", refused.head);
         }
     }
 }
 
 /// A response that says that it closes, then nothing more.
 async fn announces_its_close(wire: &mut Wire, status: u16) {
-    let answer = wire.answer().await;
+    let answer = wire.response().await;
     assert_eq!(
         (answer.status, answer.header("connection")),
         (status, Some("close")),

@@ -4,9 +4,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::harness::{Server, User};
-use crate::http::{Wire, head};
-use crate::tasks::path_of;
+use crate::harness::{Server, User, Wire, head};
 
 /// One code point, four bytes in UTF-8.
 const ASTRAL: &str = "😀";
@@ -16,7 +14,6 @@ async fn create(server: &Server, user: &User, body: Value) -> crate::harness::Re
         .post(user.tasks())
         .bearer(&user.access_token)
         .json(body)
-        .send()
         .await
 }
 
@@ -26,10 +23,10 @@ async fn create_raw(
     user: &User,
     body: impl AsRef<[u8]>,
 ) -> crate::harness::Response {
-    let request = server.post(user.tasks()).bearer(&user.access_token);
-    request
+    server
+        .post(user.tasks())
+        .bearer(&user.access_token)
         .body(body.as_ref().to_vec(), "application/json")
-        .send()
         .await
 }
 
@@ -103,10 +100,9 @@ async fn trims_unicode_white_space_from_titles_before_counting() {
             .expect(201)
             .json();
         assert_eq!(task["title"], json!(inner));
-        let request = server.patch(path_of(&ann, &task)).bearer(&ann.access_token);
-        let changed = request
+        let changed = ann
+            .patch(ann.path_of(&task))
             .json(json!({"title": title}))
-            .send()
             .await
             .expect(200)
             .json();
@@ -149,8 +145,8 @@ async fn accepts_descriptions_of_up_to_1000_code_points() {
 async fn updates_have_the_same_limits_as_creation() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "as it was").await;
-    let path = path_of(&ann, &task);
+    let task = ann.create_task("as it was").await;
+    let path = ann.path_of(&task);
     for method in [Method::PUT, Method::PATCH] {
         for (body, pointer, code) in [
             (json!({"title": ""}), "/title", "too_short"),
@@ -173,12 +169,9 @@ async fn updates_have_the_same_limits_as_creation() {
                 "wrong_type",
             ),
         ] {
-            let request = server
+            let problem = ann
                 .request(method.clone(), &path)
-                .bearer(&ann.access_token);
-            let problem = request
                 .json(body.clone())
-                .send()
                 .await
                 .problem(422, "validation_failed");
             assert_eq!(errors(&problem), [(pointer, code)], "{method} {body}");
@@ -188,11 +181,8 @@ async fn updates_have_the_same_limits_as_creation() {
             ("as it was".into(), String::new()),
         ] {
             let body = json!({"title": title, "description": description});
-            server
-                .request(method.clone(), &path)
-                .bearer(&ann.access_token)
+            ann.request(method.clone(), &path)
                 .json(body)
-                .send()
                 .await
                 .expect(200);
         }
@@ -302,7 +292,6 @@ async fn returns_all_errors_of_a_body_at_once() {
         let problem = server
             .post(path)
             .json(json!({}))
-            .send()
             .await
             .problem(422, "validation_failed");
         assert_eq!(
@@ -313,7 +302,6 @@ async fn returns_all_errors_of_a_body_at_once() {
         let problem = server
             .post(path)
             .json(body)
-            .send()
             .await
             .problem(422, "validation_failed");
         assert_eq!(
@@ -322,7 +310,7 @@ async fn returns_all_errors_of_a_body_at_once() {
         );
     }
     let body = json!({"email": "nobody", "password": "short"});
-    let response = server.post("/api/v1/auth/register").json(body).send().await;
+    let response = server.post("/api/v1/auth/register").json(body).await;
     let problem = response.problem(422, "validation_failed");
     let pointers: Vec<_> = errors(&problem).into_iter().map(|error| error.0).collect();
     assert_eq!(pointers, ["/email", "/password"]);
@@ -335,29 +323,20 @@ async fn ignores_unknown_fields_but_rejects_an_update_without_known_ones() {
     let body = json!({"title": "a", "colour": "red", "": 1, "Title": "b", "x": {"title": [1]}});
     let task = create(&server, &ann, body).await.expect(201).json();
     assert_eq!(task["title"], "a");
-    let path = path_of(&ann, &task);
+    let path = ann.path_of(&task);
     for method in [Method::PUT, Method::PATCH] {
         for body in [
             json!({}),
             json!({"colour": "red"}),
             json!({"user_id": ann.id, "Title": "b"}),
         ] {
-            let request = server
-                .request(method.clone(), &path)
-                .bearer(&ann.access_token);
-            request
+            ann.request(method.clone(), &path)
                 .json(body)
-                .send()
                 .await
                 .problem(422, "validation_failed");
         }
     }
-    let read = server
-        .get(&path)
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .json();
+    let read = ann.get(&path).await.json();
     assert_eq!(read, task);
 }
 
@@ -388,29 +367,22 @@ async fn returns_400_for_malformed_json() {
         assert_eq!(response.status, 400, "{}", String::from_utf8_lossy(body));
         response.problem(400, "malformed_json");
     }
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     for method in [Method::PUT, Method::PATCH] {
-        let request = server
-            .request(method, path_of(&ann, &task))
-            .bearer(&ann.access_token);
-        request.send().await.problem(400, "malformed_json");
+        ann.request(method, ann.path_of(&task))
+            .await
+            .problem(400, "malformed_json");
     }
     for path in [
         "/api/v1/auth/register",
         "/api/v1/auth/login",
         "/api/v1/auth/refresh",
     ] {
-        server
-            .post(path)
-            .send()
-            .await
-            .problem(400, "malformed_json");
+        server.post(path).await.problem(400, "malformed_json");
     }
-    let complete = format!("{}/complete", path_of(&ann, &task));
-    let request = server.patch(&complete).bearer(&ann.access_token);
-    request
+    let complete = format!("{}/complete", ann.path_of(&task));
+    ann.patch(&complete)
         .body(b"{".to_vec(), "application/json")
-        .send()
         .await
         .problem(400, "malformed_json");
 }
@@ -419,8 +391,8 @@ async fn returns_400_for_malformed_json() {
 async fn returns_422_for_json_that_is_not_an_object() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let path = path_of(&ann, &task);
+    let task = ann.create_task("a").await;
+    let path = ann.path_of(&task);
     for body in [
         "null",
         "true",
@@ -436,10 +408,9 @@ async fn returns_422_for_json_that_is_not_an_object() {
             .problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("", "wrong_type")], "{body}");
         for at in [path.clone(), format!("{path}/complete")] {
-            let request = server.patch(&at).bearer(&ann.access_token);
-            let response = request
+            let response = ann
+                .patch(&at)
                 .body(body.as_bytes().to_vec(), "application/json")
-                .send()
                 .await;
             response.problem(422, "validation_failed");
         }
@@ -496,13 +467,7 @@ async fn a_duplicate_field_creates_at_most_one_task() {
         "{}",
         response.status
     );
-    let tasks = server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .expect(200)
-        .json();
+    let tasks = ann.get(ann.tasks()).await.expect(200).json();
     assert_eq!(
         tasks.as_array().unwrap().len(),
         usize::from(response.status == 201)
@@ -513,7 +478,7 @@ async fn a_duplicate_field_creates_at_most_one_task() {
 async fn requires_a_json_content_type_or_none() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let json_types = [
         "application/json",
         "application/json; charset=utf-8",
@@ -535,7 +500,7 @@ async fn requires_a_json_content_type_or_none() {
     ];
     let merge = "application/merge-patch+json";
     let body = br#"{"title":"b"}"#.to_vec();
-    let (tasks, path) = (ann.tasks(), path_of(&ann, &task));
+    let (tasks, path) = (ann.tasks(), ann.path_of(&task));
     let complete = format!("{path}/complete");
     for (method, at, good) in [
         (Method::POST, &tasks, 201),
@@ -544,8 +509,9 @@ async fn requires_a_json_content_type_or_none() {
         (Method::PATCH, &complete, 200),
     ] {
         let send = |content_type: &str| {
-            let request = server.request(method.clone(), at).bearer(&ann.access_token);
-            request.body(body.clone(), content_type).send()
+            ann.request(method.clone(), at)
+                .body(body.clone(), content_type)
+                .send()
         };
         for content_type in json_types {
             let response = send(content_type).await;
@@ -569,7 +535,7 @@ async fn requires_a_json_content_type_or_none() {
             .await;
         wire.send(&body).await;
         assert_eq!(
-            wire.answer().await.status,
+            wire.response().await.status,
             good,
             "{method} {at} without a type"
         );
@@ -579,29 +545,27 @@ async fn requires_a_json_content_type_or_none() {
             .await;
         wire.send(&body).await;
         assert!(
-            matches!(wire.answer().await.status, 400 | 415),
+            matches!(wire.response().await.status, 400 | 415),
             "{method} {at} two types"
         );
     }
     // The type is ignored if there is no body and none is required.
-    let request = server
-        .patch(&complete)
-        .bearer(&ann.access_token)
-        .header("content-type", "text/plain");
-    request.send().await.expect(200);
-    let request = server
-        .get(&path)
-        .bearer(&ann.access_token)
-        .header("content-type", "text/plain");
-    request.send().await.expect(200);
+    ann.patch(&complete)
+        .header("content-type", "text/plain")
+        .await
+        .expect(200);
+    ann.get(&path)
+        .header("content-type", "text/plain")
+        .await
+        .expect(200);
 }
 
 #[tokio::test]
 async fn a_415_names_the_accepted_types() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let task = ann.create_task(&server, "a").await;
-    let (tasks, path) = (ann.tasks(), path_of(&ann, &task));
+    let task = ann.create_task("a").await;
+    let (tasks, path) = (ann.tasks(), ann.path_of(&task));
     let complete = format!("{path}/complete");
     for (method, at) in [
         (Method::POST, &tasks),
@@ -610,8 +574,7 @@ async fn a_415_names_the_accepted_types() {
         (Method::PATCH, &complete),
     ] {
         let send = |coding: &str, content_type: &str| {
-            let request = server.request(method.clone(), at).bearer(&ann.access_token);
-            request
+            ann.request(method.clone(), at)
                 .header("content-encoding", coding)
                 .body(r#"{"title":"b","completed":true}"#, content_type)
                 .send()
@@ -671,7 +634,7 @@ async fn accepts_bodies_of_up_to_16_kib() {
             wire.send("\r\n").await;
         }
         wire.send("0\r\n\r\n").await;
-        assert_eq!(wire.answer().await.status, status, "in chunks");
+        assert_eq!(wire.response().await.status, status, "in chunks");
     }
 }
 
@@ -680,7 +643,7 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = vec![b' '; 1 << 20];
-    let assert_rejected = |response: crate::http::Answer| {
+    let assert_rejected = |response: crate::harness::WireResponse| {
         assert_eq!(response.status, 413);
         assert_eq!(response.json()["code"], "body_too_large");
         assert_eq!(
@@ -695,7 +658,7 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
         wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), &more))
             .await;
         wire.send(&body).await;
-        assert_rejected(wire.answer().await);
+        assert_rejected(wire.response().await);
 
         let mut wire = Wire::open(&server).await;
         wire.send(head(
@@ -708,13 +671,13 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
         wire.send(format!("{:x}\r\n", body.len())).await;
         wire.send(&body).await;
         wire.send("\r\n0\r\n\r\n").await;
-        assert_rejected(wire.answer().await);
+        assert_rejected(wire.response().await);
 
         let mut wire = Wire::open(&server).await;
         let more = format!("Content-Length: {}\r\n", body.len());
         wire.send(head("POST", &ann.tasks(), None, &more)).await;
         wire.send(&body).await;
-        assert_eq!(wire.answer().await.status, 401);
+        assert_eq!(wire.response().await.status, 401);
     }
     // A Content-Length that is too large is rejected without waiting for the body.
     let mut wire = Wire::open(&server).await;
@@ -725,7 +688,7 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
         "Content-Length: 99999999999\r\n",
     ))
     .await;
-    assert_rejected(wire.answer().await);
+    assert_rejected(wire.response().await);
 }
 
 // FR-008
@@ -733,10 +696,10 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
 async fn returns_the_first_error_in_the_documented_order() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let task = ann.create_task(&server, "a").await;
+    let task = ann.create_task("a").await;
     let unknown = format!("{}/{}", ann.tasks(), Uuid::now_v7());
     let theirs = format!("{}/{}", bob.tasks(), Uuid::now_v7());
-    let (there, good) = (path_of(&ann, &task), Some(ann.access_token.as_str()));
+    let (there, good) = (ann.path_of(&task), Some(ann.access_token.as_str()));
     let large = "x".repeat(20_000);
     let stale = "If-Match: \"stale\"\r\n";
     let text = "If-Match: \"stale\"\r\nContent-Type: text/plain\r\n";
@@ -805,7 +768,7 @@ async fn returns_the_first_error_in_the_documented_order() {
         let mut wire = Wire::open(&server).await;
         let more = format!("{more}Content-Length: {}\r\n", body.len());
         wire.send(head(method, target, token, &more) + body).await;
-        let response = wire.answer().await;
+        let response = wire.response().await;
         assert_eq!(
             response.status, status,
             "{method} {target} {}",
@@ -821,14 +784,10 @@ async fn returns_the_first_error_in_the_documented_order() {
 async fn names_invalid_and_duplicate_query_parameters() {
     let server = Server::start().await;
     let ann = server.user().await;
-    ann.create_task(&server, "a").await;
-    ann.create_task(&server, "b").await;
+    ann.create_task("a").await;
+    ann.create_task("b").await;
     let path = ann.tasks();
-    let next = server
-        .get(format!("{path}?limit=1"))
-        .bearer(&ann.access_token)
-        .send()
-        .await;
+    let next = ann.get(format!("{path}?limit=1")).await;
     let link = next.header("link");
     let after = link
         .split("after=")
@@ -903,12 +862,7 @@ async fn names_invalid_and_duplicate_query_parameters() {
     }
     for (name, value) in duplicates {
         let single = format!("{path}?{name}={value}");
-        server
-            .get(&single)
-            .bearer(&ann.access_token)
-            .send()
-            .await
-            .expect(200);
+        ann.get(&single).await.expect(200);
         queries.push((name, format!("{name}={value}&{name}={value}")));
         queries.push((
             name,
@@ -920,11 +874,7 @@ async fn names_invalid_and_duplicate_query_parameters() {
         ));
     }
     for (name, query) in queries {
-        let response = server
-            .get(format!("{path}?{query}"))
-            .bearer(&ann.access_token)
-            .send()
-            .await;
+        let response = ann.get(format!("{path}?{query}")).await;
         assert_eq!(response.status, 422, "{query}");
         let problem = response.problem(422, "validation_failed");
         let error = &problem["errors"][0];
@@ -935,11 +885,7 @@ async fn names_invalid_and_duplicate_query_parameters() {
             "{query}: {error}"
         );
     }
-    let response = server
-        .get(format!("{path}?limit=0&sort=x&completed=y"))
-        .bearer(&ann.access_token)
-        .send()
-        .await;
+    let response = ann.get(format!("{path}?limit=0&sort=x&completed=y")).await;
     let problem = response.problem(422, "validation_failed");
     let mut named: Vec<_> = problem["errors"]
         .as_array()
@@ -970,18 +916,13 @@ async fn delete_completed_requires_completed_true() {
         "?q=a",
         "?Completed=true",
     ] {
-        let request = server
+        let problem = ann
             .delete(format!("{}{query}", ann.tasks()))
-            .bearer(&ann.access_token);
-        let problem = request.send().await.problem(422, "validation_failed");
+            .await
+            .problem(422, "validation_failed");
         assert_eq!(problem["errors"][0]["parameter"], "completed", "{query}");
     }
-    let list = server
-        .get(ann.tasks())
-        .bearer(&ann.access_token)
-        .send()
-        .await
-        .json();
+    let list = ann.get(ann.tasks()).await.json();
     assert_eq!(list.as_array().unwrap().len(), 1);
 }
 
@@ -990,7 +931,7 @@ async fn delete_completed_requires_completed_true() {
 async fn the_schema_rejects_invalid_rows() {
     let server = Server::start().await;
     let ann = server.user().await;
-    ann.create_task(&server, "a").await;
+    ann.create_task("a").await;
     let sql = server.sql().await;
     let task = |values: &str| {
         format!(

@@ -6,10 +6,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use super::Cluster;
-use crate::{
-    harness::{Server, User, until},
-    tasks::path_of,
-};
+use crate::harness::{Server, User, until};
 
 /// Toggles one task 300 times over ten clients; each is served, and the task is as before.
 async fn toggle_300_times(server: &Server, user: &User, task: &str) {
@@ -28,7 +25,7 @@ async fn toggle_300_times(server: &Server, user: &User, task: &str) {
 async fn concurrent_toggles_are_served_whatever_the_default_isolation_is() {
     let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
     let user = server.user().await;
-    let task = path_of(&user, &user.create_task(&server, "popular").await);
+    let task = user.path_of(&user.create_task("popular").await);
     let sql = server.sql().await;
     for level in ["repeatable read", "serializable"] {
         let database: String = sql
@@ -80,8 +77,8 @@ async fn a_statement_that_loses_a_deadlock_is_retried() {
     let user = server.user().await;
     let mut tasks = Vec::new();
     for title in ["one", "two"] {
-        let task = user.create_task(&server, title).await;
-        let complete = server.patch(format!("{}/complete", path_of(&user, &task)));
+        let task = user.create_task(title).await;
+        let complete = server.patch(format!("{}/complete", user.path_of(&task)));
         complete.bearer(&user.access_token).send().await.expect(200);
         tasks.push(task["id"].as_str().unwrap().to_owned());
     }

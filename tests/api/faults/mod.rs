@@ -81,7 +81,7 @@ impl Cluster {
     }
 
     async fn build(proxied: bool, variables: &[(&str, &str)]) -> Cluster {
-        let directory = DataDir::new();
+        let directory = DataDir::initialized().await;
         let postgres = Postgres::start(directory.path()).await.unwrap();
         let proxy = match proxied {
             true => Some(Proxy::before(postgres.socket_dir()).await),
@@ -95,7 +95,7 @@ impl Cluster {
         all.extend(variables);
         let server = Server::with(&all).await;
         let user = server.user().await;
-        let task = user.create_task(&server, "there from the beginning").await;
+        let task = user.create_task("there from the beginning").await;
         Cluster {
             server,
             user,

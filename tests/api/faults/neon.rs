@@ -202,7 +202,7 @@ async fn a_pooler_in_session_mode_serves() {
     let user = server.user().await;
     let tasks = short_or_full(50, 1000);
     for number in 0..tasks {
-        user.create_task(&server, &format!("number {number}")).await;
+        user.create_task(&format!("number {number}")).await;
     }
     let list = server
         .get(user.tasks())
@@ -466,7 +466,7 @@ async fn a_server_over_tls_serves_and_one_it_cannot_trust_ends_the_start() {
     let server = Server::with(&[("DATABASE_URL", &url), ("PGSSLROOTCERT", authority)]).await;
     let user = server.user().await;
     for number in 0..20 {
-        user.create_task(&server, &format!("number {number}")).await;
+        user.create_task(&format!("number {number}")).await;
     }
     let sql = until_connected(&tls.postgres).await;
     let plain: i64 = sql

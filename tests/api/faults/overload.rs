@@ -42,6 +42,7 @@ fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
     (most, watching)
 }
 
+// FR-006
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_thousand_connections_are_served_over_twenty() {
     const CONNECTIONS: usize = 2000;
@@ -151,6 +152,7 @@ async fn offer(
     ledger
 }
 
+// SC-003
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn twice_what_it_can_serve_is_shed_quickly_and_the_rest_is_served_in_time() {
     raise_file_limit();
@@ -338,7 +340,7 @@ async fn rude_clients_are_cut_off_and_others_do_not_notice() {
     let sql = server.sql().await;
     fill_a_megabyte(&sql, &user).await;
     let polite = server.user().await;
-    let task = polite.create_task(&server, "read me").await;
+    let task = polite.create_task("read me").await;
     let load = Load::on(&Addresses::of(&[server.addr()]))
         .reading(2, &Credentials::from(&polite), task["id"].as_str().unwrap())
         .writing(1, &Credentials::from(&polite));

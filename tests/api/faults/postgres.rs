@@ -467,7 +467,7 @@ async fn a_database_that_is_late_is_waited_for_with_a_line_now_and_then() {
     let ready = there.elapsed();
     assert!(ready < HEALED, "ready only after {ready:?}");
     let user = server.user().await;
-    user.create_task(&server, "patience").await;
+    user.create_task("patience").await;
     report(
         "not there at start",
         format!("{refused} × 503 meanwhile, {lines} lines, ready {ready:.1?} after it came"),

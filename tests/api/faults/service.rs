@@ -61,7 +61,7 @@ async fn no_request_goes_unanswered_when_the_service_stops() {
     let _turn = serialize().await;
     let mut server = Server::start().await;
     let user = server.user().await;
-    let task = user.create_task(&server, "read me").await;
+    let task = user.create_task("read me").await;
     let task = task["id"].as_str().unwrap();
     let asker = Credentials::from(&user);
     let addresses = Addresses::of(&[server.addr()]);
@@ -113,7 +113,7 @@ async fn a_restart_behind_a_socket_loses_no_request_at_all() {
     let _turn = serialize().await;
     let first = Server::start().await;
     let user = first.user().await;
-    let task = user.create_task(&first, "read me").await;
+    let task = user.on(&first).create_task("read me").await;
     let task = task["id"].as_str().unwrap();
     let sockets = [listening_socket(), listening_socket()];
     let address = sockets[0].local_addr().unwrap();
@@ -178,7 +178,7 @@ async fn of_two_instances_one_can_be_killed_and_nobody_notices() {
     let mut one = Server::start().await;
     let mut two = one.sibling(&[]).await;
     let user = one.user().await;
-    let task = user.create_task(&one, "read me").await;
+    let task = user.on(&one).create_task("read me").await;
     let task = task["id"].as_str().unwrap();
     let asker = Credentials::from(&user);
     let addresses = Addresses::of(&[one.addr(), two.addr()]);

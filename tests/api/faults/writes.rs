@@ -8,11 +8,7 @@ use tokio::time::sleep;
 use tokio_postgres::Client as Sql;
 
 use super::{Cluster, proxy::NetworkCondition};
-use crate::{
-    harness::{PASSWORD, Response, Server, until},
-    http::{Answer, Wire},
-    tasks::path_of,
-};
+use crate::harness::{PASSWORD, Response, Server, Wire, WireResponse, until};
 
 /// A body that takes longer than all database work of a request may.
 const SLOW_BODY: Duration = Duration::from_millis(5300);
@@ -24,19 +20,19 @@ async fn send_slowly(
     token: &str,
     body: &Value,
     pause: Duration,
-) -> Answer {
+) -> WireResponse {
     let body = body.to_string();
     let head = format!(
         "{line} HTTP/1.1\r\nHost: todo.example\r\nAuthorization: Bearer {token}\r\n\
          Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
-    let mut wire = Wire::open(server).await.patient();
+    let mut wire = Wire::open(server).await.with_long_timeout();
     let (first, second) = body.split_at(body.len() / 2);
     wire.send(format!("{head}{first}")).await;
     sleep(pause).await;
     wire.send(second).await;
-    wire.answer().await
+    wire.response().await
 }
 
 async fn count(sql: &Sql, condition: &str) -> i64 {
@@ -76,7 +72,7 @@ async fn a_slow_body_is_served_once_and_costs_no_connection() {
     let sql = server.sql().await;
     let user = server.user().await;
     let token = user.access_token.as_str();
-    let task = path_of(&user, &user.create_task(&server, "one").await);
+    let task = user.path_of(&user.create_task("one").await);
     let tasks = user.tasks();
     // Somebody else's: changing the password ends sessions.
     let other = server.user().await;
@@ -153,7 +149,7 @@ async fn writes_that_a_long_transaction_blocks_are_refused_and_not_made_later() 
     let sql = server.sql().await;
     let user = server.user().await;
     let token = user.access_token.as_str();
-    let task = path_of(&user, &user.create_task(&server, "one").await);
+    let task = user.path_of(&user.create_task("one").await);
     // The user's row, which a new task refers to, and the task.
     let transaction = lock(&server, "select from users, tasks").await;
     let create = |title: &str| {
@@ -237,7 +233,7 @@ async fn a_write_whose_connection_is_lost_is_refused_as_what_it_is() {
     let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
     let user = server.user().await;
     let token = user.access_token.as_str();
-    let task = path_of(&user, &user.create_task(&server, "one").await);
+    let task = user.path_of(&user.create_task("one").await);
     let [created, put, toggled] = cut_off(
         &server,
         [

@@ -1,0 +1,217 @@
+//! The PostgreSQL that the tests share, and one database in it for each test.
+
+use std::{
+    env,
+    sync::{OnceLock, mpsc},
+    thread,
+};
+
+use todo_api::embedded_postgres::Postgres;
+use tokio::sync::{OnceCell, mpsc as tokio_mpsc};
+use tokio_postgres::{Client, NoTls};
+
+use super::{
+    Process, SECRET, WAIT_TIMEOUT,
+    scratch::{root, socket_url},
+    unique, until,
+};
+
+/// The shared PostgreSQL, and the thread that runs statements on it as its superuser.
+struct SharedPostgres {
+    url: String,
+    /// Whether this run started it, rather than `TEST_DATABASE_URL` naming it.
+    is_private: bool,
+    statements: tokio_mpsc::UnboundedSender<Statement>,
+}
+
+type Statement = (String, mpsc::Sender<Result<(), String>>);
+
+impl SharedPostgres {
+    fn get() -> &'static SharedPostgres {
+        static SHARED: OnceLock<SharedPostgres> = OnceLock::new();
+        SHARED.get_or_init(|| {
+            let (started, start) = mpsc::channel();
+            let (statements, received) = tokio_mpsc::unbounded_channel();
+            thread::spawn(|| SharedPostgres::run(started, received));
+            let (url, is_private) = start.recv().expect("no PostgreSQL for the tests");
+            SharedPostgres {
+                url,
+                is_private,
+                statements,
+            }
+        })
+    }
+
+    /// Starts the embedded PostgreSQL, unless `TEST_DATABASE_URL` is set, and runs statements on
+    /// it until this process ends.
+    #[tokio::main(flavor = "current_thread")]
+    async fn run(
+        started: mpsc::Sender<(String, bool)>,
+        mut statements: tokio_mpsc::UnboundedReceiver<Statement>,
+    ) {
+        let mut postgres = None;
+        let url = match env::var("TEST_DATABASE_URL") {
+            Ok(url) => url,
+            Err(_) => {
+                let settings = [
+                    ("max_connections", "500"),
+                    // The data is thrown away, so it need not survive a crash.
+                    ("fsync", "off"),
+                    ("full_page_writes", "off"),
+                    ("synchronous_commit", "off"),
+                    ("max_wal_size", "8GB"),
+                    ("checkpoint_timeout", "1h"),
+                ];
+                let started = Postgres::start_with(&root().join("shared"), &settings)
+                    .await
+                    .unwrap_or_else(|error| panic!("{error}"));
+                let url = socket_url(started.socket_dir());
+                postgres = Some(started);
+                url
+            }
+        };
+        started.send((url.clone(), postgres.is_some())).unwrap();
+        while let Some((statement, reply)) = statements.recv().await {
+            let url = url.clone();
+            tokio::spawn(async move {
+                let done = connect(&url).await.batch_execute(&statement).await;
+                // The receiver is gone if the test has timed out.
+                let _ = reply.send(done.map_err(|error| format!("{error:?}")));
+            });
+        }
+    }
+
+    fn execute(&self, statement: String) -> Result<(), String> {
+        let (reply, result) = mpsc::channel();
+        self.statements.send((statement, reply)).unwrap();
+        result
+            .recv_timeout(WAIT_TIMEOUT)
+            .map_err(|error| error.to_string())?
+    }
+
+    /// The URL of another database on the same server.
+    fn database_url(&self, name: &str) -> String {
+        let (server, options) = self
+            .url
+            .split_once('?')
+            .map_or((self.url.as_str(), String::new()), |(server, options)| {
+                (server, format!("?{options}"))
+            });
+        let authority = server.find("://").unwrap() + 3;
+        let end = server[authority..]
+            .find('/')
+            .map_or(server.len(), |at| authority + at);
+        format!("{}/{name}{options}", &server[..end])
+    }
+}
+
+pub(super) async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+/// A database for one test, dropped with this value.
+pub(crate) struct Database {
+    name: String,
+}
+
+impl Database {
+    /// Creates an empty database.
+    pub(crate) async fn create() -> Database {
+        Database::create_with("").await
+    }
+
+    /// Creates a database with these options of `create database`.
+    pub(crate) async fn create_with(options: &str) -> Database {
+        let name = format!("test_{}_{}", std::process::id(), unique());
+        execute(format!("create database {name} {options}"))
+            .await
+            .unwrap();
+        Database { name }
+    }
+
+    /// Creates a database whose schema is current, by cloning one that was migrated once. An
+    /// external server gets no template, because nothing would drop it.
+    pub(crate) async fn create_migrated() -> Database {
+        static TEMPLATE: OnceCell<()> = OnceCell::const_new();
+        if !is_private().await {
+            return Database::create().await;
+        }
+        TEMPLATE.get_or_init(create_template).await;
+        Database::create_with("template migrated").await
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Connects to this database.
+    pub(crate) async fn sql(&self) -> Client {
+        connect(&self.url()).await
+    }
+
+    pub(crate) fn url(&self) -> String {
+        SharedPostgres::get().database_url(&self.name)
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        let shared = SharedPostgres::get();
+        let statement = format!("drop database {} with (force)", self.name);
+        if shared.is_private {
+            // Not waited for: the whole cluster is removed at the end.
+            let _ = shared.statements.send((statement, mpsc::channel().0));
+            return;
+        }
+        let dropped = shared.execute(statement);
+        // A second panic would abort the run and hide the first one.
+        if !thread::panicking() {
+            dropped.unwrap();
+        }
+    }
+}
+
+async fn is_private() -> bool {
+    tokio::task::spawn_blocking(|| SharedPostgres::get().is_private)
+        .await
+        .unwrap()
+}
+
+/// Runs a statement as the superuser.
+async fn execute(statement: String) -> Result<(), String> {
+    tokio::task::spawn_blocking(move || SharedPostgres::get().execute(statement))
+        .await
+        .unwrap()
+}
+
+/// Creates the database `migrated` with the service's schema.
+async fn create_template() {
+    execute("create database migrated".into()).await.unwrap();
+    let url = SharedPostgres::get().database_url("migrated");
+    let variables = [
+        ("DATABASE_URL", url.as_str()),
+        ("JWT_SECRET", SECRET),
+        ("RUST_LOG", "info"),
+    ];
+    let migrate = Process::spawn(&["migrate"], &variables);
+    assert!(migrate.ended().await.success(), "{}", migrate.log());
+    // A database with open connections cannot be a template.
+    until("the migration's connections are closed", async || {
+        let probe = "do $$ begin assert not exists
+                     (select 1 from pg_stat_activity where datname = 'migrated'); end $$";
+        execute(probe.into()).await.is_ok()
+    })
+    .await;
+}
+
+/// Waits until `count` statements in this database are blocked by a lock.
+pub(crate) async fn wait_for_blocked(sql: &Client, count: i64) {
+    let blocked = "select count(*) from pg_stat_activity
+                   where datname = current_database() and wait_event_type = 'Lock'";
+    until(&format!("{count} statements wait for a lock"), async || {
+        sql.query_one(blocked, &[]).await.unwrap().get::<_, i64>(0) >= count
+    })
+    .await;
+}

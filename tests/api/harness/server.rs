@@ -1,0 +1,238 @@
+//! The service as tests use it.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::Path,
+    process::ExitStatus,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hyper::Method;
+use rustix::process::Signal;
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{sleep, timeout},
+};
+use tokio_postgres::Client;
+
+use super::{
+    Database, PASSWORD, POLL_INTERVAL, Process, Request, SECRET, User, WAIT_TIMEOUT,
+    database::connect, scratch::socket_url, unique,
+};
+
+/// A running server with a database of its own; both are removed when this is dropped.
+pub(crate) struct Server {
+    // Dropped before the database: fields are dropped in the order of declaration.
+    process: Process,
+    addr: SocketAddr,
+    database: Option<Arc<Database>>,
+    variables: HashMap<String, String>,
+}
+
+impl Server {
+    pub(crate) async fn start() -> Server {
+        Server::with(&[]).await
+    }
+
+    /// Starts with these variables in addition to, or instead of, the defaults. No database is
+    /// created if they name one; with `DATA_DIR` the server starts an embedded PostgreSQL.
+    pub(crate) async fn with(variables: &[(&str, &str)]) -> Server {
+        let server = Server::listening(variables).await;
+        server.ready().await;
+        server
+    }
+
+    /// Starts a server that listens, but may not be ready yet.
+    pub(crate) async fn listening(variables: &[(&str, &str)]) -> Server {
+        let names_database = |(name, _): &(&str, &str)| {
+            ["DATABASE_URL", "DATABASE_URL_FILE", "DATA_DIR"].contains(name)
+        };
+        let database = if variables.iter().any(names_database) {
+            None
+        } else {
+            Some(Arc::new(Database::create_migrated().await))
+        };
+        let mut all = HashMap::from(
+            [
+                ("LISTEN_ADDR", "127.0.0.1:0"),
+                ("BCRYPT_COST", "10"),
+                ("AUTH_RATE_PER_MINUTE", "0"),
+                ("DB_POOL_SIZE", "5"),
+                ("RUST_LOG", "info"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned())),
+        );
+        if let Some(database) = &database {
+            all.insert("DATABASE_URL".into(), database.url());
+        }
+        // With an embedded PostgreSQL the server creates its own secret too.
+        if !variables.iter().any(|(name, _)| *name == "DATA_DIR") {
+            all.insert("JWT_SECRET".into(), SECRET.into());
+        }
+        Server::launch(database, all, variables).await
+    }
+
+    async fn launch(
+        database: Option<Arc<Database>>,
+        mut all: HashMap<String, String>,
+        variables: &[(&str, &str)],
+    ) -> Server {
+        all.extend(
+            variables
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
+        );
+        let list: Vec<(&str, &str)> = all
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        let process = Process::spawn(&[], &list);
+        let addr = process.listening().await;
+        Server {
+            process,
+            addr,
+            database,
+            variables: all,
+        }
+    }
+
+    async fn ready(&self) {
+        let deadline = Instant::now() + WAIT_TIMEOUT;
+        while self.get("/readyz").await.status != 200 {
+            assert!(Instant::now() < deadline, "not ready:\n{}", self.log());
+            sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    /// Starts a second instance on the same database, with these variables changed.
+    pub(crate) async fn sibling(&self, variables: &[(&str, &str)]) -> Server {
+        let server = Server::launch(self.database.clone(), self.variables.clone(), variables).await;
+        server.ready().await;
+        server
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    pub(crate) fn secret(&self) -> &str {
+        self.variables
+            .get("JWT_SECRET")
+            .map_or(SECRET, String::as_str)
+    }
+
+    pub(crate) fn database_url(&self) -> String {
+        self.variables
+            .get("DATABASE_URL")
+            .cloned()
+            .unwrap_or_else(|| socket_url(&Path::new(&self.variables["DATA_DIR"]).join("socket")))
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid().as_raw_nonzero().get() as u32
+    }
+
+    /// Connects to this server's database.
+    pub(crate) async fn sql(&self) -> Client {
+        connect(&self.database_url()).await
+    }
+
+    /// What it has written to stderr so far.
+    pub(crate) fn log(&self) -> String {
+        self.process.log()
+    }
+
+    pub(crate) async fn wait_for_log(&self, text: &str) {
+        self.process.wait_for_log(text).await;
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// Waits until it exits.
+    pub(crate) async fn ended(&self) -> ExitStatus {
+        self.process.ended().await
+    }
+
+    /// Stops it gracefully, with SIGTERM.
+    pub(crate) async fn stop(&self) -> ExitStatus {
+        self.process.stop().await
+    }
+
+    /// Kills it with SIGKILL.
+    pub(crate) fn kill(&self) {
+        self.process.kill();
+    }
+
+    /// Registers this e-mail address with [`PASSWORD`].
+    pub(crate) async fn register(&self, email: &str) -> User {
+        let response = self
+            .post("/api/v1/auth/register")
+            .json(json!({"email": email, "password": PASSWORD}))
+            .await
+            .expect(201);
+        User::from_tokens(self.addr, &response.json(), PASSWORD)
+    }
+
+    /// Registers a new user.
+    pub(crate) async fn user(&self) -> User {
+        self.register(&format!("user{}@example.com", unique()))
+            .await
+    }
+
+    /// Logs in, which starts another session.
+    pub(crate) async fn login(&self, email: &str, password: &str) -> User {
+        let response = self
+            .post("/api/v1/auth/login")
+            .json(json!({"email": email, "password": password}))
+            .await
+            .expect(200);
+        User::from_tokens(self.addr, &response.json(), password)
+    }
+
+    pub(crate) fn request(&self, method: Method, path: impl Into<String>) -> Request {
+        Request::new(self.addr, method, path)
+    }
+
+    pub(crate) fn get(&self, path: impl Into<String>) -> Request {
+        self.request(Method::GET, path)
+    }
+
+    pub(crate) fn post(&self, path: impl Into<String>) -> Request {
+        self.request(Method::POST, path)
+    }
+
+    pub(crate) fn put(&self, path: impl Into<String>) -> Request {
+        self.request(Method::PUT, path)
+    }
+
+    pub(crate) fn patch(&self, path: impl Into<String>) -> Request {
+        self.request(Method::PATCH, path)
+    }
+
+    pub(crate) fn delete(&self, path: impl Into<String>) -> Request {
+        self.request(Method::DELETE, path)
+    }
+
+    /// Writes these bytes to a new connection and returns what is received until it closes, for at
+    /// most 5 seconds.
+    pub(crate) async fn raw(&self, bytes: impl AsRef<[u8]>) -> String {
+        let mut stream = TcpStream::connect(self.addr).await.unwrap();
+        let mut answer = Vec::new();
+        let exchange = async {
+            // The server may have responded and closed the connection already.
+            let _ = stream.write_all(bytes.as_ref()).await;
+            let mut piece = [0; 4096];
+            while let Ok(length @ 1..) = stream.read(&mut piece).await {
+                answer.extend_from_slice(&piece[..length]);
+            }
+        };
+        let _ = timeout(Duration::from_secs(5), exchange).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+}
