@@ -4,7 +4,6 @@
 mod origin;
 mod settings;
 
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -50,21 +49,9 @@ pub(crate) struct Config {
     pub(crate) report: Vec<String>,
 }
 
-/// An invalid setting: one line for the operator.
-#[derive(Debug)]
-pub(crate) struct ConfigError(String);
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for ConfigError {}
-
 impl Config {
-    /// Reads the environment of the process.
-    pub(crate) fn from_env() -> Result<Self, ConfigError> {
+    /// Reads the environment of the process. The error is one line for the operator.
+    pub(crate) fn from_env() -> Result<Self, String> {
         let mut env = EnvReader::default();
         let url = env.secret("DATABASE_URL")?;
         let data_dir = env.text_or("DATA_DIR", || {
@@ -73,19 +60,17 @@ impl Config {
         let root_certificates = env.text("PGSSLROOTCERT")?;
         // Checked even if no connection uses TLS: a wrong path is a mistake.
         if let Some(path) = root_certificates.as_ref().filter(|path| *path != "system") {
-            read_roots(Path::new(path))
-                .map_err(|reason| ConfigError(format!("PGSSLROOTCERT {reason}")))?;
+            read_roots(Path::new(path)).map_err(|reason| format!("PGSSLROOTCERT {reason}"))?;
         }
         let database = match &url {
             None => DatabaseSource::Embedded(data_dir.unwrap_or_default().into()),
             Some(url) => DatabaseUrl::parse(url.expose_secret(), root_certificates.as_deref())
                 .map(|url| DatabaseSource::Server(Box::new(url)))
-                .map_err(|reason| ConfigError(format!("DATABASE_URL {reason}")))?,
+                .map_err(|reason| format!("DATABASE_URL {reason}"))?,
         };
         let jwt_secret = env.secret("JWT_SECRET")?;
         if jwt_secret.is_none() && url.is_some() {
-            let reason = "JWT_SECRET is required with DATABASE_URL: 32 bytes or more, for example from `openssl rand -hex 32`";
-            return Err(ConfigError(reason.into()));
+            return Err("JWT_SECRET is required with DATABASE_URL: 32 bytes or more, for example from `openssl rand -hex 32`".into());
         }
         let config = Self {
             database,
@@ -103,14 +88,13 @@ impl Config {
             log_filter: env.parsed("RUST_LOG")?,
             report: env.report,
         };
-        logging::check_filter(&config.log_filter).map_err(|reason| {
-            ConfigError(format!("RUST_LOG must be like info,access=debug: {reason}"))
-        })?;
+        logging::check_filter(&config.log_filter)
+            .map_err(|reason| format!("RUST_LOG must be like info,access=debug: {reason}"))?;
         Ok(config)
     }
 }
 
-fn lifetimes(env: &mut EnvReader) -> Result<TokenLifetimes, ConfigError> {
+fn lifetimes(env: &mut EnvReader) -> Result<TokenLifetimes, String> {
     let mut seconds = |name| env.parsed(name).map(Duration::from_secs);
     let access = seconds("ACCESS_TOKEN_TTL")?;
     let refresh_idle = seconds("REFRESH_TOKEN_IDLE_TTL")?;

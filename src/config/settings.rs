@@ -8,7 +8,6 @@ use std::str::FromStr;
 
 use secrecy::SecretString;
 
-use super::ConfigError;
 use crate::domain::MAX_ACCESS_TTL;
 
 /// A setting, read from the environment variable `name`.
@@ -130,7 +129,7 @@ pub(super) struct EnvReader {
 
 impl EnvReader {
     /// A setting of which every text may be valid.
-    pub(super) fn text(&mut self, name: &'static str) -> Result<Option<String>, ConfigError> {
+    pub(super) fn text(&mut self, name: &'static str) -> Result<Option<String>, String> {
         self.text_or(name, || Setting::find(name).default.to_owned())
     }
 
@@ -139,7 +138,7 @@ impl EnvReader {
         &mut self,
         name: &'static str,
         default: impl FnOnce() -> String,
-    ) -> Result<Option<String>, ConfigError> {
+    ) -> Result<Option<String>, String> {
         let (value, source) = match variable(name)? {
             Some(value) => (value, "environment"),
             None => (default(), "default"),
@@ -150,7 +149,7 @@ impl EnvReader {
     }
 
     /// A setting with a default, parsed and within its range.
-    pub(super) fn parsed<T: FromStr>(&mut self, name: &'static str) -> Result<T, ConfigError> {
+    pub(super) fn parsed<T: FromStr>(&mut self, name: &'static str) -> Result<T, String> {
         let text = self.text(name)?.unwrap_or_default();
         parse(name, &text)
     }
@@ -159,7 +158,7 @@ impl EnvReader {
     pub(super) fn parsed_if_set<T: FromStr>(
         &mut self,
         name: &'static str,
-    ) -> Result<Option<T>, ConfigError> {
+    ) -> Result<Option<T>, String> {
         let text = self.text(name)?;
         text.map(|text| parse(name, &text)).transpose()
     }
@@ -169,19 +168,16 @@ impl EnvReader {
         &mut self,
         name: &'static str,
         parse: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<Vec<T>, ConfigError> {
+    ) -> Result<Vec<T>, String> {
         let text = self.text(name)?.unwrap_or_default();
         let entries = text.split(',').map(str::trim);
-        let parsed = entries.filter(|entry| !entry.is_empty()).map(parse);
-        let parsed: Result<_, String> = parsed.collect();
-        parsed.map_err(|reason| ConfigError(format!("{name}: {reason}")))
+        let entries = entries.filter(|entry| !entry.is_empty()).map(parse);
+        let parsed: Result<_, String> = entries.collect();
+        parsed.map_err(|reason| format!("{name}: {reason}"))
     }
 
     /// A secret, from the variable, the file that `<name>_FILE` names, or a systemd credential.
-    pub(super) fn secret(
-        &mut self,
-        name: &'static str,
-    ) -> Result<Option<SecretString>, ConfigError> {
+    pub(super) fn secret(&mut self, name: &'static str) -> Result<Option<SecretString>, String> {
         let file_name = format!("{name}_FILE");
         let file = variable(&file_name)?.map(PathBuf::from);
         let credential = std::env::var_os("CREDENTIALS_DIRECTORY")
@@ -189,8 +185,7 @@ impl EnvReader {
             .filter(|path| path.exists());
         let (secret, source) = match (variable(name)?, file, credential) {
             (Some(_), Some(_), _) => {
-                let reason = format!("{name} and {file_name} cannot both be set");
-                return Err(ConfigError(reason));
+                return Err(format!("{name} and {file_name} cannot both be set"));
             }
             (Some(secret), None, _) => (secret, "environment".to_owned()),
             (None, Some(path), _) => (read(&file_name, &path)?, format!("file {}", path.display())),
@@ -202,7 +197,7 @@ impl EnvReader {
         };
         let values = &Setting::find(name).values;
         if matches!(values, Secret(min_bytes) if secret.len() < *min_bytes) {
-            return Err(ConfigError(format!("{name} must have {values}")));
+            return Err(format!("{name} must have {values}"));
         }
         self.record(name, "…", &source);
         Ok(Some(secret.into()))
@@ -214,29 +209,25 @@ impl EnvReader {
 }
 
 /// A variable without surrounding white space; an empty one counts as unset.
-fn variable(name: &str) -> Result<Option<String>, ConfigError> {
+fn variable(name: &str) -> Result<Option<String>, String> {
     let Some(value) = std::env::var_os(name) else {
         return Ok(None);
     };
     match value.to_str().map(str::trim) {
         Some("") => Ok(None),
         Some(value) => Ok(Some(value.to_owned())),
-        None => Err(ConfigError(format!("{name} must be UTF-8"))),
+        None => Err(format!("{name} must be UTF-8")),
     }
 }
 
-fn parse<T: FromStr>(name: &str, text: &str) -> Result<T, ConfigError> {
+fn parse<T: FromStr>(name: &str, text: &str) -> Result<T, String> {
     let setting = Setting::find(name);
     let value = text.parse().ok().filter(|_| setting.accepts(text));
-    value.ok_or_else(|| ConfigError(format!("{name} must be {}, not {text:?}", setting.values)))
+    value.ok_or_else(|| format!("{name} must be {}, not {text:?}", setting.values))
 }
 
-fn read(name: &str, path: &Path) -> Result<String, ConfigError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(text.trim().to_owned()),
-        Err(error) => {
-            let path = path.display();
-            Err(ConfigError(format!("{name}: cannot read {path}: {error}")))
-        }
-    }
+fn read(name: &str, path: &Path) -> Result<String, String> {
+    let text = fs::read_to_string(path)
+        .map_err(|error| format!("{name}: cannot read {}: {error}", path.display()))?;
+    Ok(text.trim().to_owned())
 }

@@ -62,63 +62,27 @@ impl Metrics {
                 prometheus::process_collector::ProcessCollector::for_self(),
             ))
             .expect("unique metric names");
+        let db_connections = opts("db_connections", "Connections to the database");
+        let request_duration = buckets(
+            "http_request_duration_seconds",
+            "Seconds from a request's head to its response",
+        );
+        #[rustfmt::skip]
         let metrics = Self {
             start_time: SystemTime::now()
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .map_or(0.0, |since| since.as_secs_f64()),
-            requests: counter(
-                "http_requests_total",
-                "Requests that got a response",
-                &["route", "method", "status"],
-            ),
-            request_duration: register(
-                &registry,
-                HistogramVec::new(
-                    buckets(
-                        "http_request_duration_seconds",
-                        "Seconds from a request's head to its response",
-                    ),
-                    &["route"],
-                ),
-            ),
-            db_acquire_duration: histogram(
-                "db_pool_acquire_duration_seconds",
-                "Seconds spent waiting for a database connection, failures included",
-            ),
-            db_query_duration: histogram(
-                "db_query_duration_seconds",
-                "Seconds until a statement completed or was abandoned",
-            ),
-            db_pool_waiters: gauge(
-                "db_pool_waiters",
-                "Statements waiting for a database connection",
-            ),
-            db_connections: register(
-                &registry,
-                IntGaugeVec::new(
-                    opts("db_connections", "Connections to the database"),
-                    &["state"],
-                ),
-            ),
-            hash_queue: gauge(
-                "password_hash_queue_length",
-                "Password hashes queued or being computed",
-            ),
-            hash_duration: histogram(
-                "password_hash_duration_seconds",
-                "Seconds that a password hash took, queueing included",
-            ),
+            requests: counter("http_requests_total", "Requests that got a response", &["route", "method", "status"]),
+            request_duration: register(&registry, HistogramVec::new(request_duration, &["route"])),
+            db_acquire_duration: histogram("db_pool_acquire_duration_seconds", "Seconds spent waiting for a database connection, failures included"),
+            db_query_duration: histogram("db_query_duration_seconds", "Seconds until a statement completed or was abandoned"),
+            db_pool_waiters: gauge("db_pool_waiters", "Statements waiting for a database connection"),
+            db_connections: register(&registry, IntGaugeVec::new(db_connections, &["state"])),
+            hash_queue: gauge("password_hash_queue_length", "Password hashes queued or being computed"),
+            hash_duration: histogram("password_hash_duration_seconds", "Seconds that a password hash took, queueing included"),
             logins: counter("logins_total", "Login attempts by result", &["result"]),
-            tokens_rejected: counter(
-                "tokens_rejected_total",
-                "Access and refresh tokens rejected by reason",
-                &["reason"],
-            ),
-            sessions_revoked: counter(
-                "sessions_revoked_total",
-                "Sessions revoked by reason",
-                &["reason"],
-            ),
+            tokens_rejected: counter("tokens_rejected_total", "Access and refresh tokens rejected by reason", &["reason"]),
+            sessions_revoked: counter("sessions_revoked_total", "Sessions revoked by reason", &["reason"]),
             open_connections: gauge("http_open_connections", "Open client connections"),
             registry,
         };

@@ -39,6 +39,11 @@ fn stderr(output: &Output) -> String {
 /// With combining accents, as some terminals send it.
 const NEW_PASSWORD: &str = "seven Co\u{308}pper ke\u{301}ttles";
 
+fn set_password(email: &str, password: &str, variables: &[(&str, &str)]) -> Output {
+    let input = format!("{password}\n");
+    run(&["set-password", email], variables, &input)
+}
+
 #[tokio::test]
 async fn set_password_lifts_lockouts_and_revokes_sessions() {
     let server = Server::start().await;
@@ -59,11 +64,7 @@ async fn set_password_lifts_lockouts_and_revokes_sessions() {
         ("JWT_SECRET", SECRET),
         ("BCRYPT_COST", "10"),
     ];
-    let output = run(
-        &["set-password", " Ann@Example.com "],
-        &variables,
-        &format!("{NEW_PASSWORD}\n"),
-    );
+    let output = set_password(" Ann@Example.com ", NEW_PASSWORD, &variables);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(stdout(&output).contains("1 sessions revoked"));
     for (password, status) in [(PASSWORD, 401), ("seven Cöpper kéttles", 200)] {
@@ -90,11 +91,7 @@ async fn set_password_lifts_lockouts_and_revokes_sessions() {
         ("ann@example.com", "short", "8 characters"),
         ("no address", NEW_PASSWORD, "address"),
     ] {
-        let output = run(
-            &["set-password", email],
-            &variables,
-            &format!("{password}\n"),
-        );
+        let output = set_password(email, password, &variables);
         assert!(!output.status.success());
         assert!(stderr(&output).contains(expected), "{}", stderr(&output));
     }
@@ -113,11 +110,7 @@ async fn set_password_and_check_work_beside_a_running_service() {
     );
     service.listening().await;
     let variables = [("DATA_DIR", data.text())];
-    let output = run(
-        &["set-password", "nobody@example.com"],
-        &variables,
-        &format!("{NEW_PASSWORD}\n"),
-    );
+    let output = set_password("nobody@example.com", NEW_PASSWORD, &variables);
     assert!(
         stderr(&output).contains("no account"),
         "{}",
@@ -166,11 +159,7 @@ async fn commands_start_a_stopped_embedded_postgres_and_stop_it_again() {
     let server = Server::with(&variables).await;
     let ann = server.user().await;
     assert!(server.stop().await.success());
-    let output = run(
-        &["set-password", &ann.email],
-        &variables,
-        &format!("{NEW_PASSWORD}\n"),
-    );
+    let output = set_password(&ann.email, NEW_PASSWORD, &variables);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(data.postgres(), None);
     let server = Server::with(&variables).await;
@@ -182,11 +171,7 @@ async fn errors_of_set_password_name_the_database() {
     let server = Server::start().await;
     let url = server.database_url();
     let variables = [("DATABASE_URL", url.as_str()), ("JWT_SECRET", SECRET)];
-    let output = run(
-        &["set-password", "nobody@example.com"],
-        &variables,
-        &format!("{NEW_PASSWORD}\n"),
-    );
+    let output = set_password("nobody@example.com", NEW_PASSWORD, &variables);
     let database = url.rsplit('/').next().unwrap();
     assert!(stderr(&output).contains(database), "{}", stderr(&output));
 }
