@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use crate::harness::{PASSWORD, Response, Server, User, claims, forge};
-use crate::sessions::assert_dies;
+use crate::sessions::assert_revoked;
 use crate::tokens;
 
 /// A password that is nobody's in these tests until they change to it.
@@ -73,7 +73,7 @@ pub(crate) async fn assert_signed_in(server: &Server, access_token: &str) {
 }
 
 /// A sign-out with an access token, whatever comes of it.
-pub(crate) async fn sign_out(server: &Server, access_token: &str) -> Response {
+pub(crate) async fn logout(server: &Server, access_token: &str) -> Response {
     server
         .post("/api/v1/auth/logout")
         .bearer(access_token)
@@ -672,8 +672,8 @@ async fn deleting_the_account_leaves_nothing_of_it() {
     assert_eq!(rows(&sql, "tasks", "user_id", &bob).await, 1);
     assert_eq!(rows(&sql, "sessions", "user_id", &bob).await, 1);
 
-    assert_dies(&server, &ann.access_token, ended).await;
-    assert_dies(&server, &text(&second, "access_token"), ended).await;
+    assert_revoked(&server, &ann.access_token, ended).await;
+    assert_revoked(&server, &text(&second, "access_token"), ended).await;
     for token in [&ann.refresh_token, &text(&second, "refresh_token")] {
         refresh(&server, token)
             .await
@@ -716,7 +716,7 @@ async fn a_new_password_ends_every_other_session() {
         .expect(200)
         .json();
     let ended = std::time::Instant::now();
-    assert_dies(&server, &text(&other, "access_token"), ended).await;
+    assert_revoked(&server, &text(&other, "access_token"), ended).await;
     refresh(&server, &text(&other, "refresh_token"))
         .await
         .problem(401, "invalid_refresh_token");

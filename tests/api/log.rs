@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use serde_json::json;
 
-use crate::auth::{ANOTHER_PASSWORD, change_password, login, refresh, sign_out, text};
+use crate::auth::{ANOTHER_PASSWORD, change_password, login, logout, refresh, text};
 use crate::harness::{PASSWORD, Request, Server, claims, forge};
 use crate::purge::age;
 
@@ -79,8 +79,9 @@ async fn each_failed_authentication_logs_one_warning() {
         login(&server, &locked.email, "wrong").await.expect(401);
     }
     let revoked = server.user().await;
-    sign_out(&server, &revoked.access_token).await.expect(204);
-    crate::sessions::assert_dies(&server, &revoked.access_token, std::time::Instant::now()).await;
+    logout(&server, &revoked.access_token).await.expect(204);
+    crate::sessions::assert_revoked(&server, &revoked.access_token, std::time::Instant::now())
+        .await;
     let reused = server.user().await;
     refresh(&server, &reused.refresh_token).await.expect(200);
     let condition = format!("id = '{}'", reused.session_id);

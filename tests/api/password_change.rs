@@ -6,13 +6,13 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::auth::{
-    ANOTHER_PASSWORD, assert_signed_in, assert_tokens, change_password, login, refresh, sign_out,
+    ANOTHER_PASSWORD, assert_signed_in, assert_tokens, change_password, login, logout, refresh,
     text,
 };
 use crate::harness::{PASSWORD, Response, Server, User, claims};
 use crate::log::settled;
 use crate::races::{BOTH, RowLock, race};
-use crate::sessions::{NOBODYS_TASKS, assert_dies, list};
+use crate::sessions::{OTHER_USERS_TASKS, assert_revoked, list};
 
 /// A third password, as good as the others.
 const THIRD_PASSWORD: &str = "quiet marble 77 rivers";
@@ -73,11 +73,11 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
     let changed = Instant::now();
     let tokens = response.expect(200).json();
     for token in access {
-        here.get(NOBODYS_TASKS)
+        here.get(OTHER_USERS_TASKS)
             .bearer(token)
             .await
             .problem(401, "invalid_token");
-        assert_dies(&there, token, changed).await;
+        assert_revoked(&there, token, changed).await;
     }
     // Within the grace time of one of them.
     for server in [&here, &there] {
@@ -88,7 +88,7 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
             sign_out_by_refresh_token(server, token).await.expect(204);
         }
         for token in access {
-            sign_out(server, token).await.expect(204);
+            logout(server, token).await.expect(204);
         }
     }
     let next = assert_alive([&here, &there], &tokens).await;
@@ -111,7 +111,7 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
     let later = here.sibling(&[]).await;
     assert_signed_in(&later, &text(&next, "access_token")).await;
     for token in access {
-        assert_dies(&later, token, changed).await;
+        assert_revoked(&later, token, changed).await;
     }
 }
 
@@ -128,8 +128,8 @@ async fn a_second_change_of_password_revokes_the_tokens_of_the_first() {
     let changed = Instant::now();
     let second = second.expect(200).json();
     for server in [&here, &there] {
-        assert_dies(server, &token, changed).await;
-        assert_dies(server, &ann.access_token, changed).await;
+        assert_revoked(server, &token, changed).await;
+        assert_revoked(server, &ann.access_token, changed).await;
         refresh(server, &text(&first, "refresh_token"))
             .await
             .problem(401, "invalid_refresh_token");
@@ -151,7 +151,7 @@ async fn a_session_whose_password_was_changed_can_still_be_ended() {
         let refresh_token = text(&tokens, "refresh_token");
         assert_signed_in(&there, &access).await;
         match way {
-            "logout" => sign_out(&here, &access).await.expect(204),
+            "logout" => logout(&here, &access).await.expect(204),
             "by refresh token" => sign_out_by_refresh_token(&here, &refresh_token)
                 .await
                 .expect(204),
@@ -168,8 +168,8 @@ async fn a_session_whose_password_was_changed_can_still_be_ended() {
         };
         let ended = Instant::now();
         println!("{way}");
-        assert_dies(&there, &access, ended).await;
-        assert_dies(&here, &access, ended).await;
+        assert_revoked(&there, &access, ended).await;
+        assert_revoked(&here, &access, ended).await;
     }
 }
 
@@ -193,14 +193,14 @@ async fn a_refresh_beside_a_change_of_password_in_one_session_leaves_only_its_to
         let tokens = changed.expect(200).json();
         if refreshed.status == 200 {
             let refreshed = refreshed.json();
-            assert_dies(&there, &text(&refreshed, "access_token"), since).await;
+            assert_revoked(&there, &text(&refreshed, "access_token"), since).await;
             refresh(&there, &text(&refreshed, "refresh_token"))
                 .await
                 .problem(401, "invalid_refresh_token");
         } else {
             refreshed.problem(401, "invalid_refresh_token");
         }
-        assert_dies(&there, &ann.access_token, since).await;
+        assert_revoked(&there, &ann.access_token, since).await;
         assert_alive([&here, &there], &tokens).await;
     }
 }
@@ -216,7 +216,7 @@ async fn a_logout_beside_a_change_of_password_comes_before_or_after_it() {
         let (signed_out, changed) = race(
             order,
             held,
-            sign_out(&there, &ann.access_token),
+            logout(&there, &ann.access_token),
             change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
         )
         .await;

@@ -10,7 +10,7 @@ use crate::auth::{
     ANOTHER_PASSWORD, assert_signed_in, change_password, delete_account, login, refresh, text,
 };
 use crate::harness::{PASSWORD, Response, Server, User, wait_for_blocked};
-use crate::sessions::assert_dies;
+use crate::sessions::assert_revoked;
 
 /// A second instance that hashes at a higher cost than the harness's servers do.
 const COSTLIER: (&str, &str) = ("BCRYPT_COST", "11");
@@ -89,7 +89,7 @@ async fn assert_fruitless(servers: [&Server; 2], answer: Response, otherwise: u1
     if answer.status == 200 {
         let body = answer.json();
         for server in servers {
-            assert_dies(server, &text(&body, "access_token"), since).await;
+            assert_revoked(server, &text(&body, "access_token"), since).await;
             refresh(server, &text(&body, "refresh_token"))
                 .await
                 .problem(401, "invalid_refresh_token");
@@ -180,7 +180,7 @@ async fn a_sign_in_beside_the_end_of_the_account_leaves_no_live_token() {
         deleted.expect(204);
         let since = Instant::now();
         assert_fruitless([&here, &there], signed_in, 401).await;
-        assert_dies(&there, &ann.access_token, since).await;
+        assert_revoked(&there, &ann.access_token, since).await;
         assert_eq!(count(&here, "users").await, 0);
         assert_eq!(count(&here, "sessions").await, 0);
     }
@@ -293,17 +293,17 @@ async fn a_refresh_beside_a_sign_out_does_not_bring_the_session_back() {
     for order in BOTH {
         let ann = here.user().await;
         let held = RowLock::new(&here, "sessions", &ann.session_id).await;
-        let sign_out = here
+        let logout = here
             .post("/api/v1/auth/logout")
             .bearer(&ann.access_token)
             .send();
         let (refreshed, signed_out) =
-            race(order, held, refresh(&there, &ann.refresh_token), sign_out).await;
+            race(order, held, refresh(&there, &ann.refresh_token), logout).await;
         println!("{order:?}: {} {}", refreshed.status, signed_out.status);
         signed_out.expect(204);
         let since = Instant::now();
         assert_fruitless([&here, &there], refreshed, 401).await;
-        assert_dies(&there, &ann.access_token, since).await;
+        assert_revoked(&there, &ann.access_token, since).await;
         assert_eq!(count(&here, "sessions").await, 0);
     }
 }
@@ -335,7 +335,7 @@ async fn a_refresh_beside_a_change_of_password_does_not_save_the_session() {
         let tokens = changed.expect(200).json();
         let since = Instant::now();
         assert_fruitless([&here, &there], refreshed, 401).await;
-        assert_dies(&there, &ann.access_token, since).await;
+        assert_revoked(&there, &ann.access_token, since).await;
         refresh(&here, &text(&tokens, "refresh_token"))
             .await
             .expect(200);

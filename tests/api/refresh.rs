@@ -6,11 +6,11 @@ use std::time::Instant;
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::auth::{assert_signed_in, refresh, sign_out, text};
+use crate::auth::{assert_signed_in, logout, refresh, text};
 use crate::harness::{Server, User, claims, forge};
 use crate::log::{settled, unique_id, warnings};
 use crate::purge::age;
-use crate::sessions::assert_dies;
+use crate::sessions::assert_revoked;
 use crate::tokens;
 
 /// Moves one session's whole past back in time, as if that long had gone by.
@@ -27,7 +27,7 @@ async fn wait_in_database(sql: &tokio_postgres::Client, user: &User, interval: &
 /// Asserts that nothing of a session works any longer.
 async fn assert_over(server: &Server, access: &[&str], refresh_tokens: &[&str], ended: Instant) {
     for token in access {
-        assert_dies(server, token, ended).await;
+        assert_revoked(server, token, ended).await;
     }
     for token in refresh_tokens {
         refresh(server, token)
@@ -314,12 +314,12 @@ async fn signing_out_by_bearer_token_ends_the_session() {
         .await
         .expect(200)
         .json();
-    let response = sign_out(&server, &ann.access_token).await.expect(204);
+    let response = logout(&server, &ann.access_token).await.expect(204);
     let ended = Instant::now();
     assert!(response.body.is_empty());
     assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
     // Again, though the session is over already.
-    sign_out(&server, &ann.access_token).await.expect(204);
+    logout(&server, &ann.access_token).await.expect(204);
     assert_signed_in(&server, &text(&elsewhere, "access_token")).await;
 }
 
@@ -373,7 +373,7 @@ async fn signing_out_with_a_merely_expired_token_ends_the_session() {
         json!({"alg": "HS256", "typ": "JWT"}),
         claims,
     );
-    sign_out(&server, &expired).await.expect(204);
+    logout(&server, &expired).await.expect(204);
     let ended = Instant::now();
     assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
 }
@@ -397,7 +397,7 @@ async fn signing_out_with_a_forged_token_or_none_is_refused() {
         )
     };
     for bad in [&forged, &expired_and_forged, &ann.refresh_token] {
-        sign_out(&server, bad).await.problem(401, "invalid_token");
+        logout(&server, bad).await.problem(401, "invalid_token");
         // A refresh token in the body does not make a forgery good.
         server
             .post("/api/v1/auth/logout")

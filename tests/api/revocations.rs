@@ -7,7 +7,7 @@ use tokio::time::sleep;
 use crate::auth::assert_signed_in;
 use crate::harness::Server;
 use crate::purge::age;
-use crate::sessions::assert_dies;
+use crate::sessions::assert_revoked;
 
 /// Whether the whole form of the tests was asked for, which takes minutes.
 fn is_full() -> bool {
@@ -50,14 +50,14 @@ async fn end_in_a_long_transaction(took: Duration, waited: Duration) {
         .bearer(&bystander.access_token)
         .await
         .expect(204);
-    assert_dies(&there, &other.access_token, Instant::now()).await;
+    assert_revoked(&there, &other.access_token, Instant::now()).await;
     use_for(Duration::from_secs(1), [&here, &there], &ann.access_token).await;
 
     sql.batch_execute("commit").await.expect("the commit");
     let ended = Instant::now();
     tokio::join!(
-        assert_dies(&here, &ann.access_token, ended),
-        assert_dies(&there, &ann.access_token, ended),
+        assert_revoked(&here, &ann.access_token, ended),
+        assert_revoked(&there, &ann.access_token, ended),
     );
     assert_signed_in(&there, &bystander.access_token).await;
 }
@@ -96,9 +96,9 @@ async fn a_short_lifetime_of_tokens_does_not_shorten_the_memory_of_revocations()
         .bearer(&ann.access_token)
         .await
         .expect(204);
-    assert_dies(&there, &other.access_token, Instant::now()).await;
+    assert_revoked(&there, &other.access_token, Instant::now()).await;
     if is_full() {
         use_for(Duration::from_secs(125), [&here, &there], &ann.access_token).await;
-        assert_dies(&there, &other.access_token, Instant::now()).await;
+        assert_revoked(&there, &other.access_token, Instant::now()).await;
     }
 }

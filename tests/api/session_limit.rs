@@ -9,7 +9,7 @@ use crate::auth::{assert_signed_in, login, refresh, text};
 use crate::harness::{Server, User, until};
 use crate::metrics::scrape;
 use crate::purge::age;
-use crate::sessions::{assert_dies, list};
+use crate::sessions::{assert_revoked, list};
 
 /// Gives a user this many more sessions, as old as this.
 async fn add_sessions(sql: &Client, user: &User, count: i32, used: &str) {
@@ -63,7 +63,7 @@ async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
         .bearer(&ann.access_token)
         .await
         .problem(401, "invalid_token");
-    assert_dies(&there, &ann.access_token, ended).await;
+    assert_revoked(&there, &ann.access_token, ended).await;
     let sessions = list(&there, &fourth.access_token).await;
     assert_eq!(sessions.len(), 100);
     let current = sessions.iter().find(|session| session["current"] == true);

@@ -8,20 +8,20 @@ use serde_json::{Value, json};
 
 use crate::auth::{
     ANOTHER_PASSWORD, assert_signed_in, assert_time, change_password, delete_account, login,
-    refresh, sign_out, text,
+    logout, refresh, text,
 };
 use crate::harness::{PASSWORD, Server, User, claims};
 use crate::purge::age;
 
 /// Somebody else's tasks: 403 to a good token and 401 to any other, before the database is
 /// asked for anything but what has ended.
-pub(crate) const NOBODYS_TASKS: &str = "/api/v1/00000000-0000-7000-8000-000000000000/tasks";
+pub(crate) const OTHER_USERS_TASKS: &str = "/api/v1/00000000-0000-7000-8000-000000000000/tasks";
 
 /// Asserts that no request sent a second or more after `ended` is let in with this token.
-pub(crate) async fn assert_dies(server: &Server, token: &str, ended: Instant) {
+pub(crate) async fn assert_revoked(server: &Server, token: &str, ended: Instant) {
     loop {
         let sent = Instant::now();
-        let response = server.get(NOBODYS_TASKS).bearer(token).await;
+        let response = server.get(OTHER_USERS_TASKS).bearer(token).await;
         if response.status == 401 {
             response.problem(401, "invalid_token");
             break;
@@ -196,7 +196,7 @@ async fn one_session_can_be_ended_from_another() {
     );
     ann.delete(&path).await.expect(204);
     let ended = Instant::now();
-    assert_dies(&server, &thief_token, ended).await;
+    assert_revoked(&server, &thief_token, ended).await;
     refresh(&server, &text(&thief, "refresh_token"))
         .await
         .problem(401, "invalid_refresh_token");
@@ -214,7 +214,7 @@ async fn a_session_can_end_itself() {
     ann.delete(format!("/api/v1/auth/sessions/{}", ann.session_id))
         .await
         .expect(204);
-    assert_dies(&server, &ann.access_token, Instant::now()).await;
+    assert_revoked(&server, &ann.access_token, Instant::now()).await;
 }
 
 #[tokio::test]
@@ -233,7 +233,7 @@ async fn every_session_but_this_one_can_be_ended() {
     ann.delete("/api/v1/auth/sessions").await.expect(204);
     let ended = Instant::now();
     for other in &others {
-        assert_dies(&server, &text(other, "access_token"), ended).await;
+        assert_revoked(&server, &text(other, "access_token"), ended).await;
         refresh(&server, &text(other, "refresh_token"))
             .await
             .problem(401, "invalid_refresh_token");
@@ -318,7 +318,7 @@ async fn end_after(server: &Server, way: End, event: impl AsyncFnOnce(&str)) -> 
     let sid = text(&claims(&token), "sid");
     event(&sid).await;
     match way {
-        End::SignOut => sign_out(server, &token).await.expect(204),
+        End::SignOut => logout(server, &token).await.expect(204),
         End::SignOutByRefreshToken => server
             .post("/api/v1/auth/logout")
             .json(json!({"refresh_token": refresh_token}))
@@ -375,8 +375,8 @@ async fn however_a_session_ends_it_is_over_everywhere_within_a_second() {
         let (token, ended) = end(&here, way).await;
         println!("{way:?}");
         join_all([
-            assert_dies(&there, &token, ended),
-            assert_dies(&here, &token, ended),
+            assert_revoked(&there, &token, ended),
+            assert_revoked(&here, &token, ended),
         ])
         .await;
         assert_signed_in(&there, &witness.access_token).await;
@@ -396,7 +396,7 @@ async fn an_instance_that_starts_later_knows_what_ended_before() {
     let statuses = join_all(
         tokens
             .iter()
-            .map(async |(token, _)| later.get(NOBODYS_TASKS).bearer(token).await.status),
+            .map(async |(token, _)| later.get(OTHER_USERS_TASKS).bearer(token).await.status),
     )
     .await;
     assert_eq!(statuses, [401; 7]);
@@ -422,7 +422,7 @@ async fn ending_a_session_that_ran_out_ends_its_last_access_token_too() {
         })
         .await;
         println!("{way:?}");
-        assert_dies(&there, &token, ended).await;
+        assert_revoked(&there, &token, ended).await;
     }
 }
 
@@ -464,7 +464,7 @@ async fn knowing_what_ended_costs_a_query_or_two_a_second_and_none_when_idle() {
     // The first requests after a start have more to do: let that be over.
     let warm = Instant::now();
     while warm.elapsed() < Duration::from_secs(2) {
-        ann.get(NOBODYS_TASKS).await.expect(403);
+        ann.get(OTHER_USERS_TASKS).await.expect(403);
     }
 
     let before = statements.look().await;
@@ -473,7 +473,7 @@ async fn knowing_what_ended_costs_a_query_or_two_a_second_and_none_when_idle() {
     let load = async {
         let mut answered = 0;
         while started.elapsed() < Duration::from_secs(5) {
-            ann.get(NOBODYS_TASKS).await.expect(403);
+            ann.get(OTHER_USERS_TASKS).await.expect(403);
             answered += 1;
         }
         stop.notify_one();
@@ -551,7 +551,7 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
     let mut refusals = 0;
     while refusals < 10 {
         let sent = Instant::now();
-        let response = ann.get(NOBODYS_TASKS).await;
+        let response = ann.get(OTHER_USERS_TASKS).await;
         if response.status == 503 {
             assert!(!response.header("retry-after").is_empty());
             response.problem(503, "database_unavailable");
@@ -567,7 +567,7 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
     }
     // What is bad by itself is bad all the same.
     server
-        .get(NOBODYS_TASKS)
+        .get(OTHER_USERS_TASKS)
         .bearer(&forged)
         .await
         .problem(401, "invalid_token");

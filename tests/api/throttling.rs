@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::auth::{
-    ANOTHER_PASSWORD, change_password, delete_account, login, refresh, register, sign_out,
+    ANOTHER_PASSWORD, change_password, delete_account, login, logout, refresh, register,
 };
 use crate::harness::{PASSWORD, Response, Server};
 use crate::purge::age;
@@ -188,7 +188,7 @@ async fn nobody_else_and_no_session_in_use_is_slowed_down() {
     register(&server, "cid@example.com", PASSWORD)
         .await
         .expect(201);
-    sign_out(&server, &ann.access_token).await.expect(204);
+    logout(&server, &ann.access_token).await.expect(204);
 }
 
 /// A stolen token does not help to guess the password, and does not lock the owner out of logins;
@@ -319,7 +319,7 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
     for path in ["/api/v1/auth/me", "/api/v1/auth/sessions"] {
         server.get(path).bearer(&token).await.expect(200);
     }
-    sign_out(&server, &token).await.expect(204);
+    logout(&server, &token).await.expect(204);
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use super::{
     report, serialize, short_or_full, until_well,
 };
 use crate::harness::until;
-use crate::sessions::NOBODYS_TASKS;
+use crate::sessions::OTHER_USERS_TASKS;
 
 /// As many backends as the pool has places, and none left over from before.
 async fn until_no_leak(rig: &Cluster) -> usize {
@@ -268,7 +268,7 @@ async fn no_request_waits_for_revocations_to_be_read() {
     while started.elapsed() < Duration::from_secs(4) {
         let sent = Instant::now();
         // Refused by what is known of revocations alone.
-        let request = rig.server.get(NOBODYS_TASKS);
+        let request = rig.server.get(OTHER_USERS_TASKS);
         request
             .bearer(&rig.user.access_token)
             .send()
