@@ -1,7 +1,6 @@
-//! `DATABASE_URL` is read as libpq reads it, or refused without showing any part of the password.
+//! `DATABASE_URL` is parsed as libpq does, or rejected without revealing any part of the password.
 //!
-//! What is read shows in what a client sends: `psql`, which is libpq, and the service connect to a
-//! server that only listens.
+//! `psql`, which uses libpq, and the service connect to a server that records what they send.
 
 use std::{collections::BTreeMap, env, fs};
 
@@ -15,51 +14,51 @@ use tokio::{
 
 use crate::harness::{DataDir, Process, SECRET};
 
-/// What a client sent before it was turned away.
+/// What a client sent before it was rejected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Startup {
     transport: &'static str,
     tls_requested: bool,
-    /// `user`, `database` and the like; empty if the client went away before it sent them.
+    /// `user`, `database` and so on; empty if the client disconnected before it sent them.
     parameters: BTreeMap<String, String>,
     password: Option<String>,
 }
 
-/// A server on loopback and on a unix socket that asks for a password and accepts none.
+/// A server on loopback and a unix socket that requests a password and rejects it.
 struct Listener {
     port: u16,
     directory: DataDir,
-    heard: mpsc::UnboundedReceiver<Startup>,
+    received: mpsc::UnboundedReceiver<Startup>,
 }
 
 impl Listener {
     async fn start() -> Listener {
-        let (tell, heard) = mpsc::unbounded_channel();
+        let (sender, received) = mpsc::unbounded_channel();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        // The port may be taken there, or there is no IPv6.
+        // Fails if the port is in use or there is no IPv6.
         let second = TcpListener::bind(("::1", port)).await.ok();
         let directory = DataDir::new();
         let path = directory.parent().join(format!(".s.PGSQL.{port}"));
         let socket = UnixListener::bind(path).unwrap();
         for (listener, transport) in [(Some(listener), "IPv4"), (second, "IPv6")] {
             let Some(listener) = listener else { continue };
-            let tell = tell.clone();
+            let sender = sender.clone();
             tokio::spawn(async move {
                 while let Ok((stream, _)) = listener.accept().await {
-                    let _ = tell.send(turn_away(stream, transport).await);
+                    let _ = sender.send(reject(stream, transport).await);
                 }
             });
         }
         tokio::spawn(async move {
             while let Ok((stream, _)) = socket.accept().await {
-                let _ = tell.send(turn_away(stream, "unix").await);
+                let _ = sender.send(reject(stream, "unix").await);
             }
         });
         Listener {
             port,
             directory,
-            heard,
+            received,
         }
     }
 
@@ -71,7 +70,7 @@ impl Listener {
             .replace("DIRECTORY", directory)
     }
 
-    /// Has `psql` connect with this URL; returns its message.
+    /// Connects with `psql` and returns its error message.
     async fn psql(&self, url: &str) -> String {
         let output = tokio::process::Command::new("psql")
             .args(["--no-password", "--no-psqlrc", "--dbname", url])
@@ -84,7 +83,7 @@ impl Listener {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    /// The same for `todo-api check`.
+    /// Connects with `todo-api check` and returns its output.
     async fn service(&self, url: &str) -> String {
         let variables = [("DATABASE_URL", url), ("JWT_SECRET", SECRET)];
         let process = Process::spawn(&["check"], &variables);
@@ -92,16 +91,16 @@ impl Listener {
         process.output() + &process.log()
     }
 
-    /// What a client sent; it has ended, but its last words may not have been told yet.
-    async fn heard(&mut self) -> Option<Startup> {
-        timeout(Duration::from_secs(10), self.heard.recv())
+    /// What a client sent; it may arrive after the client has exited.
+    async fn received(&mut self) -> Option<Startup> {
+        timeout(Duration::from_secs(10), self.received.recv())
             .await
             .ok()
             .flatten()
     }
 }
 
-async fn turn_away(
+async fn reject(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     transport: &'static str,
 ) -> Startup {
@@ -109,11 +108,11 @@ async fn turn_away(
         transport,
         ..Startup::default()
     };
-    let _ = converse(&mut stream, &mut startup).await;
+    let _ = read_startup(&mut stream, &mut startup).await;
     startup
 }
 
-async fn converse(
+async fn read_startup(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     startup: &mut Startup,
 ) -> std::io::Result<()> {
@@ -136,7 +135,7 @@ async fn converse(
         .chunks_exact(2)
         .map(|pair| (pair[0].clone(), pair[1].clone()))
         .collect();
-    // A password in clear, please.
+    // Requests a clear-text password.
     stream.write_all(b"R\0\0\0\x08\0\0\0\x03").await?;
     if stream.read_u8().await? == b'p' {
         let packet = read_packet(stream).await?;
@@ -157,7 +156,7 @@ async fn read_packet(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<V
     Ok(packet)
 }
 
-/// What counts: not the names that clients give themselves, and with the defaults filled in.
+/// What has to be equal: without the clients' own names, and with the defaults filled in.
 fn comparable(startup: Option<Startup>, url: &str) -> Option<Startup> {
     let mut startup = startup?;
     let parameters = &mut startup.parameters;
@@ -173,7 +172,7 @@ fn comparable(startup: Option<Startup>, url: &str) -> Option<Startup> {
 }
 
 #[tokio::test]
-async fn a_url_is_read_as_libpq_reads_it() {
+async fn parses_urls_as_libpq_does() {
     let urls = [
         "postgres://ann:hunter2@127.0.0.1:PORT/todo",
         "postgresql://ann:hunter2@127.0.0.1:PORT/todo",
@@ -229,15 +228,15 @@ async fn a_url_is_read_as_libpq_reads_it() {
     let compared = urls.map(async |template| {
         let mut listener = Listener::start().await;
         let url = listener.url(template);
-        let libpq_said = listener.psql(&url).await;
-        let libpq = comparable(listener.heard().await, template);
-        let said = listener.service(&url).await;
-        let ours = listener.heard().await;
+        let libpq_output = listener.psql(&url).await;
+        let libpq = comparable(listener.received().await, template);
+        let output = listener.service(&url).await;
+        let ours = listener.received().await;
         if libpq.is_some() && libpq == comparable(ours.clone(), template) {
             return None;
         }
         Some(format!(
-            "{template}\nlibpq: {libpq:?} {libpq_said}\nours: {ours:?} {said}"
+            "{template}\nlibpq: {libpq:?} {libpq_output}\nours: {ours:?} {output}"
         ))
     });
     let differences: Vec<String> = join_all(compared).await.into_iter().flatten().collect();
@@ -245,30 +244,33 @@ async fn a_url_is_read_as_libpq_reads_it() {
 }
 
 #[tokio::test]
-async fn parameters_of_other_tools_that_mean_nothing_here_are_accepted() {
+async fn accepts_parameters_of_other_tools() {
     let mut listener = Listener::start().await;
     let url = listener.url(
         "postgres://ann:hunter2@127.0.0.1:PORT/todo?pgbouncer=true&connection_limit=5&pool_timeout=9\
          &schema=public&statement_cache_size=0&supa=base-pooler.x&prepareThreshold=0&pool=5\
          &uselibpqcompat=true&gssencmode=disable",
     );
-    let said = listener.service(&url).await;
-    let heard = listener.heard().await.unwrap_or_else(|| panic!("{said}"));
-    assert_eq!(heard.parameters["user"], "ann", "{said}");
-    assert_eq!(heard.password.as_deref(), Some("hunter2"), "{said}");
+    let output = listener.service(&url).await;
+    let received = listener
+        .received()
+        .await
+        .unwrap_or_else(|| panic!("{output}"));
+    assert_eq!(received.parameters["user"], "ann", "{output}");
+    assert_eq!(received.password.as_deref(), Some("hunter2"), "{output}");
 }
 
-/// A URL that is refused, and what the refusal says. Where `libpq` is false, that would accept it.
-struct Refused {
+/// A URL that is rejected, and a part of the error. `libpq` is whether libpq rejects it, too.
+struct Rejected {
     url: &'static str,
     says: &'static str,
     libpq: bool,
 }
 
 #[tokio::test]
-async fn a_url_that_cannot_be_read_for_certain_is_refused_without_a_part_of_its_password() {
+async fn rejects_ambiguous_urls_without_revealing_the_password() {
     const ENCODE: &str = "percent-encode the password";
-    let refused = |says, libpq| move |url| Refused { url, says, libpq };
+    let rejected = |says, libpq| move |url| Rejected { url, says, libpq };
     let encode = [
         "postgres://ann:hun/ter2@127.0.0.1:PORT/todo",
         "postgres://ann:hun%ter2@127.0.0.1:PORT/todo",
@@ -281,8 +283,8 @@ async fn a_url_that_cannot_be_read_for_certain_is_refused_without_a_part_of_its_
         "postgres://ann@127.0.0.1:PORT/todo?password=hun&ter2=x",
         "postgres://ann@127.0.0.1:PORT/todo?password=hun=ter2",
     ];
-    // libpq would take a part of these passwords for something else, or every old one would.
-    let encode_alone = [
+    // libpq, or an older libpq, would take part of these passwords for something else.
+    let service_only = [
         "postgres://ann:hun@ter2@127.0.0.1:PORT/todo",
         "postgres://ann:hunter2@@127.0.0.1:PORT/todo",
         "postgres://ann:@hunter2@127.0.0.1:PORT/todo",
@@ -383,37 +385,37 @@ async fn a_url_that_cannot_be_read_for_certain_is_refused_without_a_part_of_its_
         ),
     ];
     let cases = encode
-        .map(refused(ENCODE, true))
+        .map(rejected(ENCODE, true))
         .into_iter()
-        .chain(encode_alone.map(refused(ENCODE, false)))
-        .chain(others.map(|(url, says, libpq)| Refused { url, says, libpq }));
+        .chain(service_only.map(rejected(ENCODE, false)))
+        .chain(others.map(|(url, says, libpq)| Rejected { url, says, libpq }));
     let tried = cases.map(async |case| {
         let mut listener = Listener::start().await;
         let url = listener.url(case.url);
         let variables = [("DATABASE_URL", &*url), ("JWT_SECRET", SECRET)];
         let process = Process::spawn(&["check"], &variables);
         let code = process.ended().await.code();
-        let said = process.output() + &process.log();
-        let shows = |part: &str| said.contains(part);
+        let output = process.output() + &process.log();
+        let shows = |part: &str| output.contains(part);
         if case.libpq {
             listener.psql(&url).await;
         }
         sleep(Duration::from_millis(100)).await;
-        let heard = listener.heard.try_recv().ok();
+        let received = listener.received.try_recv().ok();
         let is_right = code == Some(1)
-            && heard.is_none()
-            && said.lines().count() == 1
+            && received.is_none()
+            && output.lines().count() == 1
             && shows("DATABASE_URL")
             && shows(case.says)
             && !["hun", "ter2", "80"].into_iter().any(shows);
-        (!is_right).then(|| format!("{}: {code:?} {heard:?} {said}", case.url))
+        (!is_right).then(|| format!("{}: {code:?} {received:?} {output}", case.url))
     });
     let wrong: Vec<String> = join_all(tried).await.into_iter().flatten().collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[tokio::test]
-async fn a_server_that_wants_the_password_that_the_url_lacks_ends_the_start() {
+async fn exits_if_the_server_requires_a_password_that_the_url_lacks() {
     let listener = Listener::start().await;
     let url = listener.url("postgres://ann@127.0.0.1:PORT/todo");
     let variables = [
@@ -423,16 +425,16 @@ async fn a_server_that_wants_the_password_that_the_url_lacks_ends_the_start() {
     ];
     let process = Process::spawn(&[], &variables);
     assert_eq!(process.ended().await.code(), Some(1));
-    let place = listener.url("DATABASE_URL (127.0.0.1:PORT/todo)");
+    let location = listener.url("DATABASE_URL (127.0.0.1:PORT/todo)");
     let log = process.log();
     assert!(
-        log.contains(&place) && log.contains("password missing"),
+        log.contains(&location) && log.contains("password missing"),
         "{log}"
     );
 }
 
 #[tokio::test]
-async fn a_missing_file_of_root_certificates_is_always_an_error() {
+async fn a_missing_root_certificate_file_is_always_an_error() {
     let directory = DataDir::new();
     let empty = directory.parent().join("empty.pem");
     fs::write(&empty, "").unwrap();

@@ -1,5 +1,5 @@
-//! What the statements under `sql/` cost where many rows are: each touches what it gives back and
-//! little more, whichever plan PostgreSQL makes of it.
+//! The cost of the statements under `sql/` on large tables: each reads little more than it returns,
+//! with a generic plan as well as with a custom one.
 
 use std::collections::BTreeSet;
 
@@ -9,9 +9,9 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 use crate::harness::Server;
 use crate::sql::files;
 
-/// 100 people with 1,000 tasks each, who all write at the same time: on a page of the table hardly
-/// two tasks are of the same person. The n-th user, task and session has the id `nth(n)`; user 7
-/// has the tasks 6, 106 to 99906, and user 5000 a hundred sessions. Nothing is due to be swept.
+/// 100 users with 1,000 tasks each that were created in turn, so that a page of the table rarely has two
+/// tasks of one user. The n-th user, task and session has the id `nth(n)`; user 7 has the tasks 6, 106
+/// to 99906, and user 5000 has a hundred sessions. Nothing is due for a purge.
 const ROWS: &str = "
 create function nth(n bigint) returns uuid immutable language sql as
 $$ select lpad(to_hex(n), 32, '0')::uuid $$;
@@ -49,7 +49,7 @@ update login_failures set account = account || '@example.com';
 insert into login_failures (account, network, failures, last_failure_at)
 select nth(n), 'session', 3, now() - n * interval '8 seconds' from generate_series(1, 1000) n;
 
--- User 8 has as many as an account can have.
+-- User 8 has the maximum.
 insert into login_networks (user_id, network, last_used_at)
 select nth(n), '192.0.2.' || network, now() - interval '1 day' - network * interval '1 minute'
 from generate_series(1, 5000) n, generate_series(1, case n when 8 then 100 else 2 end) network;
@@ -59,7 +59,6 @@ select nth(1 + n % 5000), 'key ' || n, nth(n), 'sweep the floor', null, false,
        now() - n * interval '8 seconds'
 from generate_series(1, 10000) n";
 
-/// All of them.
 const TABLES: [&str; 7] = [
     "users",
     "tasks",
@@ -70,30 +69,29 @@ const TABLES: [&str; 7] = [
     "idempotency_keys",
 ];
 
-/// PostgreSQL plans a prepared statement for the parameters at hand at first, and after five times
-/// for any parameters if that looks no dearer. A connection may come to run either.
+/// PostgreSQL uses custom plans for the first five executions of a prepared statement, and then a
+/// generic plan if that is not more expensive. A connection may use either.
 const PLANS: [&str; 2] = ["force_generic_plan", "force_custom_plan"];
 
-/// A statement at one of its tasks, and what that may cost.
+/// A statement with parameters, and the cost that is allowed.
 struct Case {
-    /// The statement's path below `sql/`.
+    /// The statement's path under `sql/`.
     file: &'static str,
-    /// What is asked of it.
+    /// A description of the case.
     what: &'static str,
     /// The parameters, as a list of SQL expressions.
     with: &'static str,
-    /// Statements that make the case, in the same transaction.
+    /// Statements that prepare the case in the same transaction.
     given: &'static str,
-    /// Rows that it gives back, or changes where it gives none back.
+    /// The rows that it returns, or changes if it returns none.
     rows: u64,
-    /// Pages of our tables and indexes that it may touch, each as often as it does; those that its
-    /// triggers and cascades touch count.
+    /// The most accesses to pages of tables and indexes, including those of triggers and cascades.
     pages: u64,
-    /// Rows that it may read and not give back.
+    /// The most rows that it may read without returning them.
     rows_discarded: u64,
-    /// Rows that it may sort whatever its parameters are: a few are sorted as fast as read in order.
+    /// The most rows that a generic plan may sort. Sorting a few is as fast as reading them in order.
     sorted: u64,
-    /// Why it may read a table from its beginning, if it may.
+    /// Why a sequential scan is allowed; empty if it is not.
     reads_all: &'static str,
 }
 
@@ -117,19 +115,19 @@ macro_rules! cases {
     };
 }
 
-/// Down an index and into the table: up to 4 pages.
+/// An index lookup and the row: up to 4 pages.
 const A_ROW: u64 = 8;
-/// A row made or changed in all its indexes, or deleted, with the row that a foreign key asks for
-/// or a trigger writes: 9 to 16 pages.
+/// A row written or deleted with all its index entries, and the row that a foreign key checks or a
+/// trigger writes: 9 to 16 pages.
 const A_WRITE: u64 = 30;
-/// Rows that lie far apart cost a page each, besides those of the index: 3 to 6.
+/// 51 scattered rows: a page each, and 3 to 6 pages of the index.
 const FIFTY_ONE: u64 = 70;
-/// The same for all tasks of a user, where the index has up to 26.
+/// All 1,000 tasks of a user: a page each, and up to 26 pages of the index.
 const THOUSAND: u64 = 1100;
-/// A batch of a sweep. Each row is found, locked and deleted.
+/// A batch of a purge. Each row is found, locked and deleted.
 const A_BATCH: u64 = 500 * 6;
 
-// About twice what is measured, unless the rows that are read account for it.
+// The limits are about twice the measured cost, unless the rows that are read account for it.
 cases! {
     "idempotency_keys/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
@@ -141,8 +139,8 @@ cases! {
                    where user_id <= nth(2000)";
     }
     "login_failures/clear.sql" {
-        "of somebody": "nth(7)" => rows 3, pages A_WRITE;
-        "of nobody": "nth(500000)" => rows 0, pages A_ROW;
+        "an account": "nth(7)" => rows 3, pages A_WRITE;
+        "no account": "nth(500000)" => rows 0, pages A_ROW;
     }
     "login_failures/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
@@ -157,10 +155,10 @@ cases! {
         "the first": "'new@example.com', '192.0.2.9'" => rows 1, pages 2 * A_WRITE;
         "one more at an unknown address": "'nobody7@example.com', '192.0.2.7'" =>
             rows 1, pages 2 * A_WRITE;
-        "one more from elsewhere": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_WRITE;
+        "one more from an unused network": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_WRITE;
         "one more from a known network": "'user7@example.com', '192.0.2.2'" =>
             rows 1, pages 2 * A_WRITE;
-        "one more while signed in": "nth(7)::text, 'session'" => rows 1, pages A_WRITE;
+        "one more while authenticated": "nth(7)::text, 'session'" => rows 1, pages A_WRITE;
         "one while blocked": "'user7@example.com', '192.0.2.7'" =>
             rows 1, pages 2 * A_WRITE, rows_discarded 1,
             given "update login_failures set blocked_until = now() + interval '1 hour'
@@ -176,15 +174,15 @@ cases! {
                    where user_id <= nth(2000)";
     }
     "revocations/since.sql" {
-        "for the first time": "null, null" => rows 10_001, pages 230,
-            reads_all "every row is asked for";
+        "the first read": "null, null" => rows 10_001, pages 230,
+            reads_all "returns every row";
         "nothing was revoked": "200, pg_postmaster_start_time()" => rows 1, pages A_ROW;
         "five were revoked": "200, pg_postmaster_start_time()" => rows 6, pages A_ROW,
             given "update revocations set xid = '300' where session_id <= nth(1000005)";
-        "five came out of a dump": "200, pg_postmaster_start_time()" => rows 1, pages A_ROW,
+        "five were restored from a dump": "200, pg_postmaster_start_time()" => rows 1, pages A_ROW,
             given "update revocations set xid = '9000000000000' where session_id <= nth(1000005)";
-        "from another server": "200, now()" => rows 10_001, pages 230,
-            reads_all "every row is asked for";
+        "after a restart": "200, now()" => rows 10_001, pages 230,
+            reads_all "returns every row";
     }
     "revocations/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
@@ -196,7 +194,7 @@ cases! {
                    where session_id <= nth(1004000)";
     }
     "sessions/end.sql" {
-        "one's own": "nth(7), nth(6), 0" => rows 1, pages A_WRITE;
+        "own session": "nth(7), nth(6), 0" => rows 1, pages A_WRITE;
         "somebody else's": "nth(7), nth(7), 0" => rows 0, pages A_ROW;
     }
     "sessions/end_by_refresh_token.sql" {
@@ -206,11 +204,11 @@ cases! {
     "sessions/end_others.sql" {
         "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, rows_discarded 1;
         // Three pages for a session, nine for its revocation.
-        "as many others as there can be": "nth(5000), nth(65)" => rows 99, pages 99 * 20, rows_discarded 1;
+        "the most others": "nth(5000), nth(65)" => rows 99, pages 99 * 20, rows_discarded 1;
     }
     "sessions/end_reused.sql" {
-        "a token that was used": "nth(6), 2" => rows 1, pages A_WRITE;
-        "one that was not": "nth(6), 3" => rows 0, pages A_ROW, rows_discarded 1;
+        "a used token": "nth(6), 2" => rows 1, pages A_WRITE;
+        "an unused token": "nth(6), 3" => rows 0, pages A_ROW, rows_discarded 1;
         "gone": "nth(500000), 2" => rows 0, pages A_ROW;
     }
     "sessions/list.sql" {
@@ -218,13 +216,13 @@ cases! {
         "a hundred": "nth(5000)" => rows 100, pages 130, sorted 100;
     }
     "sessions/refresh.sql" {
-        // A new version of the row, which goes into three indexes.
+        // Writes a new version of the row with entries in three indexes.
         "the newest token": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
         "within the hour": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" =>
             rows 1, pages 40, rows_discarded 1,
             given "update login_networks set last_used_at = now() where user_id = nth(7)";
-        // All networks of the user are looked at for the oldest.
-        "from a network too many": "nth(7), 3, 1e6, 1e6, 1e7, '192.0.2.200'" =>
+        // Reads all networks of the user to find the oldest.
+        "from one network too many": "nth(7), 3, 1e6, 1e6, 1e7, '192.0.2.200'" =>
             rows 1, pages 90, rows_discarded 99;
         "the one before": "nth(6), 2, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
         "an older one": "nth(6), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW, rows_discarded 1;
@@ -242,10 +240,10 @@ cases! {
         "with an old hash":
             "nth(7), hash(7), hash(70000), nth(500000), 1e6, 'Firefox', '192.0.2.1'" =>
             rows 1, pages 4 * A_WRITE, rows_discarded 5;
-        "from a network too many":
+        "from one network too many":
             "nth(8), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.200'" =>
             rows 1, pages 4 * A_WRITE, rows_discarded 99;
-        // The hundred are read and put in order.
+        // Reads and sorts all hundred.
         "beyond a hundred sessions":
             "nth(5000), hash(5000), hash(5000), nth(500000), 1e6, 'Firefox', '192.0.2.1'" =>
             rows 1, pages 130 + 4 * A_WRITE, rows_discarded 3;
@@ -262,7 +260,7 @@ cases! {
     }
     "sessions/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
-        // Here and below, the trigger wants each row as it was: one page more.
+        // Here and below, the trigger reads each old row: one more page.
         "twenty are due": "" => rows 20, pages 170,
             given "update sessions set expires_at = now() - interval '2 days'
                    where id between nth(11) and nth(30)";
@@ -271,9 +269,9 @@ cases! {
                    where id <= nth(3000)";
     }
     "tasks/count.sql" {
-        // The index alone.
+        // Reads only the index.
         "all": "nth(7), null, null" => rows 1, pages 30;
-        // A filter looks at all tasks of the user, and at nobody else's.
+        // A filter reads all tasks of the user.
         "the completed": "nth(7), true, null" => rows 1, pages THOUSAND, rows_discarded 975;
         "a search": "nth(7), null, 'PLANTS'" => rows 1, pages THOUSAND, rows_discarded 990;
     }
@@ -303,7 +301,7 @@ cases! {
             rows 1, pages 2 * A_ROW;
     }
     "tasks/delete_completed.sql" {
-        // Looks at all tasks of the user, and at nobody else's.
+        // Reads all tasks of the user.
         "25 of 1,000": "nth(7)" => rows 25, pages THOUSAND + 100, rows_discarded 975;
         "no tasks": "nth(4000)" => rows 0, pages A_ROW;
     }
@@ -316,19 +314,19 @@ cases! {
     }
     "tasks/list_newest.sql" {
         "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
-        "one amid": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
-        "the last": "nth(7), null, null, nth(3006), 51" => rows 30, pages FIFTY_ONE;
+        "a middle page": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
+        "the last page": "nth(7), null, null, nth(3006), 51" => rows 30, pages FIFTY_ONE;
         "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
         "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
         "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, rows_discarded 1;
-        // A filter that few match looks at all tasks of the user, and at nobody else's.
+        // A filter with few matches reads all tasks of the user.
         "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, rows_discarded 975;
         "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, rows_discarded 990;
     }
     "tasks/list_oldest.sql" {
         "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
-        "one amid": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
-        "the last": "nth(7), null, null, nth(96906), 51" => rows 30, pages FIFTY_ONE;
+        "a middle page": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
+        "the last page": "nth(7), null, null, nth(96906), 51" => rows 30, pages FIFTY_ONE;
         "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
         "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
         "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, rows_discarded 2;
@@ -338,8 +336,8 @@ cases! {
     }
     "tasks/list_newest_batch.sql" {
         "the first page": "array[nth(7)], array[null]::uuid[], array[51]" => rows 51, pages FIFTY_ONE;
-        "one amid": "array[nth(7)], array[nth(50006)], array[51]" => rows 51, pages FIFTY_ONE;
-        "the last": "array[nth(7)], array[nth(3006)], array[51]" => rows 30, pages FIFTY_ONE;
+        "a middle page": "array[nth(7)], array[nth(50006)], array[51]" => rows 51, pages FIFTY_ONE;
+        "the last page": "array[nth(7)], array[nth(3006)], array[51]" => rows 30, pages FIFTY_ONE;
         "no tasks": "array[nth(4000)], array[null]::uuid[], array[51]" => rows 0, pages A_ROW;
         "three at once":
             "array[nth(7), nth(8), nth(9)], array[null, nth(50007), null]::uuid[], array[51, 51, 1]"
@@ -362,9 +360,9 @@ cases! {
             rows 1, pages 2 * A_ROW;
     }
     "users/delete.sql" {
-        // Two pages a task: one to find it, one to delete it.
+        // Two pages per task, to find and to delete it.
         "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 3000, rows_discarded 1;
-        // The account, a session with its revocation, two keys.
+        // The account, a session with its revocation, and two keys.
         "without tasks": "nth(4000), hash(4000)" => rows 1, pages 3 * A_WRITE;
         "the password was changed": "nth(7), hash(8)" => rows 0, pages A_ROW, rows_discarded 2;
     }
@@ -375,7 +373,7 @@ cases! {
     "users/for_login.sql" {
         "from a known network": "'user7@example.com', '192.0.2.1'" =>
             rows 1, pages 2 * A_ROW, rows_discarded 2;
-        "from elsewhere": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
+        "from an unused network": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
         "nobody": "'nobody7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
     }
     "users/get.sql" {
@@ -396,11 +394,11 @@ cases! {
     }
 }
 
-const READS_ALL: &str = "reads a table from its beginning";
+const READS_ALL: &str = "scans a whole table";
 
-/// What a statement did.
+/// What a statement cost.
 struct PlanStats {
-    /// Whether the plan was for any parameters.
+    /// Whether the plan was generic.
     generic: bool,
     rows: u64,
     pages: u64,
@@ -408,49 +406,48 @@ struct PlanStats {
     removed: u64,
     /// The most rows that were sorted.
     sorted: u64,
-    /// How often a table was read from its beginning.
+    /// How many sequential scans there were.
     scans: u64,
-    /// The plan, a word or two for each node.
+    /// A short description of each node of the plan.
     plan: Vec<String>,
 }
 
 impl PlanStats {
-    /// Where this is more than the case allows.
-    fn complaints(&self, case: &Case) -> Vec<String> {
-        let mut complaints = Vec::new();
+    /// Lists where this exceeds what the case allows.
+    fn violations(&self, case: &Case) -> Vec<String> {
+        let mut violations = Vec::new();
         if self.rows != case.rows {
-            complaints.push(format!("gives {} rows, not {}", self.rows, case.rows));
+            violations.push(format!("returns {} rows, not {}", self.rows, case.rows));
         }
         if self.pages > case.pages {
-            complaints.push(format!(
+            violations.push(format!(
                 "touches {} pages, more than {}",
                 self.pages, case.pages
             ));
         }
         if self.removed > case.rows_discarded {
-            complaints.push(format!(
+            violations.push(format!(
                 "removes {} rows, more than {}",
                 self.removed, case.rows_discarded
             ));
         }
-        // An index has the order. Where it is known how few rows that spares, to put in order what
-        // is given back anyway may be cheaper.
+        // An index provides the order, but a custom plan may prefer to sort the rows that it reads.
         let sorted = match self.generic {
             true => case.sorted,
             false => case.rows + case.rows_discarded,
         };
         if self.sorted > sorted {
-            complaints.push(format!("sorts {} rows, more than {sorted}", self.sorted));
+            violations.push(format!("sorts {} rows, more than {sorted}", self.sorted));
         }
-        // A scan may stand in the plan and not be run this time; one in a cascade is in no plan.
+        // A scan in the plan may not have been executed; one in a cascade is not in the plan.
         let planned = self.plan.iter().any(|node| node.contains("Seq Scan"));
         if (self.scans > 0 || planned) && case.reads_all.is_empty() {
-            complaints.push(READS_ALL.to_owned());
+            violations.push(READS_ALL.to_owned());
         }
-        complaints
+        violations
     }
 
-    fn look_at(&mut self, node: &Value) {
+    fn add_node(&mut self, node: &Value) {
         let kind = node["Node Type"].as_str().expect("a node");
         let of = node["Index Name"]
             .as_str()
@@ -459,7 +456,7 @@ impl PlanStats {
             Some(of) => format!("{kind} of {of}"),
             None => kind.to_owned(),
         });
-        // Both numbers are means over the loops.
+        // Both numbers are averages over the loops.
         let times = |node: &Value, what: &str| {
             let number = |what: &str| node[what].as_f64().unwrap_or(0.0);
             (number(what) * number("Actual Loops")).round() as u64
@@ -471,13 +468,13 @@ impl PlanStats {
             if kind.ends_with("Sort") {
                 self.sorted = self.sorted.max(times(child, "Actual Rows"));
             }
-            self.look_at(child);
+            self.add_node(child);
         }
     }
 }
 
-/// A database of the usual schema with these rows.
-async fn filled() -> (Server, Client) {
+/// A database with the service's schema and these rows.
+async fn filled_database() -> (Server, Client) {
     let server = Server::start().await;
     let sql = server.sql().await;
     sql.batch_execute(ROWS).await.expect("rows");
@@ -487,9 +484,9 @@ async fn filled() -> (Server, Client) {
     (server, sql)
 }
 
-/// Runs a statement twice, each time in a transaction that is rolled back: once for what it gives,
-/// once for what it reads.
-async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> PlanStats {
+/// Runs a statement twice in transactions that are rolled back: once to count the rows, once to
+/// measure the cost.
+async fn measure(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> PlanStats {
     let prepare = format!("deallocate all; set plan_cache_mode = {plan}; prepare s as {text}");
     sql.batch_execute(&prepare).await.expect(text);
     let execute = match with {
@@ -501,24 +498,23 @@ async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> 
     sql.batch_execute(&begin).await.expect(given);
     let messages = sql.simple_query(&execute).await.expect(text);
     let Some(SimpleQueryMessage::CommandComplete(rows)) = messages.last() else {
-        panic!("no end of {text}");
+        panic!("no result of {text}");
     };
     sql.batch_execute("rollback").await.expect("rollback");
 
     sql.batch_execute(&begin).await.expect(given);
-    let before = touched(sql).await;
+    let before = counters(sql).await;
     let explain = format!("explain (analyze, buffers, timing off, format json) {execute}");
     let explained = row(sql, &explain).await;
-    let after = touched(sql).await;
+    let after = counters(sql).await;
     sql.batch_execute("rollback").await.expect("rollback");
 
     let explained: Value = serde_json::from_str(&explained[0]).expect("JSON");
     let explained = &explained[0];
-    // The planner reads, too: the ends of an index tell it how far its statistics have been left
-    // behind.
+    // The planner reads pages, too: it looks at both ends of an index to correct its statistics.
     let planning = ["Shared Hit Blocks", "Shared Read Blocks"]
         .map(|kind| explained["Planning"][kind].as_u64().unwrap_or(0));
-    let mut reading = PlanStats {
+    let mut stats = PlanStats {
         generic: plan == PLANS[0],
         rows: *rows,
         pages: (after.pages - before.pages).saturating_sub(planning.iter().sum()),
@@ -527,34 +523,33 @@ async fn read(sql: &Client, plan: &str, text: &str, given: &str, with: &str) -> 
         scans: after.scans - before.scans,
         plan: Vec::new(),
     };
-    reading.look_at(&explained["Plan"]);
-    reading
+    stats.add_node(&explained["Plan"]);
+    stats
 }
 
-/// What this transaction has touched of all that is not PostgreSQL's own.
-struct Touched {
+/// What this transaction has accessed, without the system catalog.
+struct Counters {
     pages: u64,
     scans: u64,
 }
 
-/// By the counters rather than the plan, which says nothing of triggers and cascades, and sums up
-/// only what its first node waits for.
-async fn touched(sql: &Client) -> Touched {
-    let counters = row(
+/// Reads the counters, which, unlike the plan, include triggers and cascades.
+async fn counters(sql: &Client) -> Counters {
+    let values = row(
         sql,
         "select sum(pg_stat_get_xact_blocks_fetched(oid)),
                 sum(pg_stat_get_xact_numscans(oid)) filter (where relkind = 'r')
          from pg_class where oid >= 16384",
     )
     .await;
-    let counter = |n: usize| counters[n].parse().expect("a number");
-    Touched {
+    let counter = |n: usize| values[n].parse().expect("a number");
+    Counters {
         pages: counter(0),
         scans: counter(1),
     }
 }
 
-/// The first row of what a query gives.
+/// Returns the first row of a query.
 async fn row(sql: &Client, query: &str) -> Vec<String> {
     let messages = sql.simple_query(query).await.expect(query);
     let row = messages.iter().find_map(|message| match message {
@@ -566,7 +561,7 @@ async fn row(sql: &Client, query: &str) -> Vec<String> {
     (0..row.len()).map(text).collect()
 }
 
-/// Every statement: its path below `sql/`, and its text.
+/// Every statement: its path under `sql/` and its text.
 fn statements() -> Vec<(String, String)> {
     let mut files = files();
     files.retain(|(name, _)| !name.starts_with("migrations/"));
@@ -579,44 +574,44 @@ fn text<'a>(statements: &'a [(String, String)], file: &str) -> &'a str {
 }
 
 #[test]
-fn every_statement_says_what_it_may_read() {
+fn every_statement_has_cases() {
     let cases: BTreeSet<_> = CASES.iter().map(|case| case.file.to_owned()).collect();
     let files: BTreeSet<_> = statements().into_iter().map(|(name, _)| name).collect();
-    let silent: Vec<_> = files.difference(&cases).collect();
-    let gone: Vec<_> = cases.difference(&files).collect();
-    assert!(silent.is_empty(), "no case has {silent:?}");
-    assert!(gone.is_empty(), "there are no files {gone:?}");
+    let missing: Vec<_> = files.difference(&cases).collect();
+    let obsolete: Vec<_> = cases.difference(&files).collect();
+    assert!(missing.is_empty(), "no cases for {missing:?}");
+    assert!(obsolete.is_empty(), "no files {obsolete:?}");
 }
 
 #[tokio::test]
-async fn a_statement_reads_what_it_gives_back_and_little_more() {
-    let (_server, sql) = filled().await;
+async fn statements_read_little_more_than_they_return() {
+    let (_server, sql) = filled_database().await;
     let statements = statements();
-    let mut complaints = Vec::new();
+    let mut violations = Vec::new();
     for case in CASES {
-        // The cases before have left row versions that nobody wants.
+        // Removes the row versions of the previous cases.
         sql.batch_execute(&format!("vacuum (index_cleanup on) {}", TABLES.join(", ")))
             .await
             .expect("vacuum");
         let text = text(&statements, case.file);
         for plan in PLANS {
-            let reading = read(&sql, plan, text, case.given, case.with).await;
+            let stats = measure(&sql, plan, text, case.given, case.with).await;
             let what = format!("sql/{} ({}, {plan})", case.file, case.what);
             println!(
                 "{what}: {} rows, {} pages, {} removed, {:?}",
-                reading.rows, reading.pages, reading.removed, reading.plan
+                stats.rows, stats.pages, stats.removed, stats.plan
             );
-            for complaint in reading.complaints(case) {
-                complaints.push(format!("{what} {complaint}: {:?}", reading.plan));
+            for violation in stats.violations(case) {
+                violations.push(format!("{what} {violation}: {:?}", stats.plan));
             }
         }
     }
-    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+    assert!(violations.is_empty(), "{}", violations.join("\n"));
 }
 
 #[tokio::test]
-async fn a_page_deep_in_a_list_costs_no_more_than_the_first() {
-    let (_server, sql) = filled().await;
+async fn a_late_page_costs_no_more_than_the_first() {
+    let (_server, sql) = filled_database().await;
     let statements = statements();
     for (file, with) in [
         ("tasks/list_newest.sql", "nth(7), null, null, AFTER, 51"),
@@ -630,14 +625,14 @@ async fn a_page_deep_in_a_list_costs_no_more_than_the_first() {
         for plan in PLANS {
             let page = async |after: &str| {
                 let with = with.replace("AFTER", after);
-                let reading = read(&sql, plan, text, "", &with).await;
-                assert_eq!(reading.rows, 51, "sql/{file} after {after}");
-                reading.pages
+                let stats = measure(&sql, plan, text, "", &with).await;
+                assert_eq!(stats.rows, 51, "sql/{file} after {after}");
+                stats.pages
             };
             let first = page("null").await;
             for depth in (10_000..=90_000).step_by(10_000) {
                 let pages = page(&format!("nth({depth} + 6)")).await;
-                // It may begin and end elsewhere on the pages of the index.
+                // It may start and end elsewhere within the pages of the index.
                 assert!(
                     pages <= first + 4,
                     "sql/{file} after {depth}: {pages} pages, the first has {first} ({plan})"
@@ -647,17 +642,17 @@ async fn a_page_deep_in_a_list_costs_no_more_than_the_first() {
     }
 }
 
-// An index costs writes, so it has to be of use; and the cases find what they are there for.
+// Also shows that the cases detect a missing index.
 #[tokio::test]
-async fn every_index_saves_some_statement_from_reading_a_whole_table() {
-    let (_server, sql) = filled().await;
+async fn every_index_saves_a_statement_from_a_sequential_scan() {
+    let (_server, sql) = filled_database().await;
     let statements = statements();
     let indexes = row(
         &sql,
         "select string_agg(indexrelid::regclass::text, ' ')
          from pg_index i join pg_class c on c.oid = i.indrelid
          where c.relnamespace = 'public'::regnamespace and not i.indisunique
-           -- For the previous version of the service alone.
+           -- Only the previous release uses it.
            and c.relname <> 'sign_in_failures'",
     )
     .await;
@@ -665,8 +660,8 @@ async fn every_index_saves_some_statement_from_reading_a_whole_table() {
         for case in CASES {
             let text = text(&statements, case.file);
             let given = format!("drop index {index}; {}", case.given);
-            let reading = read(&sql, PLANS[0], text, &given, case.with).await;
-            if reading.complaints(case).contains(&READS_ALL.to_owned()) {
+            let stats = measure(&sql, PLANS[0], text, &given, case.with).await;
+            if stats.violations(case).contains(&READS_ALL.to_owned()) {
                 continue 'indexes;
             }
         }
@@ -675,8 +670,8 @@ async fn every_index_saves_some_statement_from_reading_a_whole_table() {
 }
 
 #[tokio::test]
-async fn a_statement_that_reads_too_much_is_noticed() {
-    let (_server, sql) = filled().await;
+async fn detects_statements_that_read_too_much() {
+    let (_server, sql) = filled_database().await;
     let statements = statements();
     let case = Case {
         rows: 10,
@@ -685,7 +680,7 @@ async fn a_statement_that_reads_too_much_is_noticed() {
     };
     for (rest, expected) in [
         ("order by user_id, id limit 10", None),
-        ("order by user_id, id limit 9", Some("gives 9 rows")),
+        ("order by user_id, id limit 9", Some("returns 9 rows")),
         ("order by user_id, id offset 900 limit 10", Some("touches ")),
         ("and title like '%plants%'", Some("removes 990 rows")),
         ("order by title limit 10", Some("sorts 1000 rows")),
@@ -693,21 +688,21 @@ async fn a_statement_that_reads_too_much_is_noticed() {
     ] {
         let text = format!("select title from tasks where user_id = $1 {rest}");
         for plan in PLANS {
-            let reading = read(&sql, plan, &text, "", "nth(7)").await;
-            let complaints = reading.complaints(&case);
-            let noticed = match expected {
-                Some(expected) => complaints.iter().any(|found| found.starts_with(expected)),
-                None => complaints.is_empty(),
+            let stats = measure(&sql, plan, &text, "", "nth(7)").await;
+            let violations = stats.violations(&case);
+            let detected = match expected {
+                Some(expected) => violations.iter().any(|found| found.starts_with(expected)),
+                None => violations.is_empty(),
             };
-            assert!(noticed, "{text} ({plan}): {complaints:?}");
+            assert!(detected, "{text} ({plan}): {violations:?}");
         }
     }
 
-    // A cascade to a table that has no index for it, which no plan shows.
+    // A cascade to a table without an index, which the plan does not show.
     let given = "alter table idempotency_keys drop constraint idempotency_keys_pkey";
     let text = text(&statements, "users/delete.sql");
     for plan in PLANS {
-        let reading = read(&sql, plan, text, given, "nth(4000), hash(4000)").await;
-        assert!(reading.complaints(&case).contains(&READS_ALL.to_owned()));
+        let stats = measure(&sql, plan, text, given, "nth(4000), hash(4000)").await;
+        assert!(stats.violations(&case).contains(&READS_ALL.to_owned()));
     }
 }

@@ -1,4 +1,4 @@
-//! Rows that time has made useless go away by themselves, in the wake of requests.
+//! Expired rows are purged after requests.
 
 use std::time::{Duration, Instant};
 
@@ -7,8 +7,8 @@ use serde_json::json;
 use crate::auth::{ANOTHER_PASSWORD, login, refresh};
 use crate::harness::Server;
 
-/// Moves every time in the rows of a table that match back by an interval, as if that long had
-/// gone by. It knows no column, so it stays true when the schema grows one.
+/// Moves all timestamps of the matching rows into the past, as if that time had passed. Finds the
+/// columns by itself, so that it includes columns that are added later.
 pub(crate) async fn age(
     sql: &tokio_postgres::Client,
     table: &str,
@@ -27,7 +27,7 @@ pub(crate) async fn age(
         .iter()
         .map(|row| row.get(0))
         .collect();
-    assert!(!columns.is_empty(), "{table} has no times");
+    assert!(!columns.is_empty(), "{table} has no timestamps");
     let changes: Vec<String> = columns
         .iter()
         .map(|column| format!("{column} = {column} - interval '{interval}'"))
@@ -45,8 +45,8 @@ pub(crate) async fn age(
     assert!(changed > 0, "nothing in {table} where {condition}");
 }
 
-/// The tables that time makes rows of useless.
-const SWEPT: [&str; 5] = [
+/// The tables whose rows expire.
+const PURGED: [&str; 5] = [
     "sessions",
     "revocations",
     "login_failures",
@@ -56,7 +56,7 @@ const SWEPT: [&str; 5] = [
 
 async fn counts(sql: &tokio_postgres::Client) -> [i64; 5] {
     let mut counts = [0; 5];
-    for (count, table) in counts.iter_mut().zip(SWEPT) {
+    for (count, table) in counts.iter_mut().zip(PURGED) {
         *count = sql
             .query_one(&format!("select count(*) from {table}"), &[])
             .await
@@ -66,8 +66,8 @@ async fn counts(sql: &tokio_postgres::Client) -> [i64; 5] {
     counts
 }
 
-/// One row of each kind, by way of the API, for a user of its own.
-async fn leave_traces(server: &Server) -> crate::harness::User {
+/// Creates a row in each of these tables with requests of a new user.
+async fn create_rows(server: &Server) -> crate::harness::User {
     let user = server.user().await;
     let second = login(server, &user.email, &user.password)
         .await
@@ -92,20 +92,19 @@ async fn leave_traces(server: &Server) -> crate::harness::User {
 }
 
 #[tokio::test]
-async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
+async fn expired_rows_are_purged_after_requests() {
     let first = Server::start().await;
     let sql = first.sql().await;
-    let _gone = leave_traces(&first).await;
-    let _gone_too = leave_traces(&first).await;
-    for table in SWEPT {
+    let _expired = create_rows(&first).await;
+    let _expired_too = create_rows(&first).await;
+    for table in PURGED {
         age(&sql, table, "91 days", "true").await;
     }
-    let live = leave_traces(&first).await;
+    let live = create_rows(&first).await;
     assert_eq!(counts(&sql).await, [3, 3, 3, 3, 3]);
 
-    // Another instance, started and left alone: an idle service asks nothing of its database,
-    // so that one that sleeps when it is idle can.
-    // (Not even whether it is ready is asked: that would be a request.)
+    // An idle instance sends no queries, so that its database can suspend. (The test does not wait for
+    // it to be ready, because that would be a request.)
     let second = Server::listening(&[("DATABASE_URL", &first.database_url())]).await;
     let until = Instant::now() + Duration::from_millis(1500);
     while Instant::now() < until {
@@ -117,7 +116,7 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
     while counts(&sql).await != [1, 1, 1, 1, 1] {
         assert!(
             Instant::now() < deadline,
-            "{:?} are left of {SWEPT:?}",
+            "{:?} rows are left in {PURGED:?}",
             counts(&sql).await
         );
         let status = second
@@ -125,12 +124,12 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
             .bearer(&live.access_token)
             .await
             .status;
-        // It has only just started: 503 until it has its connections.
+        // 503 until the instance is connected.
         assert!([200, 503].contains(&status), "{status}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
-    // What is alive does its work still: the session goes on, the key answers as it did.
+    // The current rows still work: the session and the key.
     let again = second
         .post(live.tasks())
         .bearer(&live.access_token)
@@ -151,9 +150,9 @@ async fn what_time_made_useless_is_swept_in_the_wake_of_requests() {
     refresh(&second, &live.refresh_token).await.expect(200);
 }
 
-/// Old rows may be many; they all go, and requests go on being answered meanwhile.
+/// Many expired rows are purged while requests continue.
 #[tokio::test]
-async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
+async fn requests_continue_while_many_rows_are_purged() {
     let first = Server::start().await;
     let sql = first.sql().await;
     sql.batch_execute(
@@ -164,7 +163,7 @@ async fn a_great_heap_of_old_rows_is_swept_beside_the_requests() {
     )
     .await
     .expect("old rows");
-    // Each instance sweeps in the wake of its first request, and then every ten minutes.
+    // Each instance purges after its first request, and then every ten minutes.
     let server = first.sibling(&[]).await;
     let user = server.user().await;
     let deadline = Instant::now() + Duration::from_secs(30);

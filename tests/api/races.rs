@@ -1,6 +1,5 @@
-//! Two requests that want the same row at the same instant. A row lock held from a connection of
-//! the test's own makes sure that the two really overlap: both are seen to wait before it is
-//! let go. Each race is run in both orders, and over two instances.
+//! Two concurrent requests for the same row, in both orders and over two instances. The test holds a
+//! lock on the row until both requests wait for it, so that they overlap.
 
 use std::time::Instant;
 
@@ -12,17 +11,17 @@ use crate::auth::{
 use crate::harness::{PASSWORD, Response, Server, User, wait_for_blocked};
 use crate::sessions::assert_revoked;
 
-/// A second instance that hashes at a higher cost than the harness's servers do.
+/// A higher cost than that of the harness's servers.
 const COSTLIER: (&str, &str) = ("BCRYPT_COST", "11");
 
-/// A row that somebody holds.
+/// A locked row.
 pub(crate) struct RowLock {
     pub(crate) sql: tokio_postgres::Client,
     watch: tokio_postgres::Client,
 }
 
 impl RowLock {
-    /// Takes the row lock that every change of the row has to wait for.
+    /// Locks a row, so that every change of it has to wait.
     pub(crate) async fn new(server: &Server, table: &str, id: &str) -> RowLock {
         let sql = server.sql().await;
         sql.batch_execute(&format!(
@@ -39,7 +38,7 @@ impl RowLock {
         wait_for_blocked(&self.watch, count).await;
     }
 
-    /// Lets both requests run into the row, the first one first, then lets the row go.
+    /// Sends the first request and then the second, and unlocks the row when both wait for it.
     pub(crate) async fn race<A, B>(
         self,
         first: impl Future<Output = A>,
@@ -51,14 +50,14 @@ impl RowLock {
         };
         let release = async {
             self.waiting(2).await;
-            self.sql.batch_execute("commit").await.expect("let go");
+            self.sql.batch_execute("commit").await.expect("unlocked");
         };
         let (first, second, ()) = tokio::join!(first, second, release);
         (first, second)
     }
 }
 
-/// The same race with either in front.
+/// Which request is first.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Order {
     AsNamed,
@@ -67,7 +66,7 @@ pub(crate) enum Order {
 
 pub(crate) const BOTH: [Order; 2] = [Order::AsNamed, Order::Reversed];
 
-/// Runs two requests into a held row in the given order; the answers come as they were named.
+/// Sends two requests for a locked row in this order; returns the responses to `a` and `b`.
 pub(crate) async fn race(
     order: Order,
     held: RowLock,
@@ -83,8 +82,8 @@ pub(crate) async fn race(
     }
 }
 
-/// Asserts that whatever tokens an answer brought are dead, and what it may be besides.
-async fn assert_fruitless(servers: [&Server; 2], answer: Response, otherwise: u16) {
+/// Asserts that a response has this status, or is 200 with tokens that are revoked.
+async fn assert_no_valid_tokens(servers: [&Server; 2], answer: Response, otherwise: u16) {
     let since = Instant::now();
     if answer.status == 200 {
         let body = answer.json();
@@ -99,40 +98,40 @@ async fn assert_fruitless(servers: [&Server; 2], answer: Response, otherwise: u1
     }
 }
 
-/// Somebody signs in over there while changing the password here; the answers to both.
-async fn sign_in_beside_a_change_of_password(
+/// Logs in on the second instance while the first one changes the password.
+async fn login_during_password_change(
     [here, there]: [&Server; 2],
     order: Order,
 ) -> (User, Response, Response) {
     let ann = here.user().await;
     let held = RowLock::new(here, "users", &ann.id).await;
-    let (signed_in, changed) = race(
+    let (logged_in, changed) = race(
         order,
         held,
         login(there, &ann.email, &ann.password),
         change_password(here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
     )
     .await;
-    println!("{order:?}: {} {}", signed_in.status, changed.status);
-    (ann, signed_in, changed)
+    println!("{order:?}: {} {}", logged_in.status, changed.status);
+    (ann, logged_in, changed)
 }
 
-/// The same while deleting the account.
-async fn sign_in_beside_the_end_of_the_account(
+/// Logs in on the second instance while the first one deletes the account.
+async fn login_during_account_deletion(
     [here, there]: [&Server; 2],
     order: Order,
 ) -> (User, Response, Response) {
     let ann = here.user().await;
     let held = RowLock::new(here, "users", &ann.id).await;
-    let (signed_in, deleted) = race(
+    let (logged_in, deleted) = race(
         order,
         held,
         login(there, &ann.email, &ann.password),
         delete_account(here, &ann.access_token, &ann.password),
     )
     .await;
-    println!("{order:?}: {} {}", signed_in.status, deleted.status);
-    (ann, signed_in, deleted)
+    println!("{order:?}: {} {}", logged_in.status, deleted.status);
+    (ann, logged_in, deleted)
 }
 
 async fn count(server: &Server, what: &str) -> i64 {
@@ -155,14 +154,13 @@ async fn stored_hash(server: &Server, user: &User) -> String {
 }
 
 #[tokio::test]
-async fn a_sign_in_beside_a_change_of_password_leaves_no_session_of_the_old_one() {
+async fn a_login_during_a_password_change_leaves_no_session_of_the_old_password() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
-        let (ann, signed_in, changed) =
-            sign_in_beside_a_change_of_password([&here, &there], order).await;
+        let (ann, logged_in, changed) = login_during_password_change([&here, &there], order).await;
         let tokens = changed.expect(200).json();
-        assert_fruitless([&here, &there], signed_in, 401).await;
+        assert_no_valid_tokens([&here, &there], logged_in, 401).await;
         let sessions = format!("sessions where user_id = '{}'", ann.id);
         assert_eq!(count(&here, &sessions).await, 1, "{order:?}");
         assert_signed_in(&here, &text(&tokens, "access_token")).await;
@@ -171,15 +169,14 @@ async fn a_sign_in_beside_a_change_of_password_leaves_no_session_of_the_old_one(
 }
 
 #[tokio::test]
-async fn a_sign_in_beside_the_end_of_the_account_leaves_no_live_token() {
+async fn a_login_during_account_deletion_leaves_no_valid_token() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
-        let (ann, signed_in, deleted) =
-            sign_in_beside_the_end_of_the_account([&here, &there], order).await;
+        let (ann, logged_in, deleted) = login_during_account_deletion([&here, &there], order).await;
         deleted.expect(204);
         let since = Instant::now();
-        assert_fruitless([&here, &there], signed_in, 401).await;
+        assert_no_valid_tokens([&here, &there], logged_in, 401).await;
         assert_revoked(&there, &ann.access_token, since).await;
         assert_eq!(count(&here, "users").await, 0);
         assert_eq!(count(&here, "sessions").await, 0);
@@ -187,7 +184,7 @@ async fn a_sign_in_beside_the_end_of_the_account_leaves_no_live_token() {
 }
 
 #[tokio::test]
-async fn two_sign_ins_that_both_renew_an_old_hash_both_succeed() {
+async fn concurrent_logins_that_replace_an_outdated_hash_both_succeed() {
     let here = Server::start().await;
     let there = here.sibling(&[COSTLIER]).await;
     let everywhere = here.sibling(&[COSTLIER]).await;
@@ -214,17 +211,16 @@ async fn two_sign_ins_that_both_renew_an_old_hash_both_succeed() {
     assert_eq!(count(&here, "sessions").await, 3);
 }
 
-/// The renewal must not bring the password back that was just replaced.
+/// Replacing an outdated hash must not restore the old password.
 #[tokio::test]
-async fn a_renewed_hash_never_undoes_a_change_of_password() {
+async fn replacing_an_outdated_hash_never_undoes_a_password_change() {
     let here = Server::start().await;
     let there = here.sibling(&[COSTLIER]).await;
     for order in BOTH {
-        let (ann, signed_in, changed) =
-            sign_in_beside_a_change_of_password([&here, &there], order).await;
-        // The hash that was verified may be another one by then, but of the same password.
+        let (ann, logged_in, changed) = login_during_password_change([&here, &there], order).await;
+        // Succeeds although the login may have replaced the hash that was verified.
         changed.expect(200);
-        assert_fruitless([&here, &there], signed_in, 401).await;
+        assert_no_valid_tokens([&here, &there], logged_in, 401).await;
         let hash = stored_hash(&here, &ann).await;
         assert!(bcrypt::verify(ANOTHER_PASSWORD, &hash).expect("a hash"));
         login(&there, &ann.email, PASSWORD)
@@ -236,22 +232,21 @@ async fn a_renewed_hash_never_undoes_a_change_of_password() {
     }
 }
 
-/// A sign-in that renews the hash must not make the right password wrong for its neighbour.
+/// Replacing an outdated hash must not make a concurrent request fail with the right password.
 #[tokio::test]
-async fn the_end_of_an_account_beside_a_renewed_hash_is_not_refused() {
+async fn account_deletion_succeeds_while_a_login_replaces_the_hash() {
     let here = Server::start().await;
     let there = here.sibling(&[COSTLIER]).await;
     for order in BOTH {
-        let (_, signed_in, deleted) =
-            sign_in_beside_the_end_of_the_account([&here, &there], order).await;
+        let (_, logged_in, deleted) = login_during_account_deletion([&here, &there], order).await;
         deleted.expect(204);
-        assert_fruitless([&here, &there], signed_in, 401).await;
+        assert_no_valid_tokens([&here, &there], logged_in, 401).await;
         assert_eq!(count(&here, "users").await, 0);
     }
 }
 
 #[tokio::test]
-async fn of_two_changes_of_password_at_once_one_wins() {
+async fn one_of_two_concurrent_password_changes_wins() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.user().await;
@@ -272,10 +267,10 @@ async fn of_two_changes_of_password_at_once_one_wins() {
         )
         .await;
     first.expect(200);
-    // The loser's password is not the current one any longer, and its session is over.
+    // The other's password is no longer current, and its session has ended.
     assert!(
         [401, 403].contains(&second.status),
-        "{} for the loser",
+        "{} for the second change",
         second.status
     );
     login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
@@ -287,7 +282,7 @@ async fn of_two_changes_of_password_at_once_one_wins() {
 }
 
 #[tokio::test]
-async fn a_refresh_beside_a_sign_out_does_not_bring_the_session_back() {
+async fn a_refresh_during_a_logout_does_not_restore_the_session() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
@@ -297,19 +292,19 @@ async fn a_refresh_beside_a_sign_out_does_not_bring_the_session_back() {
             .post("/api/v1/auth/logout")
             .bearer(&ann.access_token)
             .send();
-        let (refreshed, signed_out) =
+        let (refreshed, logged_out) =
             race(order, held, refresh(&there, &ann.refresh_token), logout).await;
-        println!("{order:?}: {} {}", refreshed.status, signed_out.status);
-        signed_out.expect(204);
+        println!("{order:?}: {} {}", refreshed.status, logged_out.status);
+        logged_out.expect(204);
         let since = Instant::now();
-        assert_fruitless([&here, &there], refreshed, 401).await;
+        assert_no_valid_tokens([&here, &there], refreshed, 401).await;
         assert_revoked(&there, &ann.access_token, since).await;
         assert_eq!(count(&here, "sessions").await, 0);
     }
 }
 
 #[tokio::test]
-async fn a_refresh_beside_a_change_of_password_does_not_save_the_session() {
+async fn a_refresh_during_a_password_change_does_not_keep_the_session() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
@@ -334,7 +329,7 @@ async fn a_refresh_beside_a_change_of_password_does_not_save_the_session() {
         println!("{order:?}: {} {}", refreshed.status, changed.status);
         let tokens = changed.expect(200).json();
         let since = Instant::now();
-        assert_fruitless([&here, &there], refreshed, 401).await;
+        assert_no_valid_tokens([&here, &there], refreshed, 401).await;
         assert_revoked(&there, &ann.access_token, since).await;
         refresh(&here, &text(&tokens, "refresh_token"))
             .await
@@ -343,7 +338,7 @@ async fn a_refresh_beside_a_change_of_password_does_not_save_the_session() {
 }
 
 #[tokio::test]
-async fn a_refresh_beside_the_end_of_the_account_leaves_no_live_token() {
+async fn a_refresh_during_account_deletion_leaves_no_valid_token() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
@@ -358,16 +353,16 @@ async fn a_refresh_beside_the_end_of_the_account_leaves_no_live_token() {
         .await;
         println!("{order:?}: {} {}", refreshed.status, deleted.status);
         deleted.expect(204);
-        assert_fruitless([&here, &there], refreshed, 401).await;
+        assert_no_valid_tokens([&here, &there], refreshed, 401).await;
         assert_eq!(count(&here, "users").await, 0);
         assert_eq!(count(&here, "sessions").await, 0);
     }
 }
 
-/// FR-007: a task has an owner or is not there. Whoever loses is told that the token is no
-/// longer good, not that something broke.
+/// FR-007: no task without an owner. The create succeeds before the deletion or fails with an invalid
+/// token.
 #[tokio::test]
-async fn a_task_created_beside_the_end_of_the_account_is_no_orphan() {
+async fn a_task_created_during_account_deletion_is_not_orphaned() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for key in [None, Some("the-only-one")] {

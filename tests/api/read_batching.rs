@@ -1,5 +1,5 @@
-//! Reads that are asked at the same moment travel as one statement. Who asks must not notice: each
-//! gets its own answer, whoever else asks, goes away, or has to be asked for again.
+//! Concurrent reads are batched, and no client notices: each gets its own tasks, whatever happens to
+//! the other reads of its batch.
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
@@ -9,74 +9,77 @@ use tokio_postgres::Client;
 use crate::harness::{Request, Response, Server, User, until};
 use crate::metrics::scrape;
 
-/// A user with tasks, newest first.
-struct Person {
+/// A user and their tasks, newest first.
+struct Account {
     user: User,
     tasks: Vec<Value>,
 }
 
-/// Seven people with one to seven tasks each.
-async fn people(server: &Server) -> Vec<Person> {
-    let mut people = Vec::new();
-    for person in 1..=7 {
+/// Creates seven users with one to seven tasks.
+async fn create_accounts(server: &Server) -> Vec<Account> {
+    let mut accounts = Vec::new();
+    for number in 1..=7 {
         let user = server.user().await;
         let mut tasks = Vec::new();
-        for task in 0..person {
-            let title = format!("task {task} of person {person}");
+        for task in 0..number {
+            let title = format!("task {task} of user {number}");
             tasks.insert(0, user.create_task(&title).await);
         }
-        people.push(Person { user, tasks });
+        accounts.push(Account { user, tasks });
     }
     open_connections(server).await;
-    people
+    accounts
 }
 
-/// A request, and the answer that it has to get: the task, the page, or nothing.
-type Asked = (Request, Option<Value>);
+/// A request and the body of its response, or `None` for 404.
+type Case = (Request, Option<Value>);
 
-/// Everybody asks for each of their own tasks, for one of somebody else's under their own path, for
-/// one that is not there, and for pages from the beginning and from the middle.
-fn questions(server: &Server, people: &[Person]) -> Vec<Asked> {
-    let mut asked = Vec::new();
-    for (n, Person { user, tasks }) in people.iter().enumerate() {
-        let mut ask = |path: String, answer| {
-            asked.push((server.get(path).bearer(&user.access_token), answer));
+/// For each user: a request for each of their tasks, for a task of another user, for a task that does
+/// not exist, and for first and later pages.
+fn cases(server: &Server, accounts: &[Account]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (n, Account { user, tasks }) in accounts.iter().enumerate() {
+        let mut add = |path: String, body| {
+            cases.push((server.get(path).bearer(&user.access_token), body));
         };
         for (at, task) in tasks.iter().enumerate() {
-            ask(user.path_of(task), Some(task.clone()));
+            add(user.path_of(task), Some(task.clone()));
             let id = task["id"].as_str().unwrap().replace('-', "");
             let rest = tasks[at + 1..].iter().take(2).cloned().collect();
-            ask(
+            add(
                 format!("{}?limit=2&after={id}", user.tasks()),
                 Some(Value::Array(rest)),
             );
         }
-        ask(user.path_of(&people[(n + 1) % people.len()].tasks[0]), None);
-        ask(
+        add(
+            user.path_of(&accounts[(n + 1) % accounts.len()].tasks[0]),
+            None,
+        );
+        add(
             format!("{}/01900000-0000-7000-8000-000000000000", user.tasks()),
             None,
         );
         let first = tasks.iter().take(3).cloned().collect();
-        ask(
+        add(
             format!("{}?limit=3", user.tasks()),
             Some(Value::Array(first)),
         );
-        ask(
+        add(
             format!("{}?limit=100", user.tasks()),
             Some(Value::Array(tasks.clone())),
         );
     }
-    asked
+    cases
 }
 
-fn assert_answered(answer: &Response, expected: Option<&Value>) {
+fn assert_response(response: &Response, expected: Option<&Value>) {
     match expected {
         Some(expected) => {
-            assert_eq!(answer.status, 200);
-            assert_eq!(answer.json(), *expected);
+            assert_eq!(response.status, 200);
+            assert_eq!(response.json(), *expected);
         }
         None => {
-            answer.problem(404, "task_not_found");
+            response.problem(404, "task_not_found");
         }
     }
 }
@@ -89,13 +92,13 @@ async fn metric(server: &Server, name: &str) -> usize {
     value.unwrap().parse().unwrap()
 }
 
-/// Statements that the service has had answers to so far.
-async fn statements(server: &Server) -> usize {
+/// How many statements the service has run.
+async fn statement_count(server: &Server) -> usize {
     metric(server, "todo_api_db_query_duration_seconds_count").await
 }
 
-/// Keeps everybody from reading tasks until `commit`.
-async fn hold_tasks(server: &Server) -> Client {
+/// Locks the table, so that reads wait until `commit`.
+async fn lock_tasks(server: &Server) -> Client {
     let sql = server.sql().await;
     sql.batch_execute("begin; lock table tasks in access exclusive mode")
         .await
@@ -103,8 +106,8 @@ async fn hold_tasks(server: &Server) -> Client {
     sql
 }
 
-/// Waits until as many reads, whoever asked for how many of them, wait for the tasks.
-async fn waiting(watch: &Client, statements: i64) {
+/// Waits until this many batches wait for the table.
+async fn wait_for_batches(watch: &Client, statements: i64) {
     let question = "select count(*) from pg_stat_activity
                     where datname = current_database() and wait_event_type = 'Lock'
                       and query like '%with ordinality%'";
@@ -115,7 +118,7 @@ async fn waiting(watch: &Client, statements: i64) {
     .await;
 }
 
-/// Makes the service open some connections: while the tasks are held it cannot prepare any.
+/// Makes the service open connections, which it cannot prepare while the table is locked.
 async fn open_connections(server: &Server) {
     let user = server.user().await;
     let task = user.create_task("a").await;
@@ -143,59 +146,59 @@ async fn open_connections(server: &Server) {
         .await;
         sql.batch_execute("commit").await.unwrap();
     };
-    let (answers, ()) = tokio::join!(join_all((0..4).map(|_| change())), release);
-    for answer in answers {
-        answer.expect(200);
+    let (responses, ()) = tokio::join!(join_all((0..4).map(|_| change())), release);
+    for response in responses {
+        response.expect(200);
     }
 }
 
 // SC-004
 #[tokio::test]
-async fn reads_that_travel_together_each_bring_back_their_own() {
+async fn batched_reads_return_each_users_own_tasks() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
-    let people = people(&server).await;
-    let (requests, expected): (Vec<_>, Vec<_>) = questions(&server, &people).into_iter().unzip();
-    let asked = requests.len();
-    assert!(asked > 60);
-    let before = statements(&server).await;
-    let (held, watch) = (hold_tasks(&server).await, server.sql().await);
+    let accounts = create_accounts(&server).await;
+    let (requests, expected): (Vec<_>, Vec<_>) = cases(&server, &accounts).into_iter().unzip();
+    let count = requests.len();
+    assert!(count > 60);
+    let before = statement_count(&server).await;
+    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
     let release = async {
-        waiting(&watch, 3).await;
-        until("all of them have come", async || {
-            metric(&server, "todo_api_http_open_connections").await >= asked
+        wait_for_batches(&watch, 3).await;
+        until("all requests have arrived", async || {
+            metric(&server, "todo_api_http_open_connections").await >= count
         })
         .await;
         held.batch_execute("commit").await.unwrap();
     };
     let sent = join_all(requests.into_iter().map(Request::send));
-    let (answers, ()) = tokio::join!(sent, release);
-    for (answer, expected) in answers.iter().zip(&expected) {
-        assert_answered(answer, expected.as_ref());
+    let (responses, ()) = tokio::join!(sent, release);
+    for (response, expected) in responses.iter().zip(&expected) {
+        assert_response(response, expected.as_ref());
     }
-    let made = statements(&server).await - before;
+    let made = statement_count(&server).await - before;
     assert!(
-        made < asked,
-        "{made} statements for {asked} questions: nothing was gathered"
+        made < count,
+        "{made} statements for {count} requests: nothing was batched"
     );
 }
 
 #[tokio::test]
-async fn who_goes_away_takes_nobodys_answer_with_them() {
+async fn a_client_that_disconnects_does_not_affect_its_batch() {
     let server = Server::start().await;
-    let people = people(&server).await;
-    let (held, watch) = (hold_tasks(&server).await, server.sql().await);
-    // Every other one hangs up while all of them wait.
-    let asked = questions(&server, &people).into_iter().enumerate();
-    let sent = join_all(asked.map(async |(n, (request, expected))| match n % 2 {
+    let accounts = create_accounts(&server).await;
+    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
+    // Every second client disconnects while all requests wait.
+    let cases = cases(&server, &accounts).into_iter().enumerate();
+    let sent = join_all(cases.map(async |(n, (request, expected))| match n % 2 {
         0 => {
             timeout(Duration::from_millis(100), request.send())
                 .await
                 .ok();
         }
-        _ => assert_answered(&request.await, expected.as_ref()),
+        _ => assert_response(&request.await, expected.as_ref()),
     }));
     let release = async {
-        waiting(&watch, 3).await;
+        wait_for_batches(&watch, 3).await;
         sleep(Duration::from_millis(150)).await;
         held.batch_execute("commit").await.unwrap();
     };
@@ -203,13 +206,13 @@ async fn who_goes_away_takes_nobodys_answer_with_them() {
 }
 
 #[tokio::test]
-async fn reads_whose_connection_is_lost_are_asked_again() {
+async fn batched_reads_are_retried_if_their_connection_is_lost() {
     let server = Server::start().await;
-    let people = people(&server).await;
-    let (requests, expected): (Vec<_>, Vec<_>) = questions(&server, &people).into_iter().unzip();
-    let (held, watch) = (hold_tasks(&server).await, server.sql().await);
+    let accounts = create_accounts(&server).await;
+    let (requests, expected): (Vec<_>, Vec<_>) = cases(&server, &accounts).into_iter().unzip();
+    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
     let cut = async {
-        waiting(&watch, 3).await;
+        wait_for_batches(&watch, 3).await;
         let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity
                    where datname = current_database() and wait_event_type = 'Lock'";
         let cut: i64 = watch.query_one(cut, &[]).await.unwrap().get(0);
@@ -217,15 +220,14 @@ async fn reads_whose_connection_is_lost_are_asked_again() {
         held.batch_execute("commit").await.unwrap();
     };
     let sent = join_all(requests.into_iter().map(Request::send));
-    let (answers, ()) = tokio::join!(sent, cut);
-    for (answer, expected) in answers.iter().zip(&expected) {
-        assert_answered(answer, expected.as_ref());
+    let (responses, ()) = tokio::join!(sent, cut);
+    for (response, expected) in responses.iter().zip(&expected) {
+        assert_response(response, expected.as_ref());
     }
 }
 
-// One statement that hangs must not be what everybody waits for.
 #[tokio::test]
-async fn a_read_that_is_stuck_holds_up_no_other() {
+async fn a_stuck_batch_does_not_delay_other_reads() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let mut paths = Vec::new();
@@ -233,23 +235,23 @@ async fn a_read_that_is_stuck_holds_up_no_other() {
         paths.push(user.path_of(&user.create_task("a").await));
     }
     open_connections(&server).await;
-    let (held, watch) = (hold_tasks(&server).await, server.sql().await);
+    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
     let stuck = async {
-        let ask = || async {
+        let read = || async {
             ann.get(&*paths[0]).await.expect(200);
         };
-        tokio::join!(ask(), async {
-            waiting(&watch, 1).await;
-            ask().await;
+        tokio::join!(read(), async {
+            wait_for_batches(&watch, 1).await;
+            read().await;
         });
     };
     let others = async {
-        // As many as senders are stuck, and what comes now is sent all the same.
-        waiting(&watch, 2).await;
+        // All fast workers are stuck, and a third one starts.
+        wait_for_batches(&watch, 2).await;
         let next = bob.get(&*paths[1]).send();
         let ((), next) = tokio::join!(
             async {
-                waiting(&watch, 3).await;
+                wait_for_batches(&watch, 3).await;
                 held.batch_execute("commit").await.unwrap();
             },
             next

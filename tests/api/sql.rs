@@ -1,34 +1,34 @@
-//! The statements themselves, read as files: each is held to its owner's rows and documented.
+//! The files under `sql/`: every statement is restricted to its owner's rows and documented.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Statements that reach tasks or sessions without `user_id = $1`, and why they may.
+/// Statements that use tasks or sessions without `user_id = $1`, and the reason.
 const NOT_BY_OWNER: [(&str, &str); 6] = [
     (
         "sessions/refresh.sql",
-        "a refresh token names its session; whose it is, the row tells",
+        "a refresh token identifies its session; the row identifies the user",
     ),
     (
         "sessions/end_reused.sql",
-        "a refresh token names its session; whose it is, the row tells",
+        "a refresh token identifies its session; the row identifies the user",
     ),
     (
         "sessions/end_by_refresh_token.sql",
-        "a refresh token names its session; whose it is, the row tells",
+        "a refresh token identifies its session; the row identifies the user",
     ),
     (
         "sessions/login.sql",
-        "a session is made for the person whose password was verified: $1",
+        "creates a session for the user whose password was verified: $1",
     ),
     (
         "users/register.sql",
-        "a session is made for the person who is made by the same statement: $1",
+        "creates a session for the user that the statement creates: $1",
     ),
     (
         "sessions/purge.sql",
-        "forgets what has expired, whosever it was",
+        "deletes expired sessions of all users",
     ),
 ];
 
@@ -36,34 +36,33 @@ fn sql() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("sql")
 }
 
-/// Every file below `sql/`: its path there, and its text.
+/// Every file under `sql/`: its path there and its text.
 pub(crate) fn files() -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders = vec![sql()];
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).expect("sql/ is there") {
+        for entry in fs::read_dir(&folder).expect("a directory sql/") {
             let path = entry.expect("an entry").path();
             if path.is_dir() {
                 folders.push(path);
             } else {
                 let name = path
                     .strip_prefix(sql())
-                    .expect("below sql/")
+                    .expect("a path under sql/")
                     .to_str()
                     .expect("a name")
                     .to_owned();
-                assert!(name.ends_with(".sql"), "what is sql/{name}?");
+                assert!(name.ends_with(".sql"), "sql/{name} is not an SQL file");
                 found.push((name, fs::read_to_string(path).expect("text")));
             }
         }
     }
     found.sort();
-    assert!(found.len() > 10, "the statements have moved");
+    assert!(found.len() > 10, "the statements are missing");
     found
 }
 
-/// The statement alone: comments gone, each literal and function body an empty one, white space
-/// made one space.
+/// The statement without comments, with empty literals and function bodies and single spaces.
 fn bare(text: &str) -> String {
     let mut bare = String::new();
     let mut rest = text;
@@ -72,10 +71,10 @@ fn bare(text: &str) -> String {
             rest.find('\n').unwrap_or(rest.len())
         } else if let Some(body) = rest.strip_prefix("$$") {
             bare += "''";
-            2 + body.find("$$").expect("a function body ends") + 2
+            2 + body.find("$$").expect("the end of a function body") + 2
         } else if first == '\'' {
             bare += "''";
-            1 + rest[1..].find('\'').expect("a literal ends") + 1
+            1 + rest[1..].find('\'').expect("the end of a literal") + 1
         } else if rest.starts_with("U&'") {
             2
         } else {
@@ -87,7 +86,7 @@ fn bare(text: &str) -> String {
     bare.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The words of a statement and its punctuation, one a piece; `t.user_id` and `$1` are one.
+/// The tokens of a statement; `t.user_id` and `$1` are one token each.
 fn words(bare: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
@@ -107,19 +106,18 @@ fn words(bare: &str) -> Vec<String> {
     words
 }
 
-/// Whether every read, change or deletion of `table` in the statement stands in a query that says
-/// `user_id = $1`, and every insertion takes `user_id` from `$1`; where `$1` is several owners, each
-/// is held to its own. A query within parentheses is one of its own: the scope of its neighbour
-/// does not count for it.
+/// Whether every read, update and delete of `table` is in a query that requires `user_id = $1`, and
+/// every insert takes `user_id` from `$1`. In a batch, `user_id` has to equal the request's. A query in
+/// parentheses is checked separately.
 fn is_scoped(statement: &str, table: &str) -> bool {
-    // Several owners at once, each with a row of `request` to itself.
+    // A batch: $1 contains one owner per request.
     let owners = match statement.contains("from unnest((select $1::uuid[]),")
         && statement.contains(" with ordinality as request (user_id, ")
     {
         true => &["$1", "request.user_id"][..],
         false => &["$1"],
     };
-    // (words of this query, whether it reaches the table unscoped so far)
+    // The tokens of the queries that are still open, the innermost last.
     let mut open: Vec<Vec<String>> = vec![Vec::new()];
     let mut scoped = true;
     let mut close = |query: Vec<String>| {
@@ -127,7 +125,7 @@ fn is_scoped(statement: &str, table: &str) -> bool {
         let is_query = query.first().is_some_and(|first| {
             ["select", "with", "insert", "update", "delete"].contains(&first.as_str())
         });
-        // A list or an expression is part of the query around it, a query is not.
+        // A list or an expression is part of the enclosing query.
         if is_query {
             vec!["()".to_owned()]
         } else {
@@ -179,7 +177,7 @@ fn query_is_scoped(query: &[String], table: &str, owners: &[&str]) -> bool {
     true
 }
 
-/// Of `( user_id , … ) values ( $1 , … )`, or `select $1 , …`: whether the owner's place has `$1`.
+/// Whether `( user_id , … ) values ( $1 , … )` or `( user_id , … ) select $1 , …` has `$1` as the owner.
 fn insertion_is_scoped(words: &[String]) -> bool {
     let list = |words: &[String]| -> Vec<String> {
         let ends = ["from", ")"];
@@ -196,7 +194,7 @@ fn insertion_is_scoped(words: &[String]) -> bool {
     if words.first().is_none_or(|first| first != "(") {
         return false;
     }
-    let Some(place) = list(&words[1..])
+    let Some(position) = list(&words[1..])
         .iter()
         .position(|column| column == "user_id")
     else {
@@ -211,13 +209,13 @@ fn insertion_is_scoped(words: &[String]) -> bool {
         _ => return false,
     };
     values
-        .get(place)
+        .get(position)
         .is_some_and(|value| value == "$1" || value.starts_with("$1::"))
 }
 
 // FR-007, SC-004
 #[test]
-fn every_statement_on_tasks_or_sessions_is_held_to_its_owner() {
+fn every_statement_on_tasks_or_sessions_is_restricted_to_its_owner() {
     let mut exceptions = BTreeSet::new();
     for (name, text) in files() {
         if name.starts_with("migrations/") {
@@ -229,21 +227,21 @@ fn every_statement_on_tasks_or_sessions_is_held_to_its_owner() {
         }
         assert!(
             NOT_BY_OWNER.iter().any(|(exception, _)| *exception == name),
-            "sql/{name} reaches tasks or sessions without `user_id = $1`"
+            "sql/{name} uses tasks or sessions without `user_id = $1`"
         );
         exceptions.insert(name);
     }
     for (name, reason) in NOT_BY_OWNER {
         assert!(
             exceptions.contains(name),
-            "sql/{name} needs no exception ({reason}) any more"
+            "sql/{name} no longer needs an exception ({reason})"
         );
     }
 }
 
-// FR-007: no exception is about tasks.
+// FR-007: the exceptions do not include tasks.
 #[test]
-fn no_statement_reaches_tasks_without_its_owner() {
+fn every_statement_on_tasks_is_restricted_to_its_owner() {
     for (name, text) in files() {
         if !name.starts_with("migrations/") {
             assert!(is_scoped(&bare(&text), "tasks"), "sql/{name}");
@@ -251,10 +249,9 @@ fn no_statement_reaches_tasks_without_its_owner() {
     }
 }
 
-// The reader above finds what it must find.
 #[test]
-fn a_statement_without_its_owner_is_noticed() {
-    for sound in [
+fn detects_statements_that_are_not_restricted_to_their_owner() {
+    for restricted in [
         "select id from tasks where user_id = $1",
         "select id from tasks t join users u on u.id = t.user_id where t.user_id = $1",
         "with c as (delete from tasks where user_id = $1 returning id) select * from c",
@@ -262,12 +259,12 @@ fn a_statement_without_its_owner_is_noticed() {
         "insert into tasks (id, user_id) select $2, $1::uuid from claim",
         "select count(*) from (select 1 from tasks where user_id = $1) x",
         "select ''tasks'' from users",
-        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, n) \
+        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, ordinal) \
          cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
     ] {
-        assert!(is_scoped(&bare(sound), "tasks"), "{sound}");
+        assert!(is_scoped(&bare(restricted), "tasks"), "{restricted}");
     }
-    for unsound in [
+    for unrestricted in [
         "select id from tasks",
         "select id from tasks where id = $1",
         "select id from tasks where user_id = $2",
@@ -285,19 +282,19 @@ fn a_statement_without_its_owner_is_noticed() {
         "insert into tasks values ($1, $2)",
         "select 1 from users, tasks",
         "select id from tasks t where t.user_id = request.user_id",
-        "select task.* from unnest((select $2::uuid[]), (select $1::uuid[])) with ordinality as request (user_id, id, n) \
+        "select task.* from unnest((select $2::uuid[]), (select $1::uuid[])) with ordinality as request (user_id, id, ordinal) \
          cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
-        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (id, user_id, n) \
+        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (id, user_id, ordinal) \
          cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
-        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, n) \
+        "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, ordinal) \
          cross join lateral (select id from tasks t where t.id = request.id) task",
     ] {
-        assert!(!is_scoped(&bare(unsound), "tasks"), "{unsound}");
+        assert!(!is_scoped(&bare(unrestricted), "tasks"), "{unrestricted}");
     }
 }
 
 #[test]
-fn every_statement_says_what_it_is_for_and_what_its_parameters_are() {
+fn every_statement_documents_its_purpose_and_parameters() {
     for (name, text) in files() {
         let header: Vec<_> = text
             .lines()
@@ -324,29 +321,29 @@ fn every_statement_says_what_it_is_for_and_what_its_parameters_are() {
             assert!(used.contains(&n), "sql/{name} does not use ${n}");
             assert!(
                 header.contains(&format!("${n} ")),
-                "the header of sql/{name} is silent on ${n}"
+                "the header of sql/{name} does not document ${n}"
             );
         }
         assert!(
             !header.contains(&format!("${} ", most + 1)),
-            "the header of sql/{name} names too many"
+            "the header of sql/{name} documents unused parameters"
         );
     }
 }
 
 #[test]
-fn statements_are_one_a_file_in_lower_case() {
+fn files_contain_one_statement_in_lower_case() {
     for (name, text) in files() {
         let bare = bare(&text);
         assert!(
             !bare.chars().any(char::is_uppercase),
-            "sql/{name} shouts: {bare}"
+            "sql/{name} has upper-case letters: {bare}"
         );
         if !name.starts_with("migrations/") {
             let body = bare.trim_end_matches(';');
             assert!(
                 !body.is_empty() && !body.contains(';'),
-                "sql/{name} is more than one statement"
+                "sql/{name} contains more than one statement"
             );
         }
     }
