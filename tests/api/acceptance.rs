@@ -139,8 +139,7 @@ async fn every_operation_on_a_users_own_tasks_succeeds() {
 async fn serves_a_request_whose_token_expires_while_it_runs() {
     let server = Server::start().await;
     let mut ann = server.user().await;
-    // Tokens are accepted for 30 seconds after `exp`.
-    let exp = jiff::Timestamp::now().as_second() - 30 + 4;
+    let exp = jiff::Timestamp::now().as_second() + 4;
     ann.access_token = forge(
         server.secret(),
         json!({"alg": "HS256", "typ": "JWT"}),
