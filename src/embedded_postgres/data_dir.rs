@@ -34,7 +34,9 @@ const SOCKET_PATH_LIMIT: usize = 103;
 pub fn default_data_dir() -> PathBuf {
     let is_closed = geteuid().is_root()
         && env::current_dir().is_ok_and(|here| {
-            OsUser::unprivileged().is_some_and(|user| user.check_traversable(&here).is_err())
+            OsUser::unprivileged()
+                .next()
+                .is_some_and(|user| user.check_traversable(&here).is_err())
         });
     match is_closed {
         true => "/var/lib/todo-api".into(),

@@ -8,7 +8,7 @@ use super::Error;
 
 #[derive(Clone)]
 pub(super) struct OsUser {
-    name: String,
+    name: &'static str,
     pub(super) uid: u32,
     pub(super) gid: u32,
 }
@@ -19,22 +19,26 @@ impl OsUser {
         if !geteuid().is_root() {
             return Ok(None);
         }
-        match fs::symlink_metadata(cluster) {
-            Ok(owner) if owner.uid() != 0 => Ok(Some(OsUser {
-                name: format!("with id {}", owner.uid()),
-                uid: owner.uid(),
-                gid: owner.gid(),
-            })),
-            _ => OsUser::unprivileged().map(Some).ok_or_else(|| {
+        let owner = fs::symlink_metadata(cluster).map_or(0, |meta| meta.uid());
+        if owner == 0 {
+            return OsUser::unprivileged().next().map(Some).ok_or_else(|| {
                 Error("PostgreSQL cannot run as root, and there is no user postgres or nobody to run it as".into())
-            }),
+            });
         }
+        let user = OsUser::unprivileged().find(|user| user.uid == owner);
+        user.map(Some).ok_or_else(|| {
+            Error(format!(
+                "{} belongs to another user (id {owner}): run todo-api as that user",
+                cluster.display()
+            ))
+        })
     }
 
-    pub(super) fn unprivileged() -> Option<OsUser> {
-        ["postgres", "nobody"].into_iter().find_map(|name| {
+    /// The users that may run PostgreSQL for root, the preferred one first.
+    pub(super) fn unprivileged() -> impl Iterator<Item = OsUser> {
+        ["postgres", "nobody"].into_iter().filter_map(|name| {
             Some(OsUser {
-                name: name.to_owned(),
+                name,
                 uid: id("-u", name)?.parse().ok()?,
                 gid: id("-g", name)?.parse().ok()?,
             })

@@ -521,6 +521,12 @@ async fn rejects_another_users_directory_link_or_secret() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("another user"), "{error}");
+    // Nor another user's cluster, whose owner would otherwise run PostgreSQL.
+    let cluster = directory.path().join("cluster");
+    fs::create_dir(&cluster).unwrap();
+    chown(&cluster, Some(12_345), None).unwrap();
+    assert!(start_error(directory.path()).await.contains("another user"));
+    fs::remove_dir(&cluster).unwrap();
     assert_eq!(
         fs::read_dir(directory.path()).unwrap().count(),
         1,
