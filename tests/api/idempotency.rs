@@ -5,10 +5,8 @@ use serde_json::{Value, json};
 
 use crate::harness::{Response, Server, User, wait_for_blocked};
 
-async fn create(server: &Server, user: &User, key: &str, body: Value) -> Response {
-    server
-        .post(user.tasks())
-        .bearer(&user.access_token)
+async fn create(user: &User, key: &str, body: Value) -> Response {
+    user.post(user.tasks())
         .header("idempotency-key", key)
         .json(body)
         .await
@@ -39,10 +37,10 @@ async fn a_repeated_request_gets_the_first_response_and_creates_nothing() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": " a ", "description": "b", "completed": true});
-    let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let first = stable_parts(&create(&ann, "key", body.clone()).await.expect(201));
     for _ in 0..3 {
         assert_eq!(
-            stable_parts(&create(&server, &ann, "key", body.clone()).await),
+            stable_parts(&create(&ann, "key", body.clone()).await),
             first
         );
     }
@@ -53,10 +51,7 @@ async fn a_repeated_request_gets_the_first_response_and_creates_nothing() {
         first.3,
         "the response differs from the stored task"
     );
-    let other = create(&server, &ann, "other", body.clone())
-        .await
-        .expect(201)
-        .json();
+    let other = create(&ann, "other", body.clone()).await.expect(201).json();
     assert_ne!(
         other["id"], first.3["id"],
         "another key must create another task"
@@ -85,12 +80,11 @@ async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
             .unwrap();
         let copies = (0..20).map(|n| {
             let instance = if n % 2 == 0 { &server } else { &sibling };
-            create(
-                instance,
-                &ann,
-                &key,
-                json!({"title": "once", "description": key}),
-            )
+            ann.on(instance)
+                .post(ann.tasks())
+                .header("idempotency-key", &key)
+                .json(json!({"title": "once", "description": key}))
+                .send()
         });
         let (responses, ()) = join(join_all(copies), async {
             wait_for_blocked(&control, 20).await;
@@ -119,8 +113,7 @@ async fn of_concurrent_requests_with_one_key_and_different_values_one_succeeds()
     held.execute("lock table tasks in exclusive mode", &[])
         .await
         .unwrap();
-    let rivals =
-        (0..4).map(|n| create(&server, &ann, "key", json!({"title": format!("rival {n}")})));
+    let rivals = (0..4).map(|n| create(&ann, "key", json!({"title": format!("rival {n}")})));
     let (responses, ()) = join(join_all(rivals), async {
         wait_for_blocked(&control, 4).await;
         held.commit().await.unwrap();
@@ -141,22 +134,19 @@ async fn a_repeated_request_returns_the_task_as_it_was_created() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "description": "as created"});
-    let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let first = stable_parts(&create(&ann, "key", body.clone()).await.expect(201));
     let path = ann.path_of(&first.3);
     let change = json!({"title": "b", "description": null, "completed": true});
     let changed = ann.patch(&path).json(change).await.expect(200).json();
     assert_eq!(
-        stable_parts(&create(&server, &ann, "key", body.clone()).await),
+        stable_parts(&create(&ann, "key", body.clone()).await),
         first
     );
     let read = ann.get(&path).await.expect(200).json();
     assert_eq!(read, changed, "the repeated request reverted the task");
 
     ann.delete(&path).await.expect(204);
-    assert_eq!(
-        stable_parts(&create(&server, &ann, "key", body).await),
-        first
-    );
+    assert_eq!(stable_parts(&create(&ann, "key", body).await), first);
     ann.get(&path).await.problem(404, "task_not_found");
     assert_eq!(count(&server).await, 0);
 }
@@ -166,7 +156,7 @@ async fn rejects_a_key_with_other_values() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "description": "b", "completed": false});
-    let first = stable_parts(&create(&server, &ann, "key", body.clone()).await.expect(201));
+    let first = stable_parts(&create(&ann, "key", body.clone()).await.expect(201));
     for other in [
         json!({"title": "A", "description": "b"}),
         json!({"title": "a", "description": "B"}),
@@ -175,36 +165,22 @@ async fn rejects_a_key_with_other_values() {
         json!({"title": "a"}),
         json!({"title": "a", "description": "b", "completed": true}),
     ] {
-        let response = create(&server, &ann, "key", other.clone()).await;
+        let response = create(&ann, "key", other.clone()).await;
         assert_eq!(response.status, 422, "{other}");
         let problem = response.problem(422, "idempotency_key_reused");
         assert!(!problem.to_string().contains("as created"));
     }
     // Null equals a missing description, but not an empty one.
-    create(&server, &ann, "null", json!({"title": "a"}))
+    create(&ann, "null", json!({"title": "a"}))
         .await
         .expect(201);
-    create(
-        &server,
-        &ann,
-        "null",
-        json!({"title": "a", "description": null}),
-    )
-    .await
-    .expect(201);
-    let response = create(
-        &server,
-        &ann,
-        "null",
-        json!({"title": "a", "description": ""}),
-    )
-    .await;
+    create(&ann, "null", json!({"title": "a", "description": null}))
+        .await
+        .expect(201);
+    let response = create(&ann, "null", json!({"title": "a", "description": ""})).await;
     response.problem(422, "idempotency_key_reused");
     // The key still returns the first task.
-    assert_eq!(
-        stable_parts(&create(&server, &ann, "key", body).await),
-        first
-    );
+    assert_eq!(stable_parts(&create(&ann, "key", body).await), first);
     assert_eq!(count(&server).await, 2);
 }
 
@@ -240,12 +216,8 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
     let visible: String = ('!'..='~').collect();
     let mut made = 0;
     for key in ["k".to_owned(), "x".repeat(255), visible] {
-        create(&server, &ann, &key, json!({"title": "a"}))
-            .await
-            .expect(201);
-        create(&server, &ann, &key, json!({"title": "a"}))
-            .await
-            .expect(201);
+        create(&ann, &key, json!({"title": "a"})).await.expect(201);
+        create(&ann, &key, json!({"title": "a"})).await.expect(201);
         made += 1;
         assert_eq!(count(&server).await, made);
     }
@@ -257,7 +229,7 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
         "a\tb".to_owned(),
         "é".to_owned(),
     ] {
-        let response = create(&server, &ann, &key, json!({"title": "a"})).await;
+        let response = create(&ann, &key, json!({"title": "a"})).await;
         assert_eq!(response.status, 400, "{key:?}");
         response.problem(400, "malformed_request");
     }
@@ -271,7 +243,7 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
         .problem(400, "malformed_request");
     assert_eq!(count(&server).await, made);
     // Keys are case-sensitive.
-    create(&server, &ann, "K", json!({"title": "another"}))
+    create(&ann, "K", json!({"title": "another"}))
         .await
         .expect(201);
 }
@@ -280,11 +252,11 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
 async fn a_key_belongs_to_one_user() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let anns = create(&server, &ann, "key", json!({"title": "ann's"}))
+    let anns = create(&ann, "key", json!({"title": "ann's"}))
         .await
         .expect(201)
         .json();
-    let bobs = create(&server, &bob, "key", json!({"title": "bob's"}))
+    let bobs = create(&bob, "key", json!({"title": "bob's"}))
         .await
         .expect(201)
         .json();
@@ -292,7 +264,7 @@ async fn a_key_belongs_to_one_user() {
         (&bobs["title"], &bobs["user_id"]),
         (&json!("bob's"), &json!(bob.id))
     );
-    let again = create(&server, &ann, "key", json!({"title": "ann's"}))
+    let again = create(&ann, "key", json!({"title": "ann's"}))
         .await
         .expect(201)
         .json();
@@ -303,7 +275,7 @@ async fn a_key_belongs_to_one_user() {
 async fn a_rejected_request_does_not_use_its_key() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    create(&server, &ann, "key", json!({"title": ""}))
+    create(&ann, "key", json!({"title": ""}))
         .await
         .problem(422, "validation_failed");
     let send = |path: String, token: &str, body: &'static str, content_type: &str| {
@@ -326,7 +298,7 @@ async fn a_rejected_request_does_not_use_its_key() {
     send(ann.tasks(), "bad", "{}", "application/json")
         .await
         .problem(401, "invalid_token");
-    create(&server, &ann, "key", json!({"title": "valid"}))
+    create(&ann, "key", json!({"title": "valid"}))
         .await
         .expect(201);
     assert_eq!(count(&server).await, 1);
@@ -337,39 +309,27 @@ async fn a_key_expires_after_a_day() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a"});
-    let first = create(&server, &ann, "key", body.clone())
-        .await
-        .expect(201)
-        .json();
+    let first = create(&ann, "key", body.clone()).await.expect(201).json();
     let sql = server.sql().await;
     let age = |hours: &str| {
         format!("update idempotency_keys set created_at = now() - interval '{hours}'")
     };
 
     sql.execute(&age("23 hours 59 minutes"), &[]).await.unwrap();
-    let again = create(&server, &ann, "key", body.clone())
-        .await
-        .expect(201)
-        .json();
+    let again = create(&ann, "key", body.clone()).await.expect(201).json();
     assert_eq!(again["id"], first["id"]);
     let other = json!({"title": "other"});
-    create(&server, &ann, "key", other.clone())
+    create(&ann, "key", other.clone())
         .await
         .problem(422, "idempotency_key_reused");
 
     sql.execute(&age("24 hours 1 second"), &[]).await.unwrap();
-    let second = create(&server, &ann, "key", other.clone())
-        .await
-        .expect(201)
-        .json();
+    let second = create(&ann, "key", other.clone()).await.expect(201).json();
     assert_ne!(second["id"], first["id"]);
     assert_eq!(second["title"], "other");
     // From now on, it refers to the new task.
-    assert_eq!(
-        create(&server, &ann, "key", other).await.expect(201).json(),
-        second
-    );
-    create(&server, &ann, "key", body)
+    assert_eq!(create(&ann, "key", other).await.expect(201).json(), second);
+    create(&ann, "key", body)
         .await
         .problem(422, "idempotency_key_reused");
     assert_eq!(count(&server).await, 2);

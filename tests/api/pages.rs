@@ -125,12 +125,10 @@ fn walks() -> impl Strategy<Value = Walk> {
         )
 }
 
-async fn create(server: &Server, user: &User, completed: bool, found: bool) -> String {
+async fn create(user: &User, completed: bool, found: bool) -> String {
     let title = if found { "100% Needle_x" } else { "hay" };
-    let response = server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(json!({"title": title, "completed": completed}))
+    let response = user
+        .create(json!({"title": title, "completed": completed}))
         .await
         .expect(201);
     response.json()["id"].as_str().unwrap().to_owned()
@@ -147,7 +145,7 @@ async fn run_walk(server: &Server, user: &User, walk: &Walk) -> Result<(), TestC
     let mut required = BTreeSet::new();
     let mut may_be_seen = BTreeSet::new();
     for &(completed, found) in &walk.tasks {
-        let id = create(server, user, completed, found).await;
+        let id = create(user, completed, found).await;
         if matches(completed, found) {
             required.insert(id.clone());
             may_be_seen.insert(id.clone());
@@ -188,7 +186,7 @@ async fn run_walk(server: &Server, user: &User, walk: &Walk) -> Result<(), TestC
         for step in edits.next().into_iter().flatten() {
             let gone = match step {
                 ConcurrentEdit::Create { completed, found } => {
-                    let id = create(server, user, *completed, *found).await;
+                    let id = create(user, *completed, *found).await;
                     if matches(*completed, *found) {
                         may_be_seen.insert(id.clone());
                     }

@@ -23,15 +23,9 @@ async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
 }
 
 /// Creates a task, and checks that the response matches what was stored.
-async fn create(server: &Server, user: &User, body: Value) -> Value {
-    let task = server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(body)
-        .await
-        .expect(201)
-        .json();
-    let request = server.get(user.path_of(&task)).bearer(&user.access_token);
+async fn create(user: &User, body: Value) -> Value {
+    let task = user.create(body).await.expect(201).json();
+    let request = user.get(user.path_of(&task));
     assert_eq!(request.await.expect(200).json(), task);
     task
 }
@@ -75,14 +69,14 @@ async fn returns_a_new_task_with_its_location() {
 async fn creates_a_completed_task_or_one_without_a_description() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let bare = create(&server, &ann, json!({"title": "a"})).await;
+    let bare = create(&ann, json!({"title": "a"})).await;
     assert_eq!(
         (&bare["description"], &bare["completed"]),
         (&Value::Null, &json!(false))
     );
-    let null = create(&server, &ann, json!({"title": "b", "description": null})).await;
+    let null = create(&ann, json!({"title": "b", "description": null})).await;
     assert_eq!(null["description"], Value::Null);
-    let done = create(&server, &ann, json!({"title": "c", "completed": true})).await;
+    let done = create(&ann, json!({"title": "c", "completed": true})).await;
     assert_eq!(done["completed"], true);
 }
 
@@ -90,7 +84,7 @@ async fn creates_a_completed_task_or_one_without_a_description() {
 async fn keeps_an_empty_description() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut task = create(&server, &ann, json!({"title": "a", "description": ""})).await;
+    let mut task = create(&ann, json!({"title": "a", "description": ""})).await;
     assert_eq!(task["description"], "");
     let path = ann.path_of(&task);
     for description in ["  kept as it is  ", ""] {
@@ -111,7 +105,7 @@ async fn ignores_the_id_owner_and_times_that_a_client_sends() {
         "title": "a", "id": wish, "user_id": bob.id,
         "created_at": "2001-01-01T00:00:00.000000Z", "updated_at": "2001-01-01T00:00:00.000000Z",
     });
-    let task = create(&server, &ann, body).await;
+    let task = create(&ann, body).await;
     assert_ne!(task["id"], json!(wish));
     assert_eq!(task["user_id"], json!(ann.id));
     assert!(task["created_at"].as_str().unwrap() > "2002");
@@ -232,7 +226,7 @@ async fn put_and_patch_change_only_the_given_fields() {
             json!({"title": "a", "description": "b", "completed": true}),
             json!({"title": "  cut at the ends \u{3000}", "unknown": 1}),
         ];
-        let mut task = create(&server, &ann, json!({"title": "old", "description": "it"})).await;
+        let mut task = create(&ann, json!({"title": "old", "description": "it"})).await;
         let path = ann.path_of(&task);
         for change in changes {
             let changed = ann
@@ -262,7 +256,7 @@ async fn null_clears_the_description_and_is_rejected_elsewhere() {
     let server = Server::start().await;
     let ann = server.user().await;
     for method in [Method::PUT, Method::PATCH] {
-        let task = create(&server, &ann, json!({"title": "a", "description": "b"})).await;
+        let task = create(&ann, json!({"title": "a", "description": "b"})).await;
         let path = ann.path_of(&task);
         let change = |body: Value| ann.request(method.clone(), &path).json(body).send();
         let cleared = change(json!({"description": null}))
@@ -405,12 +399,7 @@ async fn delete_completed_returns_how_many_tasks_it_deleted() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (title, completed) in [("a", true), ("b", false), ("c", true), ("d", false)] {
-        create(
-            &server,
-            &ann,
-            json!({"title": title, "completed": completed}),
-        )
-        .await;
+        create(&ann, json!({"title": title, "completed": completed})).await;
     }
     let clear = format!("{}?completed=true", ann.tasks());
     for deleted in [2, 0] {
@@ -425,12 +414,7 @@ async fn filters_by_completed() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (title, completed) in [("a", true), ("b", false), ("c", true)] {
-        create(
-            &server,
-            &ann,
-            json!({"title": title, "completed": completed}),
-        )
-        .await;
+        create(&ann, json!({"title": title, "completed": completed})).await;
     }
     assert_eq!(titles(&server, &ann, "?completed=true").await, ["c", "a"]);
     assert_eq!(titles(&server, &ann, "?completed=false").await, ["b"]);
@@ -457,12 +441,7 @@ async fn search_matches_a_literal_substring_case_insensitively() {
         ("ΣΊΣΥΦΟΣ", None),
         ("two words", Some("*.txt 'quoted'")),
     ] {
-        create(
-            &server,
-            &ann,
-            json!({"title": title, "description": description}),
-        )
-        .await;
+        create(&ann, json!({"title": title, "description": description})).await;
     }
     for (query, expected) in [
         ("100%25", vec!["100% wool"]),

@@ -9,14 +9,6 @@ use crate::harness::{Server, User, Wire, head};
 /// One code point, four bytes in UTF-8.
 const ASTRAL: &str = "😀";
 
-async fn create(server: &Server, user: &User, body: Value) -> crate::harness::Response {
-    server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(body)
-        .await
-}
-
 /// Creates a task from a raw body.
 async fn create_raw(
     server: &Server,
@@ -62,10 +54,7 @@ async fn accepts_titles_of_1_to_200_code_points() {
         ASTRAL.repeat(200),
         "e\u{301}".repeat(100),
     ] {
-        let task = create(&server, &ann, json!({"title": title}))
-            .await
-            .expect(201)
-            .json();
+        let task = ann.create(json!({"title": title})).await.expect(201).json();
         assert_eq!(task["title"], json!(title));
     }
     for (title, code) in [
@@ -74,7 +63,8 @@ async fn accepts_titles_of_1_to_200_code_points() {
         (ASTRAL.repeat(201), "too_long"),
         ("e\u{301}".repeat(101), "too_long"),
     ] {
-        let problem = create(&server, &ann, json!({"title": title}))
+        let problem = ann
+            .create(json!({"title": title}))
             .await
             .problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("/title", code)]);
@@ -95,10 +85,7 @@ async fn trims_unicode_white_space_from_titles_before_counting() {
         "\u{feff}".into(),
     ] {
         let title = format!("{spaces}{inner}{spaces}");
-        let task = create(&server, &ann, json!({"title": title}))
-            .await
-            .expect(201)
-            .json();
+        let task = ann.create(json!({"title": title})).await.expect(201).json();
         assert_eq!(task["title"], json!(inner));
         let changed = ann
             .patch(ann.path_of(&task))
@@ -110,7 +97,8 @@ async fn trims_unicode_white_space_from_titles_before_counting() {
     }
     for space in spaces.chars() {
         let title = space.to_string();
-        let problem = create(&server, &ann, json!({"title": title}))
+        let problem = ann
+            .create(json!({"title": title}))
             .await
             .problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("/title", "too_short")], "{space:?}");
@@ -129,14 +117,12 @@ async fn accepts_descriptions_of_up_to_1000_code_points() {
         ASTRAL.repeat(1000),
     ] {
         let body = json!({"title": "a", "description": description});
-        let task = create(&server, &ann, body).await.expect(201).json();
+        let task = ann.create(body).await.expect(201).json();
         assert_eq!(task["description"], json!(description));
     }
     for description in ["x".repeat(1001), ASTRAL.repeat(1001), " ".repeat(1001)] {
         let body = json!({"title": "a", "description": description});
-        let problem = create(&server, &ann, body)
-            .await
-            .problem(422, "validation_failed");
+        let problem = ann.create(body).await.problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("/description", "too_long")]);
     }
 }
@@ -195,9 +181,7 @@ async fn rejects_nul_in_title_and_description() {
     let ann = server.user().await;
     for text in ["\0", "a\0b", "a\0"] {
         let body = json!({"title": text, "description": text});
-        let problem = create(&server, &ann, body)
-            .await
-            .problem(422, "validation_failed");
+        let problem = ann.create(body).await.problem(422, "validation_failed");
         assert_eq!(
             errors(&problem),
             [
@@ -208,7 +192,8 @@ async fn rejects_nul_in_title_and_description() {
     }
     // All other characters are allowed.
     let odd = "\u{1}\u{7f}\u{202e}\u{fffe}\u{10ffff}\"\\/</script>'; drop table tasks; --";
-    let task = create(&server, &ann, json!({"title": odd, "description": odd}))
+    let task = ann
+        .create(json!({"title": odd, "description": odd}))
         .await
         .expect(201)
         .json();
@@ -230,16 +215,15 @@ async fn rejects_fields_of_a_wrong_type() {
         json!({"a": 1}),
     ];
     for value in wrong.iter().chain([&Value::Null]) {
-        let problem = create(&server, &ann, json!({"title": value}))
+        let problem = ann
+            .create(json!({"title": value}))
             .await
             .problem(422, "validation_failed");
         assert_eq!(errors(&problem)[0].0, "/title", "{value}");
     }
     for value in &wrong {
         let body = json!({"title": "a", "description": value});
-        let problem = create(&server, &ann, body)
-            .await
-            .problem(422, "validation_failed");
+        let problem = ann.create(body).await.problem(422, "validation_failed");
         assert_eq!(
             errors(&problem),
             [("/description", "wrong_type")],
@@ -255,9 +239,7 @@ async fn rejects_fields_of_a_wrong_type() {
         Value::Null,
     ] {
         let body = json!({"title": "a", "completed": value});
-        let problem = create(&server, &ann, body)
-            .await
-            .problem(422, "validation_failed");
+        let problem = ann.create(body).await.problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("/completed", "wrong_type")], "{value}");
     }
 }
@@ -268,9 +250,7 @@ async fn returns_all_errors_of_a_body_at_once() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "x".repeat(201), "description": 7, "completed": "yes"});
-    let problem = create(&server, &ann, body)
-        .await
-        .problem(422, "validation_failed");
+    let problem = ann.create(body).await.problem(422, "validation_failed");
     let expected = [
         ("/title", "too_long"),
         ("/description", "wrong_type"),
@@ -283,7 +263,8 @@ async fn returns_all_errors_of_a_body_at_once() {
             .is_some_and(|detail| !detail.is_empty())
     );
 
-    let problem = create(&server, &ann, json!({}))
+    let problem = ann
+        .create(json!({}))
         .await
         .problem(422, "validation_failed");
     assert_eq!(errors(&problem), [("/title", "required")]);
@@ -321,7 +302,7 @@ async fn ignores_unknown_fields_but_rejects_an_update_without_known_ones() {
     let server = Server::start().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "colour": "red", "": 1, "Title": "b", "x": {"title": [1]}});
-    let task = create(&server, &ann, body).await.expect(201).json();
+    let task = ann.create(body).await.expect(201).json();
     assert_eq!(task["title"], "a");
     let path = ann.path_of(&task);
     for method in [Method::PUT, Method::PATCH] {
@@ -901,7 +882,7 @@ async fn names_invalid_and_duplicate_query_parameters() {
 async fn delete_completed_requires_completed_true() {
     let server = Server::start().await;
     let ann = server.user().await;
-    create(&server, &ann, json!({"title": "a", "completed": true}))
+    ann.create(json!({"title": "a", "completed": true}))
         .await
         .expect(201);
     for query in [
