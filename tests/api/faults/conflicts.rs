@@ -1,4 +1,4 @@
-//! Isolation levels, serialization failures and deadlocks: what the server rolled back is retried.
+//! Isolation levels, serialization failures and deadlocks: rolled-back statements are retried.
 
 use std::time::Duration;
 
@@ -6,23 +6,27 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use super::Cluster;
-use crate::harness::{Server, User, until};
+use crate::harness::{Server, User, until, wait_for_blocked};
 
-/// Toggles one task 300 times over ten clients; each is served, and the task is as before.
+/// Toggles one task 300 times from ten clients. Asserts that all succeed and that the task is
+/// unchanged in the end.
 async fn toggle_300_times(server: &Server, user: &User, task: &str) {
+    let user = user.on(server);
     let toggle = async |_| {
         for _ in 0..30 {
-            let request = server.patch(format!("{task}/complete"));
-            request.bearer(&user.access_token).send().await.expect(200);
+            user.patch(format!("{task}/complete"))
+                .send()
+                .await
+                .expect(200);
         }
     };
     join_all((0..10).map(toggle)).await;
-    let task = server.get(task).bearer(&user.access_token).send().await;
-    assert_eq!(task.expect(200).json()["completed"], false);
+    let task = user.get(task).send().await.expect(200).json();
+    assert_eq!(task["completed"], false);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_toggles_are_served_whatever_the_default_isolation_is() {
+async fn concurrent_toggles_succeed_at_any_default_isolation_level() {
     let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
     let user = server.user().await;
     let task = user.path_of(&user.create_task("popular").await);
@@ -43,32 +47,32 @@ async fn concurrent_toggles_are_served_whatever_the_default_isolation_is() {
         server
             .wait_for_log(&format!("default_transaction_isolation is {level}"))
             .await;
-        // All of it ran in READ COMMITTED: nothing had to be retried, and all else works in there.
+        // Registration and login work at this default too.
         let user = server.user().await;
         server.login(&user.email, &user.password).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_toggles_are_served_if_the_default_changes_under_open_connections() {
-    let rig = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
-    let task = format!("{}/{}", rig.user.tasks(), rig.task);
-    toggle_300_times(&rig.server, &rig.user, &task).await;
-    let sql = rig.sql().await;
+async fn concurrent_toggles_succeed_if_the_default_changes_while_connections_are_open() {
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
+    let task = format!("{}/{}", cluster.user.tasks(), cluster.task);
+    toggle_300_times(&cluster.server, &cluster.user, &task).await;
+    let sql = cluster.sql().await;
     sql.batch_execute("alter system set default_transaction_isolation = 'serializable'")
         .await
         .unwrap();
     sql.batch_execute("select pg_reload_conf()").await.unwrap();
     let show = "show default_transaction_isolation";
-    until("the new default is in force", async || {
+    until("the new default is in effect", async || {
         let level: String = sql.query_one(show, &[]).await.unwrap().get(0);
         level == "serializable"
     })
     .await;
-    toggle_300_times(&rig.server, &rig.user, &task).await;
-    let log = rig.server.log();
+    toggle_300_times(&cluster.server, &cluster.user, &task).await;
+    let log = cluster.server.log();
     assert!(log.contains("read committed"), "{log}");
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -78,14 +82,15 @@ async fn a_statement_that_loses_a_deadlock_is_retried() {
     let mut tasks = Vec::new();
     for title in ["one", "two"] {
         let task = user.create_task(title).await;
-        let complete = server.patch(format!("{}/complete", user.path_of(&task)));
-        complete.bearer(&user.access_token).send().await.expect(200);
+        let complete = format!("{}/complete", user.path_of(&task));
+        user.patch(complete).send().await.expect(200);
         tasks.push(task["id"].as_str().unwrap().to_owned());
     }
-    // The statement locks one of the two tasks and waits for the other; then the transaction wants
-    // the one that the statement has. The server ends the statement, which waited first.
+    // The statement locks one task and waits for the other, which the transaction has locked. Then
+    // the transaction requests the first. The server aborts the statement, because it waited first
+    // and the transaction's own deadlock check is a minute away.
     let mut transaction = server.sql().await;
-    let watch = server.sql().await;
+    let sql = server.sql().await;
     transaction
         .batch_execute("set deadlock_timeout = '1 min'")
         .await
@@ -94,21 +99,8 @@ async fn a_statement_that_loses_a_deadlock_is_retried() {
     let touch = "update tasks set description = 'touched' where id::text = $1";
     transaction.execute(touch, &[&tasks[1]]).await.unwrap();
     let path = format!("{}?completed=true", user.tasks());
-    let delete = server.delete(path).bearer(&user.access_token);
-    let delete = tokio::spawn(delete.send());
-    until("the statement waits", async || {
-        let waiting: i64 = watch
-            .query_one(
-                "select count(*) from pg_stat_activity
-                 where datname = current_database() and wait_event_type = 'Lock'",
-                &[],
-            )
-            .await
-            .unwrap()
-            .get(0);
-        waiting == 1
-    })
-    .await;
+    let delete = tokio::spawn(user.delete(path).send());
+    wait_for_blocked(&sql, 1).await;
     let waiting = std::time::Instant::now();
     transaction.execute(touch, &[&tasks[0]]).await.unwrap();
     assert!(

@@ -1,7 +1,7 @@
-//! Clients that never stop asking, and a ledger of what they were told.
+//! Clients that send requests continuously, and a log of the outcomes.
 //!
-//! A client keeps its connection as browsers and pools do. When a task could not be made it tries
-//! again under the same `Idempotency-Key`, as the contract tells it to.
+//! A client keeps its connection alive, as browsers and connection pools do. It retries a failed
+//! creation with the same `Idempotency-Key`, as the API tells clients to.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,74 +27,75 @@ use tokio::{
 
 use crate::harness::User;
 
-/// Longer than any bound of the service: who waits this long was forgotten.
-const FORGOTTEN: Duration = Duration::from_secs(20);
-/// Between two requests of a client: load, but not all that the machine can give.
-const BREATH: Duration = Duration::from_millis(4);
-/// Before a client tries again.
-const PAUSE: Duration = Duration::from_millis(25);
+/// Longer than any timeout of the service, so a request that reaches it was never going to get a
+/// response.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Between a client's requests, so that the load does not saturate the machine.
+const THINK_TIME: Duration = Duration::from_millis(4);
+/// Before a client retries.
+const RETRY_BACKOFF: Duration = Duration::from_millis(25);
 
-/// What became of a request.
+/// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Outcome {
-    /// It was answered with this status.
+    /// A response with this status.
     Status(u16),
-    /// No connection was to be had, or the one there was had been closed before anything was sent.
-    Refused,
-    /// It was sent, and the connection ended without an answer.
-    Lost,
-    /// It was sent, and nothing happened any more.
-    Forgotten,
+    /// Nothing was sent, because no connection could be opened.
+    NotConnected,
+    /// The connection ended after the request was sent and before the response was complete.
+    ConnectionLost,
+    /// No response within [`CLIENT_TIMEOUT`].
+    TimedOut,
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Outcome::Status(status) => write!(f, "{status}"),
-            fate => write!(f, "{fate:?}"),
+            outcome => write!(f, "{outcome:?}"),
         }
     }
 }
 
-/// What a client does all the time.
+/// The kind of request that a client sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Work {
     /// Reads one task.
     Read,
-    /// Makes tasks.
+    /// Creates a task.
     Write,
 }
 
-/// One request and what became of it.
+/// A finished request.
 #[derive(Clone, Debug)]
-pub(super) struct Answer {
-    pub(super) asked: Instant,
-    pub(super) took: Duration,
-    pub(super) fate: Outcome,
+pub(super) struct RequestRecord {
+    pub(super) sent_at: Instant,
+    pub(super) duration: Duration,
+    pub(super) outcome: Outcome,
     pub(super) work: Work,
-    /// The problem's code, where the answer is one.
+    /// The problem code of an error response, otherwise empty.
     pub(super) code: String,
     pub(super) retry_after: bool,
 }
 
-impl Answer {
-    pub(super) fn is_good(&self) -> bool {
-        matches!(self.fate, Outcome::Status(200..=299))
+impl RequestRecord {
+    pub(super) fn is_success(&self) -> bool {
+        matches!(self.outcome, Outcome::Status(200..=299))
     }
 
-    /// A refusal as the contract has it: nothing was changed, and when to come again.
-    pub(super) fn is_refusal(&self, code: &str) -> bool {
-        self.fate == Outcome::Status(503) && self.retry_after && self.code == code
+    /// Whether the response was a 503 with this problem code and `Retry-After`.
+    pub(super) fn is_retryable_503(&self, code: &str) -> bool {
+        self.outcome == Outcome::Status(503) && self.retry_after && self.code == code
     }
 
-    fn ended(&self) -> Instant {
-        self.asked + self.took
+    fn finished_at(&self) -> Instant {
+        self.sent_at + self.duration
     }
 }
 
-/// An answer on the wire.
+/// An outcome with the parts of the response that the tests look at.
 pub(super) struct WireResponse {
-    pub(super) fate: Outcome,
+    pub(super) outcome: Outcome,
     pub(super) retry_after: bool,
     pub(super) body: Bytes,
 }
@@ -105,12 +106,12 @@ impl WireResponse {
     }
 }
 
-/// Where the service is; it may move.
+/// The addresses of the service's instances, shared by all clients. They change at a restart.
 #[derive(Clone)]
 pub(super) struct Addresses(Arc<Mutex<Vec<SocketAddr>>>);
 
 impl Addresses {
-    pub(super) fn of(addresses: &[SocketAddr]) -> Addresses {
+    pub(super) fn new(addresses: &[SocketAddr]) -> Addresses {
         Addresses(Arc::new(Mutex::new(addresses.to_vec())))
     }
 
@@ -118,98 +119,127 @@ impl Addresses {
         *self.0.lock().unwrap() = addresses.to_vec();
     }
 
-    fn at(&self, turn: usize) -> Option<SocketAddr> {
+    /// The address at this index, modulo their number.
+    fn get(&self, index: usize) -> Option<SocketAddr> {
         let addresses = self.0.lock().unwrap();
-        (!addresses.is_empty()).then(|| addresses[turn % addresses.len()])
+        (!addresses.is_empty()).then(|| addresses[index % addresses.len()])
     }
 }
 
-/// A client with one connection at a time.
+/// A client with at most one connection.
 pub(super) struct Client {
     addresses: Addresses,
-    turn: usize,
+    address_index: usize,
     connection: Option<SendRequest<Full<Bytes>>>,
 }
 
 impl Client {
-    pub(super) fn new(addresses: Addresses, turn: usize) -> Client {
+    pub(super) fn new(addresses: Addresses, address_index: usize) -> Client {
         Client {
             addresses,
-            turn,
+            address_index,
             connection: None,
         }
     }
 
     pub(super) fn at(address: SocketAddr) -> Client {
-        Client::new(Addresses::of(&[address]), 0)
+        Client::new(Addresses::new(&[address]), 0)
     }
 
-    async fn connected(&mut self) -> Option<SendRequest<Full<Bytes>>> {
+    /// Takes the open connection, or opens one.
+    async fn take_connection(&mut self) -> Option<SendRequest<Full<Bytes>>> {
         if let Some(mut connection) = self.connection.take()
             && connection.ready().await.is_ok()
         {
             return Some(connection);
         }
-        let address = self.addresses.at(self.turn)?;
+        let address = self.addresses.get(self.address_index)?;
         let stream = TcpStream::connect(address).await.ok()?;
         stream.set_nodelay(true).ok()?;
-        let (connection, driver) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        let (connection, io_task) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .ok()?;
-        tokio::spawn(driver);
+        tokio::spawn(io_task);
         Some(connection)
     }
 
-    /// Connects, if it is not connected.
+    /// Connects unless there is a connection; returns whether there is one now.
     pub(super) async fn connect(&mut self) -> bool {
-        self.connection = self.connected().await;
+        self.connection = self.take_connection().await;
         self.connection.is_some()
     }
 
-    pub(super) async fn ask(&mut self, request: Request<Full<Bytes>>) -> WireResponse {
-        let heard = timeout(FORGOTTEN, self.exchange(request)).await;
-        let (fate, retry_after, body) = match heard {
-            Ok(Ok((status, retry_after, body))) => (Outcome::Status(status), retry_after, body),
-            Ok(Err(fate)) => (fate, false, Bytes::new()),
-            Err(_) => (Outcome::Forgotten, false, Bytes::new()),
+    pub(super) async fn send(&mut self, request: Request<Full<Bytes>>) -> WireResponse {
+        let response = match timeout(CLIENT_TIMEOUT, self.exchange(request)).await {
+            Ok(response) => response,
+            Err(_) => Err(Outcome::TimedOut),
         };
-        if !matches!(fate, Outcome::Status(_)) {
-            // As a balancer does: the next instance, if there is another.
-            self.turn += 1;
-        }
-        WireResponse {
-            fate,
-            retry_after,
-            body,
-        }
+        response.unwrap_or_else(|outcome| {
+            // Fail over to the next instance, as a load balancer does.
+            self.address_index += 1;
+            WireResponse {
+                outcome,
+                retry_after: false,
+                body: Bytes::new(),
+            }
+        })
     }
 
-    async fn exchange(
-        &mut self,
-        request: Request<Full<Bytes>>,
-    ) -> Result<(u16, bool, Bytes), Outcome> {
-        let mut request = Some(request);
-        let (connection, answer) = loop {
-            let mut connection = self.connected().await.ok_or(Outcome::Refused)?;
-            let Some(next) = request.take() else {
-                return Err(Outcome::Lost);
+    async fn exchange(&mut self, request: Request<Full<Bytes>>) -> Result<WireResponse, Outcome> {
+        let mut unsent = Some(request);
+        let (connection, response) = loop {
+            let mut connection = self.take_connection().await.ok_or(Outcome::NotConnected)?;
+            let Some(request) = unsent.take() else {
+                return Err(Outcome::ConnectionLost);
             };
-            match connection.try_send_request(next).await {
-                Ok(answer) => break (connection, answer),
-                // Closed between two requests: nothing was sent, as any client knows.
-                Err(mut error) => request = error.take_message(),
+            match connection.try_send_request(request).await {
+                Ok(response) => break (connection, response),
+                // hyper returns the request if the idle connection closed before it was sent.
+                Err(mut error) => unsent = error.take_message(),
             }
         };
-        let status = answer.status().as_u16();
-        let retry_after = answer.headers().contains_key(header::RETRY_AFTER);
-        let body = answer.into_body().collect().await;
-        let body = body.map_err(|_| Outcome::Lost)?.to_bytes();
+        let outcome = Outcome::Status(response.status().as_u16());
+        let retry_after = response.headers().contains_key(header::RETRY_AFTER);
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|_| Outcome::ConnectionLost)?.to_bytes();
         self.connection = Some(connection);
-        Ok((status, retry_after, body))
+        Ok(WireResponse {
+            outcome,
+            retry_after,
+            body,
+        })
+    }
+
+    /// Creates a task and records the outcome; returns whether it was created.
+    pub(super) async fn create(
+        &mut self,
+        credentials: &Credentials,
+        title: &str,
+        requests: &RequestLog,
+    ) -> bool {
+        let sent_at = Instant::now();
+        let response = self.send(credentials.create(title)).await;
+        let created = requests.record(Work::Write, sent_at, &response);
+        if created {
+            requests.record_created(title, &response);
+        }
+        created
+    }
+
+    /// Reads a task and records the outcome; returns whether it succeeded.
+    pub(super) async fn read(
+        &mut self,
+        credentials: &Credentials,
+        task: &str,
+        requests: &RequestLog,
+    ) -> bool {
+        let sent_at = Instant::now();
+        let response = self.send(credentials.read(task)).await;
+        requests.record(Work::Read, sent_at, &response)
     }
 }
 
-/// Who asks, and for what.
+/// A user's id and access token.
 #[derive(Clone)]
 pub(super) struct Credentials {
     pub(super) id: String,
@@ -226,7 +256,7 @@ impl From<&User> for Credentials {
 }
 
 impl Credentials {
-    /// Out of the answer to a registration.
+    /// Takes them from the body of a registration's response.
     pub(super) fn from_tokens(tokens: &Value) -> Credentials {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         Credentials {
@@ -235,167 +265,171 @@ impl Credentials {
         }
     }
 
-    fn request(&self, method: Method, rest: &str) -> hyper::http::request::Builder {
+    fn request(&self, method: Method, path: &str) -> hyper::http::request::Builder {
         Request::builder()
             .method(method)
-            .uri(format!("/api/v1/{}/tasks{rest}", self.id))
+            .uri(format!("/api/v1/{}/tasks{path}", self.id))
             .header(header::HOST, "todo.example")
             .header(header::AUTHORIZATION, format!("Bearer {}", self.token))
     }
 
-    /// A read of this task, or with a query of the list.
-    pub(super) fn read(&self, rest: &str) -> Request<Full<Bytes>> {
-        let request = self.request(Method::GET, rest);
+    pub(super) fn read(&self, task: &str) -> Request<Full<Bytes>> {
+        let request = self.request(Method::GET, &format!("/{task}"));
         request.body(Full::default()).unwrap()
     }
 
-    pub(super) fn create(&self, title: &str, key: &str) -> Request<Full<Bytes>> {
+    /// A request that creates a task; the idempotency key is derived from the title.
+    pub(super) fn create(&self, title: &str) -> Request<Full<Bytes>> {
         let request = self
             .request(Method::POST, "")
-            .header("idempotency-key", key)
+            .header("idempotency-key", title.replace(' ', "-"))
             .header(header::CONTENT_TYPE, "application/json");
         let body = json!({ "title": title }).to_string();
         request.body(Full::from(body)).unwrap()
     }
 }
 
-/// Everything that the clients of a load were told.
+/// The outcomes of all requests of a load.
 #[derive(Default)]
 pub(super) struct RequestLog {
-    answers: Mutex<Vec<Answer>>,
-    /// Task id by title.
-    acknowledged: Mutex<HashMap<String, String>>,
-    repeated: AtomicU64,
+    records: Mutex<Vec<RequestRecord>>,
+    /// The ids of the tasks that the service reported as created, by title.
+    created: Mutex<HashMap<String, String>>,
+    retries: AtomicU64,
 }
 
 impl RequestLog {
-    pub(super) fn note(&self, work: Work, asked: Instant, heard: &WireResponse) -> bool {
-        let code = match heard.fate {
-            Outcome::Status(400..) => heard.json()["code"].as_str().unwrap_or("none").to_owned(),
+    /// Records an outcome; returns whether it is a success.
+    fn record(&self, work: Work, sent_at: Instant, response: &WireResponse) -> bool {
+        let code = match response.outcome {
+            Outcome::Status(400..) => response.json()["code"]
+                .as_str()
+                .unwrap_or("none")
+                .to_owned(),
             _ => String::new(),
         };
-        let answer = Answer {
-            asked,
-            took: asked.elapsed(),
-            fate: heard.fate,
+        let record = RequestRecord {
+            sent_at,
+            duration: sent_at.elapsed(),
+            outcome: response.outcome,
             work,
             code,
-            retry_after: heard.retry_after,
+            retry_after: response.retry_after,
         };
-        let good = answer.is_good();
-        self.answers.lock().unwrap().push(answer);
-        good
+        let success = record.is_success();
+        self.records.lock().unwrap().push(record);
+        success
     }
 
-    pub(super) fn acknowledge(&self, title: String, heard: &WireResponse) {
-        let id = heard.json()["id"].as_str().unwrap().to_owned();
-        self.acknowledged.lock().unwrap().insert(title, id);
+    fn record_created(&self, title: &str, response: &WireResponse) {
+        let id = response.json()["id"].as_str().unwrap().to_owned();
+        self.created.lock().unwrap().insert(title.to_owned(), id);
     }
 
-    /// The answers to what was asked in this time and has been answered since.
-    pub(super) fn asked(&self, from: Instant, to: Instant) -> Vec<Answer> {
-        let answers = self.answers.lock().unwrap();
-        let within = |answer: &&Answer| answer.asked >= from && answer.asked < to;
-        answers.iter().filter(within).cloned().collect()
+    /// The finished requests that were sent in this period.
+    pub(super) fn sent_between(&self, from: Instant, to: Instant) -> Vec<RequestRecord> {
+        let records = self.records.lock().unwrap();
+        let in_period = |record: &&RequestRecord| record.sent_at >= from && record.sent_at < to;
+        records.iter().filter(in_period).cloned().collect()
     }
 
-    pub(super) fn all(&self) -> Vec<Answer> {
-        self.answers.lock().unwrap().clone()
+    pub(super) fn all(&self) -> Vec<RequestRecord> {
+        self.records.lock().unwrap().clone()
     }
 
-    pub(super) fn acknowledged(&self) -> usize {
-        self.acknowledged.lock().unwrap().len()
+    /// How many requests of this kind have been sent since and succeeded.
+    pub(super) fn successes_since(&self, from: Instant, work: Work) -> usize {
+        let records = self.records.lock().unwrap();
+        let is_counted = |record: &&RequestRecord| {
+            record.sent_at >= from && record.is_success() && record.work == work
+        };
+        records.iter().filter(is_counted).count()
     }
 
-    /// How many answers since then were good.
-    pub(super) fn good_since(&self, from: Instant, work: Work) -> usize {
-        let answers = self.answers.lock().unwrap();
-        let good =
-            |answer: &&Answer| answer.asked >= from && answer.is_good() && answer.work == work;
-        answers.iter().filter(good).count()
+    /// Whether the last `count` requests since then all succeeded.
+    pub(super) fn has_recovered(&self, count: usize, since: Instant) -> bool {
+        let mut records = self.sent_between(since, Instant::now());
+        records.sort_by_key(RequestRecord::finished_at);
+        let mut last = records.iter().rev().take(count);
+        records.len() >= count && last.all(RequestRecord::is_success)
     }
 
-    /// Whether the last so many answers were all good.
-    pub(super) fn is_well(&self, last: usize, since: Instant) -> bool {
-        let mut answers = self.asked(since, Instant::now());
-        answers.sort_by_key(Answer::ended);
-        answers.len() >= last && answers.iter().rev().take(last).all(Answer::is_good)
-    }
-
-    /// Every acknowledged task is there, under its title and once, and no retry has made a second.
-    /// Gives how many were compared.
-    pub(super) async fn assert_kept(&self, sql: &tokio_postgres::Client) -> usize {
+    /// Asserts that every acknowledged task is stored exactly once under its title and id.
+    /// Returns how many there are.
+    pub(super) async fn assert_durable(&self, sql: &tokio_postgres::Client) -> usize {
         let rows = sql
             .query("select id::text, title from tasks", &[])
             .await
             .unwrap();
-        let mut titles: HashMap<String, Vec<String>> = HashMap::new();
+        let mut stored: HashMap<String, Vec<String>> = HashMap::new();
         for row in &rows {
-            titles.entry(row.get(1)).or_default().push(row.get(0));
+            stored.entry(row.get(1)).or_default().push(row.get(0));
         }
-        let doubled: Vec<_> = titles.iter().filter(|(_, ids)| ids.len() > 1).collect();
-        assert!(doubled.is_empty(), "made twice: {doubled:?}");
-        let acknowledged = self.acknowledged.lock().unwrap();
-        let lost: Vec<_> = acknowledged
+        let duplicates: Vec<_> = stored.iter().filter(|(_, ids)| ids.len() > 1).collect();
+        assert!(duplicates.is_empty(), "created twice: {duplicates:?}");
+        let created = self.created.lock().unwrap();
+        let lost: Vec<_> = created
             .iter()
-            .filter(|(title, id)| titles.get(*title).is_none_or(|ids| ids[0] != **id))
+            .filter(|(title, id)| stored.get(*title).is_none_or(|ids| ids[0] != **id))
             .collect();
         assert!(
             lost.is_empty(),
             "{} of {} acknowledged tasks are lost: {lost:?}",
             lost.len(),
-            acknowledged.len()
+            created.len()
         );
-        acknowledged.len()
+        created.len()
     }
 
-    /// No request was left without an answer, and none waited longer than the bound.
-    pub(super) fn assert_all_answered_within(&self, bound: Duration) {
-        let bad: Vec<_> = self
+    /// Asserts that every request got a response within the limit.
+    pub(super) fn assert_all_responded_within(&self, limit: Duration) {
+        let late: Vec<_> = self
             .all()
             .into_iter()
-            .filter(|answer| !matches!(answer.fate, Outcome::Status(_)) || answer.took > bound)
+            .filter(|record| {
+                !matches!(record.outcome, Outcome::Status(_)) || record.duration > limit
+            })
             .collect();
         assert!(
-            bad.is_empty(),
-            "{} without an answer within {bound:?}, such as {:?}",
-            bad.len(),
-            &bad[..bad.len().min(3)]
+            late.is_empty(),
+            "{} without a response within {limit:?}, such as {:?}",
+            late.len(),
+            &late[..late.len().min(3)]
         );
     }
 
-    /// What was counted, in a line.
+    /// Formats the counts as one line.
     pub(super) fn summary(&self) -> String {
         format!(
-            "{}; {} tasks acknowledged, {} requests repeated",
+            "{}; {} tasks acknowledged, {} retries",
             summary(&self.all()),
-            self.acknowledged(),
-            self.repeated.load(Ordering::Relaxed)
+            self.created.lock().unwrap().len(),
+            self.retries.load(Ordering::Relaxed)
         )
     }
 }
 
-/// What became of requests, and how long the slowest and the 95th of a hundred took.
-pub(super) fn summary(answers: &[Answer]) -> String {
-    let mut fates: BTreeMap<(Outcome, &str), usize> = BTreeMap::new();
-    for answer in answers {
-        *fates.entry((answer.fate, &answer.code)).or_default() += 1;
+/// Formats the outcomes, the 95th percentile and the maximum of the response times.
+pub(super) fn summary(records: &[RequestRecord]) -> String {
+    let mut outcomes: BTreeMap<(Outcome, &str), usize> = BTreeMap::new();
+    for record in records {
+        *outcomes.entry((record.outcome, &record.code)).or_default() += 1;
     }
-    let fates: Vec<String> = fates
+    let outcomes: Vec<String> = outcomes
         .iter()
-        .map(|((fate, code), count)| format!("{count} × {fate} {code}").trim_end().to_owned())
+        .map(|((outcome, code), count)| format!("{count} × {outcome} {code}").trim_end().to_owned())
         .collect();
     format!(
         "{} requests ({}), p95 {:.0?}, slowest {:.0?}",
-        answers.len(),
-        fates.join(", "),
-        percentile(answers, 95),
-        percentile(answers, 100)
+        records.len(),
+        outcomes.join(", "),
+        percentile(records, 95),
+        percentile(records, 100)
     )
 }
 
-pub(super) fn percentile(answers: &[Answer], percent: usize) -> Duration {
-    let mut times: Vec<Duration> = answers.iter().map(|answer| answer.took).collect();
+pub(super) fn percentile(records: &[RequestRecord], percent: usize) -> Duration {
+    let mut times: Vec<Duration> = records.iter().map(|record| record.duration).collect();
     times.sort();
     let index = (times.len() * percent).div_ceil(100);
     times
@@ -404,79 +438,73 @@ pub(super) fn percentile(answers: &[Answer], percent: usize) -> Duration {
         .unwrap_or_default()
 }
 
-/// Clients at work; they end when it is dropped.
+/// A set of running clients. Dropping it stops them.
 pub(super) struct Load {
-    pub(super) ledger: Arc<RequestLog>,
+    pub(super) requests: Arc<RequestLog>,
     addresses: Addresses,
     stop: Arc<AtomicBool>,
     clients: JoinSet<()>,
 }
 
 impl Load {
-    pub(super) fn on(addresses: &Addresses) -> Load {
+    pub(super) fn new(addresses: &Addresses) -> Load {
         Load {
-            ledger: Arc::default(),
+            requests: Arc::default(),
             addresses: addresses.clone(),
             stop: Arc::default(),
             clients: JoinSet::new(),
         }
     }
 
-    /// So many clients that read this task all the time.
-    pub(super) fn reading(mut self, clients: usize, asker: &Credentials, task: &str) -> Load {
+    /// Adds clients that read this task over and over.
+    pub(super) fn reading(mut self, clients: usize, credentials: &Credentials, task: &str) -> Load {
         for _ in 0..clients {
             let mut client = Client::new(self.addresses.clone(), self.clients.len());
-            let (ledger, stop) = (self.ledger.clone(), self.stop.clone());
-            let (asker, rest) = (asker.clone(), format!("/{task}"));
+            let (requests, stop) = (self.requests.clone(), self.stop.clone());
+            let (credentials, task) = (credentials.clone(), task.to_owned());
             self.clients.spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
-                    let asked = Instant::now();
-                    let heard = client.ask(asker.read(&rest)).await;
-                    let good = ledger.note(Work::Read, asked, &heard);
-                    sleep(if good { BREATH } else { PAUSE }).await;
+                    let success = client.read(&credentials, &task, &requests).await;
+                    sleep(if success { THINK_TIME } else { RETRY_BACKOFF }).await;
                 }
             });
         }
         self
     }
 
-    /// So many clients that make tasks, each until it is acknowledged.
-    pub(super) fn writing(mut self, clients: usize, asker: &Credentials) -> Load {
+    /// Adds clients that create one task after another, and retry each until it succeeds.
+    pub(super) fn writing(mut self, clients: usize, credentials: &Credentials) -> Load {
         for _ in 0..clients {
-            let number = self.clients.len();
-            let mut client = Client::new(self.addresses.clone(), number);
-            let (ledger, stop) = (self.ledger.clone(), self.stop.clone());
-            let asker = asker.clone();
+            let client_number = self.clients.len();
+            let mut client = Client::new(self.addresses.clone(), client_number);
+            let (requests, stop) = (self.requests.clone(), self.stop.clone());
+            let credentials = credentials.clone();
             self.clients.spawn(async move {
-                for task in 0.. {
-                    let title = format!("task {task} of client {number}");
-                    let key = title.replace(' ', "-");
+                for task_number in 0.. {
+                    let title = format!("task {task_number} of client {client_number}");
                     loop {
                         if stop.load(Ordering::Relaxed) {
                             return;
                         }
-                        let asked = Instant::now();
-                        let heard = client.ask(asker.create(&title, &key)).await;
-                        if ledger.note(Work::Write, asked, &heard) {
-                            ledger.acknowledge(title, &heard);
+                        if client.create(&credentials, &title, &requests).await {
                             break;
                         }
-                        ledger.repeated.fetch_add(1, Ordering::Relaxed);
-                        sleep(PAUSE).await;
+                        requests.retries.fetch_add(1, Ordering::Relaxed);
+                        sleep(RETRY_BACKOFF).await;
                     }
-                    sleep(BREATH).await;
+                    sleep(THINK_TIME).await;
                 }
             });
         }
         self
     }
 
-    /// Waits for the answers under way and ends.
-    pub(super) async fn end(mut self) -> Arc<RequestLog> {
+    /// Stops the clients once their outstanding requests have finished.
+    pub(super) async fn finish(mut self) -> Arc<RequestLog> {
         self.stop.store(true, Ordering::Relaxed);
         while let Some(client) = self.clients.join_next().await {
             client.unwrap();
         }
-        self.ledger.clone()
+        self.requests.clone()
     }
 }

@@ -1,12 +1,10 @@
-//! Nothing lost, nobody stuck: faults of the database, the network and the service, overload, and
-//! several instances.
+//! Fault tolerance: faults of the database, the network and the service, overload, and several
+//! instances.
 //!
-//! Each test has a PostgreSQL of its own and states the least that must be served during a fault
-//! and after it: a row of 503s alone passes nothing. It prints what it counted, to be seen with
-//! `--nocapture`. The short form takes seconds a test; with `FAULTS=full` in the environment there
-//! are more rounds, more clients and more time.
-//!
-//! The contract's bounds are checked with room for a machine that has other things to do.
+//! Each test asserts how much must be served during a fault and after it, so that rejecting
+//! everything does not pass. It prints its counts, which `--nocapture` shows. The short form of a
+//! test takes seconds; `FAULTS=full` in the environment runs more rounds with more clients, for
+//! longer. Time limits leave room for a busy machine.
 
 mod conflicts;
 mod load;
@@ -27,42 +25,45 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 use todo_api::embedded_postgres::Postgres;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    time::sleep,
+};
 use tokio_postgres::{Client as Sql, NoTls};
 
 use crate::harness::{DataDir, SECRET, Server, User, until};
-use load::{Addresses, Credentials, Load, RequestLog};
+use load::{Addresses, Credentials, Load, RequestLog, Work, percentile, summary};
 use proxy::Proxy;
 
-/// A request has its answer from the database within 5 s; the rest is for a busy machine.
-const ANSWERED: Duration = Duration::from_secs(8);
-/// The service is well 5 s after the database is; likewise.
-const HEALED: Duration = Duration::from_secs(8);
+/// The service's limit for database work is 5 s; the rest is for a busy machine.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(8);
+/// The service recovers within 5 s of the database; likewise.
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The short or the whole form of a test.
+/// Selects a parameter for the short form or the full form of the tests.
 pub(crate) fn short_or_full<T>(short: T, full: T) -> T {
-    if env::var("FAULTS").is_ok_and(|form| form == "full") {
+    if env::var("FAULTS").is_ok_and(|value| value == "full") {
         full
     } else {
         short
     }
 }
 
-/// Tests that measure time under load go one after another.
+/// Makes tests that measure time under load run one at a time.
 async fn serialize() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::const_new(());
-    TURN.lock().await
+    static RUNNING: Mutex<()> = Mutex::const_new(());
+    RUNNING.lock().await
 }
 
-fn report(test: &str, counted: impl AsRef<str>) {
-    println!("faults: {test}: {}", counted.as_ref());
+fn report(test: &str, counts: impl AsRef<str>) {
+    println!("faults: {test}: {}", counts.as_ref());
 }
 
-/// A service, its PostgreSQL, and perhaps a network between them.
+/// A server and a PostgreSQL of its own, optionally with a [`Proxy`] between them.
 struct Cluster {
     server: Server,
     user: User,
-    /// The id of a task that is there from the beginning.
+    /// The id of a task of this user.
     task: String,
     proxy: Option<Proxy>,
     postgres: Option<Postgres>,
@@ -70,12 +71,12 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// The service on the socket of a PostgreSQL of the test's own.
+    /// A server that connects to the Unix socket of its PostgreSQL.
     async fn direct(variables: &[(&str, &str)]) -> Cluster {
         Cluster::build(false, variables).await
     }
 
-    /// The same with a proxy in between.
+    /// A server that connects through a proxy.
     async fn proxied(variables: &[(&str, &str)]) -> Cluster {
         Cluster::build(true, variables).await
     }
@@ -84,7 +85,7 @@ impl Cluster {
         let directory = DataDir::initialized().await;
         let postgres = Postgres::start(directory.path()).await.unwrap();
         let proxy = match proxied {
-            true => Some(Proxy::before(postgres.socket_dir()).await),
+            true => Some(Proxy::start(postgres.socket_dir()).await),
             false => None,
         };
         let url = match &proxy {
@@ -106,32 +107,28 @@ impl Cluster {
         }
     }
 
-    fn asker(&self) -> Credentials {
+    fn credentials(&self) -> Credentials {
         Credentials::from(&self.user)
-    }
-
-    fn addresses(&self) -> Addresses {
-        Addresses::of(&[self.server.addr()])
     }
 
     fn proxy(&self) -> &Proxy {
         self.proxy.as_ref().unwrap()
     }
 
-    /// Clients at work on the service.
+    /// Starts clients that read the task and clients that create tasks.
     fn load(&self, readers: usize, writers: usize) -> Load {
-        Load::on(&self.addresses())
-            .reading(readers, &self.asker(), &self.task)
-            .writing(writers, &self.asker())
+        Load::new(&Addresses::new(&[self.server.addr()]))
+            .reading(readers, &self.credentials(), &self.task)
+            .writing(writers, &self.credentials())
     }
 
-    /// A connection of the test's own, past the proxy.
+    /// Connects to the database, bypassing the proxy.
     async fn sql(&self) -> Sql {
-        until_connected(self.postgres.as_ref().unwrap()).await
+        connect_when_ready(self.postgres.as_ref().unwrap()).await
     }
 
-    /// The service and its database end well.
-    async fn end(mut self) {
+    /// Stops the server and its database, and asserts that the server exits successfully.
+    async fn stop(mut self) {
         assert_eq!(
             self.server.stop().await.code(),
             Some(0),
@@ -144,12 +141,12 @@ impl Cluster {
     }
 }
 
-/// A connection, as soon as one is to be had.
-async fn until_connected(postgres: &Postgres) -> Sql {
+/// Connects as soon as PostgreSQL accepts connections.
+async fn connect_when_ready(postgres: &Postgres) -> Sql {
     let mut config = postgres.config();
     config.application_name("a test");
     let mut sql = None;
-    until("PostgreSQL takes connections", async || {
+    until("PostgreSQL accepts connections", async || {
         let Ok((client, connection)) = config.connect(NoTls).await else {
             return false;
         };
@@ -161,7 +158,7 @@ async fn until_connected(postgres: &Postgres) -> Sql {
     sql.unwrap()
 }
 
-/// The backends of the service, and how many there are.
+/// The process ids of the service's backends.
 async fn backends(sql: &Sql) -> Vec<i32> {
     let rows = sql
         .query(
@@ -174,21 +171,79 @@ async fn backends(sql: &Sql) -> Vec<i32> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// Waits until so many answers in a row are good; gives the time since then.
-async fn until_well(ledger: &RequestLog, since: Instant) -> Duration {
-    until("requests are answered again", async || {
-        ledger.is_well(20, since)
+/// Waits until this many reads and writes have succeeded from now on.
+async fn until_served(requests: &RequestLog, reads: usize, writes: usize) {
+    let start = Instant::now();
+    until("requests are served", async || {
+        requests.successes_since(start, Work::Read) >= reads
+            && requests.successes_since(start, Work::Write) >= writes
     })
     .await;
-    since.elapsed()
 }
 
-/// A process and all its children, the parent first: PostgreSQL's are each a group of their own.
+/// Waits until 20 requests in a row have succeeded, and asserts that this took no longer than the
+/// limit. Returns the time since `since`.
+async fn until_recovered(requests: &RequestLog, since: Instant, limit: Duration) -> Duration {
+    until("requests succeed again", async || {
+        requests.has_recovered(20, since)
+    })
+    .await;
+    let recovered = since.elapsed();
+    assert!(recovered < limit, "recovered only after {recovered:?}");
+    recovered
+}
+
+/// Makes the database unreachable under load and restores it. Asserts that the service notices,
+/// then rejects requests at once, and recovers. Returns a summary.
+async fn assert_outage_is_survived(
+    cluster: &Cluster,
+    requests: &RequestLog,
+    start_outage: impl FnOnce(),
+    end_outage: impl FnOnce(),
+) -> String {
+    let losses = || cluster.server.log().matches("database lost").count();
+    let losses_before = losses();
+    let start = Instant::now();
+    start_outage();
+    until("the outage is noticed", async || losses() > losses_before).await;
+    let noticed = start.elapsed();
+    assert!(noticed < RESPONSE_TIMEOUT, "noticed after {noticed:?}");
+
+    let known = Instant::now();
+    sleep(short_or_full(
+        Duration::from_secs(1),
+        Duration::from_secs(10),
+    ))
+    .await;
+    cluster.server.get("/healthz").send().await.expect(200);
+    let unready = cluster.server.get("/readyz").send().await;
+    unready.problem(503, "database_unavailable");
+    unready.header("retry-after");
+    let during = requests.sent_between(known, Instant::now());
+    let counts = summary(&during);
+    assert!(during.len() > 50, "too few requests: {counts}");
+    assert!(
+        during
+            .iter()
+            .all(|request| request.is_retryable_503("database_unavailable")),
+        "{counts}"
+    );
+    let p95 = percentile(&during, 95);
+    assert!(p95 < Duration::from_secs(1), "not at once: {counts}");
+
+    let end = Instant::now();
+    end_outage();
+    let recovered = until_recovered(requests, end, RECOVERY_TIMEOUT).await;
+    format!("noticed after {noticed:.1?}; during: {counts}; recovered after {recovered:.1?}")
+}
+
+/// A process and its children, the parent first. PostgreSQL's backends lead process groups of their
+/// own, so a signal to the postmaster's group does not reach them.
 pub(crate) fn family(parent: Pid) -> Vec<Pid> {
     let parent_of = |entry: fs::DirEntry| {
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-        // After the name in parentheses: the state, then the parent.
+        // The name in parentheses is followed by the state and the parent.
         let rest = &stat[stat.rfind(')')? + 2..];
         let ppid: i32 = rest.split(' ').nth(1)?.parse().ok()?;
         Some((Pid::from_raw(pid)?, ppid))
@@ -204,12 +259,12 @@ pub(crate) fn family(parent: Pid) -> Vec<Pid> {
 
 fn signal_all(processes: &[Pid], signal: Signal) {
     for process in processes {
-        // One that has ended meanwhile needs no signal.
+        // The process may have ended already.
         let _ = kill_process(*process, signal);
     }
 }
 
-/// Resident memory of a process now, in KiB, and the most that it has had.
+/// The current and the peak resident memory of a process, in KiB.
 fn memory(pid: u32) -> (u64, u64) {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &str| {
@@ -219,7 +274,7 @@ fn memory(pid: u32) -> (u64, u64) {
     (field("VmRSS:"), field("VmHWM:"))
 }
 
-/// As many open files as this process may have: tests of a thousand clients need them.
+/// Raises the limit on open files to the maximum, for tests with thousands of connections.
 fn raise_file_limit() {
     static RAISED: OnceLock<()> = OnceLock::new();
     RAISED.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! The ways of a hosted database: it sleeps, a pooler stands before it, and it speaks TLS alone.
+//! Hosted databases: they are suspended when idle, sit behind a pooler, and require TLS.
 
 use std::{
     fs,
@@ -13,113 +13,111 @@ use rustix::process::{Pid, Signal, kill_process};
 use todo_api::embedded_postgres::Postgres;
 
 use super::{
-    ANSWERED, Cluster, HEALED, backends,
+    Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, backends, connect_when_ready,
     load::{Client, Outcome},
     proxy::NetworkCondition,
-    report, serialize, short_or_full, until_connected,
+    report, serialize, short_or_full,
 };
 use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_fell_asleep_is_woken_by_the_first_request() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
-    let sql = rig.sql().await;
-    let asker = rig.asker();
-    let read = format!("/{}", rig.task);
-    let waking = Duration::from_secs(1);
-    let rounds = short_or_full(3, 20);
+async fn requests_that_wake_a_suspended_database_succeed() {
+    let _guard = serialize().await;
+    let cluster = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
+    let sql = cluster.sql().await;
+    let credentials = cluster.credentials();
+    let wake_time = Duration::from_secs(1);
+    let rounds = short_or_full(2, 20);
     let mut slowest = Duration::ZERO;
     for round in 0..rounds {
-        // All connections are closed while nobody wants anything.
-        rig.proxy().turns(NetworkCondition::Asleep(waking));
+        // The database closes the idle connections.
+        cluster
+            .proxy()
+            .set_condition(NetworkCondition::Suspended(wake_time));
         until("all connections are closed", async || {
             backends(&sql).await.is_empty()
         })
         .await;
 
-        // More of them than there are connections, reads and writes.
-        let begin = Instant::now();
-        let asks = (0..12).map(|number| {
-            let mut client = Client::at(rig.server.addr());
+        // Send more requests than there are connections.
+        let start = Instant::now();
+        let responses = (0..12).map(|number| {
+            let mut client = Client::at(cluster.server.addr());
             let title = format!("number {number} of round {round}");
             let request = match number % 2 {
-                0 => asker.read(&read),
-                _ => asker.create(&title, &title.replace(' ', "-")),
+                0 => credentials.read(&cluster.task),
+                _ => credentials.create(&title),
             };
-            async move { client.ask(request).await.fate }
+            async move { client.send(request).await.outcome }
         });
-        let fates = futures_util::future::join_all(asks).await;
-        let took = begin.elapsed();
-        assert!(took < ANSWERED, "answered after {took:?}");
+        let outcomes = futures_util::future::join_all(responses).await;
+        let duration = start.elapsed();
+        assert!(duration < RESPONSE_TIMEOUT, "took {duration:?}");
         assert!(
-            fates
+            outcomes
                 .iter()
-                .all(|fate| matches!(fate, Outcome::Status(200 | 201))),
-            "{fates:?}"
+                .all(|outcome| matches!(outcome, Outcome::Status(200 | 201))),
+            "{outcomes:?}"
         );
-        slowest = slowest.max(took);
-        rig.proxy().turns(NetworkCondition::Fair);
+        slowest = slowest.max(duration);
+        cluster.proxy().set_condition(NetworkCondition::Normal);
     }
-    assert!(slowest >= waking, "nobody had to wait");
+    assert!(slowest >= wake_time, "no request had to wait");
     report(
-        "asleep",
+        "suspended",
         format!(
-            "{rounds} × woken by 12 requests at once, all served, the slowest after {slowest:.1?}"
+            "{rounds} × woken by 12 concurrent requests, all served, the slowest after {slowest:.1?}"
         ),
     );
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_wakes_slowly_is_refused_and_then_served() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[]).await;
-    // Longer than a request can wait for a connection.
-    let waking = Duration::from_secs(4);
-    rig.proxy().turns(NetworkCondition::Asleep(2 * waking));
-    let begin = Instant::now();
-    let mut refused = 0;
+async fn requests_get_503_until_a_slowly_waking_database_is_ready() {
+    let _guard = serialize().await;
+    let cluster = Cluster::proxied(&[]).await;
+    // Longer than a request waits for a connection.
+    let wake_time = Duration::from_secs(4);
+    cluster
+        .proxy()
+        .set_condition(NetworkCondition::Suspended(2 * wake_time));
+    let start = Instant::now();
+    let mut rejected = 0;
     loop {
-        let asked = Instant::now();
-        let answer = rig
-            .server
-            .get(rig.user.tasks())
-            .bearer(&rig.user.access_token)
-            .send()
-            .await;
-        assert!(
-            asked.elapsed() < ANSWERED,
-            "answered after {:?}",
-            asked.elapsed()
-        );
-        if answer.status == 200 {
+        let sent_at = Instant::now();
+        let response = cluster.user.get(cluster.user.tasks()).send().await;
+        let duration = sent_at.elapsed();
+        assert!(duration < RESPONSE_TIMEOUT, "took {duration:?}");
+        if response.status == 200 {
             break;
         }
-        answer.problem(503, "database_unavailable");
-        answer.header("retry-after");
-        refused += 1;
-        assert!(begin.elapsed() < waking + HEALED, "still refused");
-        if begin.elapsed() > waking {
-            rig.proxy().turns(NetworkCondition::Fair);
+        response.problem(503, "database_unavailable");
+        response.header("retry-after");
+        rejected += 1;
+        assert!(
+            start.elapsed() < wake_time + RECOVERY_TIMEOUT,
+            "still unavailable"
+        );
+        if start.elapsed() > wake_time {
+            cluster.proxy().set_condition(NetworkCondition::Normal);
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let took = begin.elapsed();
     report(
         "waking slowly",
         format!(
-            "{refused} × 503 with Retry-After, served after {took:.1?} of which 4 s were its own"
+            "{rejected} × 503 with Retry-After, served after {:.1?} with a wake time of {wake_time:?}",
+            start.elapsed()
         ),
     );
-    assert!(refused > 0);
-    rig.end().await;
+    assert!(rejected > 0);
+    cluster.stop().await;
 }
 
-/// The embedded PostgreSQL with a `pg_hba.conf` of the test's own.
-async fn start_with_rules(directory: &DataDir, rules: &str, settings: &[(&str, &str)]) -> Postgres {
-    let file = directory.parent().join("rules");
-    fs::write(&file, rules).unwrap();
+/// Starts an embedded PostgreSQL with this `pg_hba.conf`.
+async fn start_with_hba(directory: &DataDir, hba: &str, settings: &[(&str, &str)]) -> Postgres {
+    let file = directory.parent().join("pg_hba.conf");
+    fs::write(&file, hba).unwrap();
     let mut settings = settings.to_vec();
     settings.push(("hba_file", file.to_str().unwrap()));
     Postgres::start_with(directory.path(), &settings)
@@ -127,26 +125,26 @@ async fn start_with_rules(directory: &DataDir, rules: &str, settings: &[(&str, &
         .unwrap()
 }
 
-/// A PgBouncer before a private PostgreSQL. Dropped, it ends.
+/// A PgBouncer in front of an embedded PostgreSQL. Killed on drop.
 struct PgBouncer {
     child: Child,
     url: String,
 }
 
 impl PgBouncer {
-    /// None where the program is not on the machine.
+    /// Returns `None` if PgBouncer is not installed.
     async fn start(directory: &DataDir, postgres: &Postgres, mode: &str) -> Option<PgBouncer> {
         let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer"]
             .into_iter()
             .find(|path| Path::new(path).exists())?;
-        let place = directory.parent();
+        let parent = directory.parent();
         let port = {
-            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            free.local_addr().unwrap().port()
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.local_addr().unwrap().port()
         };
-        let users = place.join("users.txt");
+        let users = parent.join("users.txt");
         fs::write(&users, "\"todo\" \"\"\n").unwrap();
-        let settings = place.join(format!("{mode}.ini"));
+        let settings = parent.join(format!("{mode}.ini"));
         fs::write(
             &settings,
             format!(
@@ -163,7 +161,7 @@ impl PgBouncer {
             .arg(&settings)
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        // It does not run as root, and whoever owns the cluster may reach its socket.
+        // PgBouncer refuses to run as root; the cluster's owner can access its socket.
         let owner = fs::metadata(directory.path().join("cluster")).unwrap();
         use std::os::unix::process::CommandExt;
         if rustix::process::geteuid().is_root() {
@@ -189,13 +187,13 @@ impl Drop for PgBouncer {
 }
 
 #[tokio::test]
-async fn a_pooler_in_session_mode_serves() {
+async fn pgbouncer_in_session_mode_is_supported() {
     let directory = DataDir::new();
-    let postgres = start_with_rules(&directory, "local all all trust\n", &[]).await;
+    let postgres = start_with_hba(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "session").await else {
         return report(
-            "pooler in session mode",
-            "SKIPPED: no pgbouncer on this machine",
+            "PgBouncer in session mode",
+            "SKIPPED: PgBouncer is not installed",
         );
     };
     let server = Server::with(&[("DATABASE_URL", &pooler.url)]).await;
@@ -204,16 +202,11 @@ async fn a_pooler_in_session_mode_serves() {
     for number in 0..tasks {
         user.create_task(&format!("number {number}")).await;
     }
-    let list = server
-        .get(user.tasks())
-        .bearer(&user.access_token)
-        .send()
-        .await
-        .expect(200);
+    let list = user.get(user.tasks()).send().await.expect(200);
     assert_eq!(list.json().as_array().map(Vec::len), Some(tasks));
     report(
-        "pooler in session mode",
-        format!("{tasks} of {tasks} tasks made and listed"),
+        "PgBouncer in session mode",
+        format!("{tasks} of {tasks} tasks created and listed"),
     );
     assert_eq!(server.stop().await.code(), Some(0), "{}", server.log());
     drop(pooler);
@@ -221,13 +214,13 @@ async fn a_pooler_in_session_mode_serves() {
 }
 
 #[tokio::test]
-async fn a_pooler_that_forgets_statements_is_refused_by_name() {
+async fn a_pooler_without_prepared_statements_is_rejected_with_a_clear_error() {
     let directory = DataDir::new();
-    let postgres = start_with_rules(&directory, "local all all trust\n", &[]).await;
+    let postgres = start_with_hba(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "transaction").await else {
         return report(
-            "pooler in transaction mode",
-            "SKIPPED: no pgbouncer on this machine",
+            "PgBouncer in transaction mode",
+            "SKIPPED: PgBouncer is not installed",
         );
     };
     let variables = [
@@ -235,7 +228,7 @@ async fn a_pooler_that_forgets_statements_is_refused_by_name() {
         ("JWT_SECRET", SECRET),
         ("LISTEN_ADDR", "127.0.0.1:0"),
     ];
-    let rounds = short_or_full(3, 50);
+    let rounds = short_or_full(1, 50);
     let mut line = String::new();
     for _ in 0..rounds {
         let process = Process::spawn(&[], &variables);
@@ -255,14 +248,14 @@ async fn a_pooler_that_forgets_statements_is_refused_by_name() {
     assert_eq!(check.ended().await.code(), Some(1), "{}", check.output());
     assert!(check.output().contains("PgBouncer"), "{}", check.output());
     report(
-        "pooler in transaction mode",
-        format!("{rounds} × refused: {line}"),
+        "PgBouncer in transaction mode",
+        format!("{rounds} × rejected: {line}"),
     );
     drop(pooler);
     postgres.stop().await;
 }
 
-/// Runs openssl in a directory.
+/// Runs `openssl` in this directory.
 fn openssl(directory: &Path, arguments: &str) {
     let output = Command::new("openssl")
         .args(arguments.split(' '))
@@ -276,10 +269,11 @@ fn openssl(directory: &Path, arguments: &str) {
     );
 }
 
-/// Certificates: two authorities, a server's by the first for `db.example`, and one by nobody.
-fn certificates(directory: &Path) {
+/// Creates two certificate authorities, a server certificate for `db.example` signed by the first,
+/// and a self-signed one.
+fn create_certificates(directory: &Path) {
     const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
-    for authority in ["ca", "stranger"] {
+    for authority in ["ca", "other-ca"] {
         openssl(
             directory,
             &format!(
@@ -304,7 +298,7 @@ fn certificates(directory: &Path) {
     );
 }
 
-/// A PostgreSQL that wants TLS and a password of everybody who comes over TCP.
+/// A PostgreSQL that requires TLS and a password for TCP connections.
 struct Tls {
     postgres: Postgres,
     directory: DataDir,
@@ -317,15 +311,15 @@ impl Tls {
         let directory = DataDir::new();
         let certificates = directory.parent().join("certificates");
         fs::create_dir(&certificates).unwrap();
-        self::certificates(&certificates);
-        // A loopback address of its own, so that the port need not be.
+        create_certificates(&certificates);
+        // A loopback address of its own, so that every instance can use the default port.
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let [_, high, middle, low] = std::process::id().to_be_bytes();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let address = format!("127.{}.{middle}.{low}", 32 * number + u32::from(high));
 
         let first = Postgres::start(directory.path()).await.unwrap();
-        let sql = until_connected(&first).await;
+        let sql = connect_when_ready(&first).await;
         sql.batch_execute(&format!(
             "create role ann login superuser password '{PASSWORD}'"
         ))
@@ -333,10 +327,10 @@ impl Tls {
         .unwrap();
         first.stop().await;
         let cluster = directory.path().join("cluster");
-        present(&certificates, &cluster, "server");
+        install_certificate(&certificates, &cluster, "server");
         let settings = [("listen_addresses", address.as_str()), ("ssl", "on")];
-        let rules = "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n";
-        let postgres = start_with_rules(&directory, rules, &settings).await;
+        let hba = "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n";
+        let postgres = start_with_hba(&directory, hba, &settings).await;
         Tls {
             postgres,
             directory,
@@ -352,7 +346,7 @@ impl Tls {
         )
     }
 
-    /// What `todo-api check` says of it, and its exit code.
+    /// Runs `todo-api check`; returns its exit code and output.
     async fn check(&self, host: &str, options: &str, authority: Option<&str>) -> (i32, String) {
         let url = self.url(host, options);
         let authority = authority.map(|name| self.certificates.join(name));
@@ -366,8 +360,8 @@ impl Tls {
     }
 }
 
-/// Puts a certificate and its key where PostgreSQL looks for its own.
-fn present(certificates: &Path, cluster: &Path, name: &str) {
+/// Installs a certificate and its key as the server's.
+fn install_certificate(certificates: &Path, cluster: &Path, name: &str) {
     let owner = fs::metadata(cluster).unwrap();
     for (from, to) in [("pem", "server.crt"), ("key", "server.key")] {
         let to = cluster.join(to);
@@ -377,79 +371,79 @@ fn present(certificates: &Path, cluster: &Path, name: &str) {
     }
 }
 
-#[cfg(target_os = "linux")] // Elsewhere there is one loopback address.
+#[cfg(target_os = "linux")] // Other systems have a single loopback address.
 #[tokio::test]
-async fn tls_is_verified_as_the_url_asks() {
+async fn tls_is_verified_as_sslmode_requires() {
     let tls = Tls::start().await;
     let (right, wrong) = ("db.example", "other.example");
-    let (ca, stranger) = (Some("ca.pem"), Some("stranger.pem"));
-    let works = [
+    let (ca, other_ca) = (Some("ca.pem"), Some("other-ca.pem"));
+    let accepted = [
         (right, "sslmode=require", ca),
         (right, "sslmode=verify-ca", ca),
         (right, "sslmode=verify-full", ca),
-        // The chain is right, and the name is not asked about.
+        // The chain is valid, and the name is not checked.
         (wrong, "sslmode=verify-ca", ca),
         (right, "sslmode=require&channel_binding=require", ca),
         (right, "sslmode=verify-full&channel_binding=require", ca),
         (wrong, "sslmode=prefer", None),
         (right, "channel_binding=prefer", None),
     ];
-    let refused = [
+    let rejected = [
         (wrong, "sslmode=require", ca),
         (wrong, "sslmode=verify-full", ca),
-        (right, "sslmode=require", stranger),
-        (right, "sslmode=verify-ca", stranger),
-        (right, "sslmode=verify-full", stranger),
-        // None of the authorities that the system trusts.
+        (right, "sslmode=require", other_ca),
+        (right, "sslmode=verify-ca", other_ca),
+        (right, "sslmode=verify-full", other_ca),
+        // The system trusts neither authority.
         (right, "sslmode=require", None),
-        (right, "sslmode=require&channel_binding=require", stranger),
+        (right, "sslmode=require&channel_binding=require", other_ca),
     ];
-    for (host, options, authority) in works {
-        let (code, said) = tls.check(host, options, authority).await;
-        assert_eq!(code, 0, "{host} {options} {authority:?}: {said}");
-        assert!(said.contains("TLS in use"), "{host} {options}: {said}");
+    for (host, options, authority) in accepted {
+        let (code, output) = tls.check(host, options, authority).await;
+        assert_eq!(code, 0, "{host} {options} {authority:?}: {output}");
+        assert!(output.contains("TLS in use"), "{host} {options}: {output}");
     }
     let mut reasons = Vec::new();
-    for (host, options, authority) in refused {
-        let (code, said) = tls.check(host, options, authority).await;
-        assert_eq!(code, 1, "{host} {options} {authority:?}: {said}");
-        assert!(!said.contains(PASSWORD), "{said}");
-        let reason = said.lines().find(|line| line.contains("cannot be used"));
-        let reason = reason.unwrap_or_else(|| panic!("{host} {options}: {said}"));
+    for (host, options, authority) in rejected {
+        let (code, output) = tls.check(host, options, authority).await;
+        assert_eq!(code, 1, "{host} {options} {authority:?}: {output}");
+        assert!(!output.contains(PASSWORD), "{output}");
+        let reason = output.lines().find(|line| line.contains("cannot be used"));
+        let reason = reason.unwrap_or_else(|| panic!("{host} {options}: {output}"));
         assert!(reason.contains("certificate"), "{host} {options}: {reason}");
         reasons.push(reason.trim().to_owned());
     }
 
-    // Without TLS the rules have no place for us.
-    let (code, said) = tls.check(right, "sslmode=disable", None).await;
-    assert_eq!(code, 1, "{said}");
-    let (code, said) = tls
+    // `pg_hba.conf` has no rule for connections without TLS.
+    let (code, output) = tls.check(right, "sslmode=disable", None).await;
+    assert_eq!(code, 1, "{output}");
+    let (code, output) = tls
         .check(right, "sslmode=disable&channel_binding=require", None)
         .await;
-    assert_eq!(code, 1, "{said}");
+    assert_eq!(code, 1, "{output}");
 
-    // A certificate that nobody vouches for.
-    present(
+    // A self-signed certificate.
+    install_certificate(
         &tls.certificates,
         &tls.directory.path().join("cluster"),
         "self",
     );
-    let sql = until_connected(&tls.postgres).await;
+    let sql = connect_when_ready(&tls.postgres).await;
     sql.batch_execute("select pg_reload_conf()").await.unwrap();
-    until("the new certificate is shown", async || {
+    until("the new certificate is in use", async || {
         let (code, _) = tls.check(right, "sslmode=verify-full", ca).await;
         code == 1
     })
     .await;
-    let (code, said) = tls.check(right, "sslmode=prefer", None).await;
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("TLS in use"), "{said}");
+    let (code, output) = tls.check(right, "sslmode=prefer", None).await;
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("TLS in use"), "{output}");
     report(
         "TLS",
         format!(
-            "{} ways that work, {} that are refused, such as: {}",
-            works.len() + 1,
-            refused.len() + 3,
+            "{} combinations accepted, {} rejected, such as: {}",
+            accepted.len() + 1,
+            rejected.len() + 3,
             reasons[0]
         ),
     );
@@ -458,7 +452,7 @@ async fn tls_is_verified_as_the_url_asks() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_server_over_tls_serves_and_one_it_cannot_trust_ends_the_start() {
+async fn the_service_runs_over_tls_and_exits_if_the_certificate_is_not_trusted() {
     let tls = Tls::start().await;
     let authority = tls.certificates.join("ca.pem");
     let authority = authority.to_str().unwrap();
@@ -468,7 +462,7 @@ async fn a_server_over_tls_serves_and_one_it_cannot_trust_ends_the_start() {
     for number in 0..20 {
         user.create_task(&format!("number {number}")).await;
     }
-    let sql = until_connected(&tls.postgres).await;
+    let sql = connect_when_ready(&tls.postgres).await;
     let plain: i64 = sql
         .query_one(
             "select count(*) from pg_stat_activity a left join pg_stat_ssl s using (pid)
@@ -502,9 +496,6 @@ async fn a_server_over_tls_serves_and_one_it_cannot_trust_ends_the_start() {
         line.contains("certificate") && !line.contains(PASSWORD),
         "{log}"
     );
-    report(
-        "TLS",
-        format!("20 of 20 tasks made over it; wrong name: {line}"),
-    );
+    report("TLS", format!("20 of 20 tasks created; wrong name: {line}"));
     tls.postgres.stop().await;
 }

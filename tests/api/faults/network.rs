@@ -5,277 +5,228 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::{
-    ANSWERED, Cluster, HEALED, backends,
-    load::{Work, percentile, summary},
+    Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, assert_outage_is_survived, backends,
+    load::{RequestRecord, summary},
     proxy::NetworkCondition,
-    report, serialize, short_or_full, until_well,
+    report, serialize, short_or_full, until_recovered, until_served,
 };
-use crate::harness::until;
-use crate::sessions::OTHER_USERS_TASKS;
+use crate::{harness::until, sessions::OTHER_USERS_TASKS};
 
-/// As many backends as the pool has places, and none left over from before.
-async fn until_no_leak(rig: &Cluster) -> usize {
-    let sql = rig.sql().await;
-    let mut now = 0;
-    until("no more backends than places", async || {
-        now = backends(&sql).await.len();
-        now <= 8
+/// A cluster behind a proxy, with a pool of eight connections.
+async fn start_cluster() -> Cluster {
+    Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await
+}
+
+/// Asserts that the service keeps no more backends than the pool allows.
+async fn assert_no_leaked_backends(cluster: &Cluster) {
+    let sql = cluster.sql().await;
+    until("surplus backends are gone", async || {
+        backends(&sql).await.len() <= 8
     })
     .await;
-    now
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_network_that_swallows_everything_is_noticed_and_found_again() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
-    let load = rig.load(8, 4);
-    let ledger = load.ledger.clone();
-    let mut counted = Vec::new();
+async fn a_blackholed_network_is_detected_and_recovered_from() {
+    let _guard = serialize().await;
+    let cluster = start_cluster().await;
+    let load = cluster.load(8, 4);
+    let mut counts = Vec::new();
     for _ in 0..short_or_full(1, 5) {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 20
-        })
-        .await;
-        let lost = rig.server.log().matches("database lost").count();
-        let begin = Instant::now();
-        rig.proxy().turns(NetworkCondition::Blackhole);
-        until("its absence is noticed", async || {
-            rig.server.log().matches("database lost").count() > lost
-        })
-        .await;
-        let noticed = begin.elapsed();
-        assert!(noticed < ANSWERED, "noticed after {noticed:?}");
-
-        let known = Instant::now();
-        sleep(short_or_full(
-            Duration::from_secs(2),
-            Duration::from_secs(10),
-        ))
-        .await;
-        rig.server.get("/healthz").send().await.expect(200);
-        rig.server
-            .get("/readyz")
-            .send()
-            .await
-            .problem(503, "database_unavailable");
-        let away = ledger.asked(known, Instant::now());
-        assert!(away.len() > 50, "too few to judge: {}", summary(&away));
-        assert!(
-            away.iter()
-                .all(|answer| answer.is_refusal("database_unavailable")),
-            "{}",
-            summary(&away)
+        until_served(&load.requests, 50, 20).await;
+        let outage = assert_outage_is_survived(
+            &cluster,
+            &load.requests,
+            || cluster.proxy().set_condition(NetworkCondition::Blackhole),
+            || cluster.proxy().set_condition(NetworkCondition::Normal),
         );
-        assert!(
-            percentile(&away, 95) < Duration::from_secs(1),
-            "not at once: {}",
-            summary(&away)
-        );
-
-        let over = Instant::now();
-        rig.proxy().turns(NetworkCondition::Fair);
-        let healed = until_well(&ledger, over).await;
-        assert!(healed < HEALED, "well only after {healed:?}");
-        counted.push(format!(
-            "noticed after {noticed:.1?}, away: {}; well {healed:.1?} after",
-            summary(&away)
-        ));
+        counts.push(outage.await);
     }
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let kept = ledger.assert_kept(&rig.sql().await).await;
-    let left = until_no_leak(&rig).await;
+    let requests = load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&cluster.sql().await).await;
+    assert_no_leaked_backends(&cluster).await;
     report(
         "blackhole",
         format!(
-            "{}; all: {}; {kept} compared, 0 lost, 0 doubled; {left} backends left",
-            counted.join(" | "),
-            ledger.summary()
+            "{}; all: {}; {kept} tasks verified",
+            counts.join(" | "),
+            requests.summary()
         ),
     );
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_far_away_serves_all_the_same() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
-    // Half of it each way; connections are made anew as well.
-    rig.proxy().turns(NetworkCondition::Asleep(Duration::ZERO));
-    rig.proxy()
-        .turns(NetworkCondition::Slow(Duration::from_millis(100)));
-    let begin = Instant::now();
-    let load = rig.load(8, 4);
-    sleep(short_or_full(
-        Duration::from_secs(5),
-        Duration::from_secs(60),
-    ))
+async fn a_distant_database_is_used_without_errors() {
+    let _guard = serialize().await;
+    let cluster = start_cluster().await;
+    // Close the connections, so that new ones are opened over the slow network.
+    cluster
+        .proxy()
+        .set_condition(NetworkCondition::Suspended(Duration::ZERO));
+    cluster
+        .proxy()
+        .set_condition(NetworkCondition::Slow(Duration::from_millis(100)));
+    let load = cluster.load(8, 4);
+    sleep(short_or_full(Duration::ZERO, Duration::from_secs(60))).await;
+    until("enough requests to judge", async || {
+        load.requests.all().len() > 120
+    })
     .await;
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let kept = ledger.assert_kept(&rig.sql().await).await;
-    let answers = ledger.asked(begin, Instant::now());
-    let bad = answers.iter().filter(|answer| !answer.is_good()).count();
+    let requests = load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&cluster.sql().await).await;
+    let counts = requests.summary();
     report(
         "200 ms of latency",
-        format!("{}; {kept} compared, 0 lost, 0 doubled", ledger.summary()),
+        format!("{counts}; {kept} tasks verified"),
     );
-    assert!(answers.len() > 100, "{}", summary(&answers));
-    assert!(20 * bad <= answers.len(), "{}", summary(&answers));
-    until_no_leak(&rig).await;
-    rig.end().await;
+    let records = requests.all();
+    let failed = records.iter().filter(|request| !request.is_success());
+    assert!(20 * failed.count() <= records.len(), "{counts}");
+    assert_no_leaked_backends(&cluster).await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_break_in_mid_answer_cost_no_acknowledged_task() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
-    let load = rig.load(8, 4);
-    let ledger = load.ledger.clone();
-    let begin = Instant::now();
-    let rounds = short_or_full(8, 100);
+async fn connections_reset_during_a_response_lose_no_acknowledged_task() {
+    let _guard = serialize().await;
+    let cluster = start_cluster().await;
+    let load = cluster.load(8, 4);
+    let requests = load.requests.clone();
+    let start = Instant::now();
+    let rounds = short_or_full(4, 100);
     for _ in 0..rounds {
-        rig.proxy().turns(NetworkCondition::Reset);
+        cluster.proxy().set_condition(NetworkCondition::Reset);
         sleep(Duration::from_millis(100)).await;
-        rig.proxy().turns(NetworkCondition::Fair);
-        let calm = Instant::now();
-        until("both are served in between", async || {
-            ledger.good_since(calm, Work::Read) > 10 && ledger.good_since(calm, Work::Write) > 5
-        })
-        .await;
+        cluster.proxy().set_condition(NetworkCondition::Normal);
+        until_served(&requests, 11, 6).await;
     }
-    let flapping = ledger.asked(begin, Instant::now());
+    let flapping = requests.sent_between(start, Instant::now());
 
-    // And when every answer breaks for long.
-    let storm = Instant::now();
-    rig.proxy().turns(NetworkCondition::Reset);
+    // Then every response is cut for a longer time.
+    let long_fault = Instant::now();
+    cluster.proxy().set_condition(NetworkCondition::Reset);
     sleep(short_or_full(
         Duration::from_secs(2),
         Duration::from_secs(10),
     ))
     .await;
-    let over = Instant::now();
-    rig.proxy().turns(NetworkCondition::Fair);
-    let healed = until_well(&ledger, over).await;
-    assert!(healed < HEALED, "well only after {healed:?}");
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let kept = ledger.assert_kept(&rig.sql().await).await;
-    let left = until_no_leak(&rig).await;
+    let restored = Instant::now();
+    cluster.proxy().set_condition(NetworkCondition::Normal);
+    let recovered = until_recovered(&requests, restored, RECOVERY_TIMEOUT).await;
+    load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&cluster.sql().await).await;
+    assert_no_leaked_backends(&cluster).await;
     report(
-        "reset in mid-answer",
+        "reset during a response",
         format!(
-            "{rounds} × 100 ms: {}; for long: {}; well {healed:.1?} after; {kept} compared, 0 lost, 0 doubled; {left} backends left",
+            "{rounds} × 100 ms: {}; longer: {}; recovered after {recovered:.1?}; {kept} tasks verified",
             summary(&flapping),
-            summary(&ledger.asked(storm, over)),
+            summary(&requests.sent_between(long_fault, restored)),
         ),
     );
-    let good = flapping.iter().filter(|answer| answer.is_good()).count();
-    assert!(2 * good > flapping.len(), "{}", summary(&flapping));
+    let successes = flapping.iter().filter(|request| request.is_success());
     assert!(
-        ledger
-            .all()
-            .iter()
-            .all(|answer| answer.is_good() || answer.is_refusal("database_unavailable")),
+        2 * successes.count() > flapping.len(),
         "{}",
-        ledger.summary()
+        summary(&flapping)
     );
-    rig.end().await;
+    let is_expected = |request: &RequestRecord| {
+        request.is_success() || request.is_retryable_503("database_unavailable")
+    };
+    assert!(
+        requests.all().iter().all(is_expected),
+        "{}",
+        requests.summary()
+    );
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_only_we_remember_are_given_up() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
-    let load = rig.load(8, 6);
-    let ledger = load.ledger.clone();
-    let mut counted = Vec::new();
+async fn half_open_connections_are_evicted() {
+    let _guard = serialize().await;
+    let cluster = start_cluster().await;
+    let load = cluster.load(8, 6);
+    let requests = load.requests.clone();
+    let mut counts = Vec::new();
     for _ in 0..short_or_full(1, 5) {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 50
-        })
-        .await;
-        let begin = Instant::now();
-        rig.proxy().forgets();
-        // Nothing tells a connection that is gone from a query that takes long, but the time-out.
-        let healed = until_well(&ledger, begin).await;
-        assert!(healed < ANSWERED + HEALED, "well only after {healed:?}");
-        counted.push(format!(
-            "well after {healed:.1?}: {}",
-            summary(&ledger.asked(begin, Instant::now()))
+        until_served(&requests, 50, 50).await;
+        let start = Instant::now();
+        cluster.proxy().make_half_open();
+        // Only the timeout distinguishes a half-open connection from a slow query.
+        let limit = RESPONSE_TIMEOUT + RECOVERY_TIMEOUT;
+        let recovered = until_recovered(&requests, start, limit).await;
+        counts.push(format!(
+            "recovered after {recovered:.1?}: {}",
+            summary(&requests.sent_between(start, Instant::now()))
         ));
     }
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let kept = ledger.assert_kept(&rig.sql().await).await;
-    let left = until_no_leak(&rig).await;
+    load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&cluster.sql().await).await;
+    assert_no_leaked_backends(&cluster).await;
     report(
         "half-open",
         format!(
-            "{}; all: {}; {kept} compared, 0 lost, 0 doubled; {left} backends left",
-            counted.join(" | "),
-            ledger.summary()
+            "{}; all: {}; {kept} tasks verified",
+            counts.join(" | "),
+            requests.summary()
         ),
     );
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_only_we_remember_cost_one_request_and_not_each_one() {
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
-    let sql = rig.sql().await;
-    let load = rig.load(8, 6);
+async fn half_open_connections_do_not_fail_one_request_each() {
+    let _guard = serialize().await;
+    let cluster = start_cluster().await;
+    let sql = cluster.sql().await;
+    let load = cluster.load(8, 6);
     until("several connections are open", async || {
         backends(&sql).await.len() >= 5
     })
     .await;
-    load.end().await;
-    rig.proxy().forgets();
-    let begin = Instant::now();
-    // Somebody alone, who takes one connection after another.
-    let load = rig.load(0, 1);
-    let healed = until_well(&load.ledger, begin).await;
-    let ledger = load.end().await;
+    load.finish().await;
+    cluster.proxy().make_half_open();
+    let start = Instant::now();
+    // A single client would meet the connections one after another.
+    let load = cluster.load(0, 1);
+    let limit = RESPONSE_TIMEOUT + RECOVERY_TIMEOUT;
+    let recovered = until_recovered(&load.requests, start, limit).await;
+    let requests = load.finish().await;
+    let counts = requests.summary();
     report(
         "half-open, one client",
-        format!("well after {healed:.1?}: {}", ledger.summary()),
+        format!("recovered after {recovered:.1?}: {counts}"),
     );
-    ledger.assert_all_answered_within(ANSWERED);
-    assert!(healed < ANSWERED + HEALED, "well only after {healed:?}");
-    let failed = ledger
-        .all()
-        .iter()
-        .filter(|answer| !answer.is_good())
-        .count();
-    assert!(failed <= 2, "{}", ledger.summary());
-    rig.end().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let records = requests.all();
+    let failed = records.iter().filter(|request| !request.is_success());
+    assert!(failed.count() <= 2, "{counts}");
+    cluster.stop().await;
 }
 
-/// What is revoked is read before what is known of it becomes too old to be used.
+/// The revocation cache is refreshed before it expires.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_waits_for_revocations_to_be_read() {
     const ONE_WAY: Duration = Duration::from_millis(75);
-    let _turn = serialize().await;
-    let rig = Cluster::proxied(&[]).await;
-    rig.proxy().turns(NetworkCondition::Slow(ONE_WAY));
-    let started = Instant::now();
+    let _guard = serialize().await;
+    let cluster = Cluster::proxied(&[]).await;
+    cluster
+        .proxy()
+        .set_condition(NetworkCondition::Slow(ONE_WAY));
+    let start = Instant::now();
     let mut waits = 0;
     let mut requests = 0;
-    while started.elapsed() < Duration::from_secs(4) {
-        let sent = Instant::now();
-        // Refused by what is known of revocations alone.
-        let request = rig.server.get(OTHER_USERS_TASKS);
-        request
-            .bearer(&rig.user.access_token)
-            .send()
-            .await
-            .expect(403);
-        // The first one may have to wait, and a busy machine may stall once.
-        waits += usize::from(sent.elapsed() >= 2 * ONE_WAY);
+    while start.elapsed() < Duration::from_secs(4) {
+        let sent_at = Instant::now();
+        // A 403 needs the revocation cache and no other database work.
+        let response = cluster.user.get(OTHER_USERS_TASKS).send().await;
+        response.expect(403);
+        waits += usize::from(sent_at.elapsed() >= 2 * ONE_WAY);
         requests += 1;
         sleep(Duration::from_millis(10)).await;
     }
@@ -283,5 +234,6 @@ async fn no_request_waits_for_revocations_to_be_read() {
         "revocations read ahead",
         format!("{waits} of {requests} requests waited"),
     );
+    // The first request may have to wait, and a busy machine may stall once.
     assert!(waits <= 2, "{waits} of {requests} requests waited");
 }

@@ -1,4 +1,4 @@
-//! How many connections the service keeps.
+//! The size of the connection pool.
 
 use std::{
     collections::BTreeSet,
@@ -10,7 +10,7 @@ use tokio::time::sleep;
 
 use super::{Cluster, backends, short_or_full};
 
-/// Backends that have executed a statement since this moment of the server's.
+/// The backends that have executed a statement since this time on the database server.
 async fn used_since(sql: &tokio_postgres::Client, since: &str) -> BTreeSet<i32> {
     let rows = sql
         .query(
@@ -25,18 +25,18 @@ async fn used_since(sql: &tokio_postgres::Client, since: &str) -> BTreeSet<i32> 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_timeout() {
-    let rig = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
-    let sql = rig.sql().await;
-    let task = format!("{}/{}", rig.user.tasks(), rig.task);
-    let read = || rig.server.get(&task).bearer(&rig.user.access_token).send();
-    let write = || {
-        let toggle = rig.server.patch(format!("{task}/complete"));
-        toggle.bearer(&rig.user.access_token).send()
-    };
-    let begin = Instant::now();
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
+    let sql = cluster.sql().await;
+    let task = format!("{}/{}", cluster.user.tasks(), cluster.task);
+    let read = || cluster.user.get(&task).send();
+    let write = || cluster.user.patch(format!("{task}/complete")).send();
+    let start = Instant::now();
     while backends(&sql).await.len() < 8 {
         join_all((0..40).map(|_| write())).await;
-        assert!(begin.elapsed() < Duration::from_secs(20), "no burst");
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "the pool did not grow"
+        );
     }
     let open = backends(&sql).await.len();
 
@@ -56,17 +56,17 @@ async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_ti
         used.len()
     );
 
-    // The idle timeout is 4 minutes, and it is looked for twice a minute.
-    let rest = short_or_full(Duration::ZERO, Duration::from_secs(280));
-    let begin = Instant::now();
-    while begin.elapsed() < rest {
+    // The idle timeout is 4 minutes and is checked twice a minute.
+    let duration = short_or_full(Duration::ZERO, Duration::from_secs(280));
+    let start = Instant::now();
+    while start.elapsed() < duration {
         write().await.expect(200);
         sleep(Duration::from_millis(100)).await;
     }
     let left = backends(&sql).await.len();
     assert!(
-        rest.is_zero() || left * 2 < open,
+        duration.is_zero() || left * 2 < open,
         "{left} of {open} are left"
     );
-    rig.end().await;
+    cluster.stop().await;
 }

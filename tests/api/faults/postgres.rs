@@ -12,107 +12,64 @@ use todo_api::embedded_postgres::Postgres;
 use tokio::time::sleep;
 
 use super::{
-    ANSWERED, Cluster, HEALED, backends, family,
-    load::{Addresses, Client, Credentials, Load, Outcome, Work, percentile, summary},
-    report, serialize, short_or_full, signal_all, until_well,
+    Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, assert_outage_is_survived, backends, family,
+    load::{Addresses, Client, Credentials, Load, Outcome, RequestRecord, Work, summary},
+    report, serialize, short_or_full, signal_all, until_served,
 };
 use crate::harness::{DataDir, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_database_is_noticed_refused_at_once_and_found_again() {
-    let _turn = serialize().await;
+async fn a_frozen_database_is_detected_and_recovered_from() {
+    let _guard = serialize().await;
     let rounds = short_or_full(1, 5);
-    let mut counted = Vec::new();
-    let rig = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
-    let sql = rig.sql().await;
-    let load = rig.load(8, 4);
-    let ledger = load.ledger.clone();
+    let mut counts = Vec::new();
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
+    let sql = cluster.sql().await;
+    let load = cluster.load(8, 4);
     for _ in 0..rounds {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Read) > 50 && ledger.good_since(calm, Work::Write) > 20
-        })
-        .await;
+        until_served(&load.requests, 50, 20).await;
         let before = backends(&sql).await;
-        let lost = rig.server.log().matches("database lost").count();
-
-        let frozen = family(rig.directory.postgres().unwrap());
-        let freeze = Instant::now();
-        signal_all(&frozen, Signal::STOP);
-        until("its absence is noticed", async || {
-            rig.server.log().matches("database lost").count() > lost
+        let processes = family(cluster.directory.postgres().unwrap());
+        let outage = assert_outage_is_survived(
+            &cluster,
+            &load.requests,
+            || signal_all(&processes, Signal::STOP),
+            || signal_all(&processes, Signal::CONT),
+        );
+        counts.push(outage.await);
+        until("the service is ready", async || {
+            cluster.server.get("/readyz").send().await.status == 200
         })
         .await;
-        let noticed = freeze.elapsed();
-        assert!(noticed < ANSWERED, "noticed after {noticed:?}");
-
-        // From here on everybody is refused at once.
-        let known = Instant::now();
-        sleep(short_or_full(
-            Duration::from_secs(2),
-            Duration::from_secs(10),
-        ))
-        .await;
-        rig.server.get("/healthz").send().await.expect(200);
-        let unready = rig.server.get("/readyz").send().await;
-        unready.problem(503, "database_unavailable");
-        unready.header("retry-after");
-        let away = ledger.asked(known, Instant::now());
-        assert!(away.len() > 50, "too few to judge: {}", summary(&away));
-        assert!(
-            away.iter()
-                .all(|answer| answer.is_refusal("database_unavailable")),
-            "{}",
-            summary(&away)
-        );
-        assert!(
-            percentile(&away, 95) < Duration::from_secs(1),
-            "not at once: {}",
-            summary(&away)
-        );
-
-        let thaw = Instant::now();
-        signal_all(&frozen, Signal::CONT);
-        let healed = until_well(&ledger, thaw).await;
-        assert!(healed < HEALED, "well only after {healed:?}");
-        until("it is ready", async || {
-            rig.server.get("/readyz").send().await.status == 200
-        })
-        .await;
-        until("the stuck connections are closed", async || {
+        until("the frozen connections are closed", async || {
             let now = backends(&sql).await;
             now.len() <= 20 && !now.iter().any(|pid| before.contains(pid))
         })
         .await;
-        counted.push(format!(
-            "noticed after {noticed:.1?}, away: {}; well {healed:.1?} after",
-            summary(&away)
-        ));
     }
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    ledger.assert_kept(&sql).await;
+    let requests = load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&sql).await;
     report(
         "PostgreSQL frozen",
         format!(
-            "{} × ({}); all: {}",
-            rounds,
-            counted.join(" | "),
-            ledger.summary()
+            "{rounds} × ({}); all: {}; {kept} tasks verified",
+            counts.join(" | "),
+            requests.summary()
         ),
     );
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_statement_that_takes_long_is_not_taken_for_a_lost_database() {
-    let _turn = serialize().await;
-    let rig = Cluster::direct(&[("DB_POOL_SIZE", "4")]).await;
-    let task = format!("{}/{}", rig.user.tasks(), rig.task);
-    let load = rig.load(6, 4);
-    let ledger = load.ledger.clone();
-    let sql = rig.sql().await;
-    // One is kept to ask whether the database is there.
+async fn a_slow_statement_is_not_mistaken_for_a_lost_database() {
+    let _guard = serialize().await;
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "4")]).await;
+    let task = format!("{}/{}", cluster.user.tasks(), cluster.task);
+    let load = cluster.load(6, 4);
+    let requests = load.requests.clone();
+    let sql = cluster.sql().await;
+    // One connection is reserved for the health probe.
     until("every connection of the pool is open", async || {
         backends(&sql).await.len() >= 3
     })
@@ -120,103 +77,96 @@ async fn a_statement_that_takes_long_is_not_taken_for_a_lost_database() {
     let rounds = short_or_full(1, 5);
     let mut during = Vec::new();
     for _ in 0..rounds {
-        let mut locking = rig.sql().await;
+        let mut locking = cluster.sql().await;
         let lock = locking.transaction().await.unwrap();
         lock.execute(
             "select from tasks where id::text = $1 for update",
-            &[&rig.task],
+            &[&cluster.task],
         )
         .await
         .unwrap();
-        // Waits for the lock: longer than a probe takes, shorter than a request may.
-        let begin = Instant::now();
-        let edit = rig.server.patch(&task).bearer(&rig.user.access_token);
+        // The update waits for the lock: long enough for a probe, but within the deadline.
+        let start = Instant::now();
+        let edit = cluster.user.patch(&task);
         let edit = tokio::spawn(edit.json(serde_json::json!({"completed": true})).send());
         sleep(Duration::from_millis(3500)).await;
         lock.commit().await.unwrap();
         edit.await.unwrap().expect(200);
-        during.extend(ledger.asked(begin, Instant::now()));
+        during.extend(requests.sent_between(start, Instant::now()));
     }
-    load.end().await;
+    load.finish().await;
     report(
         "slow statement, full pool",
         format!("{rounds} × 3.5 s; others: {}", summary(&during)),
     );
     assert!(
-        !rig.server.log().contains("database lost"),
+        !cluster.server.log().contains("database lost"),
         "{}",
-        rig.server.log()
+        cluster.server.log()
     );
     assert!(during.len() > 100, "{}", summary(&during));
     assert!(
-        during.iter().all(|answer| answer.is_good()),
+        during.iter().all(|request| request.is_success()),
         "{}",
         summary(&during)
     );
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_acknowledged_outlives_a_killed_database() {
-    let _turn = serialize().await;
+async fn acknowledged_tasks_survive_a_killed_database() {
+    let _guard = serialize().await;
     let kills = short_or_full(3, 20);
-    let rig = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
-    let load = rig.load(2, 8);
-    let ledger = load.ledger.clone();
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
+    let load = cluster.load(2, 8);
+    let requests = load.requests.clone();
     let mut slowest = Duration::ZERO;
     for round in 0..kills {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Write) > 100
-        })
-        .await;
-        let postmaster = rig.directory.postgres().unwrap();
-        let mut victims = family(postmaster);
+        until_served(&requests, 0, 101).await;
+        let postmaster = cluster.directory.postgres().unwrap();
+        let mut killed_processes = family(postmaster);
         match round % 3 {
-            // All at once, as when the power goes.
+            // All processes at once, as in a power failure.
             0 => {}
-            // The postmaster alone; the others notice.
-            1 => victims.truncate(1),
-            // A child alone; the postmaster lets all others start anew.
+            // The postmaster only; its children exit when they notice.
+            1 => killed_processes.truncate(1),
+            // One backend; the postmaster restarts all others.
             _ => {
-                let sql = rig.sql().await;
+                let sql = cluster.sql().await;
                 let pid = backends(&sql).await[0];
-                victims = vec![Pid::from_raw(pid).unwrap()];
+                killed_processes = vec![Pid::from_raw(pid).unwrap()];
             }
         }
-        signal_all(&victims, Signal::KILL);
+        signal_all(&killed_processes, Signal::KILL);
         let killed = Instant::now();
-        until("writes are acknowledged again", async || {
-            ledger.good_since(killed, Work::Write) > 20
-        })
-        .await;
+        until_served(&requests, 0, 21).await;
         slowest = slowest.max(killed.elapsed());
     }
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let kept = ledger.assert_kept(&rig.sql().await).await;
+    let requests = load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&cluster.sql().await).await;
     assert!(kept >= 100 * kills, "{kept} acknowledged");
     report(
         "PostgreSQL killed",
         format!(
-            "{kills} × kill -9, slowest back after {slowest:.1?}; {}; {kept} compared, 0 lost, 0 doubled",
-            ledger.summary()
+            "{kills} × kill -9, slowest recovery {slowest:.1?}; {}; {kept} tasks verified",
+            requests.summary()
         ),
     );
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reads_do_not_fail_while_backends_are_terminated() {
-    let _turn = serialize().await;
-    let rig = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
-    let sql = rig.sql().await;
-    let load = rig.load(8, 4);
-    let ledger = load.ledger.clone();
-    let time = short_or_full(Duration::from_secs(4), Duration::from_secs(60));
-    let begin = Instant::now();
+async fn reads_succeed_while_backends_are_terminated() {
+    let _guard = serialize().await;
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
+    let sql = cluster.sql().await;
+    let load = cluster.load(8, 4);
+    let requests = load.requests.clone();
+    let duration = short_or_full(Duration::from_secs(3), Duration::from_secs(60));
+    let start = Instant::now();
     let (mut rounds, mut terminated) = (0, 0);
-    while begin.elapsed() < time {
+    while start.elapsed() < duration {
         let row = sql
             .query_one(
                 "select count(pg_terminate_backend(pid)) from pg_stat_activity
@@ -229,47 +179,43 @@ async fn reads_do_not_fail_while_backends_are_terminated() {
         terminated += row.get::<_, i64>(0);
         sleep(Duration::from_millis(200)).await;
     }
-    let calm = Instant::now();
-    until("writes are acknowledged again", async || {
-        ledger.good_since(calm, Work::Write) > 20
-    })
-    .await;
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let kept = ledger.assert_kept(&sql).await;
-    let (reads, writes): (Vec<_>, Vec<_>) = ledger
+    until_served(&requests, 0, 21).await;
+    let requests = load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let kept = requests.assert_durable(&sql).await;
+    let (reads, writes): (Vec<_>, Vec<_>) = requests
         .all()
         .into_iter()
-        .partition(|answer| answer.work == Work::Read);
+        .partition(|request| request.work == Work::Read);
     report(
         "backends terminated",
         format!(
-            "{rounds} × all, {terminated} backends; reads: {}; writes: {}; {kept} compared, 0 lost, 0 doubled",
+            "{rounds} rounds, {terminated} backends; reads: {}; writes: {}; {kept} tasks verified",
             summary(&reads),
             summary(&writes)
         ),
     );
-    assert!(terminated > rounds, "nothing was hit");
+    assert!(terminated > rounds, "no backend was terminated");
     assert!(reads.len() > 200, "{}", summary(&reads));
     assert!(
-        reads.iter().all(|read| read.is_good()),
+        reads.iter().all(|read| read.is_success()),
         "{}",
         summary(&reads)
     );
     assert!(
         writes
             .iter()
-            .all(|write| write.is_good() || write.is_refusal("database_unavailable")),
+            .all(|write| write.is_success() || write.is_retryable_503("database_unavailable")),
         "{}",
         summary(&writes)
     );
-    let good = writes.iter().filter(|write| write.is_good()).count();
+    let good = writes.iter().filter(|write| write.is_success()).count();
     assert!(2 * good > writes.len(), "{}", summary(&writes));
-    rig.end().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_loses_nothing_that_was_acknowledged() {
+async fn a_full_disk_loses_no_acknowledged_task() {
     if !geteuid().is_root() || !may_mount() {
         report(
             "disk full",
@@ -277,9 +223,9 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
         );
         return;
     }
-    let _turn = serialize().await;
+    let _guard = serialize().await;
     let directory = DataDir::new();
-    // In a mount namespace of its own the small disk goes with the processes on it.
+    // The mount disappears with the last process in its mount namespace.
     let mut command = Command::new("unshare");
     command
         .args(["-m", "sh", "-c", SMALL_DISK, "small-disk"])
@@ -311,81 +257,73 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
         Some(client)
     };
 
-    let mut sign_up = Client::at(address);
-    let mut asker = None;
-    until("somebody can register", async || {
+    let mut client = Client::at(address);
+    let mut credentials = None;
+    until("registration succeeds", async || {
         let body = r#"{"email": "full@example.com", "password": "mossy-Lantern-42-harbour"}"#;
         let request = hyper::Request::post("/api/v1/auth/register")
             .header("host", "todo.example")
             .body(body.into())
             .unwrap();
-        let heard = sign_up.ask(request).await;
-        asker =
-            (heard.fate == Outcome::Status(201)).then(|| Credentials::from_tokens(&heard.json()));
-        asker.is_some()
+        let response = client.send(request).await;
+        credentials = (response.outcome == Outcome::Status(201))
+            .then(|| Credentials::from_tokens(&response.json()));
+        credentials.is_some()
     })
     .await;
-    let load = Load::on(&Addresses::of(&[address])).writing(4, &asker.unwrap());
-    let ledger = load.ledger.clone();
-    let mut counted = Vec::new();
+    let load = Load::new(&Addresses::new(&[address])).writing(4, &credentials.unwrap());
+    let requests = load.requests.clone();
+    let mut counts = Vec::new();
     for round in 0..short_or_full(1, 3) {
-        let calm = Instant::now();
-        until("writes are acknowledged", async || {
-            ledger.good_since(calm, Work::Write) > 50
-        })
-        .await;
-
+        until_served(&requests, 0, 51).await;
         let ballast = disk.join(format!("ballast{round}"));
         fill(&ballast);
         let full = Instant::now();
-        until("writes are refused", async || {
-            let since = ledger.asked(full, Instant::now());
-            since.iter().filter(|answer| !answer.is_good()).count() > 50
+        until("writes fail", async || {
+            let since = requests.sent_between(full, Instant::now());
+            since.iter().filter(|request| !request.is_success()).count() > 50
         })
         .await;
-        process_answers(address).await;
+        assert_healthy(address).await;
 
         fs::remove_file(&ballast).unwrap();
-        let room = Instant::now();
-        until("writes are acknowledged again", async || {
-            ledger.good_since(room, Work::Write) > 50
-        })
-        .await;
-        counted.push(format!(
-            "full: {}; acknowledged again after {:.1?}",
-            summary(&ledger.asked(full, room)),
-            room.elapsed()
+        let freed = Instant::now();
+        until_served(&requests, 0, 51).await;
+        counts.push(format!(
+            "while full: {}; recovered after {:.1?}",
+            summary(&requests.sent_between(full, freed)),
+            freed.elapsed()
         ));
     }
-    let ledger = load.end().await;
-    ledger.assert_all_answered_within(ANSWERED);
-    let refusals = ledger.all();
+    let requests = load.finish().await;
+    requests.assert_all_responded_within(RESPONSE_TIMEOUT);
+    let is_expected = |request: &RequestRecord| {
+        request.is_success() || request.is_retryable_503("database_unavailable")
+    };
     assert!(
-        refusals
-            .iter()
-            .all(|answer| answer.is_good() || answer.is_refusal("database_unavailable")),
+        requests.all().iter().all(is_expected),
         "{}",
-        ledger.summary()
+        requests.summary()
     );
     let mut sql = None;
-    until("PostgreSQL takes connections", async || {
+    until("PostgreSQL accepts connections", async || {
         sql = connect().await;
         sql.is_some()
     })
     .await;
-    let kept = ledger.assert_kept(&sql.unwrap()).await;
+    let kept = requests.assert_durable(&sql.unwrap()).await;
     report(
         "disk full",
         format!(
-            "{}; all: {}; {kept} compared, 0 lost, 0 doubled",
-            counted.join(" | "),
-            ledger.summary()
+            "{}; all: {}; {kept} tasks verified",
+            counts.join(" | "),
+            requests.summary()
         ),
     );
     assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
 }
 
-/// A disk with room for a cluster and little more, then the program in this very process.
+/// Mounts a disk with room for a cluster and little more, then replaces the shell with the program.
 const SMALL_DISK: &str = r#"
 mount --make-rprivate / && mount -t tmpfs -o size=96m,mode=0755 tmpfs "$1" && cd "$1" && exec "$2"
 "#;
@@ -399,7 +337,7 @@ fn may_mount() -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// Writes until there is no room.
+/// Fills the disk.
 fn fill(ballast: &Path) {
     use std::io::Write;
     let mut file = fs::File::create(ballast).unwrap();
@@ -408,16 +346,16 @@ fn fill(ballast: &Path) {
     }
 }
 
-async fn process_answers(address: std::net::SocketAddr) {
+async fn assert_healthy(address: std::net::SocketAddr) {
     let request = hyper::Request::get("/healthz").header("host", "todo.example");
-    let heard = Client::at(address)
-        .ask(request.body(Default::default()).unwrap())
+    let response = Client::at(address)
+        .send(request.body(Default::default()).unwrap())
         .await;
-    assert_eq!(heard.fate, Outcome::Status(200));
+    assert_eq!(response.outcome, Outcome::Status(200));
 }
 
 #[tokio::test]
-async fn a_database_that_is_late_is_waited_for_with_a_line_now_and_then() {
+async fn a_database_that_is_unavailable_at_startup_is_waited_for() {
     let directory = DataDir::new();
     Postgres::start(directory.path())
         .await
@@ -426,9 +364,9 @@ async fn a_database_that_is_late_is_waited_for_with_a_line_now_and_then() {
         .await;
     let url = directory.database_url();
     let server = Server::listening(&[("DATABASE_URL", &url)]).await;
-    let begin = Instant::now();
+    let start = Instant::now();
 
-    // What only looks does not wait.
+    // `check` does not wait.
     let check = Process::spawn(
         &["check"],
         &[("DATABASE_URL", &url), ("JWT_SECRET", SECRET)],
@@ -442,35 +380,37 @@ async fn a_database_that_is_late_is_waited_for_with_a_line_now_and_then() {
 
     server.wait_for_log("waiting for the database").await;
     let waits = || server.log().matches("waiting for the database").count() as u64;
-    let mut refused = 0;
-    while begin.elapsed() < short_or_full(Duration::from_secs(3), Duration::from_secs(35)) {
+    let mut rejected = 0;
+    while start.elapsed() < short_or_full(Duration::from_secs(1), Duration::from_secs(35)) {
         server.get("/healthz").send().await.expect(200);
         let early = server.get("/readyz").send().await;
         early.problem(503, "database_unavailable");
-        refused += 1;
+        rejected += 1;
         sleep(Duration::from_millis(50)).await;
     }
     let lines = waits();
-    // Every ten seconds or so.
+    // Logged about every ten seconds.
     assert!(
-        lines >= 1 && lines <= 2 + begin.elapsed().as_secs() / 10,
+        lines >= 1 && lines <= 2 + start.elapsed().as_secs() / 10,
         "{}",
         server.log()
     );
 
     let postgres = Postgres::start(directory.path()).await.unwrap();
-    let there = Instant::now();
-    until("it is ready", async || {
+    let started = Instant::now();
+    until("the service is ready", async || {
         server.get("/readyz").send().await.status == 200
     })
     .await;
-    let ready = there.elapsed();
-    assert!(ready < HEALED, "ready only after {ready:?}");
+    let ready = started.elapsed();
+    assert!(ready < RECOVERY_TIMEOUT, "ready only after {ready:?}");
     let user = server.user().await;
-    user.create_task("patience").await;
+    user.create_task("created late").await;
     report(
-        "not there at start",
-        format!("{refused} × 503 meanwhile, {lines} lines, ready {ready:.1?} after it came"),
+        "unavailable at startup",
+        format!(
+            "{rejected} × 503, {lines} log lines, ready {ready:.1?} after the database started"
+        ),
     );
     assert_eq!(server.stop().await.code(), Some(0));
     postgres.stop().await;

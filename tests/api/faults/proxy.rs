@@ -1,4 +1,4 @@
-//! The network between the service and its database, which can be made to fail.
+//! A TCP proxy between the service and its database that simulates network faults.
 
 use std::{
     future::pending,
@@ -15,30 +15,30 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-/// What the network does with what passes.
+/// What the network does with the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NetworkCondition {
-    /// It passes.
-    Fair,
-    /// It passes after this time, each way.
+    /// Delivers them at once.
+    Normal,
+    /// Delivers them after this delay, in each direction.
     Slow(Duration),
-    /// Nothing passes, and nobody is told; it is delivered late if the weather turns.
+    /// Holds them back silently until the condition changes.
     Blackhole,
-    /// Half of an answer passes, then the connection is reset.
+    /// Delivers half of a response, then resets the connection.
     Reset,
-    /// Connections are closed; the next ones are accepted, but answered only after this time or
-    /// when the weather turns.
-    Asleep(Duration),
+    /// Closes the connections. New ones are accepted, but carry nothing until this time has passed
+    /// or the condition changes, as with a database that is suspended when idle.
+    Suspended(Duration),
 }
 
-/// A TCP proxy before a PostgreSQL on a unix socket.
+/// A TCP proxy in front of a PostgreSQL on a Unix socket.
 pub(super) struct Proxy {
     address: SocketAddr,
-    weather: watch::Sender<NetworkCondition>,
-    /// Connections before this moment are closed.
+    condition: watch::Sender<NetworkCondition>,
+    /// Connections opened before this instant are closed.
     closed: watch::Sender<Instant>,
-    /// Connections before this moment are half-open: the other side has forgotten them.
-    forgotten: watch::Sender<Instant>,
+    /// Connections opened before this instant are half-open: the database has closed its end.
+    half_open: watch::Sender<Instant>,
     acceptor: JoinHandle<()>,
 }
 
@@ -49,30 +49,30 @@ impl Drop for Proxy {
 }
 
 impl Proxy {
-    pub(super) async fn before(socket_directory: &Path) -> Proxy {
+    pub(super) async fn start(socket_dir: &Path) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (weather, seen) = watch::channel(NetworkCondition::Fair);
-        let (closed, closing) = watch::channel(Instant::now());
-        let (forgotten, forgetting) = watch::channel(Instant::now());
-        let upstream = socket_directory.join(".s.PGSQL.5432");
+        let (condition, condition_rx) = watch::channel(NetworkCondition::Normal);
+        let (closed, closed_rx) = watch::channel(Instant::now());
+        let (half_open, half_open_rx) = watch::channel(Instant::now());
+        let upstream = socket_dir.join(".s.PGSQL.5432");
         let acceptor = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                tokio::spawn(pass(
+                tokio::spawn(forward(
                     stream,
                     upstream.clone(),
-                    seen.clone(),
-                    closing.clone(),
-                    forgetting.clone(),
+                    condition_rx.clone(),
+                    closed_rx.clone(),
+                    half_open_rx.clone(),
                 ));
             }
         });
         Proxy {
             address,
-            weather,
+            condition,
             closed,
-            forgotten,
+            half_open,
             acceptor,
         }
     }
@@ -81,35 +81,35 @@ impl Proxy {
         format!("postgres://todo@{}/todo", self.address)
     }
 
-    pub(super) fn turns(&self, weather: NetworkCondition) {
-        self.weather.send_replace(weather);
-        if matches!(weather, NetworkCondition::Asleep(_)) {
+    pub(super) fn set_condition(&self, condition: NetworkCondition) {
+        self.condition.send_replace(condition);
+        if matches!(condition, NetworkCondition::Suspended(_)) {
             self.closed.send_replace(Instant::now());
         }
     }
 
-    /// The database forgets today's connections, and the service is not told.
-    pub(super) fn forgets(&self) {
-        self.forgotten.send_replace(Instant::now());
+    /// Closes the database's end of all open connections without notifying the service.
+    pub(super) fn make_half_open(&self) {
+        self.half_open.send_replace(Instant::now());
     }
 }
 
-/// One connection from its beginning to its end.
-async fn pass(
+/// Forwards one connection until it ends.
+async fn forward(
     mut stream: TcpStream,
     upstream: PathBuf,
-    mut weather: watch::Receiver<NetworkCondition>,
+    mut condition: watch::Receiver<NetworkCondition>,
     mut closed: watch::Receiver<Instant>,
-    mut forgotten: watch::Receiver<Instant>,
+    mut half_open: watch::Receiver<Instant>,
 ) {
     let opened = Instant::now();
-    let now = *weather.borrow();
-    match now {
-        NetworkCondition::Asleep(waking) => {
-            let awake = weather.wait_for(|weather| !matches!(weather, NetworkCondition::Asleep(_)));
-            timeout(waking, awake).await.ok();
+    let initial = *condition.borrow();
+    match initial {
+        NetworkCondition::Suspended(wake_time) => {
+            let resumed = condition.wait_for(|now| !matches!(now, NetworkCondition::Suspended(_)));
+            timeout(wake_time, resumed).await.ok();
         }
-        _ => blackhole_over(&mut weather).await,
+        _ => wait_while_blackholed(&mut condition).await,
     }
     let Ok(mut server) = UnixStream::connect(upstream).await else {
         return;
@@ -117,73 +117,75 @@ async fn pass(
     stream.set_nodelay(true).unwrap();
     let (mut from_client, mut to_client) = stream.split();
     let (mut from_server, mut to_server) = server.split();
-    let ending = tokio::select! {
-        ending = carry(&mut from_client, &mut to_server, weather.clone(), false) => ending,
-        ending = carry(&mut from_server, &mut to_client, weather.clone(), true) => ending,
-        _ = forgotten.wait_for(|at| *at > opened) => Ending::Forgotten,
-        _ = closed.wait_for(|at| *at > opened) => Ending::Closed,
+    let end = tokio::select! {
+        end = forward_one_way(&mut from_client, &mut to_server, condition.clone(), false) => end,
+        end = forward_one_way(&mut from_server, &mut to_client, condition.clone(), true) => end,
+        _ = half_open.wait_for(|at| *at > opened) => End::HalfOpen,
+        _ = closed.wait_for(|at| *at > opened) => End::Close,
     };
     drop(server);
-    match ending {
-        Ending::Closed => {}
-        Ending::Reset => stream.set_zero_linger().unwrap(),
-        Ending::Forgotten => {
-            // Its side stays open, and what it says is heard by nobody.
+    match end {
+        End::Close => {}
+        End::Reset => stream.set_zero_linger().unwrap(),
+        // The client's end stays open, and what it sends is discarded.
+        End::HalfOpen => {
             copy(&mut stream, &mut tokio::io::sink()).await.ok();
         }
     }
 }
 
-enum Ending {
-    Closed,
+/// How a forwarded connection ends, as the service sees it.
+enum End {
+    Close,
     Reset,
-    Forgotten,
+    HalfOpen,
 }
 
-/// One direction of a connection. What is on the way takes its time without holding up what follows.
-async fn carry(
+/// Forwards one direction of a connection. A delay adds latency without limiting throughput.
+async fn forward_one_way(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
-    mut weather: watch::Receiver<NetworkCondition>,
-    answers: bool,
-) -> Ending {
-    let (on_the_way, mut arriving) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
-    let skies = weather.clone();
+    mut condition: watch::Receiver<NetworkCondition>,
+    carries_responses: bool,
+) -> End {
+    let (sender, mut in_transit) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
+    let current = condition.clone();
     let read = async move {
-        let mut piece = vec![0; 16 * 1024];
-        while let Ok(length @ 1..) = from.read(&mut piece).await {
-            let delay = match *skies.borrow() {
+        let mut buffer = vec![0; 16 * 1024];
+        while let Ok(length @ 1..) = from.read(&mut buffer).await {
+            let delay = match *current.borrow() {
                 NetworkCondition::Slow(delay) => delay,
                 _ => Duration::ZERO,
             };
-            let packet = (Instant::now() + delay, piece[..length].to_vec());
-            on_the_way.send(packet).ok();
+            let packet = (Instant::now() + delay, buffer[..length].to_vec());
+            sender.send(packet).ok();
         }
-        drop(on_the_way);
-        pending::<Ending>().await
+        drop(sender);
+        // The writing half ends the connection once it has delivered everything.
+        pending::<End>().await
     };
     let write = async {
-        while let Some((due, bytes)) = arriving.recv().await {
+        while let Some((due, bytes)) = in_transit.recv().await {
             sleep_until(due).await;
-            blackhole_over(&mut weather).await;
-            let resets = answers && *weather.borrow() == NetworkCondition::Reset;
-            let passing = if resets { bytes.len() / 2 } else { bytes.len() };
-            if to.write_all(&bytes[..passing]).await.is_err() {
-                return Ending::Closed;
+            wait_while_blackholed(&mut condition).await;
+            let resets = carries_responses && *condition.borrow() == NetworkCondition::Reset;
+            let length = if resets { bytes.len() / 2 } else { bytes.len() };
+            if to.write_all(&bytes[..length]).await.is_err() {
+                return End::Close;
             }
             if resets {
-                return Ending::Reset;
+                return End::Reset;
             }
         }
-        Ending::Closed
+        End::Close
     };
     tokio::select! {
-        ending = read => ending,
-        ending = write => ending,
+        end = read => end,
+        end = write => end,
     }
 }
 
-async fn blackhole_over(weather: &mut watch::Receiver<NetworkCondition>) {
-    let over = weather.wait_for(|weather| *weather != NetworkCondition::Blackhole);
-    over.await.ok();
+async fn wait_while_blackholed(condition: &mut watch::Receiver<NetworkCondition>) {
+    let delivers = condition.wait_for(|now| *now != NetworkCondition::Blackhole);
+    delivers.await.ok();
 }

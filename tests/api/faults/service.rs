@@ -1,116 +1,104 @@
-//! The service killed, stopped and started again, and two of it.
+//! The service killed, stopped, restarted, and run as two instances.
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::{
-    ANSWERED, HEALED,
-    load::{Addresses, Credentials, Load, Outcome, Work, summary},
-    report, serialize, short_or_full, until_well,
+    RECOVERY_TIMEOUT, RESPONSE_TIMEOUT,
+    load::{Addresses, Credentials, Load, Outcome, summary},
+    report, serialize, short_or_full, until_recovered, until_served,
 };
 use crate::connections::{listening_socket, start_with_sockets};
 use crate::harness::{DataDir, SECRET, Server, User, until};
 
-/// What the drain may take; the rest is for a busy machine.
-const STOPPED: Duration = Duration::from_secs(13);
+/// The limit for draining connections; the rest is for a busy machine.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(13);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_acknowledged_outlives_a_killed_service() {
-    let _turn = serialize().await;
+async fn acknowledged_tasks_survive_a_killed_service() {
+    let _guard = serialize().await;
     let directory = DataDir::new();
     let variables = [("DATA_DIR", directory.text())];
     let mut server = Server::with(&variables).await;
     let user = server.user().await;
-    let addresses = Addresses::of(&[server.addr()]);
-    let load = Load::on(&addresses).writing(8, &Credentials::from(&user));
-    let ledger = load.ledger.clone();
+    let addresses = Addresses::new(&[server.addr()]);
+    let load = Load::new(&addresses).writing(8, &Credentials::from(&user));
     let kills = short_or_full(2, 20);
     let mut slowest = Duration::ZERO;
     for _ in 0..kills {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Write) > 100
-        })
-        .await;
+        until_served(&load.requests, 0, 101).await;
         server.kill();
         let killed = Instant::now();
         server = Server::with(&variables).await;
         addresses.set(&[server.addr()]);
-        until("writes are acknowledged again", async || {
-            ledger.good_since(killed, Work::Write) > 20
-        })
-        .await;
+        until_served(&load.requests, 0, 21).await;
         slowest = slowest.max(killed.elapsed());
     }
-    let ledger = load.end().await;
-    let kept = ledger.assert_kept(&server.sql().await).await;
+    let requests = load.finish().await;
+    let kept = requests.assert_durable(&server.sql().await).await;
     assert!(kept >= 100 * kills, "{kept} acknowledged");
     report(
         "service killed",
         format!(
-            "{kills} × kill -9, slowest back after {slowest:.1?}; {}; {kept} compared, 0 lost, 0 doubled",
-            ledger.summary()
+            "{kills} × kill -9, slowest recovery {slowest:.1?}; {}; {kept} tasks verified",
+            requests.summary()
         ),
     );
     assert_eq!(server.stop().await.code(), Some(0), "{}", server.log());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_goes_unanswered_when_the_service_stops() {
-    let _turn = serialize().await;
+async fn every_accepted_request_gets_a_response_during_shutdown() {
+    let _guard = serialize().await;
     let mut server = Server::start().await;
     let user = server.user().await;
     let task = user.create_task("read me").await;
     let task = task["id"].as_str().unwrap();
-    let asker = Credentials::from(&user);
-    let addresses = Addresses::of(&[server.addr()]);
-    let load = Load::on(&addresses)
-        .reading(16, &asker, task)
-        .writing(8, &asker);
-    let ledger = load.ledger.clone();
-    let stops = short_or_full(3, 20);
+    let credentials = Credentials::from(&user);
+    let addresses = Addresses::new(&[server.addr()]);
+    let load = Load::new(&addresses)
+        .reading(16, &credentials, task)
+        .writing(8, &credentials);
+    let stops = short_or_full(2, 20);
     let mut slowest = Duration::ZERO;
     for _ in 0..stops {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Read) > 100 && ledger.good_since(calm, Work::Write) > 50
-        })
-        .await;
-        let begin = Instant::now();
+        until_served(&load.requests, 101, 51).await;
+        let start = Instant::now();
         let status = server.stop().await;
-        let took = begin.elapsed();
+        let duration = start.elapsed();
         assert_eq!(status.code(), Some(0), "{}", server.log());
-        assert!(took < STOPPED, "ended only after {took:?}");
-        slowest = slowest.max(took);
+        assert!(
+            duration < SHUTDOWN_TIMEOUT,
+            "exited only after {duration:?}"
+        );
+        slowest = slowest.max(duration);
         let next = server.sibling(&[]).await;
         addresses.set(&[next.addr()]);
         server = next;
     }
-    let calm = Instant::now();
-    until_well(&ledger, calm).await;
-    let ledger = load.end().await;
-    let kept = ledger.assert_kept(&server.sql().await).await;
+    until_recovered(&load.requests, Instant::now(), RECOVERY_TIMEOUT).await;
+    let requests = load.finish().await;
+    let kept = requests.assert_durable(&server.sql().await).await;
     report(
         "SIGTERM under load",
         format!(
-            "{stops} × , slowest end after {slowest:.1?}; {}; {kept} compared, 0 lost, 0 doubled",
-            ledger.summary()
+            "{stops} ×, slowest exit {slowest:.1?}; {}; {kept} tasks verified",
+            requests.summary()
         ),
     );
-    // Nobody listens between one and the next: connections are refused then, but no request that
-    // was taken is dropped.
-    let bad: Vec<_> = ledger
+    // Between two instances connections are refused, but no accepted request is dropped.
+    let failed: Vec<_> = requests
         .all()
         .into_iter()
-        .filter(|answer| !answer.is_good() && answer.fate != Outcome::Refused)
+        .filter(|request| !request.is_success() && request.outcome != Outcome::NotConnected)
         .collect();
-    assert!(bad.is_empty(), "{}", summary(&bad));
+    assert!(failed.is_empty(), "{}", summary(&failed));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restart_behind_a_socket_loses_no_request_at_all() {
-    let _turn = serialize().await;
+async fn no_request_fails_while_the_service_restarts_behind_a_passed_socket() {
+    let _guard = serialize().await;
     let first = Server::start().await;
     let user = first.user().await;
     let task = user.on(&first).create_task("read me").await;
@@ -129,145 +117,125 @@ async fn a_restart_behind_a_socket_loses_no_request_at_all() {
     let mut process = start();
     assert_eq!(process.listening().await, address);
 
-    let asker = Credentials::from(&user);
-    let load = Load::on(&Addresses::of(&[address]))
-        .reading(16, &asker, task)
-        .writing(8, &asker);
-    let ledger = load.ledger.clone();
-    let restarts = short_or_full(3, 20);
+    let credentials = Credentials::from(&user);
+    let load = Load::new(&Addresses::new(&[address]))
+        .reading(16, &credentials, task)
+        .writing(8, &credentials);
+    let restarts = short_or_full(2, 20);
     for _ in 0..restarts {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Read) > 100 && ledger.good_since(calm, Work::Write) > 50
-        })
-        .await;
+        until_served(&load.requests, 101, 51).await;
         let status = process.stop().await;
         assert_eq!(status.code(), Some(0), "{}", process.log());
         process = start();
     }
-    let calm = Instant::now();
-    until_well(&ledger, calm).await;
-    let ledger = load.end().await;
-    let kept = ledger.assert_kept(&first.sql().await).await;
-    let all = ledger.all();
-    let bad: Vec<_> = all
-        .iter()
-        .filter(|answer| !answer.is_good())
-        .cloned()
-        .collect();
+    until_recovered(&load.requests, Instant::now(), RECOVERY_TIMEOUT).await;
+    let requests = load.finish().await;
+    let kept = requests.assert_durable(&first.sql().await).await;
     report(
         "restart behind a socket",
         format!(
-            "{restarts} × ; {}; {kept} compared, 0 lost, 0 doubled",
-            ledger.summary()
+            "{restarts} ×; {}; {kept} tasks verified",
+            requests.summary()
         ),
     );
-    // A connection that the service has closed between two requests carried none.
+    let records = requests.all();
     assert!(
-        bad.iter()
-            .all(|answer| answer.fate == Outcome::Status(503) && answer.retry_after),
+        records.iter().all(|request| request.is_success()),
         "{}",
-        summary(&bad)
+        requests.summary()
     );
-    assert!(bad.is_empty(), "{}", summary(&bad));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_instances_one_can_be_killed_and_nobody_notices() {
-    let _turn = serialize().await;
+async fn the_other_instance_serves_while_one_of_two_is_killed() {
+    let _guard = serialize().await;
     let mut one = Server::start().await;
     let mut two = one.sibling(&[]).await;
     let user = one.user().await;
     let task = user.on(&one).create_task("read me").await;
     let task = task["id"].as_str().unwrap();
-    let asker = Credentials::from(&user);
-    let addresses = Addresses::of(&[one.addr(), two.addr()]);
-    let load = Load::on(&addresses)
-        .reading(8, &asker, task)
-        .writing(8, &asker);
-    let ledger = load.ledger.clone();
-    let kills = short_or_full(3, 20);
+    let credentials = Credentials::from(&user);
+    let addresses = Addresses::new(&[one.addr(), two.addr()]);
+    let load = Load::new(&addresses)
+        .reading(8, &credentials, task)
+        .writing(8, &credentials);
+    let kills = short_or_full(2, 20);
     for _ in 0..kills {
-        let calm = Instant::now();
-        until("there is a load", async || {
-            ledger.good_since(calm, Work::Read) > 100 && ledger.good_since(calm, Work::Write) > 50
-        })
-        .await;
+        until_served(&load.requests, 101, 51).await;
         one.kill();
-        // The other serves alone.
-        let killed = Instant::now();
-        let alone = until_well(&ledger, killed).await;
-        assert!(alone < HEALED, "well only after {alone:?}");
+        until_recovered(&load.requests, Instant::now(), RECOVERY_TIMEOUT).await;
         one = two.sibling(&[]).await;
         addresses.set(&[one.addr(), two.addr()]);
         std::mem::swap(&mut one, &mut two);
     }
-    let ledger = load.end().await;
-    let kept = ledger.assert_kept(&two.sql().await).await;
+    let requests = load.finish().await;
+    let kept = requests.assert_durable(&two.sql().await).await;
     assert!(kept >= 50 * kills, "{kept} acknowledged");
-    let answers = ledger.all();
+    // A request that the kill interrupted succeeds when it is retried at the other instance.
+    let is_expected = |request: &super::load::RequestRecord| {
+        request.duration < RESPONSE_TIMEOUT && !matches!(request.outcome, Outcome::Status(300..))
+    };
     assert!(
-        answers.iter().all(|answer| answer.took < ANSWERED),
+        requests.all().iter().all(is_expected),
         "{}",
-        ledger.summary()
+        requests.summary()
     );
-    // What a kill cuts off, the other instance answers when it is asked again.
-    assert!(
-        !answers
-            .iter()
-            .any(|answer| matches!(answer.fate, Outcome::Status(300..))),
-        "{}",
-        ledger.summary()
-    );
-    let agreed = agree(&one, &two).await;
+    let shared = assert_state_is_shared(&one, &two).await;
     report(
         "one of two instances killed",
         format!(
-            "{kills} × ; {}; {kept} compared, 0 lost, 0 doubled; {agreed}",
-            ledger.summary()
+            "{kills} ×; {}; {kept} tasks verified; {shared}",
+            requests.summary()
         ),
     );
 }
 
-/// Refresh rotation, ended sessions and throttling are the same on both.
-async fn agree(one: &Server, two: &Server) -> String {
+/// Asserts that refresh rotation, revocation and login lockout hold across both instances.
+async fn assert_state_is_shared(one: &Server, two: &Server) -> String {
     let refresh = async |server: &Server, token: &str| {
         let body = json!({"refresh_token": token});
         server.post("/api/v1/auth/refresh").json(body).send().await
     };
+    let login = async |server: &Server, email: &str, password: &str| {
+        let body = json!({"email": email, "password": password});
+        server.post("/api/v1/auth/login").json(body).send().await
+    };
     let user: User = one.user().await;
-    let here = refresh(one, &user.refresh_token).await.expect(200).json();
-    let there = refresh(two, &user.refresh_token).await.expect(200).json();
-    assert_eq!(here["refresh_token"], there["refresh_token"]);
+    let first = refresh(one, &user.refresh_token).await.expect(200).json();
+    let second = refresh(two, &user.refresh_token).await.expect(200).json();
+    assert_eq!(first["refresh_token"], second["refresh_token"]);
 
-    let token = here["access_token"].as_str().unwrap();
+    let token = first["access_token"].as_str().unwrap();
     one.post("/api/v1/auth/logout")
         .bearer(token)
         .send()
         .await
         .expect(204);
-    let ended = Instant::now();
-    until("the session is over on the other instance", async || {
+    let logged_out = Instant::now();
+    until("the other instance rejects the session", async || {
         let me = two.get("/api/v1/auth/me").bearer(token).send().await;
         me.status == 401
     })
     .await;
-    let ended = ended.elapsed();
-    assert!(ended < Duration::from_secs(4), "over only after {ended:?}");
-    refresh(two, here["refresh_token"].as_str().unwrap())
+    let revoked = logged_out.elapsed();
+    assert!(
+        revoked < Duration::from_secs(4),
+        "rejected only after {revoked:?}"
+    );
+    refresh(two, first["refresh_token"].as_str().unwrap())
         .await
         .problem(401, "invalid_refresh_token");
 
-    for failure in 0..10 {
-        let server = if failure % 2 == 0 { one } else { two };
-        let body = json!({"email": user.email, "password": "not-The-right-one-77"});
-        let login = server.post("/api/v1/auth/login").json(body).send().await;
-        login.problem(401, "invalid_credentials");
+    for attempt in 0..10 {
+        let server = if attempt % 2 == 0 { one } else { two };
+        login(server, &user.email, "not-The-right-one-77")
+            .await
+            .problem(401, "invalid_credentials");
     }
     for server in [one, two] {
-        let body = json!({"email": user.email, "password": user.password});
-        let login = server.post("/api/v1/auth/login").json(body).send().await;
-        login.problem(429, "too_many_attempts");
+        login(server, &user.email, &user.password)
+            .await
+            .problem(429, "too_many_attempts");
     }
-    format!("same successor, session over after {ended:.1?}, throttled on both")
+    format!("same refresh token, session rejected after {revoked:.1?}, locked out on both")
 }

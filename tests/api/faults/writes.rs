@@ -1,4 +1,4 @@
-//! What a response says about a write is true: 201 was stored once, 503 is safe to repeat.
+//! Responses to writes are truthful: a 201 means stored exactly once, a 503 is safe to retry.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use tokio::time::sleep;
 use tokio_postgres::Client as Sql;
 
 use super::{Cluster, proxy::NetworkCondition};
-use crate::harness::{PASSWORD, Response, Server, Wire, WireResponse, until};
+use crate::harness::{PASSWORD, Response, Server, Wire, WireResponse, until, wait_for_blocked};
 
-/// A body that takes longer than all database work of a request may.
+/// Longer than the deadline for database work.
 const SLOW_BODY: Duration = Duration::from_millis(5300);
 
 /// Sends a request whose body pauses in the middle.
@@ -40,7 +40,7 @@ async fn count(sql: &Sql, condition: &str) -> i64 {
     sql.query_one(&statement, &[]).await.unwrap().get(0)
 }
 
-/// The backends of the server, in this state.
+/// The process ids of the server's backends for which this condition holds.
 async fn backends(sql: &Sql, condition: &str) -> Vec<i32> {
     let statement = format!(
         "select pid from pg_stat_activity
@@ -50,15 +50,8 @@ async fn backends(sql: &Sql, condition: &str) -> Vec<i32> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-async fn until_waiting(sql: &Sql, count: usize) {
-    until("the statements wait for the lock", async || {
-        backends(sql, "wait_event_type = 'Lock'").await.len() >= count
-    })
-    .await;
-}
-
-/// A transaction of the operator's that keeps rows locked.
-async fn lock(server: &Server, select: &str) -> Sql {
+/// Opens a transaction that locks the selected rows.
+async fn lock_rows(server: &Server, select: &str) -> Sql {
     let sql = server.sql().await;
     sql.batch_execute(&format!("begin; {select} for update"))
         .await
@@ -67,14 +60,14 @@ async fn lock(server: &Server, select: &str) -> Sql {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_body_is_served_once_and_costs_no_connection() {
+async fn a_slow_body_is_processed_once_and_closes_no_connection() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let user = server.user().await;
     let token = user.access_token.as_str();
     let task = user.path_of(&user.create_task("one").await);
     let tasks = user.tasks();
-    // Somebody else's: changing the password ends sessions.
+    // Another user, because changing the password revokes sessions.
     let other = server.user().await;
     let new_password = "another-Lantern-43-harbour";
     let requests = [
@@ -121,7 +114,6 @@ async fn a_slow_body_is_served_once_and_costs_no_connection() {
             200,
         ),
     ];
-    // Some are open: those would be the first to be closed.
     let before = backends(&sql, "true").await;
     assert!(!before.is_empty());
     let answers = join_all(
@@ -139,42 +131,33 @@ async fn a_slow_body_is_served_once_and_costs_no_connection() {
     let after = backends(&sql, "true").await;
     assert!(
         before.iter().all(|pid| after.contains(pid)),
-        "connections were replaced: {before:?} by {after:?}"
+        "connections were replaced: {before:?}, now {after:?}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn writes_that_a_long_transaction_blocks_are_refused_and_not_made_later() {
+async fn writes_blocked_until_their_deadline_get_503_and_are_not_applied_later() {
     let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
     let sql = server.sql().await;
     let user = server.user().await;
-    let token = user.access_token.as_str();
     let task = user.path_of(&user.create_task("one").await);
-    // The user's row, which a new task refers to, and the task.
-    let transaction = lock(&server, "select from users, tasks").await;
-    let create = |title: &str| {
-        server
-            .post(user.tasks())
-            .bearer(token)
-            .json(json!({"title": title}))
-    };
+    // The rows of the user, which a new task references, and of the task.
+    let transaction = lock_rows(&server, "select from users, tasks").await;
+    let create = |title: &str| user.post(user.tasks()).json(json!({"title": title}));
     let blocked = [
         create("without a key"),
         create("with a key").header("idempotency-key", "one"),
-        server
-            .put(&task)
-            .bearer(token)
-            .json(json!({"title": "changed"})),
-        server.patch(format!("{task}/complete")).bearer(token),
-        server.delete(&task).bearer(token),
+        user.put(&task).json(json!({"title": "changed"})),
+        user.patch(format!("{task}/complete")),
+        user.delete(&task),
         server
             .post("/api/v1/auth/login")
             .json(json!({"email": user.email, "password": PASSWORD})),
     ];
     let blocked = blocked.map(|request| tokio::spawn(request.send()));
-    until_waiting(&sql, 6).await;
-    // Readers do not wait.
-    server.get(&task).bearer(token).send().await.expect(200);
+    wait_for_blocked(&sql, 6).await;
+    // Reads are not blocked.
+    user.get(&task).send().await.expect(200);
     for response in blocked {
         let response = response.await.unwrap();
         response.problem(503, "database_unavailable");
@@ -182,18 +165,18 @@ async fn writes_that_a_long_transaction_blocks_are_refused_and_not_made_later() 
     }
 
     transaction.batch_execute("commit").await.unwrap();
-    until("no statement is left behind", async || {
+    until("no statement is running", async || {
         backends(&sql, "state <> 'idle'").await.is_empty()
     })
     .await;
-    assert_eq!(count(&sql, "true").await, 1, "a refused write was made");
+    assert_eq!(count(&sql, "true").await, 1, "a rejected write was applied");
     let untouched = "title = 'one' and not completed";
     assert_eq!(count(&sql, untouched).await, 1);
     let sessions = "select count(*) from sessions";
     let sessions: i64 = sql.query_one(sessions, &[]).await.unwrap().get(0);
-    assert_eq!(sessions, 1, "a refused login made a session");
+    assert_eq!(sessions, 1, "a rejected login created a session");
 
-    // As the refusal says.
+    // Retrying is safe, as the 503 promises.
     for request in [
         create("with a key").header("idempotency-key", "one"),
         create("with a key").header("idempotency-key", "one"),
@@ -204,15 +187,15 @@ async fn writes_that_a_long_transaction_blocks_are_refused_and_not_made_later() 
     assert!(!server.log().contains("database lost"), "{}", server.log());
 }
 
-/// Sends requests, terminates their backends while they wait for a lock, and lets them go on.
-async fn cut_off<const N: usize>(
+/// Sends requests, terminates their backends while they wait for a lock, and releases the lock.
+async fn send_and_terminate<const N: usize>(
     server: &Server,
     requests: [crate::harness::Request; N],
 ) -> [Response; N] {
     let sql = server.sql().await;
-    let transaction = lock(server, "select from users, tasks").await;
+    let transaction = lock_rows(server, "select from users, tasks").await;
     let sent = requests.map(|request| tokio::spawn(request.send()));
-    until_waiting(&sql, N).await;
+    wait_for_blocked(&sql, N as i64).await;
     sql.batch_execute(
         "select pg_terminate_backend(pid) from pg_stat_activity
          where application_name = 'todo-api' and wait_event_type = 'Lock'",
@@ -229,32 +212,25 @@ async fn cut_off<const N: usize>(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_write_whose_connection_is_lost_is_refused_as_what_it_is() {
+async fn the_response_to_a_write_whose_connection_is_lost_says_whether_a_retry_is_safe() {
     let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
     let user = server.user().await;
-    let token = user.access_token.as_str();
     let task = user.path_of(&user.create_task("one").await);
-    let [created, put, toggled] = cut_off(
+    let [created, put, toggled] = send_and_terminate(
         &server,
         [
-            server
-                .post(user.tasks())
-                .bearer(token)
-                .json(json!({"title": "new"})),
-            server
-                .put(&task)
-                .bearer(token)
-                .json(json!({"title": "changed"})),
-            server.patch(format!("{task}/complete")).bearer(token),
+            user.post(user.tasks()).json(json!({"title": "new"})),
+            user.put(&task).json(json!({"title": "changed"})),
+            user.patch(format!("{task}/complete")),
         ],
     )
     .await;
-    // Run again under the same id.
+    // The service retries with the same id.
     created.expect(201);
     assert_eq!(count(&server.sql().await, "title = 'new'").await, 1);
-    // Changes nothing more the second time.
+    // Idempotent, so the client may retry.
     put.problem(503, "database_unavailable");
-    // Would change it back: no Retry-After, and not a status that promises anything.
+    // A retry would toggle it back, so there is no Retry-After.
     let problem = toggled.problem(500, "internal");
     let detail = problem["detail"].as_str().unwrap();
     assert!(detail.contains("may or may not"), "{detail}");
@@ -263,14 +239,11 @@ async fn a_write_whose_connection_is_lost_is_refused_as_what_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_once() {
-    let rig = Cluster::proxied(&[]).await;
-    let sql = rig.sql().await;
-    let (server, user) = (&rig.server, &rig.user);
-    let create = server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(json!({"title": "new"}));
+async fn a_write_committed_before_its_connection_was_lost_is_acknowledged_and_stored_once() {
+    let cluster = Cluster::proxied(&[]).await;
+    let sql = cluster.sql().await;
+    let (server, user) = (&cluster.server, &cluster.user);
+    let create = user.post(user.tasks()).json(json!({"title": "new"}));
     let register = server
         .post("/api/v1/auth/register")
         .json(json!({"email": "new@example.com", "password": PASSWORD}));
@@ -279,19 +252,19 @@ async fn what_was_stored_before_its_connection_broke_is_acknowledged_and_stored_
         "select count(*) from users where email = 'new@example.com'",
     ];
     for (request, stored) in [create, register].into_iter().zip(stored) {
-        // The result of the first run is cut in two.
-        rig.proxy().turns(NetworkCondition::Reset);
+        // The first execution commits, but its result is lost.
+        cluster.proxy().set_condition(NetworkCondition::Reset);
         let request = tokio::spawn(request.send());
-        until("it is stored", async || {
+        until("the row is stored", async || {
             let count: i64 = sql.query_one(stored, &[]).await.unwrap().get(0);
             count == 1
         })
         .await;
-        // The result follows the commit.
+        // Leave the result time to arrive and be cut.
         sleep(Duration::from_millis(100)).await;
-        rig.proxy().turns(NetworkCondition::Fair);
+        cluster.proxy().set_condition(NetworkCondition::Normal);
         request.await.unwrap().expect(201);
     }
     assert_eq!(count(&sql, "title = 'new'").await, 1);
-    rig.end().await;
+    cluster.stop().await;
 }
