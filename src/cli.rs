@@ -45,7 +45,7 @@ usage: todo-api [COMMAND]
 environment (secrets also in the file that <NAME>_FILE names, or as systemd credential):
 ";
 
-/// Runs the command that the arguments name. Exits with 2 if there is no such command.
+/// Runs the command given by the arguments. Exits with status 2 if there is no such command.
 pub fn run() -> ExitCode {
     logging::set_panic_hook();
     if let Err(error) = embedded_postgres::become_child() {
@@ -108,10 +108,10 @@ fn config_and_log() -> Result<Config, BoxError> {
     Ok(config)
 }
 
-/// The database that the settings name.
+/// The database selected by the settings.
 enum Target<'a> {
     Endpoint(Box<Endpoint>),
-    /// An embedded PostgreSQL that no service runs at present.
+    /// An embedded PostgreSQL that is not running.
     Stopped(&'a Path),
 }
 
@@ -127,7 +127,7 @@ fn find_database(config: &Config) -> Result<Target<'_>, BoxError> {
     }
 }
 
-/// Runs `work` on the database. Starts an embedded PostgreSQL that is not running, and stops it
+/// Runs `work` on the database. If the embedded PostgreSQL is not running, starts it and stops it
 /// afterwards, but never creates a cluster.
 async fn with_database<T>(
     config: &Config,
@@ -224,7 +224,7 @@ fn read_new_password() -> Result<String, BoxError> {
     Ok(password)
 }
 
-/// Prints the settings and what the database is like. Fails if `serve` could not use it.
+/// Prints the settings and the state of the database. Fails if `serve` could not use the database.
 async fn check(config: &Config) -> Result<ExitCode, BoxError> {
     print(&config.report.join("\n"))?;
     let endpoint = match find_database(config)? {
@@ -232,7 +232,7 @@ async fn check(config: &Config) -> Result<ExitCode, BoxError> {
         Target::Stopped(data_dir) => {
             let version = embedded_postgres::dry_run(data_dir).await?;
             print(&format!(
-                "embedded PostgreSQL {version} in {}: not running, `todo-api serve` starts it",
+                "embedded PostgreSQL {version} in {}: not running (`todo-api serve` starts it)",
                 data_dir.display()
             ))?;
             return Ok(ExitCode::SUCCESS);

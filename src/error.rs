@@ -1,4 +1,4 @@
-//! Errors that end a request: what the client is told and what is logged.
+//! Errors that end a request: the response sent to the client and what is logged.
 
 use std::borrow::Cow;
 
@@ -49,7 +49,7 @@ impl FieldError {
         }
     }
 
-    /// The description for people.
+    /// The human-readable description.
     pub(crate) fn detail(&self) -> &str {
         &self.detail
     }
@@ -84,22 +84,22 @@ pub(crate) enum Error {
     /// The body did not arrive in time.
     RequestTimeout,
     EmailTaken,
-    /// `If-Match` or `If-None-Match` does not hold.
+    /// The condition in `If-Match` or `If-None-Match` is not met.
     PreconditionFailed,
     BodyTooLarge,
     UnsupportedMediaType {
         body: UnsupportedBody,
-        /// PATCH supports one more media type.
+        /// Whether the request is a PATCH, which supports one more media type.
         is_patch: bool,
     },
-    /// Everything that is invalid in the request.
+    /// The invalid fields or parameters of the request.
     Validation(Vec<FieldError>),
-    /// The idempotency key was used with other values.
+    /// The idempotency key was already used with different values.
     IdempotencyKeyReused,
     TooManyAttempts {
         /// Seconds, at least 1.
         retry_after: u64,
-        /// Whether the account or the network is limited; only logged.
+        /// Whether the account or the network is rate limited; only logged.
         reason: LoginFailure,
     },
     /// A bug. The cause is only logged.
@@ -109,18 +109,18 @@ pub(crate) enum Error {
     /// The connection was lost before the database confirmed a change that is not idempotent. The
     /// cause is only logged.
     OutcomeUnknown(String),
-    /// There is more work than can be done in time.
+    /// The service has more work than it can finish in time.
     Overloaded,
     /// The service is shutting down.
     Stopping,
 }
 
-/// Why a body is not read.
+/// Why a body is rejected without being read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum UnsupportedBody {
     Compressed,
     NotJson,
-    /// It has no media type and comes from a page of another origin.
+    /// It has no media type and was sent by a page of another origin.
     Untyped,
 }
 
@@ -137,7 +137,7 @@ impl UnsupportedBody {
 }
 
 impl Error {
-    /// The type of problem that the client is told.
+    /// The problem type reported to the client.
     pub(crate) fn problem(&self) -> &'static ProblemType {
         match self {
             Self::MalformedJson(_) => &problem::MALFORMED_JSON,
@@ -168,7 +168,7 @@ impl Error {
         }
     }
 
-    /// What went wrong in this request, for the client.
+    /// The details of this error, for the client.
     pub(crate) fn detail(&self) -> Cow<'static, str> {
         match self {
             Self::MalformedJson(detail) => detail.clone().into(),
@@ -199,12 +199,12 @@ impl Error {
         }
     }
 
-    /// A response that cannot be serialized.
+    /// Converts a failure to serialize a response.
     pub(crate) fn serialize(error: serde_json::Error) -> Self {
         Self::Internal(format!("cannot serialize the response: {error}"))
     }
 
-    /// The invalid fields of a 422.
+    /// The invalid fields of a 422 response.
     pub(crate) fn errors(&self) -> &[FieldError] {
         match self {
             Self::Validation(errors) => errors,
@@ -212,7 +212,7 @@ impl Error {
         }
     }
 
-    /// Seconds after which the client should retry.
+    /// The number of seconds after which the client should retry.
     pub(crate) fn retry_after(&self) -> Option<u64> {
         match self {
             Self::TooManyAttempts { retry_after, .. } => Some(*retry_after),
@@ -221,7 +221,7 @@ impl Error {
         }
     }
 
-    /// The reason of a failed authentication, for the log and the metrics.
+    /// The reason why authentication failed, for the log and the metrics.
     pub(crate) fn authentication_failure(&self) -> Option<AuthFailure> {
         match self {
             Self::MissingToken => Some(AuthFailure::Token(TokenRejection::MissingToken)),

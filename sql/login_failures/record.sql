@@ -31,7 +31,7 @@ with counters as (
     returning network
 )
 select case when (select count(*) from counted) = (select count(*) from counters) then 0
-            -- A block that began just now is not visible to this snapshot.
+            -- A block that has just begun is not visible to this snapshot.
             else coalesce(greatest(1, (
                 select extract(epoch from max(f.blocked_until) - clock_timestamp())
                 from login_failures f

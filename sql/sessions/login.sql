@@ -28,7 +28,7 @@ with account as (
            clock_timestamp() + $5::float8 * interval '1 second', $6
     from account
 ), recorded as (
-    -- At most once an hour.
+    -- Updated at most once an hour.
     insert into login_networks (user_id, network, last_used_at)
     select id, $7, clock_timestamp() from account
     where not exists (
@@ -38,7 +38,7 @@ with account as (
     on conflict (user_id, network) do update set last_used_at = excluded.last_used_at
     returning user_id
 ), evicted as (
-    -- The least recently used, if there are a hundred.
+    -- Evicts the least recently used network if there are already a hundred.
     delete from login_networks n
     using recorded, lateral (
         select min(known.last_used_at) as last_used_at from login_networks known

@@ -1,4 +1,5 @@
--- Deletes a batch of sessions that expired so long ago that their access tokens have expired, too.
+-- Deletes a batch of sessions that expired so long ago that their access tokens have expired as
+-- well.
 -- No parameters.
 delete from sessions
 where ctid = any(array(

@@ -19,7 +19,7 @@ with session as (
     returning u.id, u.email, u.created_at, u.updated_at, s.generation, s.epoch,
               extract(epoch from s.expires_at - clock_timestamp())::float8 as expires_in
 ), recorded as (
-    -- At most once an hour.
+    -- Updated at most once an hour.
     insert into login_networks (user_id, network, last_used_at)
     select id, $6, clock_timestamp() from session
     where not exists (
@@ -29,7 +29,7 @@ with session as (
     on conflict (user_id, network) do update set last_used_at = excluded.last_used_at
     returning user_id
 ), evicted as (
-    -- The least recently used, if there are a hundred.
+    -- Evicts the least recently used network if there are already a hundred.
     delete from login_networks n
     using recorded, lateral (
         select min(known.last_used_at) as last_used_at from login_networks known

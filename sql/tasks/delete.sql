@@ -1,5 +1,5 @@
--- Deletes a task if its version allows it. Always returns one row: whether the task was deleted, and
--- if not, whether its version is the reason.
+-- Deletes a task if its version matches. Always returns one row: whether the task was deleted and,
+-- if not, whether the version was the reason.
 -- $1 user id, $2 task id, $3 versions or null, $4 whether the task must be in one of the versions
 -- (true) or in none (false)
 with deleted as (

@@ -9,7 +9,8 @@ from unnest((select $1::uuid[]), (select $2::uuid[]), (select $3::bigint[]))
     with ordinality as request (user_id, after, max_rows, ordinal)
 cross join lateral (
     select *
-    -- A constant limit tells the planner that there are few rows, which are not worth compiling.
+    -- A constant limit tells the planner that there are few rows, so it does not JIT-compile the
+    -- query.
     from (
         select id, user_id, title, description, completed, created_at, updated_at
         from tasks t

@@ -1,4 +1,4 @@
-//! The request rate limit of each client network. Failed logins are counted in the database, where
+//! The request rate limit for each client network. Failed logins are counted in the database, where
 //! all instances see them; this limit and [`MAX_CONCURRENT_LOGINS`] apply to one instance.
 
 use std::net::IpAddr;
@@ -13,13 +13,14 @@ use parking_lot::Mutex;
 use crate::error::Error;
 use crate::telemetry::labels::LoginFailure;
 
-/// Concurrent login attempts on one account from one network, so that they cannot fill the hash
-/// queue.
+/// The maximum number of concurrent login attempts on one account from one network. Prevents them
+/// from filling the hash queue.
 pub(crate) const MAX_CONCURRENT_LOGINS: usize = 5;
-/// Networks counted separately, at about 100 bytes each. Beyond that, larger networks share a limit.
+/// How many networks are counted separately, at about 100 bytes each. Beyond that, larger networks
+/// share a limit.
 const MAX_NETWORKS: usize = 50_000;
 
-/// Limits the requests per minute from each network.
+/// Limits the number of requests per minute from each network.
 pub(crate) struct IpRateLimiter {
     limiter: Option<DefaultKeyedRateLimiter<IpAddr>>,
     clock: DefaultClock,
@@ -58,7 +59,7 @@ impl IpRateLimiter {
             })
     }
 
-    /// Removes the networks whose quota is full again. Runs at most once a second, because it visits
+    /// Removes networks whose quota is full again. Runs at most once a second because it visits
     /// every network.
     fn prune(&self, limiter: &DefaultKeyedRateLimiter<IpAddr>) {
         let mut last_pruned = self.last_pruned.lock();
@@ -69,7 +70,7 @@ impl IpRateLimiter {
     }
 }
 
-/// The network of a client: an IPv4 address or an IPv6 /64, which a single customer usually has.
+/// The network of a client: an IPv4 address or an IPv6 /64, which usually belongs to one customer.
 pub(crate) fn client_network(client: IpAddr) -> IpAddr {
     prefix(client, 32, 64)
 }

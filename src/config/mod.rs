@@ -25,14 +25,14 @@ pub(crate) use settings::help;
 pub(crate) enum DatabaseSource {
     /// An embedded PostgreSQL in this directory (`DATA_DIR`).
     Embedded(PathBuf),
-    /// The server that `DATABASE_URL` names.
+    /// The server at `DATABASE_URL`.
     Server(Box<DatabaseUrl>),
 }
 
 /// The validated settings.
 pub(crate) struct Config {
     pub(crate) database: DatabaseSource,
-    /// Unset only with an embedded PostgreSQL, whose directory then contains the secret.
+    /// `None` only with an embedded PostgreSQL, whose directory then contains the secret.
     pub(crate) jwt_secret: Option<SecretString>,
     pub(crate) jwt_secret_previous: Option<SecretString>,
     pub(crate) listen_addr: SocketAddr,
@@ -45,12 +45,12 @@ pub(crate) struct Config {
     pub(crate) bcrypt_cost: u32,
     pub(crate) lifetimes: TokenLifetimes,
     pub(crate) log_filter: String,
-    /// One line per setting with its value and its source; secrets are hidden.
+    /// One line per setting, with its value and source; secrets are hidden.
     pub(crate) report: Vec<String>,
 }
 
 impl Config {
-    /// Reads the environment of the process. The error is one line for the operator.
+    /// Reads the process environment. Errors are a single line for the operator.
     pub(crate) fn from_env() -> Result<Self, String> {
         let mut env = EnvReader::default();
         let url = env.secret("DATABASE_URL")?;
@@ -58,7 +58,7 @@ impl Config {
             embedded_postgres::default_data_dir().display().to_string()
         })?;
         let root_certificates = env.text("PGSSLROOTCERT")?;
-        // Checked even if no connection uses TLS: a wrong path is a mistake.
+        // Checked even if no connection uses TLS, because a wrong path is always a mistake.
         if let Some(path) = root_certificates.as_ref().filter(|path| *path != "system") {
             read_roots(Path::new(path)).map_err(|reason| format!("PGSSLROOTCERT {reason}"))?;
         }

@@ -2,13 +2,13 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// Pages of these schemes have the origin `null`, or do not exist.
+/// Schemes whose pages have the origin `null`, or that have no pages.
 #[rustfmt::skip]
 const SCHEMES_WITHOUT_ORIGIN: [&str; 8] =
     ["about", "blob", "data", "file", "ftp", "javascript", "ws", "wss"];
 
-/// Returns the origin as browsers send it (RFC 6454 section 6.2). The error is the reason why no
-/// browser ever sends it.
+/// Returns the origin as browsers send it (RFC 6454 section 6.2), or the reason why no browser
+/// sends it.
 pub(super) fn normalize_origin(text: &str) -> Result<String, String> {
     normalize(text).map_err(|reason| match text.contains('@') {
         // The text may contain a password.

@@ -1,4 +1,4 @@
-//! The table of settings and the reader of the environment that it describes.
+//! The table of settings, and the environment reader that uses it.
 
 use std::fmt;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::domain::MAX_ACCESS_TTL;
 /// A setting, read from the environment variable `name`.
 struct Setting {
     name: &'static str,
-    /// The value of a variable that is unset or empty; empty if there is none.
+    /// Used if the variable is unset or empty. An empty string means no default.
     default: &'static str,
     values: Values,
     help: &'static str,
@@ -21,23 +21,24 @@ struct Setting {
 
 /// The values that a setting accepts.
 enum Values {
-    /// Checked where the value is parsed.
+    /// Validated where the value is parsed.
     Text,
     Address,
     Integer(RangeInclusive<u32>),
     OneOf(&'static [&'static str]),
-    /// At least so many bytes; from the variable, the file that `<name>_FILE` names, or a systemd credential.
+    /// At least this many bytes, read from the variable, the file named by `<name>_FILE`, or a
+    /// systemd credential.
     Secret(usize),
 }
 
 use Values::{Address, Integer, OneOf, Secret, Text};
 
-/// RFC 7518 section 3.2: a key for HS256 has at least as many bits as its hash.
+/// RFC 7518 section 3.2: a key for HS256 must be at least as long as the hash output.
 const MIN_KEY_BYTES: usize = 32;
 const YEAR: u32 = 31_536_000;
 
-/// All settings, in the order of `--help` and `check`. Tests compare README.md and
-/// systemd/todo-api.env.example with it.
+/// All settings, in the order used by `--help` and `check`. Tests compare README.md and
+/// systemd/todo-api.env.example with this table.
 #[rustfmt::skip]
 const SETTINGS: [Setting; 18] = [
     row("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
@@ -128,12 +129,12 @@ pub(super) struct EnvReader {
 }
 
 impl EnvReader {
-    /// A setting of which every text may be valid.
+    /// Reads a setting that accepts any text.
     pub(super) fn text(&mut self, name: &'static str) -> Result<Option<String>, String> {
         self.text_or(name, || Setting::find(name).default.to_owned())
     }
 
-    /// The same with a default that is computed.
+    /// Like `text`, but with a computed default.
     pub(super) fn text_or(
         &mut self,
         name: &'static str,
@@ -148,13 +149,13 @@ impl EnvReader {
         Ok(value)
     }
 
-    /// A setting with a default, parsed and within its range.
+    /// Reads and parses a setting that has a default, and checks its range.
     pub(super) fn parsed<T: FromStr>(&mut self, name: &'static str) -> Result<T, String> {
         let text = self.text(name)?.unwrap_or_default();
         parse(name, &text)
     }
 
-    /// The same without a default.
+    /// Like `parsed`, but for a setting without a default.
     pub(super) fn parsed_if_set<T: FromStr>(
         &mut self,
         name: &'static str,
@@ -163,7 +164,7 @@ impl EnvReader {
         text.map(|text| parse(name, &text)).transpose()
     }
 
-    /// The entries of a comma-separated list.
+    /// Reads a comma-separated list.
     pub(super) fn list<T>(
         &mut self,
         name: &'static str,
@@ -176,7 +177,7 @@ impl EnvReader {
         parsed.map_err(|reason| format!("{name}: {reason}"))
     }
 
-    /// A secret, from the variable, the file that `<name>_FILE` names, or a systemd credential.
+    /// Reads a secret from the variable, the file named by `<name>_FILE`, or a systemd credential.
     pub(super) fn secret(&mut self, name: &'static str) -> Result<Option<SecretString>, String> {
         let file_name = format!("{name}_FILE");
         let file = variable(&file_name)?.map(PathBuf::from);
@@ -208,7 +209,7 @@ impl EnvReader {
     }
 }
 
-/// A variable without surrounding white space; an empty one counts as unset.
+/// Reads a variable and trims it. An empty variable counts as unset.
 fn variable(name: &str) -> Result<Option<String>, String> {
     let Some(value) = std::env::var_os(name) else {
         return Ok(None);

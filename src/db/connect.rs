@@ -1,4 +1,4 @@
-//! Connects to the server, and tells failures that may pass from those that will not.
+//! Connects to the server, and distinguishes transient failures from permanent ones.
 
 use std::error::Error as _;
 use std::fmt;
@@ -17,9 +17,9 @@ use super::url::DatabaseUrl;
 
 type Stream = <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream;
 
-/// Each step of the first contact with a server: connecting, or a query.
+/// Applies to each step of the first contact with a server: connecting, or running a query.
 const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Delivering a cancel request.
+/// How long delivering a cancel request may take.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A server and how to connect to it.
@@ -28,13 +28,13 @@ pub struct Endpoint {
     config: tokio_postgres::Config,
     tls: MakeRustlsConnect,
     location: String,
-    /// How error messages name it.
+    /// The name of the server in error messages.
     pub(super) subject: String,
-    /// Whether it is the embedded server, with no pooler in between.
+    /// Whether this is the embedded server, which has no pooler in front of it.
     pub(super) is_embedded: bool,
 }
 
-/// Why the service cannot use a database, now or later: one line for the operator.
+/// Why the service can never use a database, as one line for the operator.
 #[derive(Debug)]
 pub struct FatalError(pub(super) String);
 
@@ -88,8 +88,8 @@ impl ConnectError {
     }
 }
 
-/// Whether waiting cannot help: a wrong password, a missing database, an untrusted certificate, or
-/// a schema that cannot be created.
+/// Returns whether retrying is pointless: a wrong password, a missing database, an untrusted
+/// certificate, or a schema that cannot be created.
 fn is_fatal(error: &tokio_postgres::Error) -> bool {
     if let Some(code) = error.code() {
         // XX000 is how a proxy reports failures of its own.
@@ -102,13 +102,13 @@ fn is_fatal(error: &tokio_postgres::Error) -> bool {
         .source()
         .and_then(|source| source.downcast_ref::<io::Error>())
         .is_some_and(|error| error.kind() != io::ErrorKind::InvalidData);
-    // A server that requires a password which the URL lacks is an "invalid configuration".
+    // If the server requires a password and the URL has none, the error is "invalid configuration".
     let authentication = ["authentication error", "invalid configuration"];
     (is_handshake && !is_cut_off) || authentication.iter().any(|kind| text.starts_with(kind))
 }
 
 impl Endpoint {
-    /// The server that `DATABASE_URL` names.
+    /// The server at `DATABASE_URL`.
     pub fn server(url: &DatabaseUrl) -> Result<Self, String> {
         Ok(Self {
             config: url.config().clone(),
@@ -130,12 +130,12 @@ impl Endpoint {
         })
     }
 
-    /// The address and the name of the database, or the data directory.
+    /// The server address and database name, or the data directory.
     pub fn location(&self) -> &str {
         &self.location
     }
 
-    /// Opens a connection; the caller has to drive the second half.
+    /// Opens a connection. The caller must poll the returned connection.
     pub(super) async fn connect(
         &self,
     ) -> Result<(Client, Connection<Socket, Stream>), tokio_postgres::Error> {
@@ -145,12 +145,12 @@ impl Endpoint {
     /// Opens a connection outside the pool. It is closed when the client is dropped.
     async fn connect_unpooled(&self) -> Result<Client, tokio_postgres::Error> {
         let (client, connection) = self.connect().await?;
-        // An error reaches the client's statements.
+        // Errors are reported to the client's statements.
         tokio::spawn(async move { connection.await.ok() });
         Ok(client)
     }
 
-    /// The same for the first contact, with a timeout.
+    /// Like `connect_unpooled`, but with a timeout, for the first contact.
     pub(super) async fn contact(&self) -> Result<Client, ConnectError> {
         with_timeout(self.connect_unpooled()).await
     }
@@ -169,7 +169,7 @@ impl Endpoint {
     }
 }
 
-/// Limits a step of the first contact.
+/// Applies the timeout for one step of the first contact.
 pub(super) async fn with_timeout<T, E: Into<ConnectError>>(
     step: impl Future<Output = Result<T, E>>,
 ) -> Result<T, ConnectError> {

@@ -23,9 +23,9 @@ use crate::telemetry::metrics::Metrics;
 
 pub(super) type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
-/// A statement that takes this long starts a check whether the database still responds.
+/// A statement that runs this long triggers a check that the database still responds.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
-/// How long the server has to confirm that it has canceled a statement.
+/// How long to wait for the server to confirm that it has canceled a statement.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Hands out connections: the pool with its admission, health and metrics.
@@ -74,7 +74,7 @@ impl Connections {
         if !self.health.is_up_after_startup(until).await {
             return Err(DbError::Unavailable("the database is down".into()));
         }
-        // Observed on drop, so that waits that fail count, too.
+        // Observed on drop, so failed waits are counted as well.
         let _timer = self.metrics.db_acquire_duration.start_timer();
         let permit = self.admission.acquire(until).await?;
         match self.health.while_up(until, self.pool.get_owned()).await {
@@ -85,7 +85,8 @@ impl Connections {
                 in_flight: false,
             }),
             Err(Interrupted::Down) => Err(DbError::Unavailable("the database went down".into())),
-            // A request with less time than the pool's timeout says nothing about the database.
+            // A request with less time left than the pool's timeout says nothing about the
+            // database.
             Err(Interrupted::TimedOut) if until < pool_timeout => Err(DbError::Unavailable(
                 "the deadline passed before a connection was available".into(),
             )),
@@ -179,7 +180,7 @@ impl Lease {
         !self.in_flight && self.connections.isolation.is_explicit()
     }
 
-    /// Sends a statement, which its future does when first polled, unless the deadline has passed.
+    /// Sends a statement unless the deadline has passed. The future sends it when first polled.
     async fn run<T>(
         &mut self,
         deadline: Deadline,
@@ -201,7 +202,7 @@ impl Lease {
         }
     }
 
-    /// Waits for a result until the deadline, and no longer than the database is up. At the
+    /// Waits for a result until the deadline, or until the database is considered down. At the
     /// deadline the statement is canceled; its outcome is then known unless the server does not
     /// respond at all.
     async fn await_response<T>(
@@ -217,14 +218,14 @@ impl Lease {
         } = &*self.connections;
         let started = Instant::now();
         let _timer = metrics.db_query_duration.start_timer();
-        // Requests that hash passwords have more time, but a single statement does not.
+        // Requests that hash passwords have more time, but their individual statements do not.
         let until = deadline.at().min(started + REQUEST_TIMEOUT);
         let probe_at = started + PROBE_AFTER;
         let mut statement = pin!(statement);
         if let Ok(result) = timeout_at(until.min(probe_at), &mut statement).await {
             return Ok(result);
         }
-        // A statement that had less time than that is late for other reasons.
+        // A statement that starts with less time than that is late for other reasons.
         if probe_at <= until {
             health.start_probe("a statement is slow".into());
         }
@@ -270,7 +271,7 @@ impl Lease {
 }
 
 impl Drop for Lease {
-    /// The future that was waiting for the statement has been dropped.
+    /// Runs when the future waiting for the statement has been dropped.
     fn drop(&mut self) {
         if self.in_flight {
             self.cancel_and_evict();

@@ -10,12 +10,12 @@ use super::users::{NewSession, user};
 use super::{Queries, Result};
 use crate::domain::{Rfc3339, Session, TokenLifetimes, User};
 
-/// The state of a session that its tokens carry.
+/// The state of a session as encoded in its tokens.
 pub(crate) struct SessionState {
     pub(crate) id: Uuid,
     /// The generation of its newest refresh token.
     pub(crate) generation: i32,
-    /// The generation with which the last password change started, or 0. Tokens of earlier
+    /// The first generation after the last password change, or 0 if there was none. Tokens of earlier
     /// generations are revoked.
     pub(crate) epoch: i32,
     /// Seconds until the session expires.
@@ -33,7 +33,7 @@ impl SessionState {
     }
 }
 
-/// Revokes the tokens of a session that belong to epochs before this one.
+/// A revocation of a session's tokens from before the given epoch.
 pub(crate) struct Revocation {
     pub(crate) session_id: Uuid,
     pub(crate) before_epoch: i32,
@@ -42,7 +42,7 @@ pub(crate) struct Revocation {
 /// Later than every epoch: revokes the whole session.
 pub(crate) const ALL_EPOCHS: i32 = i32::MAX;
 
-/// The oldest transaction that was open at a read, and the start time of the server.
+/// The oldest transaction that was open at the time of a read, and the start time of the server.
 pub(crate) type Cursor = (i64, Timestamp);
 
 /// Creates a session for a user whose password was verified against `verified`, and stores `hash`.
@@ -68,8 +68,8 @@ pub(crate) async fn login(
     Ok(rows.first().map(|row| (user(row), row.get("ended_ids"))))
 }
 
-/// Rotates a refresh token of this generation. Returns its user and the new state of the session;
-/// `None` if the token is not valid any more.
+/// Rotates a refresh token of this generation. Returns its user and the new state of the session,
+/// or `None` if the token is no longer valid.
 pub(crate) async fn refresh(
     db: Queries<'_>,
     id: Uuid,
@@ -90,7 +90,7 @@ pub(crate) async fn refresh(
     Ok(row.map(|row| (user(row), SessionState::from_row(id, row))))
 }
 
-/// Ends the session of a refresh token that was used before. Returns whether there was one.
+/// Ends the session of a refresh token that has already been used. Returns whether there was one.
 pub(crate) async fn end_reused(db: Queries<'_>, id: Uuid, generation: i32) -> Result<bool> {
     let params: Params = &[&id, &generation];
     Ok(db.execute(Sql::SessionsEndReused, params).await? > 0)
@@ -121,7 +121,7 @@ pub(crate) async fn list(db: Queries<'_>, user_id: Uuid, current: Uuid) -> Resul
     Ok(rows.iter().map(session).collect())
 }
 
-/// Ends one session of a user, unless it is in a later epoch than this. Returns whether it did.
+/// Ends one session of a user, unless its epoch is later than `epoch`. Returns whether it ended.
 pub(crate) async fn end(db: Queries<'_>, user_id: Uuid, id: Uuid, epoch: i32) -> Result<bool> {
     let params: Params = &[&user_id, &id, &epoch];
     Ok(db.execute(Sql::SessionsEnd, params).await? > 0)

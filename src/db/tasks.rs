@@ -1,4 +1,4 @@
-//! Statements on tasks. Every one takes the owner's id and touches only the owner's rows.
+//! Statements on tasks. Each one takes the owner's ID and touches only the owner's rows.
 
 use std::cmp::Reverse;
 
@@ -16,11 +16,11 @@ use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange,
 /// The longest page whose query is batched.
 pub(crate) const MAX_BATCHED_LIMIT: i64 = 100;
 
-/// Which tasks a list includes, and in which order.
+/// Which tasks a list includes, and in what order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Filter {
     pub(crate) completed: Option<bool>,
-    /// A substring of the title or the description, in upper or lower case.
+    /// A substring of the title or the description, ignoring case.
     pub(crate) text: Option<String>,
     pub(crate) oldest_first: bool,
 }
@@ -46,13 +46,13 @@ impl Versions {
 /// The result of a write with preconditions.
 pub(crate) enum Conditional<T> {
     Done(T),
-    /// The task is in a version that may not be changed.
+    /// The task's version does not match.
     VersionMismatch,
     NotFound,
 }
 
 impl<T> Conditional<T> {
-    /// Reads the row of such a write; `done` returns `None` if the task was not changed.
+    /// Reads the row returned by such a write; `done` returns `None` if the task was not changed.
     fn from_rows(rows: &[Row], done: impl Fn(&Row) -> Option<T>) -> Self {
         match rows.first().map(|row| (done(row), row)) {
             Some((Some(done), _)) => Self::Done(done),
@@ -66,13 +66,13 @@ impl<T> Conditional<T> {
 pub(crate) enum CreateOutcome {
     /// The new task, or the task that an earlier request with the same key created.
     Task(Task),
-    /// An earlier request used the key for a task with other values.
+    /// An earlier request used the same key for a task with different values.
     KeyReused,
     /// The account has been deleted.
     NoSuchUser,
 }
 
-/// Creates a task; with an `Idempotency-Key`, at most once.
+/// Creates a task. With an `Idempotency-Key`, creates it at most once.
 pub(crate) async fn create(
     db: Queries<'_>,
     user_id: Uuid,
@@ -96,7 +96,7 @@ pub(crate) async fn create(
         Some(_) => (Sql::TasksCreateIdempotent, params),
     };
     let rows = match db.insert(sql, params).await {
-        // The id is unique to this call: the first run of a retried insert took effect.
+        // The ID is unique to this call, so the first attempt of a retried insert took effect.
         Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Vec::new(),
         Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => {
             return Ok(CreateOutcome::NoSuchUser);
@@ -168,7 +168,7 @@ pub(super) struct Batchers {
     list_newest: Batcher<ListNewest>,
 }
 
-/// Reads a task of a user.
+/// Reads a single task.
 struct GetTask {
     user_id: Uuid,
     id: Uuid,
@@ -198,7 +198,7 @@ struct ListNewest {
 }
 
 impl ListNewest {
-    /// A short page and one more task, which shows whether another page follows.
+    /// A short page plus one more task, which shows whether another page follows.
     const MAX_LIMIT: i64 = MAX_BATCHED_LIMIT + 1;
 }
 
@@ -227,7 +227,7 @@ pub(crate) async fn count(db: Queries<'_>, user_id: Uuid, filter: &Filter) -> Re
     Ok(rows.first().map_or(0, |row| row.get("total")))
 }
 
-/// Changes a task if it is in one of these versions.
+/// Changes a task if its version matches `versions`.
 pub(crate) async fn update(
     db: Queries<'_>,
     user_id: Uuid,
@@ -260,7 +260,7 @@ pub(crate) async fn update(
     }))
 }
 
-/// Deletes a task if it is in one of these versions.
+/// Deletes a task if its version matches `versions`.
 pub(crate) async fn delete(
     db: Queries<'_>,
     user_id: Uuid,
@@ -280,8 +280,9 @@ pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<u
     db.execute(Sql::TasksDeleteCompleted, &[&user_id]).await
 }
 
-/// Reads a task. Every statement that returns tasks starts with these columns, in this order:
-/// looking up their names for each row of a page would take longer than reading the values.
+/// Reads a task from a row. Every statement that returns tasks starts with these columns, in this
+/// order: looking up columns by name for each row of a page would take longer than reading the
+/// values.
 fn task(row: &Row) -> Task {
     Task {
         id: row.get(0),

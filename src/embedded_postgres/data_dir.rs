@@ -1,4 +1,4 @@
-//! `DATA_DIR`: its creation and its checks, the lock, the socket directory, the JWT secret.
+//! `DATA_DIR`: its creation and checks, its lock, the socket directory and the JWT secret.
 
 use std::{
     env,
@@ -19,14 +19,14 @@ use super::{
     path_error,
 };
 
-/// The kernel releases the lock of a killed service after a moment.
+/// The kernel may take a moment to release the lock of a killed service.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const LOCK: &str = "lock";
 pub(super) const SOCKET_NAME: &str = ".s.PGSQL.5432";
 /// PostgreSQL's limit is 1,023 bytes for the longest path in the cluster.
 const PATH_LIMIT: usize = 900;
-/// The shortest `sun_path` of the supported systems is macOS's: 104 bytes with the final NUL.
+/// macOS has the shortest `sun_path` of the supported systems: 104 bytes including the final NUL.
 const SOCKET_PATH_LIMIT: usize = 103;
 
 /// The default of `DATA_DIR`: `.todo-api` in the current directory, or `/var/lib/todo-api` if the
@@ -48,12 +48,12 @@ pub fn default_data_dir() -> PathBuf {
 pub(super) fn create(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error> {
     if !data_dir.exists() {
         let os_user = check_missing(data_dir)?;
-        // The user that runs PostgreSQL must be able to traverse it, not to list it.
+        // The user that runs PostgreSQL must be able to traverse the directory, but not to list it.
         let mode = if os_user.is_some() { 0o711 } else { 0o700 };
         let mut builder = DirBuilder::new();
         let created = builder.recursive(true).mode(mode).create(data_dir);
         created
-            // Not subject to the umask.
+            // Unlike the mode passed to `mkdir`, these permissions are not subject to the umask.
             .and_then(|()| fs::set_permissions(data_dir, Permissions::from_mode(mode)))
             .map_err(path_error("create DATA_DIR", data_dir))?;
     }
@@ -69,7 +69,7 @@ pub(super) fn existing_ancestor(data_dir: &Path) -> PathBuf {
     existing.unwrap_or_default()
 }
 
-/// Checks whether `DATA_DIR`, which does not exist, can be created.
+/// Checks whether `DATA_DIR`, which does not exist yet, can be created.
 pub(super) fn check_missing(data_dir: &Path) -> Result<Option<OsUser>, Error> {
     let existing = existing_ancestor(data_dir);
     if !existing.is_dir() {
@@ -95,7 +95,8 @@ fn check_length(data_dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// Checks that `DATA_DIR`, which exists, is safe: no other user can have created files in it.
+/// Checks that an existing `DATA_DIR` is safe, meaning that no other user can have created files in
+/// it.
 pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error> {
     let refuse = |reason: &str| Err(Error(format!("DATA_DIR {} {reason}", data_dir.display())));
     let resolve = || {
@@ -119,7 +120,8 @@ pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error>
              run todo-api as its owner, or set DATA_DIR to another directory"
         ));
     }
-    // The group may write unless root runs the service: the owner of each file is checked.
+    // Group write access is allowed unless root runs the service, because the owner of each file is
+    // checked.
     let group_is_root = meta.gid() == 0 || !geteuid().is_root();
     if meta.mode() & if group_is_root { 0o002 } else { 0o022 } != 0 {
         return refuse("is writable by other users: close it (chmod go-w)");
@@ -144,7 +146,7 @@ pub(super) fn create_private_dir(path: &Path, os_user: Option<&OsUser>) -> Resul
         created => created,
     };
     created
-        // Not subject to the umask.
+        // Unlike the mode passed to `mkdir`, these permissions are not subject to the umask.
         .and_then(|()| fs::set_permissions(path, Permissions::from_mode(0o700)))
         .map_err(path_error("create", path))?;
     let Some(user) = os_user else { return Ok(()) };
@@ -152,7 +154,7 @@ pub(super) fn create_private_dir(path: &Path, os_user: Option<&OsUser>) -> Resul
     changed.map_err(path_error("change the owner of", path))
 }
 
-/// Locks `DATA_DIR`: two services on one directory would stop each other's PostgreSQL.
+/// Locks `DATA_DIR`. Two services sharing a directory would stop each other's PostgreSQL.
 pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
     let path = data_dir.join(LOCK);
     let data_dir = data_dir.display();
@@ -164,7 +166,7 @@ pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
             .map_err(|error| Error(format!("cannot use DATA_DIR {data_dir}: {error}")))?;
         match file.try_lock() {
             Ok(()) if is_at(&file, &path) => return Ok(file),
-            // A start that failed has removed the file since it was opened.
+            // A failed start has removed the file since it was opened.
             Ok(()) => {}
             Err(TryLockError::Error(error)) => return Err(path_error("lock", &path)(error)),
             Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
@@ -177,19 +179,20 @@ pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
     }
 }
 
-/// Whether the path still names this file.
+/// Returns whether `path` still refers to this file.
 fn is_at(file: &File, path: &Path) -> bool {
     let inode = |meta: io::Result<fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
     inode(file.metadata()) == inode(fs::symlink_metadata(path))
 }
 
-/// Whether a service runs on this directory.
+/// Returns whether a service is using this directory.
 pub(super) fn is_locked(data_dir: &Path) -> bool {
     let lock = open_own(&data_dir.join(LOCK), OpenOptions::new().write(true));
     lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
 }
 
-/// Removes what a failed first start has created below `existing`. The caller holds the lock.
+/// Removes everything that a failed first start created below `existing`. The caller holds the
+/// lock.
 pub(super) fn remove_new(data_dir: &Path, existing: &Path) {
     for file in [LOCK, "pg_hba.conf", "pg_ident.conf"] {
         fs::remove_file(data_dir.join(file)).ok();
@@ -201,7 +204,7 @@ pub(super) fn remove_new(data_dir: &Path, existing: &Path) {
     }
 }
 
-/// Reads the secret that signs tokens. Creates it if it is missing.
+/// Reads the secret that signs tokens, creating it if it is missing.
 pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
     let path = create(data_dir)?.0.join("jwt-secret");
     if fs::symlink_metadata(&path).is_err() {
@@ -232,8 +235,8 @@ fn random_secret() -> Result<String, Error> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Creates the directory of the socket: in `DATA_DIR`, or in a temporary directory if that path is
-/// too long.
+/// Creates the socket directory: in `DATA_DIR`, or in a temporary directory if that path is too
+/// long.
 pub(super) fn create_socket_dir(
     data_dir: &Path,
     os_user: Option<&OsUser>,
@@ -251,7 +254,7 @@ pub(super) fn create_socket_dir(
         .into_iter()
         .find(|path| is_valid_socket_dir(path));
     let outside = outside.unwrap_or_default();
-    // Every user can create files there: a link or another user's directory is rejected.
+    // Every user can create files there, so a link or another user's directory is rejected.
     let is_usable = fs::symlink_metadata(&outside).map_or(true, |meta| {
         let is_own = is_trusted(meta.uid()) || os_user.is_some_and(|user| user.uid == meta.uid());
         meta.is_dir() && is_own
@@ -272,7 +275,8 @@ pub(super) fn create_socket_dir(
     Ok(outside)
 }
 
-/// Whether a socket in this directory has a valid path, which can also be quoted in the setting.
+/// Returns whether a socket path in this directory is short enough, and the directory can be quoted
+/// in the setting.
 fn is_valid_socket_dir(directory: &Path) -> bool {
     directory.join(SOCKET_NAME).as_os_str().len() <= SOCKET_PATH_LIMIT
         && directory.to_str().is_some_and(|path| !path.contains('"'))

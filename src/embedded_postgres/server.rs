@@ -25,18 +25,18 @@ use super::{
     path_error, run,
 };
 
-/// A longer log is rotated at the next start; one previous log is kept.
+/// A log longer than this is rotated at the next start; one previous log is kept.
 const LOG_LIMIT: u64 = 16 << 20;
 
-/// Includes replaying the WAL after a crash.
+/// Long enough to replay the WAL after a crash.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
-/// Backends of a killed server end at once, unless they are running a query.
+/// Backends of a killed server exit immediately, unless they are running a query.
 const STALE_BACKENDS_TIMEOUT: Duration = Duration::from_secs(30);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// The signals that shut the server down and the time each one gets: fast, immediate (the next start
-/// replays the WAL, so nothing is lost), kill.
+/// The signals that shut the server down, and how long to wait after each one: fast, immediate
+/// (nothing is lost, because the next start replays the WAL), kill.
 const SHUTDOWN: [(Signal, Duration); 3] = [
     (Signal::INT, Duration::from_secs(10)),
     (Signal::QUIT, Duration::from_secs(6)),
@@ -90,7 +90,7 @@ impl Cluster {
         // SIGQUIT waits neither for queries nor for a checkpoint: the next start replays the WAL.
         let mut command = self.command("postgres", Signal::QUIT);
         command.arg("-D").arg(&self.directory);
-        // Quoted, because the setting is a comma-separated list.
+        // Quoted because the setting is a comma-separated list.
         let socket_dir = format!("unix_socket_directories=\"{}\"", self.socket_dir.display());
         let settings = [
             "listen_addresses=",
@@ -98,10 +98,11 @@ impl Cluster {
             &socket_dir,
             "unix_socket_permissions=0700",
             "logging_collector=off",
-            // The JIT compiler needs memory that is writable and executable, which the systemd unit
-            // forbids: an expensive search would fail. JIT makes no statement of the service faster.
+            // The JIT compiler needs memory that is both writable and executable, which the systemd
+            // unit forbids, so an expensive search would fail. No statement of the service benefits
+            // from JIT.
             "jit=off",
-            // A line for each checkpoint would fill the log.
+            // A line for every checkpoint would fill the log.
             "log_checkpoints=off",
         ];
         for setting in settings
@@ -123,8 +124,8 @@ impl Cluster {
         })
     }
 
-    /// Stops a server on this cluster that outlived its service. No other service uses it: the caller
-    /// holds the lock.
+    /// Stops a server on this cluster that outlived its service. No other service can be using it,
+    /// because the caller holds the lock.
     pub(super) async fn stop_stale_server(&self) -> Result<(), Error> {
         let pid_file = self.directory.join("postmaster.pid");
         let Some(pid) = file::read(&pid_file)
@@ -135,8 +136,8 @@ impl Cluster {
         };
         if !self.is_our_postmaster(pid).await {
             if test_kill_process(pid).is_ok() {
-                // The pid has been reused, but PostgreSQL would take that process for a server. It
-                // detects real servers by their shared memory.
+                // The pid has been reused, but PostgreSQL would mistake that process for a server.
+                // It detects real servers by their shared memory.
                 fs::remove_file(&pid_file).map_err(path_error("remove", &pid_file))?;
             }
             return Ok(());
@@ -159,7 +160,8 @@ impl Cluster {
         )))
     }
 
-    /// Removes the socket files of a killed server: the pid in the lock file may have been reused.
+    /// Removes the socket files of a killed server. Needed because the pid in the lock file may
+    /// have been reused.
     fn remove_socket(&self) -> Result<(), Error> {
         for name in [SOCKET_NAME.to_owned(), format!("{SOCKET_NAME}.lock")] {
             let path = self.socket_dir.join(name);
@@ -203,11 +205,11 @@ impl Cluster {
     }
 }
 
-/// A server that this process started. Signalled to shut down on drop.
+/// A server started by this process. Dropping it signals the server to shut down.
 pub(super) struct Server {
     child: Child,
     log_path: PathBuf,
-    /// The length of the log at the start.
+    /// The length of the log file when the server started.
     log_start: u64,
 }
 
@@ -216,7 +218,7 @@ impl Server {
         self.child.wait().await
     }
 
-    /// Waits until the server accepts connections. The error is the reason why it does not.
+    /// Waits until the server accepts connections. On failure, returns the reason.
     async fn wait_ready(&mut self, cluster: &Path) -> Result<(), String> {
         let pid = self.child.id().map(|pid| pid.to_string());
         let deadline = Instant::now() + START_TIMEOUT;
@@ -238,7 +240,7 @@ impl Server {
         Err(format!("not ready after {} s", START_TIMEOUT.as_secs()))
     }
 
-    /// The error that the server has logged.
+    /// Returns the error that the server has logged.
     fn startup_error(&self) -> Option<String> {
         let mut log = open_own(&self.log_path, OpenOptions::new().read(true)).ok()?;
         log.seek(SeekFrom::Start(self.log_start)).ok()?;

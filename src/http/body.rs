@@ -17,7 +17,7 @@ use crate::http::json_fields::JsonFields;
 
 /// The largest body that is read. A task of the maximum length fits, even fully escaped.
 const MAX_BODY_BYTES: usize = 16 * 1024;
-/// From the head of a request to the end of its body. Generous, for slow mobile connections.
+/// The time from the request head to the end of the body. Generous, for slow mobile connections.
 const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 /// An unread body up to this size is discarded, so that the connection can be reused.
 const MAX_DRAIN_BYTES: usize = 64 * 1024;
@@ -28,7 +28,7 @@ const BODY_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const ACCEPT_PATCH: HeaderValue =
     HeaderValue::from_static("application/json, application/merge-patch+json");
 
-/// The body of a request, not read yet.
+/// A request body that has not been read yet.
 pub(crate) struct Body<'a> {
     pub(crate) context: &'a RequestContext<'a>,
     /// `None` once the body has been read to its end.
@@ -73,7 +73,7 @@ impl Body<'_> {
         if bytes.is_empty() {
             return Ok(None);
         }
-        // `Some` is outside, because null must not become `None`.
+        // Not deserialized as an `Option`, because null would become `None`.
         serde_json::from_slice(&bytes).map(Some).map_err(|error| {
             Error::MalformedJson(format!("the body is not valid JSON in UTF-8: {error}"))
         })
@@ -113,10 +113,11 @@ fn content_length_too_large(head: &Parts) -> bool {
     length.is_some_and(|length: u64| length > MAX_BODY_BYTES as u64)
 }
 
-/// Reads and discards what the handler left of the body.
+/// Reads and discards the part of the body that the handler did not read.
 ///
-/// Returns false if the connection cannot be reused: the rest is too long, too slow or malformed,
-/// or the client waits for `100 Continue` and may or may not send the body after another response.
+/// Returns `false` if the connection cannot be reused: the rest is too long, too slow or malformed,
+/// or the client is waiting for `100 Continue` and may or may not send the body after another
+/// response.
 pub(crate) async fn drain(head: &Parts, unread: Option<Incoming>) -> bool {
     let Some(body) = unread.filter(|body| !body.is_end_stream()) else {
         return true;

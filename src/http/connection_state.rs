@@ -13,14 +13,14 @@ const CHUNKED: u64 = u64::MAX;
 /// The state of one connection.
 #[derive(Default)]
 pub(crate) struct ConnectionState {
-    /// When the connection became idle, as [`uptime`]; 0 while it is not idle.
+    /// When the connection became idle, as returned by [`uptime`]; 0 while it is not idle.
     idle_since: AtomicU64,
     evicted: Notify,
-    /// At least one request has been received.
+    /// Whether at least one request has been received.
     used: AtomicBool,
-    /// A request is in progress: from the end of its head until its response is written.
+    /// Whether a request is in progress: from the end of its head until its response is written.
     busy: AtomicBool,
-    /// The response is ready but not written yet.
+    /// Whether the response is ready but not yet written.
     responded: AtomicBool,
     /// The length of the current request's body, or [`CHUNKED`].
     body_length: AtomicU64,
@@ -49,12 +49,12 @@ impl ConnectionState {
         self.responded.store(true, Relaxed);
     }
 
-    /// Records the end of a head.
+    /// Records that a complete request head has arrived.
     pub(crate) fn on_head(&self) {
         self.busy.store(true, Relaxed);
     }
 
-    /// Records that everything was written. Returns whether that completes a response.
+    /// Records that all pending output was written. Returns whether that completes a response.
     pub(crate) fn on_flushed(&self) -> bool {
         let is_complete = self.responded.swap(false, Relaxed);
         if is_complete {
@@ -108,7 +108,7 @@ impl ConnectionState {
         self.evicted.notify_one();
     }
 
-    /// Returns once the connection is to be evicted.
+    /// Returns once the connection should be evicted.
     pub(crate) async fn evicted(&self) {
         self.evicted.notified().await;
     }

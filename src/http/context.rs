@@ -31,9 +31,9 @@ pub(crate) struct RequestContext<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) client: IpAddr,
     pub(crate) id: HeaderValue,
-    /// The end of the body, or the first use of the deadline if there is no body.
+    /// When the body ended, or when the deadline was first needed if there is no body.
     complete_at: OnceLock<Instant>,
-    /// The address of a login attempt, for the log.
+    /// The e-mail address of a login attempt, for the log.
     pub(crate) email: OnceLock<Email>,
     route: OnceLock<&'static str>,
 }
@@ -51,7 +51,7 @@ impl<'a> RequestContext<'a> {
         }
     }
 
-    /// Records that the body has been read. Deadlines start here, however slow the upload was.
+    /// Records that the body has been read. Deadlines start here, so a slow upload does not count.
     pub(crate) fn set_complete(&self) {
         self.complete_at.get_or_init(Instant::now);
     }
@@ -66,12 +66,12 @@ impl<'a> RequestContext<'a> {
         self.deadline_after(PASSWORD_REQUEST_TIMEOUT)
     }
 
-    /// The database, with this request's deadline.
+    /// The database, limited by this request's deadline.
     pub(crate) fn queries(&self) -> Queries<'a> {
         self.app.database.with_deadline(self.deadline())
     }
 
-    /// The database, with the deadline of a request that hashes passwords.
+    /// The database, limited by the deadline of a request that hashes passwords.
     pub(crate) fn password_queries(&self) -> Queries<'a> {
         self.app.database.with_deadline(self.password_deadline())
     }
@@ -90,8 +90,8 @@ impl<'a> RequestContext<'a> {
         self.route.get().copied()
     }
 
-    /// The bearer token, if any. `Bearer null` and the like, which scripts send before they have a
-    /// token, count as none.
+    /// The bearer token, if any. `Bearer null` and similar values, which scripts send before they
+    /// have a token, count as none.
     pub(crate) fn bearer_token(&self) -> Result<Option<&str>, TokenRejection> {
         let header = single_value(&self.head.headers, &AUTHORIZATION);
         let Some(value) = header.map_err(|_| TokenRejection::MultipleAuthorizationHeaders)? else {
@@ -105,7 +105,7 @@ impl<'a> RequestContext<'a> {
         Ok(token.filter(|token| !["", "null", "undefined"].contains(token)))
     }
 
-    /// `Idempotency-Key`: 1 to 255 characters of visible ASCII.
+    /// The value of `Idempotency-Key`: 1 to 255 visible ASCII characters.
     pub(crate) fn idempotency_key(&self) -> Result<Option<&str>, Error> {
         let invalid = Error::MalformedRequest(
             "Idempotency-Key must be a single value of 1 to 255 visible ASCII characters",
@@ -124,7 +124,7 @@ impl<'a> RequestContext<'a> {
         Query::new(self.head.uri.query().unwrap_or_default())
     }
 
-    /// A session for this client, to be stored.
+    /// Returns a new session for this client, ready to be stored.
     pub(crate) fn new_session(&self) -> NewSession {
         let user_agent = self.head.headers.get(USER_AGENT).map(|value| {
             let text = String::from_utf8_lossy(value.as_bytes());
@@ -139,7 +139,7 @@ impl<'a> RequestContext<'a> {
     }
 }
 
-/// A header that occurs more than once, but must not.
+/// A header that may occur only once was repeated.
 struct Repeated;
 
 fn single_value<'a>(
@@ -169,8 +169,8 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     }
 }
 
-/// Checks `Host`, which hyper does not: HTTP/1.1 requires exactly one, well-formed (RFC 9112
-/// section 3.2).
+/// Checks the `Host` header, which hyper does not do: HTTP/1.1 requires exactly one, and it must be
+/// well-formed (RFC 9112 section 3.2).
 pub(crate) fn check_host(head: &Parts) -> Result<(), Error> {
     let error = match single_value(&head.headers, &HOST) {
         Ok(Some(host)) if host.is_empty() || is_authority(host) => return Ok(()),
@@ -187,7 +187,7 @@ fn is_authority(host: &HeaderValue) -> bool {
         return false;
     };
     let name = authority.host();
-    // The port may have any number of digits, even none (RFC 3986 section 3.2.3).
+    // The port may have any number of digits, including none (RFC 3986 section 3.2.3).
     let port = authority.as_str().strip_prefix(name);
     let port = port.map(|rest| rest.strip_prefix(':').unwrap_or(rest));
     !name.is_empty() && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))

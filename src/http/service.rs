@@ -23,7 +23,7 @@ use crate::telemetry::logging::{self, ACCESS, logfmt_value};
 use crate::telemetry::metrics::UNMATCHED_ROUTE;
 
 const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
-/// Slower requests are logged. The target is that 95 % take less.
+/// Requests slower than this are logged. The target is for 95% of requests to be faster.
 const SLOW_REQUEST: Duration = Duration::from_secs(1);
 
 /// Processes one request. `head_error` is the error that the framer found in the head, if any.
@@ -99,8 +99,8 @@ async fn catch_panic(
     .await
 }
 
-/// Logs an error, once: failed authentication and rejected requests at WARN, bugs at ERROR, and
-/// other client errors not at all.
+/// Logs an error once: failed authentication and rejected requests at WARN, bugs at ERROR, other
+/// client errors not at all.
 fn log_error(context: &RequestContext<'_>, error: &Error) {
     let app = context.app;
     let (method, path, request_id) = request_fields(context);

@@ -1,4 +1,4 @@
-//! The state that all requests share.
+//! The state shared by all requests.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,15 +25,15 @@ use crate::telemetry::labels::RevocationReason;
 use crate::telemetry::logging::ThrottledLog;
 use crate::telemetry::metrics::Metrics;
 
-/// Old rows are purged only if the database responded this recently: a suspended one stays
-/// suspended.
+/// Old rows are purged only if the database responded this recently, so that a suspended database
+/// is not woken up.
 const RECENTLY_RESPONDED: Duration = Duration::from_secs(1);
 
-/// Large responses being sent at a time. Each takes up to 1 MiB of memory.
+/// How many large responses may be sent at the same time. Each takes up to 1 MiB of memory.
 const MAX_LARGE_RESPONSES: usize = 128;
 const MAX_LARGE_RESPONSES_PER_USER: usize = 4;
 
-/// Everything that handlers share.
+/// The state shared by all handlers.
 pub(crate) struct AppState {
     pub(crate) config: Config,
     pub(crate) database: Database,
@@ -51,11 +51,11 @@ pub(crate) struct AppState {
     shutting_down: AtomicBool,
 }
 
-/// Permission to send one large response: a permit of the whole service and one of the user.
+/// Permission to send one large response: one of the service's permits and one of the user's.
 pub(crate) type LargeResponsePermit = (OwnedSemaphorePermit, KeyedPermit<Uuid>);
 
 impl AppState {
-    /// Creates the state. An error is one line for the operator.
+    /// Creates the state. Errors are a single line for the operator.
     pub(crate) fn new(
         config: Config,
         secret: &SecretString,
@@ -85,7 +85,8 @@ impl AppState {
         }))
     }
 
-    /// Makes responses close their connections and `/readyz` report that the service is stopping.
+    /// Makes all responses close their connections, and `/readyz` report that the service is
+    /// stopping.
     pub(crate) fn begin_shutdown(&self) {
         self.shutting_down.store(true, Ordering::Relaxed);
     }
@@ -94,7 +95,7 @@ impl AppState {
         self.shutting_down.load(Ordering::Relaxed)
     }
 
-    /// Waits until one more large response may be sent to this user.
+    /// Waits until another large response may be sent to this user.
     pub(crate) async fn acquire_large_response(
         &self,
         user_id: Uuid,

@@ -14,12 +14,14 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::http::connection_state::ConnectionState;
 use crate::http::framing::RequestFramer;
 
-/// From the first byte of a head to its end; on a new connection, from the start of the connection.
+/// The time from the first byte of a head to its end; on a new connection, from when it is
+/// accepted.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two requests. Longer than the usual proxies keep an idle connection (Caddy 120 s, nginx
-/// and most load balancers 60 s), so that none of them sends a request into a closing connection.
+/// The time between two requests. Longer than common proxies keep an idle connection (Caddy 120 s,
+/// nginx and most load balancers 60 s), so that they never send a request into a closing
+/// connection.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(150);
-/// From the first time that the socket accepts no more of a response to the end of that response.
+/// The time to finish a response, measured from the first write that the socket does not accept.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long, and how much, a client may still send after the service has closed its side.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,11 +35,11 @@ pub(crate) struct TimeoutStream<S> {
     /// Bytes that were read but must not reach hyper yet.
     lookahead: Vec<u8>,
     read_timer: DeadlineTimer,
-    /// When a head must be complete or, on an idle connection, must begin.
+    /// When a head must be complete or, on an idle connection, must have started.
     read_deadline: Instant,
     write_timer: DeadlineTimer,
     write_deadline: Option<Instant>,
-    /// The deadline and the byte limit of the last read, once the service has closed its side.
+    /// The deadline and the remaining bytes for reading after the service has closed its side.
     linger: Option<(Instant, usize)>,
 }
 
@@ -166,8 +168,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
         Poll::Ready(Ok(()))
     }
 
-    /// Closes the service's side, then reads for a moment what the client still sends: closing a
-    /// socket with unread bytes resets it, and the reset can overtake the response.
+    /// Closes the service's side, then briefly reads what the client still sends: closing a socket
+    /// with unread bytes resets the connection, and the reset can overtake the response.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.linger.is_none() {

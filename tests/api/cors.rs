@@ -256,7 +256,7 @@ async fn origins_are_normalized() {
     }
 }
 
-/// Requests that need no token, so that a page of any origin could send them.
+/// Requests that need no token, which a page of any origin could send.
 fn bodies(user: &User) -> Vec<(&'static str, Value)> {
     let credentials = json!({"email": user.email, "password": user.password});
     let refresh = json!({"refresh_token": user.refresh_token});
@@ -344,7 +344,7 @@ async fn accepts_a_body_without_content_type_from_other_clients() {
         let response = request.untyped(login).await;
         assert_eq!(response.status, 200, "{origin:?} {forwarded_host:?}");
     }
-    // With a content type, a browser has sent a preflight before.
+    // A request with this content type has already passed a preflight.
     let ann = server.user().await;
     let login = json!({"email": ann.email, "password": ann.password});
     let request = server

@@ -1,5 +1,5 @@
-//! Failed logins are counted by account and client network: nobody's guesses lock out the networks
-//! that the owner uses, and no count says whether there is an account.
+//! Failed logins are counted by account and client network: an attacker cannot lock out the
+//! networks that the owner uses, and the counts do not reveal whether an account exists.
 
 use serde_json::json;
 
@@ -8,12 +8,12 @@ use crate::harness::{PASSWORD, Response, Server, User, until};
 use crate::purge::age;
 use crate::throttling::{pass, wait_of};
 
-/// A service that believes the `X-Forwarded-For` of these tests.
+/// Starts a service that trusts the `X-Forwarded-For` header sent by these tests.
 async fn server() -> Server {
     Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await
 }
 
-/// The n-th address of a botnet, each in a network of its own.
+/// The n-th address of a botnet. Each address is in a network of its own.
 fn stranger(n: usize) -> String {
     if n.is_multiple_of(2) {
         format!("198.51.100.{}", n / 2)
@@ -38,7 +38,7 @@ async fn refresh_from(server: &Server, client: &str, token: &str) -> Response {
         .await
 }
 
-/// Wrong guesses in a row, each of them checked.
+/// Makes consecutive failed login attempts, each of which is verified.
 async fn wrong(server: &Server, client: &str, email: &str, times: usize) {
     for _ in 0..times {
         login_from(server, client, email, ANOTHER_PASSWORD)
@@ -47,7 +47,7 @@ async fn wrong(server: &Server, client: &str, email: &str, times: usize) {
     }
 }
 
-/// As if so many strangers had guessed before.
+/// Records `failures` failed logins from networks that the account has not used.
 async fn add_strangers(server: &Server, email: &str, failures: i32) {
     let changed = server
         .sql()
@@ -61,12 +61,12 @@ async fn add_strangers(server: &Server, email: &str, failures: i32) {
     assert_eq!(changed, 1, "nobody guessed at {email} before");
 }
 
-/// Ann, who registered at home.
+/// Registers Ann from her home network.
 async fn ann_at_home(server: &Server) -> User {
     server.register("ann@example.com").await
 }
 
-/// What somebody at home is to the service: the test itself.
+/// The home network: the address from which the test itself connects.
 const HOME: &str = "127.0.0.1";
 
 #[tokio::test]
@@ -77,7 +77,7 @@ async fn guesses_from_one_network_lock_out_no_other() {
         wrong(&server, "203.0.113.1", email, 10).await;
         wait_of(login_from(&server, "203.0.113.1", email, &ann.password).await);
         wrong(&server, "203.0.113.2", email, 1).await;
-        // All of a /64 are one client, and nobody else is.
+        // All addresses of a /64 count as one client, separate from every other.
         wrong(&server, "2001:db8:1:2::1", email, 5).await;
         wrong(&server, "2001:db8:1:2:3:4:5:6", email, 5).await;
         wait_of(login_from(&server, "2001:db8:1:2::7", email, &ann.password).await);
@@ -89,7 +89,7 @@ async fn guesses_from_one_network_lock_out_no_other() {
     login_from(&server, HOME, &ann.email, &ann.password)
         .await
         .expect(200);
-    // The success at home is none of the guesser's.
+    // The successful login from home does not lift the lockout of the attacker's network.
     wait_of(login_from(&server, "203.0.113.1", &ann.email, &ann.password).await);
 }
 
@@ -111,7 +111,7 @@ async fn a_hundred_failures_lock_out_strangers_and_not_the_owner() {
         }
         add_strangers(&server, email, 95).await;
         wrong(&server, &stranger(3), email, 1).await;
-        // The owner's successes do not set the strangers' count to nothing.
+        // The owner's successful logins do not reset the count of the unused networks.
         if email == ann.email {
             for network in [HOME, &refreshed_at, &logged_in_at] {
                 wrong(&server, network, email, 1).await;
@@ -163,14 +163,14 @@ async fn a_network_that_was_not_used_for_thirty_days_is_a_strangers() {
         .await
         .expect(200);
 
-    // That login was the last use.
+    // The network was last used by that login.
     age(&sql, "login_networks", "29 days 22 hours", "true").await;
     wrong(&server, HOME, &ann.email, 1).await;
     age(&sql, "login_networks", "3 hours", "true").await;
     wrong(&server, HOME, &ann.email, 1).await;
     wait_of(login_from(&server, HOME, &ann.email, &ann.password).await);
 
-    // A refresh is a use as well.
+    // A refresh counts as a use, too.
     refresh_from(&server, HOME, &ann.refresh_token)
         .await
         .expect(200);
@@ -179,7 +179,7 @@ async fn a_network_that_was_not_used_for_thirty_days_is_a_strangers() {
         .expect(200);
 }
 
-/// Who rotates through a large prefix fills no table.
+/// An attacker who rotates through a large prefix cannot fill the table.
 #[tokio::test]
 async fn an_account_has_a_hundred_networks_and_the_least_recently_used_goes() {
     let server = server().await;
@@ -207,7 +207,7 @@ async fn an_account_has_a_hundred_networks_and_the_least_recently_used_goes() {
         (row.get(0), row.get(1), row.get(2))
     };
     assert_eq!(networks().await, (100, true, true));
-    // The oldest itself comes back.
+    // The oldest network can be used again without evicting another.
     login_from(&server, "192.0.2.20", &ann.email, &ann.password)
         .await
         .expect(200);
@@ -222,8 +222,8 @@ async fn an_account_has_a_hundred_networks_and_the_least_recently_used_goes() {
     assert_eq!(networks().await.0, 100);
 }
 
-/// The same at each attempt, whatever the owner does meanwhile elsewhere; and a deleted account is
-/// as one that never was.
+/// Every attempt gets the same response, whatever the owner does elsewhere in the meantime. A
+/// deleted account is indistinguishable from one that never existed.
 #[tokio::test]
 async fn no_attempt_tells_whether_there_is_an_account() {
     let server = server().await;
@@ -253,7 +253,7 @@ async fn no_attempt_tells_whether_there_is_an_account() {
     }
     for n in 0..7 {
         if n == 3 {
-            // From a network that was a stranger's until now.
+            // From a network that the account had not used before.
             login_from(&server, "203.0.113.99", &ann.email, &ann.password)
                 .await
                 .expect(200);
@@ -268,7 +268,7 @@ async fn no_attempt_tells_whether_there_is_an_account() {
     assert_eq!(guess(&stranger(7)).await, 429);
 }
 
-/// A right password that was being checked while the lockout began is refused as well.
+/// A correct password is rejected if the lockout begins while it is being verified.
 #[tokio::test]
 async fn a_right_password_is_refused_if_the_lockout_began_while_it_was_checked() {
     let first = server().await;
@@ -280,7 +280,8 @@ async fn a_right_password_is_refused_if_the_lockout_began_while_it_was_checked()
     )
     .await
     .expect("nine failures");
-    // It takes long, because the hash is renewed at a higher cost before the session is made.
+    // The login is slow because the password is rehashed at a higher cost before the session is
+    // created.
     let slow = [("TRUSTED_PROXIES", "127.0.0.1"), ("BCRYPT_COST", "13")];
     let slow = first.sibling(&slow).await;
     let right = login_from(&slow, "203.0.113.1", &ann.email, &ann.password);

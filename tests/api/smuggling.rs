@@ -174,7 +174,7 @@ async fn a_transfer_encoding_other_than_chunked_smuggles_nothing() {
         "Content-Length: 13\r\nTransfer-Encoding: chunked, identity\r\n",
         "Content-Length: 13\r\nTransfer-Encoding : chunked\r\n",
     ];
-    // For readers that take the body as chunked, and for readers that ignore the header.
+    // For servers that parse the body as chunked, and for servers that ignore the header.
     for body in [CHUNKED, PLAIN] {
         assert_not_served(
             &server,
@@ -348,7 +348,7 @@ async fn the_body_of_a_rejected_request_is_not_read_as_a_request() {
         let mut wire = Wire::open(&server).await;
         wire.send(&request).await;
         wire.response().await;
-        // If there is another response, it is to the next request.
+        // Any further response must belong to the next request.
         wire.send(head("GET", "/healthz", None, "X-Request-Id: next\r\n"))
             .await;
         if let Some(next) = wire.response_or_close().await {

@@ -1,4 +1,5 @@
-//! Guessing: slowed down by account in the database, and by address in memory.
+//! Login rate limiting: failures are counted per account in the database, requests per address in
+//! memory.
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -9,7 +10,7 @@ use crate::auth::{
 use crate::harness::{PASSWORD, Response, Server};
 use crate::purge::age;
 
-/// The seconds of a 429 of ours.
+/// Asserts that the response is a 429 from the service and returns its `Retry-After` in seconds.
 pub(crate) fn wait_of(response: Response) -> u32 {
     let seconds = response
         .header("retry-after")
@@ -19,7 +20,7 @@ pub(crate) fn wait_of(response: Response) -> u32 {
     seconds
 }
 
-/// Ten wrong guesses in a row, each of them checked.
+/// Makes ten consecutive failed attempts, each of which is verified.
 async fn ten_wrong(server: &Server, email: &str) {
     for _ in 0..10 {
         login(server, email, ANOTHER_PASSWORD)
@@ -28,14 +29,14 @@ async fn ten_wrong(server: &Server, email: &str) {
     }
 }
 
-/// Lets time go by for every address that is slowed down.
+/// Moves all failed logins into the past by `interval`.
 pub(crate) async fn pass(server: &Server, interval: &str) {
     let sql = server.sql().await;
     age(&sql, "login_failures", interval, "true").await;
 }
 
-/// 30 s, doubling to an hour; a right password during the wait is refused as well; an address
-/// without an account is slowed down alike.
+/// The lockout starts at 30 s and doubles up to an hour. During a lockout the correct password is
+/// rejected as well. Addresses without an account are treated the same.
 #[tokio::test]
 async fn after_ten_wrong_passwords_each_further_one_doubles_the_wait() {
     let server = Server::start().await;
@@ -54,7 +55,7 @@ async fn after_ten_wrong_passwords_each_further_one_doubles_the_wait() {
                 longest <= wait && longest > wait - 10,
                 "{longest} of {wait} s in round {round}"
             );
-            // What is tried during the wait is not even looked at, and does not lengthen it.
+            // Attempts during the lockout are not verified and do not extend it.
             for password in [password, ANOTHER_PASSWORD, ""] {
                 let left = wait_of(login(&server, email, password).await);
                 assert!(left <= longest);
@@ -96,7 +97,7 @@ async fn a_day_after_the_last_wrong_password_the_count_is_nothing() {
     let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
     assert!(wait <= 30, "the wait begins anew: {wait}");
 
-    // Short of a day it goes on where it was.
+    // Within a day of the last failure, the count continues.
     pass(&server, "23 hours").await;
     login(&server, &ann.email, ANOTHER_PASSWORD)
         .await
@@ -105,7 +106,7 @@ async fn a_day_after_the_last_wrong_password_the_count_is_nothing() {
     assert!(wait > 30, "{wait}");
 }
 
-/// One account, however its address is written.
+/// All spellings of an e-mail address share one count.
 #[tokio::test]
 async fn other_spellings_of_an_address_are_no_way_around() {
     let server = Server::start().await;
@@ -136,7 +137,7 @@ async fn instances_agree_on_who_is_slowed_down() {
     wait_of(login(&later, &ann.email, &ann.password).await);
 }
 
-/// Forty at once, over two instances: a 401 is a guess that was checked.
+/// Sends 40 attempts at once to two instances. A 401 means that the password was verified.
 #[tokio::test]
 async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
     let here = Server::start().await;
@@ -150,7 +151,7 @@ async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
                 let status = response.status;
                 match status {
                     401 => drop(response.problem(401, "invalid_credentials")),
-                    // Not looked at either: a busy machine could not do it in good time.
+                    // Not verified either: a busy machine had no time for it.
                     503 => drop(response.problem(503, "overloaded")),
                     _ => assert!(wait_of(response) >= 1),
                 }
@@ -160,7 +161,7 @@ async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
         .await;
         let checked = statuses.iter().filter(|&&status| status == 401).count();
         assert!((1..=10).contains(&checked), "{checked} of 40 for {email}");
-        // Whatever the forty came to, the account is locked once ten were wrong.
+        // Whatever the 40 attempts returned, the account is locked after ten failures.
         for _ in checked..10 {
             login(&here, email, ANOTHER_PASSWORD).await.expect(401);
         }
@@ -169,7 +170,7 @@ async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
     }
 }
 
-/// Whoever guesses at Ann's account slows down nobody but who signs in as Ann.
+/// Failed logins on an account affect only logins to that account.
 #[tokio::test]
 async fn nobody_else_and_no_session_in_use_is_slowed_down() {
     let server = Server::start().await;
@@ -191,8 +192,8 @@ async fn nobody_else_and_no_session_in_use_is_slowed_down() {
     logout(&server, &ann.access_token).await.expect(204);
 }
 
-/// A stolen token does not help to guess the password, and does not lock the owner out of logins;
-/// neither do guesses at the login keep the owner from changing the password.
+/// A stolen token does not help to guess the password and does not lock the owner out of logging
+/// in. Failed logins do not prevent the owner from changing the password, either.
 #[tokio::test]
 async fn wrong_passwords_of_somebody_signed_in_have_a_count_of_their_own() {
     let server = Server::start().await;
@@ -212,7 +213,7 @@ async fn wrong_passwords_of_somebody_signed_in_have_a_count_of_their_own() {
         assert!(wait <= 30, "{wait}");
         wait_of(delete_account(&server, &ann.access_token, password).await);
     }
-    // A login does not set that count to nothing, and it is not what a login is counted by.
+    // A login does not reset the count of failed confirmations, and the two counts are separate.
     let sql = server.sql().await;
     age(
         &sql,
@@ -234,7 +235,7 @@ async fn wrong_passwords_of_somebody_signed_in_have_a_count_of_their_own() {
     let changed =
         change_password(&server, &ann.access_token, &ann.password, ANOTHER_PASSWORD).await;
     assert!(changed.status < 300, "{}", changed.status);
-    // With the success the count begins anew.
+    // Success resets the count.
     let again = server.login(&ann.email, ANOTHER_PASSWORD).await;
     for _ in 0..9 {
         delete_account(&server, &again.access_token, "wrong")
@@ -246,7 +247,7 @@ async fn wrong_passwords_of_somebody_signed_in_have_a_count_of_their_own() {
         .expect(204);
 }
 
-/// Forty at once at the two confirmations.
+/// Sends 40 attempts at once to the two endpoints that ask for the password.
 #[tokio::test]
 async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_ten_get_a_verdict() {
     let here = Server::start().await;
@@ -276,7 +277,7 @@ async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_ten_get_a_verdi
     assert!(checked <= 10, "{checked} of 40 were checked");
 }
 
-/// A refresh with what is no token: the cheapest request that the brake counts.
+/// Sends an invalid refresh token, the cheapest request that the rate limiter counts.
 async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     let mut request = server.post("/api/v1/auth/refresh");
     for value in forwarded_for {
@@ -292,7 +293,7 @@ async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     status
 }
 
-/// Registrations, logins, refreshes and changes of password draw on one allowance.
+/// Registration, login, refresh and password changes share one rate limit.
 #[tokio::test]
 async fn from_one_address_only_so_many_attempts_a_minute() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "3")]).await;
@@ -311,11 +312,11 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
         refresh(&server, "x").await,
         change_password(&server, &token, PASSWORD, ANOTHER_PASSWORD).await,
     ] {
-        // 3 a minute: one in 20 s.
+        // 3 per minute is one every 20 s.
         let wait = wait_of(response);
         assert!((1..=20).contains(&wait), "{wait}");
     }
-    // Whoever is signed in does not notice.
+    // Requests with an access token are not affected.
     for path in ["/api/v1/auth/me", "/api/v1/auth/sessions"] {
         server.get(path).bearer(&token).await.expect(200);
     }
@@ -329,7 +330,7 @@ async fn with_a_rate_of_nothing_there_is_no_brake() {
     assert!(statuses.iter().all(|&status| status == 401));
 }
 
-/// Anyone can write a header: without a proxy named it is not looked at.
+/// Any client can send the header, so it is ignored unless trusted proxies are configured.
 #[tokio::test]
 async fn a_forwarded_address_is_not_believed_from_a_stranger() {
     for trusted in ["", "192.0.2.1,10.0.0.0/8,::2"] {
@@ -347,7 +348,7 @@ async fn a_forwarded_address_is_not_believed_from_a_stranger() {
     }
 }
 
-/// Behind a proxy the client is the last hop that is none of the proxies.
+/// Behind trusted proxies, the client is the last hop that is not a trusted proxy.
 #[tokio::test]
 async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     let server = Server::with(&[
@@ -365,17 +366,17 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     used_up(&["203.0.113.9"]).await;
     for same in [
         &["203.0.113.9"][..],
-        // What the client itself wrote in front of it is hearsay.
+        // Entries that the client itself added in front are not trusted.
         &["198.51.100.1, 203.0.113.9"],
         &["198.51.100.2,203.0.113.9"],
         &["unknown, 203.0.113.9"],
         &["<script>, 203.0.113.9"],
-        // Our own proxies behind it are passed over, in one header or in several.
+        // Trusted proxies at the end are skipped, whether in one header or in several.
         &["198.51.100.3, 203.0.113.9, 10.1.2.3"],
         &["203.0.113.9, 10.1.2.3, 2001:db8:ffff::7, 127.0.0.1"],
         &["198.51.100.4", "203.0.113.9"],
         &["203.0.113.9", "10.1.2.3"],
-        // Some proxies write the port as well.
+        // Some proxies include the port.
         &["203.0.113.9:41234"],
     ] {
         assert_eq!(login_status(&server, same).await, 429, "{same:?}");
@@ -386,7 +387,7 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         401
     );
 
-    // One household has a /64 of IPv6, and one address of IPv4 however it is written.
+    // An IPv6 /64 counts as one client, as does an IPv4 address however it is written.
     used_up(&["2001:db8:1:2::1"]).await;
     assert_eq!(login_status(&server, &["2001:db8:1:2:ffff::9"]).await, 429);
     assert_eq!(login_status(&server, &["2001:DB8:1:2:0:0:0:3"]).await, 429);
@@ -396,7 +397,8 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
     assert_eq!(login_status(&server, &["203.0.113.50"]).await, 429);
     assert_eq!(login_status(&server, &["::ffff:203.0.113.51"]).await, 401);
 
-    // What is no address is nobody else's allowance: the proxy itself is the client.
+    // If the entry is not an address, the proxy itself is the client, and no other client's quota
+    // is used.
     used_up(&["nonsense"]).await;
     for nonsense in [
         "",

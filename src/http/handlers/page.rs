@@ -10,7 +10,7 @@ use crate::domain::Task;
 use crate::error::Error;
 use crate::http::context::RequestContext;
 
-/// The default and the maximum of `limit`.
+/// The default and maximum value of `limit`.
 const MAX_LIMIT: i64 = 1000;
 /// A page ends early once its JSON exceeds this size.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
@@ -63,7 +63,7 @@ impl ListParams {
     /// The path and query of the page after the task `last`, with the same filters.
     pub(super) fn next_link(&self, user_id: Uuid, last: Uuid) -> String {
         let mut path = format!("/api/v1/{user_id}/tasks?limit={}", self.limit);
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         if let Some(completed) = self.filter.completed {
             write!(path, "&completed={completed}").ok();
         }
@@ -81,14 +81,14 @@ impl ListParams {
     }
 }
 
-/// Parses the ID that the previous page ended with, as `ListParams::next_link` writes it.
+/// Parses the ID of the last task of the previous page, as written by `ListParams::next_link`.
 fn parse_cursor(text: &str) -> Option<Uuid> {
     let id = Uuid::try_parse(text).ok()?;
     (id.simple().to_string() == text).then_some(id)
 }
 
-/// Writes up to `limit` tasks as a JSON array, fewer if they are large. Also returns the ID of the
-/// last one if `found` has more.
+/// Writes up to `limit` tasks as a JSON array, or fewer if they are large. Also returns the ID of
+/// the last task written if there are more in `found`.
 pub(super) fn write_page(found: &[Task], limit: usize) -> Result<(Vec<u8>, Option<Uuid>), Error> {
     let estimate = found.len() * ESTIMATED_TASK_BYTES;
     let mut body = Vec::with_capacity(estimate.min(MAX_PAGE_BYTES / 16));
