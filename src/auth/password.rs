@@ -1,5 +1,5 @@
-//! Password rules and hashing. Hashing is slow by design, so it runs on a few threads of its own
-//! behind a bounded queue.
+//! Password rules and hashing. Hashing is slow by design, so it runs on a dedicated thread pool
+//! with a bounded queue.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -16,12 +16,12 @@ use crate::error::{Error, FieldError};
 use crate::telemetry::logging::catch_panic;
 use crate::telemetry::metrics::Metrics;
 
-/// In code points. OWASP ASVS 5.0, 6.2.1, requires at least 8.
+/// Counted in code points. OWASP ASVS 5.0, 6.2.1, requires at least 8.
 const MIN_CHARACTERS: usize = 8;
 /// bcrypt ignores everything after 72 bytes; longer passwords are rejected instead of truncated.
 const MAX_BYTES: usize = 72;
-/// The capacity of the queue for each thread, at a cost of 12. A hash takes a quarter of a second
-/// at that cost, so a full queue drains in 8 s. Each higher cost halves the capacity.
+/// The queue capacity per thread at a cost of 12. A hash takes a quarter of a second at that cost,
+/// so a full queue drains in 8 s. Each increment of the cost halves the capacity.
 const QUEUE_PER_THREAD: usize = 32;
 
 /// Normalizes a password to NFC (RFC 8265, section 4.2.2), because keyboards differ in how they
@@ -30,7 +30,7 @@ pub(crate) fn normalize(password: &str) -> String {
     password.nfc().collect()
 }
 
-/// Checks the length of a normalized password, and that it contains no NUL.
+/// Checks the length of a normalized password, and that it does not contain NUL.
 pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), FieldError> {
     let (code, detail) = if password.chars().count() < MIN_CHARACTERS {
         ("too_short", "the password must have at least 8 characters")
@@ -50,8 +50,8 @@ pub(crate) fn check_length(password: &str, pointer: &'static str) -> Result<(), 
     Err(FieldError::at(pointer, code, detail))
 }
 
-/// Rejects a password that is easy to guess, above all from the user's own address. The error
-/// includes advice.
+/// Rejects a password that is easy to guess, in particular from the user's e-mail address. The
+/// error includes advice.
 fn check_strength(password: &str, email: &str, pointer: &'static str) -> Result<(), FieldError> {
     let local_part = email.split('@').next().unwrap_or_default();
     let estimate = zxcvbn::zxcvbn(password, &[email, local_part]);
@@ -87,7 +87,7 @@ pub(crate) struct Verification {
 }
 
 impl PasswordHasher {
-    /// Starts one thread less than there are cores, to leave a core for all other work.
+    /// Starts one thread fewer than there are cores, leaving one core for all other work.
     pub(crate) fn new(cost: u32, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         let threads = thread::available_parallelism()
             .map_or(1, |cores| cores.get() - 1)
@@ -125,8 +125,8 @@ impl PasswordHasher {
         .await
     }
 
-    /// Verifies a password. Without a hash, or with a password that no account can have, a dummy
-    /// hash is verified, which takes as long.
+    /// Verifies a password. If there is no hash, or no account can have this password, verifies a
+    /// dummy hash instead, which takes just as long.
     pub(crate) async fn verify(
         &self,
         password: &str,
@@ -175,7 +175,7 @@ impl PasswordHasher {
 /// Runs jobs until the [`PasswordHasher`] is dropped.
 fn worker_loop(jobs: &Mutex<Receiver<Job>>) {
     loop {
-        // A statement of its own, so that the lock is released before the job runs.
+        // A separate statement, so that the lock is released before the job runs.
         let job = jobs.lock().recv();
         let Ok(job) = job else { return };
         job();

@@ -17,9 +17,9 @@ use crate::domain::{self, MAX_ACCESS_TTL, User};
 use crate::error::Error;
 use crate::telemetry::labels::TokenRejection;
 
-/// Longer tokens are rejected unread. The service's own have about 400 bytes.
+/// Longer tokens are rejected without being parsed. The service's own tokens have about 400 bytes.
 const MAX_BYTES: usize = 4096;
-/// Seconds by which the clock of another instance may be ahead.
+/// How many seconds the clock of another instance may be ahead.
 const CLOCK_LEEWAY: u64 = 30;
 
 /// The claims of an access token.
@@ -43,8 +43,8 @@ fn is_zero(epoch: &i32) -> bool {
     *epoch == 0
 }
 
-/// The claims of a refresh token: the session, and which of its tokens this is. They contain no
-/// time, so that a generation always has the same token.
+/// The claims of a refresh token: the session, and the token's generation. They contain no
+/// timestamp, so a generation always has the same token.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct RefreshClaims {
     #[serde(deserialize_with = "deserialize_id")]
@@ -52,13 +52,13 @@ pub(crate) struct RefreshClaims {
     pub(crate) generation: i32,
 }
 
-/// Accepts only the canonical spelling of a UUID.
+/// Accepts only the canonical form of a UUID.
 fn deserialize_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
     let text = String::deserialize(deserializer)?;
     domain::parse_id(&text).ok_or_else(|| D::Error::custom("not an id"))
 }
 
-/// Signs with the current key, and verifies with it and with the previous one.
+/// Signs with the current key, and verifies with the current and the previous key.
 struct KeyRing {
     /// The only accepted header (`alg` and `typ`), so that a token cannot choose its key or
     /// algorithm (RFC 8725, sections 3.1 and 3.10).
@@ -123,7 +123,7 @@ impl TokenIssuer {
         })
     }
 
-    /// Issues the refresh token of this generation, which is always the same one.
+    /// Issues the refresh token of this generation. The token is always the same for a generation.
     pub(crate) fn issue_refresh(&self, sid: Uuid, generation: i32) -> Result<String, Error> {
         self.refresh.sign(&RefreshClaims { sid, generation })
     }
@@ -141,8 +141,8 @@ impl TokenIssuer {
         validate_claims(self.expired_access.verify(token)?)
     }
 
-    /// Verifies the signature and claims of a refresh token. Only the database knows whether its
-    /// generation is the current one.
+    /// Verifies the signature and claims of a refresh token. Whether its generation is current can
+    /// only be determined by the database.
     pub(crate) fn verify_refresh(&self, token: &str) -> Result<RefreshClaims, TokenRejection> {
         let claims: RefreshClaims = self.refresh.verify(token)?;
         if !(1..i32::MAX).contains(&claims.generation) {
@@ -221,7 +221,7 @@ fn rejection_reason(kind: &ErrorKind) -> TokenRejection {
     }
 }
 
-/// Derives the key that only refresh tokens are signed with.
+/// Derives the key used only for refresh tokens.
 fn derive_refresh_key(secret: &[u8]) -> Result<String, Error> {
     crypto::sign(
         b"todo-api refresh token v1",

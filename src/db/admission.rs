@@ -18,11 +18,11 @@ const QUEUE_TARGET: Duration = Duration::from_millis(500);
 /// The longest wait once the queue has not been empty for `QUEUE_TARGET`. A standing queue makes
 /// every request late and none faster ("controlled delay").
 const QUEUE_SHED_AFTER: Duration = Duration::from_millis(50);
-/// Concurrent searches, so that they leave most of the pool to other requests.
+/// The maximum number of concurrent searches, which leaves most of the pool to other requests.
 const MAX_SEARCHES: usize = 5;
 
 pub(super) struct Admission {
-    /// One permit per connection. bb8's own queue lets newcomers overtake.
+    /// One permit per connection. Needed because bb8's own queue is not first come, first served.
     connections: Arc<Semaphore>,
     searches: Semaphore,
     /// When a permit was last available without waiting.
@@ -58,7 +58,8 @@ impl Admission {
         }
         let _waiting = self.metrics.db_pool_waiter();
         let limit = if self.registry.is_connecting() {
-            // Connecting to a remote database, or one that wakes up, takes longer than a queue may.
+            // Connecting to a remote or suspended database takes longer than requests may otherwise
+            // queue.
             CONNECT_TIMEOUT
         } else if now.duration_since(*self.last_uncontended.lock()) > QUEUE_TARGET {
             QUEUE_SHED_AFTER

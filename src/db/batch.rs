@@ -2,12 +2,13 @@
 //! than one statement each.
 //!
 //! [`Batcher::submit`] puts a query into a queue. A dispatcher task waits for a free worker, takes
-//! what has been queued meanwhile, and hands it with a connection to the worker, a task that runs
-//! the statement and sends each caller its rows. On an idle service a query runs at once, alone.
+//! all queries queued by then, and hands them, together with a connection, to the worker: a task
+//! that runs the statement and sends each caller its rows. On an idle service, a query runs
+//! immediately and alone.
 //!
 //! Few workers run at a time, so that batches grow while they are busy. A statement that turns out
-//! to be slow stops counting as one of the few, so that the queries behind it do not wait for it.
-//! A caller that gives up, or a panic in a task, affects no other query.
+//! to be slow no longer counts towards that limit, so the queries behind it do not wait for it. A
+//! caller that gives up, or a panic in a task, affects no other query.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -25,25 +26,28 @@ use super::error::{DbError, Result};
 use super::lease::{Connections, Lease};
 use super::retry::Repeat;
 
-/// Workers of a kind whose statement is fast. Few busy backends do more than many half idle ones.
+/// The maximum number of workers per kind whose statement is fast. A few busy backends achieve more
+/// than many half-idle ones.
 const MAX_FAST_WORKERS: usize = 2;
-/// From here on a statement is slow.
+/// A statement that runs longer than this counts as slow.
 const SLOW_AFTER: Duration = Duration::from_millis(2);
-/// Workers of a kind altogether, so that slow statements leave most of the pool to others.
+/// The maximum number of workers per kind. Slow statements leave most of the pool to other
+/// requests.
 const MAX_WORKERS: usize = 8;
-/// Queries of a kind that wait for the dispatcher. When the queue is full, callers wait.
+/// The maximum number of queries per kind that wait for the dispatcher. Callers wait while the
+/// queue is full.
 const QUEUE_CAPACITY: usize = 1024;
 
 /// A query that can share a statement with others of its kind.
 pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
-    /// The most queries in one statement.
+    /// The maximum number of queries in one statement.
     const MAX_BATCH: usize;
 
-    /// Whose rows the query reads.
+    /// The user whose rows the query reads.
     fn user_id(&self) -> Uuid;
 
-    /// Runs the queries. The rows are ordered by a column `ordinal`, the number of the query that
-    /// they belong to, counted from 1, and name their owner in a column `user_id`.
+    /// Runs the queries. The rows are ordered by the column `ordinal`, the 1-based index of the
+    /// query that they belong to, and name their owner in the column `user_id`.
     fn execute(
         lease: &mut Lease,
         deadline: Deadline,
@@ -51,7 +55,7 @@ pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Vec<Row>>> + Send;
 }
 
-/// A query in the queue. Its caller drops the receiver of `reply` when it gives up.
+/// A queued query. A caller that gives up drops the receiver of `reply`.
 struct Pending<Q> {
     query: Q,
     deadline: Deadline,
@@ -87,7 +91,7 @@ impl<Q: BatchQuery> Batcher<Q> {
         };
         let queue = self.queue(connections);
         let rows = async {
-            // If the dispatcher is gone, so is the reply's sender.
+            // If the dispatcher is gone, so is the sender of the reply.
             queue.send(pending).await.ok();
             response.await
         };
@@ -98,8 +102,8 @@ impl<Q: BatchQuery> Batcher<Q> {
         }
     }
 
-    /// The queue of the running dispatcher. The first call starts one, as does the first after a
-    /// panic of the dispatcher.
+    /// Returns the queue of the running dispatcher. Starts a dispatcher on the first call, and
+    /// again if the previous one has panicked.
     fn queue(&self, connections: &Arc<Connections>) -> mpsc::Sender<Pending<Q>> {
         let mut queue = self.0.lock();
         match &*queue {
@@ -127,7 +131,7 @@ async fn dispatch<Q: BatchQuery>(
         if waiting.is_empty() && queue.recv_many(&mut waiting, QUEUE_CAPACITY).await == 0 {
             return;
         }
-        // Lets other tasks that are ready submit their queries, too.
+        // Lets other ready tasks submit their queries as well.
         yield_now().await;
         receive(&mut queue, &mut waiting);
         let Some(deadline) = latest_deadline(&waiting) else {

@@ -1,5 +1,5 @@
-//! Whether the database responds. Requests fail fast while it is down; one task probes it until it
-//! is up again.
+//! Tracks whether the database responds. While it is down, requests fail fast and one task probes
+//! it until it is up again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,14 +19,14 @@ use super::pool::{CONNECT_TIMEOUT, Registry};
 /// How long a probe waits for a free socket. The pool leaves one for it, so a longer wait means
 /// that closed connections linger.
 const PROBE_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
-/// Between attempts to reach a database that is down.
+/// The time between attempts to reach a database that is down.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(250);
-/// How often the wait for a database at startup is logged.
+/// The interval of log messages while waiting for the database at startup.
 const WAIT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Not reached yet, or not migrated yet.
+    /// The database has not been reached or not been migrated yet.
     Starting,
     Up,
     Down,
@@ -38,7 +38,7 @@ pub(super) enum Interrupted {
     TimedOut,
 }
 
-/// What is known about the database, and the probe that finds out more.
+/// The known state of the database, and the probe that updates it.
 pub(super) struct Health {
     endpoint: Endpoint,
     registry: Arc<Registry>,
@@ -66,13 +66,13 @@ impl Health {
         *self.last_response.lock() = Instant::now();
     }
 
-    /// Whether the database is up and has responded within this time.
+    /// Whether the database is up and has responded within the last `time`.
     pub(super) fn has_responded_within(&self, time: Duration) -> bool {
         self.is_up() && self.last_response.lock().elapsed() < time
     }
 
-    /// Whether the database is up. During startup this waits until it is known, so that a request
-    /// that was accepted before then does not fail.
+    /// Whether the database is up. During startup, waits until this is known, so that requests
+    /// accepted before then do not fail.
     pub(super) async fn is_up_after_startup(&self, until: Instant) -> bool {
         if *self.state.borrow() == State::Starting {
             self.wait_for(|state| state != State::Starting, until).await;

@@ -1,10 +1,11 @@
-//! Runs every statement in READ COMMITTED, whatever the default of the server, database or role.
+//! Runs every statement in READ COMMITTED, regardless of the default of the server, database or
+//! role.
 //!
-//! Where READ COMMITTED is the default, as almost everywhere, statements are sent as they are.
-//! Elsewhere each one is sent between BEGIN and COMMIT, pipelined: a session setting would not
-//! survive a transaction pooler. The default is read when a connection is opened, together with
-//! preparing the statements. If it changes later, or differs between backends of a pooler, a
-//! statement fails with a serialization failure, which does not occur in READ COMMITTED, and is
+//! If READ COMMITTED is the default, as it almost always is, statements are sent unchanged.
+//! Otherwise each one is sent between BEGIN and COMMIT, pipelined, because a session setting would
+//! not survive a transaction pooler. The default is read when a connection is opened, while its
+//! statements are being prepared. If it changes later, or differs between the backends of a pooler,
+//! a statement fails with a serialization failure, which cannot occur in READ COMMITTED, and is
 //! retried inside a transaction.
 
 use std::future::Future;
@@ -17,7 +18,7 @@ use tokio_postgres::{Client, Error, SimpleQueryMessage};
 /// Opens a transaction in READ COMMITTED.
 pub(super) const BEGIN: &str = "begin isolation level read committed";
 
-/// Whether statements need an explicit transaction. Once set, this lasts until a restart.
+/// Whether statements need an explicit transaction. Once set, it remains set until a restart.
 #[derive(Default)]
 pub(super) struct Isolation {
     explicit: AtomicBool,
@@ -43,7 +44,7 @@ impl Isolation {
         Ok(())
     }
 
-    /// Records that a connection has another default.
+    /// Records that a connection has a different default.
     pub(super) fn require_transactions(&self, reason: &str) {
         if !self.explicit.swap(true, Ordering::Relaxed) {
             warn!(
@@ -62,8 +63,8 @@ pub(super) async fn read_committed<T>(
     if !explicit {
         return query.await;
     }
-    // Each future sends its message when it is first polled, in this order. Boxed to keep the
-    // future of the usual case small.
+    // The futures are polled in this order, and each one sends its message when first polled. Boxed
+    // to keep the future of the common case small.
     let begin = client.batch_execute(BEGIN);
     let commit = client.batch_execute("commit");
     let (_, result, committed) = Box::pin(join3(begin, query, commit)).await;

@@ -1,5 +1,5 @@
-//! The connection pool. A new connection prepares every statement; checking one out costs no round
-//! trip; a connection on which something timed out is evicted.
+//! The connection pool. A new connection prepares every statement, checking one out costs no round
+//! trip, and a connection on which a statement timed out is evicted.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -19,12 +19,12 @@ use super::error::error_message;
 use super::isolation::Isolation;
 use super::statements::{Prepared, Sql};
 
-/// How long acquiring a connection may take, connecting and preparing included.
+/// How long acquiring a connection may take, including connecting and preparing statements.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Less than the 300 s after which Neon suspends an idle database and closes its connections.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(240);
-/// The longest lifetime of a connection. Each one gets up to a fifth less, so that connections
-/// opened in one burst are not replaced in one.
+/// The maximum lifetime of a connection. Each connection gets up to a fifth less, so that
+/// connections opened in a burst are not all replaced at the same time.
 const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
 
 pub(super) type Pool = bb8::Pool<ConnectionManager>;
@@ -77,7 +77,7 @@ impl Drop for Connection {
     }
 }
 
-/// Every connection that exists, the pool's and the probe's.
+/// All open connections, including the one of the health probe.
 pub(super) struct Registry {
     sockets: Arc<Semaphore>,
     live: Mutex<Vec<Weak<Connection>>>,
@@ -94,7 +94,7 @@ impl Registry {
         }
     }
 
-    /// Waits for one of the sockets that the service may have open at a time.
+    /// Waits for one of the limited number of sockets that the service may have open at a time.
     pub(super) async fn acquire_socket(&self) -> Option<OwnedSemaphorePermit> {
         self.sockets.clone().acquire_owned().await.ok()
     }
@@ -112,7 +112,7 @@ impl Registry {
         }
     }
 
-    /// Evicts the connections that have had no response since then.
+    /// Evicts connections that have received no response since the given time.
     pub(super) fn evict_unresponsive_since(&self, since: Instant) {
         for connection in self.live.lock().iter().filter_map(Weak::upgrade) {
             if *connection.last_response.lock() < since {
@@ -128,8 +128,8 @@ impl Registry {
     }
 }
 
-/// Opens and checks connections for bb8. The manager of bb8-postgres makes a round trip at every
-/// checkout, as expensive as a read, and cannot abort a connection.
+/// Opens and checks connections for bb8. The manager in bb8-postgres makes a round trip at every
+/// checkout, which costs as much as a read, and cannot abort a connection.
 pub(super) struct ConnectionManager {
     pub(super) endpoint: Endpoint,
     pub(super) registry: Arc<Registry>,
@@ -155,7 +155,8 @@ impl ManageConnection for ConnectionManager {
         connection.is_usable().then_some(()).ok_or(())
     }
 
-    /// Called when a connection is returned. Its lifetime ends here, where no request waits for it.
+    /// Called when a connection is returned. Also ends connections that exceed their lifetime,
+    /// because no request is waiting at this point.
     fn has_broken(&self, connection: &mut Arc<Connection>) -> bool {
         !connection.is_usable() || Instant::now() > connection.expires_at
     }
@@ -168,7 +169,7 @@ impl ConnectionManager {
         let (client, connection) = self.endpoint.connect().await?;
         let io_task = AbortOnDropHandle::new(tokio::spawn(async move {
             let _socket = socket;
-            // An error reaches the statements that wait for responses.
+            // Errors are reported to the statements that wait for responses.
             connection.await.ok();
         }));
         let isolation = self.isolation.detect(&client);
@@ -187,7 +188,7 @@ impl ConnectionManager {
     }
 }
 
-/// How many of the sockets requests may use; the health probe needs one.
+/// How many of the sockets are available to requests; one is reserved for the health probe.
 pub(super) fn request_capacity(max_sockets: u32) -> u32 {
     max_sockets.saturating_sub(1).max(1)
 }

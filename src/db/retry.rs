@@ -11,16 +11,16 @@ use super::lease::Connections;
 const MIN_BACKOFF: Duration = Duration::from_millis(5);
 const MAX_BACKOFF: Duration = Duration::from_millis(250);
 
-/// Whether a statement may run again after its connection was lost. One that was rolled back may
-/// always.
+/// Whether a statement may run again after its connection was lost. A statement that was rolled
+/// back may always run again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Repeat {
-    /// Yes: a read.
+    /// A read, which may run again.
     Read,
-    /// No: a write whose second run would change something again.
+    /// A write that may not run again, because a second run would change something else.
     Never,
-    /// Yes: a write that inserts rows under ids that the caller chose. A second run finds the rows
-    /// of the first.
+    /// A write that may run again, because it inserts rows under IDs chosen by the caller. A second
+    /// run finds the rows of the first.
     Insert,
 }
 
@@ -36,7 +36,8 @@ impl Backoff {
 }
 
 impl Connections {
-    /// Calls `attempt` until it succeeds, fails for good, or the deadline leaves no time for more.
+    /// Calls `attempt` until it succeeds or fails permanently, or until the deadline leaves no time
+    /// for another attempt.
     pub(super) async fn retry<T, F: Future<Output = Result<T>>>(
         &self,
         deadline: Deadline,
@@ -62,7 +63,7 @@ impl Connections {
             }
             let is_up = match unknown {
                 None => self.health.is_up(),
-                // Worth waiting for: only another attempt can tell the outcome.
+                // Waiting is worthwhile, because only another attempt can determine the outcome.
                 Some(_) => self.health.wait_until_up(deadline.at()).await,
             };
             let pause = backoff.next();

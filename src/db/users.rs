@@ -10,15 +10,15 @@ use super::statements::Sql;
 use super::{Queries, Result};
 use crate::domain::{Email, Rfc3339, TokenLifetimes, User};
 
-/// What a login needs before the password is verified.
+/// What a login needs to know before the password is verified.
 pub(crate) struct LoginRecord {
-    /// The id and the password hash, if there is an account.
+    /// The ID and the password hash, if there is an account.
     pub(crate) account: Option<(Uuid, String)>,
-    /// Seconds until the lockout ends; 0 or less without one.
+    /// Seconds until the lockout ends; 0 or less if there is no lockout.
     pub(crate) retry_after_secs: f64,
 }
 
-/// What verifying the password of an authenticated user needs.
+/// The data needed to verify the password of an authenticated user.
 pub(crate) struct PasswordCheck {
     pub(crate) email: String,
     pub(crate) hash: String,
@@ -54,7 +54,7 @@ impl LockoutKey {
 pub(crate) struct PasswordChange {
     pub(crate) user: User,
     pub(crate) ended: Vec<Uuid>,
-    /// The session that was kept. If it has ended meanwhile, nothing was changed.
+    /// The session that was kept, if any. If it has ended in the meantime, nothing was changed.
     pub(crate) kept: Option<SessionState>,
 }
 
@@ -64,12 +64,12 @@ pub(crate) struct NewSession {
     /// Seconds of inactivity until it expires.
     pub(crate) idle: f64,
     pub(crate) user_agent: Option<String>,
-    /// The client's network, which is recorded as one that the account uses.
+    /// The client's network, to be recorded as one that the account uses.
     pub(crate) network: String,
 }
 
 impl NewSession {
-    /// The state of the session once it is created.
+    /// The state of the session right after it is created.
     pub(crate) fn state(&self) -> SessionState {
         SessionState {
             id: self.id,
@@ -80,7 +80,7 @@ impl NewSession {
     }
 }
 
-/// Creates an account with its first session; `None` if the address is taken.
+/// Creates an account with its first session. Returns `None` if the address is taken.
 pub(crate) async fn register(
     db: Queries<'_>,
     email: &Email,
@@ -100,18 +100,18 @@ pub(crate) async fn register(
     let rows = db.insert(Sql::UsersRegister, params).await?;
     match rows.first() {
         Some(row) => Ok(Some(user(row))),
-        // The address is taken, or the first run of a retried insert took effect.
+        // The address is taken, or the first attempt of a retried insert took effect.
         None => get(db, id).await,
     }
 }
 
-/// Reads an account; `None` if it was deleted.
+/// Reads an account. Returns `None` if it was deleted.
 pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>> {
     let rows = db.read(Sql::UsersGet, &[&id]).await?;
     Ok(rows.first().map(user))
 }
 
-/// Reads what a login needs.
+/// Reads the data needed for a login.
 pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord> {
     let params: Params = &[&key.account, &key.network];
     let rows = db.read(Sql::UsersForLogin, params).await?;
@@ -122,7 +122,7 @@ pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<Login
     })
 }
 
-/// Reads what verifying this user's password needs; `None` if the account was deleted.
+/// Reads the data needed to verify this user's password. Returns `None` if the account was deleted.
 pub(crate) async fn for_password_check(db: Queries<'_>, id: Uuid) -> Result<Option<PasswordCheck>> {
     let rows = db.read(Sql::UsersForPasswordCheck, &[&id]).await?;
     Ok(rows.first().map(|row| PasswordCheck {
@@ -132,8 +132,8 @@ pub(crate) async fn for_password_check(db: Queries<'_>, id: Uuid) -> Result<Opti
     }))
 }
 
-/// Counts a wrong password and returns 0. If a lockout began while the password was being
-/// verified, the attempt does not count, and the seconds until the lockout ends are returned.
+/// Counts a wrong password and returns 0. If a lockout began while the password was being verified,
+/// does not count the attempt and returns the number of seconds until the lockout ends.
 pub(crate) async fn record_failure(db: Queries<'_>, key: &LockoutKey) -> Result<f64> {
     let params: Params = &[&key.account, &key.network];
     let rows = db.write(Sql::LoginFailuresRecord, params).await?;
@@ -150,10 +150,10 @@ pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64> {
 }
 
 /// Replaces the hash that was verified, ends every session except `keep`, and revokes the tokens of
-/// `keep`, in one transaction; `None` if the password was changed concurrently.
+/// `keep`, all in one transaction. Returns `None` if the password was changed concurrently.
 ///
-/// This takes two statements, because the second has to see the sessions of logins that the first
-/// waited for.
+/// Two statements are needed because the second one must see the sessions of logins that the first
+/// one waited for.
 pub(crate) async fn change_password(
     db: Queries<'_>,
     id: Uuid,
@@ -195,14 +195,14 @@ pub(crate) async fn change_password(
     connections.retry(deadline, Repeat::Never, attempt).await
 }
 
-/// Deletes an account and everything that belongs to it. Returns the sessions that ended; `None`
+/// Deletes an account and everything that belongs to it. Returns the sessions that ended, or `None`
 /// if the password was changed concurrently.
 pub(crate) async fn delete(db: Queries<'_>, id: Uuid, verified: &str) -> Result<Option<Vec<Uuid>>> {
     let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
     Ok(rows.first().map(|row| row.get("session_ids")))
 }
 
-/// Reads an account.
+/// Reads an account from a row.
 pub(super) fn user(row: &Row) -> User {
     User {
         id: row.get("id"),

@@ -53,8 +53,8 @@ impl OsUser {
         };
         let (directory, closed, user) = (directory.display(), closed.display(), &self.name);
         Err(Error(format!(
-            "user {user}, as which PostgreSQL runs if todo-api runs as root, cannot reach DATA_DIR {directory}: \
-             {closed} is closed to it; set DATA_DIR to another directory, such as /var/lib/todo-api"
+            "user {user}, which runs PostgreSQL when todo-api is root, cannot reach DATA_DIR {directory}: \
+             it has no access to {closed}; set DATA_DIR to another directory, such as /var/lib/todo-api"
         )))
     }
 

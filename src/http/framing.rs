@@ -12,8 +12,8 @@ use crate::http::connection_state::ConnectionState;
 
 const CONTENT_LENGTH: &[u8] = b"content-length:";
 
-/// Follows the requests on a connection and releases them to hyper one head at a time: only once
-/// hyper has parsed a head is it known whether a body or the next head follows.
+/// Tracks the requests on a connection and releases them to hyper one head at a time, because only
+/// after hyper has parsed a head is it known whether a body or the next head follows.
 pub(crate) struct RequestFramer {
     connection: Arc<ConnectionState>,
     state: FramingState,
@@ -23,7 +23,7 @@ pub(crate) struct RequestFramer {
 enum FramingState {
     /// The head, or empty lines before it.
     Head(HeadScanner),
-    /// Whatever follows the head: hyper has not parsed the head yet.
+    /// Bytes after the head, held back because hyper has not parsed the head yet.
     AfterHead,
     /// The body, with this many bytes left.
     Body(u64),
@@ -41,8 +41,8 @@ impl RequestFramer {
         }
     }
 
-    /// Scans `bytes`, which must not be empty. Returns how many of them, at least one, hyper may
-    /// read now.
+    /// Scans `bytes`, which must not be empty. Returns how many of them hyper may read now, at
+    /// least one.
     pub(crate) fn advance(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         while at < bytes.len() {
@@ -101,13 +101,13 @@ impl RequestFramer {
     }
 }
 
-/// Finds the end of a head and what is malformed in it.
+/// Finds the end of a head, and detects malformed lines in it.
 #[derive(Default)]
 struct HeadScanner {
     started: bool,
-    /// Bytes of the current line so far.
+    /// The number of bytes in the current line so far.
     line: usize,
-    /// How many of them match `content-length:`.
+    /// How many bytes of the line match `content-length:`.
     matched: usize,
     has_content_length: bool,
     after_cr: bool,
@@ -115,7 +115,8 @@ struct HeadScanner {
 }
 
 impl HeadScanner {
-    /// A scanner for a trailer section, whose first line may be the empty one that ends it.
+    /// Returns a scanner for a trailer section, in which the first line may already be the final
+    /// empty one.
     fn trailer() -> Self {
         Self {
             started: true,
@@ -123,7 +124,7 @@ impl HeadScanner {
         }
     }
 
-    /// Scans up to the end of the head. Returns its position if `bytes` contain it.
+    /// Scans up to the end of the head. Returns the position of the end if it is in `bytes`.
     fn feed(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;
         while let Some(&byte) = bytes.get(at) {
@@ -153,8 +154,7 @@ impl HeadScanner {
         None
     }
 
-    /// Continues to match the start of the line, in which `text` comes next, with
-    /// `content-length:`.
+    /// Compares `text`, the next part of the current line, with `content-length:`.
     fn match_content_length(&mut self, text: &[u8]) {
         if self.matched != self.line {
             return;
@@ -170,7 +170,7 @@ impl HeadScanner {
     }
 }
 
-/// Parses the line before a chunk (RFC 9112 section 7.1). hyper rejects malformed sizes.
+/// Parses a chunk-size line (RFC 9112 section 7.1). hyper rejects malformed sizes.
 #[derive(Default)]
 struct ChunkSizeParser {
     size: u64,
@@ -178,7 +178,7 @@ struct ChunkSizeParser {
 }
 
 impl ChunkSizeParser {
-    /// Returns the size at the end of the line.
+    /// Returns the chunk size at the end of the line.
     fn feed(&mut self, byte: u8) -> Option<u64> {
         match char::from(byte).to_digit(16) {
             _ if byte == b'\n' => return Some(self.size),

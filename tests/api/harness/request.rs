@@ -66,7 +66,7 @@ impl Request {
             .unwrap_or_else(|error| panic!("{what}: {error}"))
     }
 
-    /// Sends the request to a server that may not be running, or may stop meanwhile.
+    /// Sends the request to a server that may not be running, or that may stop in the meantime.
     pub(crate) async fn try_send(self) -> Result<Response, BoxError> {
         timeout(WAIT_TIMEOUT, self.exchange()).await?
     }
