@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
@@ -63,8 +63,7 @@ struct Pending<Q> {
 }
 
 type Reply = oneshot::Sender<Result<Vec<Row>>>;
-/// Always `Ok`: the semaphores are never closed.
-type WorkerPermit = Result<OwnedSemaphorePermit, AcquireError>;
+type Permit = Option<OwnedSemaphorePermit>;
 
 /// The queue to the dispatcher of one kind of query.
 pub(super) struct Batcher<Q>(Mutex<Option<mpsc::Sender<Pending<Q>>>>);
@@ -126,8 +125,8 @@ async fn dispatch<Q: BatchQuery>(
     let fast_workers = Arc::new(Semaphore::new(MAX_FAST_WORKERS));
     let mut waiting: Vec<Pending<Q>> = Vec::new();
     loop {
-        let fast_permit = fast_workers.clone().acquire_owned().await;
-        let permit = workers.clone().acquire_owned().await;
+        let fast_permit = fast_workers.clone().acquire_owned().await.ok();
+        let permit = workers.clone().acquire_owned().await.ok();
         if waiting.is_empty() && queue.recv_many(&mut waiting, QUEUE_CAPACITY).await == 0 {
             return;
         }
@@ -169,7 +168,7 @@ async fn run_batch<Q: BatchQuery>(
     connections: Arc<Connections>,
     lease: Lease,
     batch: Vec<Pending<Q>>,
-    (fast_permit, _permit): (WorkerPermit, WorkerPermit),
+    (fast_permit, _permit): (Permit, Permit),
 ) {
     let Some(deadline) = latest_deadline(&batch) else {
         return;

@@ -1,5 +1,5 @@
-//! The schema is brought up to date however long that takes, by one instance of however many, and
-//! without harm to the data or to an instance of the previous version.
+//! The schema is migrated, however long that takes, by one of the instances that start, without harm to
+//! the data or to an instance of the previous release.
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -11,7 +11,7 @@ use crate::harness::{Database, PASSWORD, Process, SECRET, Server, until};
 
 const V1: &str = include_str!("../../sql/migrations/V1__initial.sql");
 
-/// What the first version of the service inserts, with each column it knew, for the user `N`.
+/// The inserts of the first release, with all its columns, for the user `N`.
 const V1_INSERTS: &str = "
     insert into users (id, email, password_hash, created_at, updated_at)
     values ('00000000-0000-7000-8000-00000000000N', 'userN@example.com', 'HASH', now(), now());
@@ -29,7 +29,7 @@ const V1_INSERTS: &str = "
     values ('00000000-0000-7000-8000-00000000000N', 'a key', '00000000-0000-7000-8000-0000000000aN',
             'an old task', null, false, now())";
 
-/// Its other statements, in short.
+/// Its other statements, shortened.
 const V1_CHANGES: &str = "
     update tasks set title = 'changed', updated_at = now()
     where user_id = '00000000-0000-7000-8000-00000000000N';
@@ -48,7 +48,7 @@ const V1_TABLES: [&str; 6] = [
     "idempotency_keys",
 ];
 
-/// A database as the first version of the service left it.
+/// A database with the schema of the first release.
 async fn database_of_version_1() -> (Database, Client) {
     let database = Database::create().await;
     let sql = database.sql().await;
@@ -63,7 +63,7 @@ async fn database_of_version_1() -> (Database, Client) {
     (database, sql)
 }
 
-/// Makes each transaction that changes the schema of this database take this long.
+/// Makes each transaction that changes the schema take this long.
 async fn slow_down(sql: &Client, seconds: u32) {
     sql.batch_execute(&format!(
         "create function slow_down() returns event_trigger language plpgsql as $$
@@ -102,7 +102,7 @@ async fn rows_of(sql: &Client, table: &str, columns: &[String]) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn an_older_schema_is_migrated_with_its_data_and_the_previous_version_can_go_on() {
+async fn an_older_schema_is_migrated_and_the_previous_release_still_runs() {
     let (database, sql) = database_of_version_1().await;
     let hash = bcrypt::hash(PASSWORD, 10).unwrap();
     let with = |text: &str, user: &str| text.replace('N', user).replace("HASH", &hash);
@@ -133,7 +133,7 @@ async fn an_older_schema_is_migrated_with_its_data_and_the_previous_version_can_
     assert_eq!(list[0]["title"], "an old task");
     assert_eq!(list[0]["description"], "from version 1");
 
-    // The previous version may still be running, and may be started again.
+    // The previous release may still be running, or may be started again.
     sql.batch_execute(&with(V1_INSERTS, "2")).await.unwrap();
     let user = server.login("user2@example.com", PASSWORD).await;
     let list = user.get(user.tasks()).await.expect(200).json();
@@ -142,7 +142,7 @@ async fn an_older_schema_is_migrated_with_its_data_and_the_previous_version_can_
 }
 
 #[tokio::test]
-async fn a_migration_that_was_merged_after_a_later_one_is_still_applied() {
+async fn a_missing_earlier_migration_is_still_applied() {
     let (database, sql) = database_of_version_1().await;
     sql.batch_execute("insert into migrations (version, name) values (999, 'of_a_newer_service')")
         .await
@@ -157,10 +157,10 @@ async fn a_migration_that_was_merged_after_a_later_one_is_still_applied() {
     assert_eq!(list.json().as_array().map(Vec::len), Some(1));
 }
 
-/// In its full form the migration takes longer than any client waited before. In the short form,
-/// the defaults of the database would end it.
+/// In the full form, the migration takes longer than any other timeout. In the short form, the
+/// database's default timeouts would end it.
 #[tokio::test]
-async fn two_instances_start_at_once_and_one_of_them_migrates_however_long_it_takes() {
+async fn one_of_two_instances_that_start_together_migrates_however_long_it_takes() {
     let seconds = short_or_full(3, 70);
     let database = Database::create().await;
     let sql = database.sql().await;
@@ -208,7 +208,7 @@ async fn two_instances_start_at_once_and_one_of_them_migrates_however_long_it_ta
 }
 
 #[tokio::test]
-async fn a_service_that_ends_during_a_migration_ends_at_once_and_leaves_no_trace_of_it() {
+async fn stopping_during_a_migration_is_immediate_and_rolls_it_back() {
     for signal in [Signal::TERM, Signal::KILL] {
         let database = Database::create().await;
         let sql = database.sql().await;
@@ -224,7 +224,7 @@ async fn a_service_that_ends_during_a_migration_ends_at_once_and_leaves_no_trace
         until("the migration is running", async || is_sleeping(&sql).await).await;
         process.signal(signal);
         process.ended().await;
-        // A server before version 14 notices only when its statement is done.
+        // A server before version 14 notices only when its statement ends.
         until("the transaction is rolled back", async || {
             !is_sleeping(&sql).await
         })
@@ -238,9 +238,9 @@ async fn a_service_that_ends_during_a_migration_ends_at_once_and_leaves_no_trace
 }
 
 #[tokio::test]
-async fn a_migration_does_not_queue_long_for_a_table_and_comes_again() {
+async fn a_migration_waits_briefly_for_a_table_and_is_retried() {
     let (database, sql) = database_of_version_1().await;
-    // What a migration does not get; reading the table goes on.
+    // Blocks the migration but not reads.
     sql.batch_execute("begin; lock table migrations in share mode")
         .await
         .unwrap();
@@ -257,7 +257,7 @@ async fn a_migration_does_not_queue_long_for_a_table_and_comes_again() {
 }
 
 #[tokio::test]
-async fn search_ignores_case_in_a_database_whose_locale_knows_only_ascii() {
+async fn search_ignores_case_in_a_database_with_an_ascii_locale() {
     let database = Database::create_with("template template0 encoding 'UTF8' locale 'C'").await;
     let server = Server::with(&[("DATABASE_URL", &database.url())]).await;
     assert!(!server.log().contains("case-sensitive"), "{}", server.log());
@@ -303,7 +303,7 @@ async fn search_ignores_case_in_a_database_whose_locale_knows_only_ascii() {
 }
 
 #[tokio::test]
-async fn a_server_on_which_search_minds_case_is_reported() {
+async fn reports_a_server_on_which_search_is_case_sensitive() {
     let server = Server::start().await;
     let check = async || {
         let url = server.database_url();
@@ -315,7 +315,7 @@ async fn a_server_on_which_search_minds_case_is_reported() {
         check.output()
     };
     assert!(check().await.contains("search ignores case"));
-    // As the migration makes it where there is neither ICU nor a UTF-8 locale.
+    // As the migration creates it without ICU and UTF-8 locales.
     let sql = server.sql().await;
     sql.batch_execute(
         "create or replace function fold_case(text) returns text language sql immutable parallel safe
