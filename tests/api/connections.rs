@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::net::TcpSocket;
 use tokio::time::{sleep, timeout};
 
-use crate::faults::{family, short_or_full};
+use crate::faults::{process_and_children, short_or_full};
 use crate::harness::{DataDir, Process, SECRET, Server, Wire, head, until};
 
 /// Starts the program as systemd does, with these sockets as descriptors 3 and 4.
@@ -69,7 +69,7 @@ async fn every_socket_that_systemd_passes_is_served_and_postgresql_inherits_none
             let socket = format!("/proc/self/fd/{}", socket.as_raw_fd());
             let socket = Some(fs::read_link(socket).unwrap());
             assert!(opened(&format!("/proc/{}/fd", process.pid())).contains(&socket));
-            for backend in family(directory.postgres().unwrap()) {
+            for backend in process_and_children(directory.postgres().unwrap()) {
                 let inherited = opened(&format!("/proc/{backend}/fd")).contains(&socket);
                 assert!(!inherited, "{backend} has {socket:?}");
             }

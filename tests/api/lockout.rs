@@ -14,7 +14,7 @@ async fn server() -> Server {
 }
 
 /// The n-th address of a botnet. Each address is in a network of its own.
-fn stranger(n: usize) -> String {
+fn unknown_client(n: usize) -> String {
     if n.is_multiple_of(2) {
         format!("198.51.100.{}", n / 2)
     } else {
@@ -39,7 +39,7 @@ async fn refresh_from(server: &Server, client: &str, token: &str) -> Response {
 }
 
 /// Makes consecutive failed login attempts, each of which is verified.
-async fn wrong(server: &Server, client: &str, email: &str, times: usize) {
+async fn fail_logins(server: &Server, client: &str, email: &str, times: usize) {
     for _ in 0..times {
         login_from(server, client, email, ANOTHER_PASSWORD)
             .await
@@ -48,7 +48,7 @@ async fn wrong(server: &Server, client: &str, email: &str, times: usize) {
 }
 
 /// Records `failures` failed logins from networks that the account has not used.
-async fn add_strangers(server: &Server, email: &str, failures: i32) {
+async fn add_unknown_failures(server: &Server, email: &str, failures: i32) {
     let changed = server
         .sql()
         .await
@@ -57,12 +57,12 @@ async fn add_strangers(server: &Server, email: &str, failures: i32) {
             &[&email, &failures],
         )
         .await
-        .expect("the count of all strangers");
-    assert_eq!(changed, 1, "nobody guessed at {email} before");
+        .expect("an update");
+    assert_eq!(changed, 1, "{email} has no failures from unknown networks");
 }
 
 /// Registers Ann from her home network.
-async fn ann_at_home(server: &Server) -> User {
+async fn register_ann(server: &Server) -> User {
     server.register("ann@example.com").await
 }
 
@@ -70,18 +70,18 @@ async fn ann_at_home(server: &Server) -> User {
 const HOME: &str = "127.0.0.1";
 
 #[tokio::test]
-async fn guesses_from_one_network_lock_out_no_other() {
+async fn failures_from_one_network_do_not_lock_out_others() {
     let server = server().await;
-    let ann = ann_at_home(&server).await;
+    let ann = register_ann(&server).await;
     for email in [ann.email.as_str(), "nobody@example.com"] {
-        wrong(&server, "203.0.113.1", email, 10).await;
+        fail_logins(&server, "203.0.113.1", email, 10).await;
         wait_of(login_from(&server, "203.0.113.1", email, &ann.password).await);
-        wrong(&server, "203.0.113.2", email, 1).await;
+        fail_logins(&server, "203.0.113.2", email, 1).await;
         // All addresses of a /64 count as one client, separate from every other.
-        wrong(&server, "2001:db8:1:2::1", email, 5).await;
-        wrong(&server, "2001:db8:1:2:3:4:5:6", email, 5).await;
+        fail_logins(&server, "2001:db8:1:2::1", email, 5).await;
+        fail_logins(&server, "2001:db8:1:2:3:4:5:6", email, 5).await;
         wait_of(login_from(&server, "2001:db8:1:2::7", email, &ann.password).await);
-        wrong(&server, "2001:db8:1:3::1", email, 1).await;
+        fail_logins(&server, "2001:db8:1:3::1", email, 1).await;
     }
     login_from(&server, "203.0.113.2", &ann.email, &ann.password)
         .await
@@ -94,11 +94,11 @@ async fn guesses_from_one_network_lock_out_no_other() {
 }
 
 #[tokio::test]
-async fn a_hundred_failures_lock_out_strangers_and_not_the_owner() {
+async fn a_hundred_failures_lock_out_only_unknown_networks() {
     let server = server().await;
-    let ann = ann_at_home(&server).await;
-    let refreshed_at = stranger(900);
-    let logged_in_at = stranger(901);
+    let ann = register_ann(&server).await;
+    let refreshed_at = unknown_client(900);
+    let logged_in_at = unknown_client(901);
     refresh_from(&server, &refreshed_at, &ann.refresh_token)
         .await
         .expect(200);
@@ -107,21 +107,25 @@ async fn a_hundred_failures_lock_out_strangers_and_not_the_owner() {
         .expect(200);
     for email in [ann.email.as_str(), "nobody@example.com"] {
         for n in 0..3 {
-            wrong(&server, &stranger(n), email, 1).await;
+            fail_logins(&server, &unknown_client(n), email, 1).await;
         }
-        add_strangers(&server, email, 95).await;
-        wrong(&server, &stranger(3), email, 1).await;
+        add_unknown_failures(&server, email, 95).await;
+        fail_logins(&server, &unknown_client(3), email, 1).await;
         // The owner's successful logins do not reset the count of the unused networks.
         if email == ann.email {
             for network in [HOME, &refreshed_at, &logged_in_at] {
-                wrong(&server, network, email, 1).await;
+                fail_logins(&server, network, email, 1).await;
                 login_from(&server, network, email, &ann.password)
                     .await
                     .expect(200);
             }
         }
-        wrong(&server, &stranger(4), email, 1).await;
-        for client in [stranger(4), stranger(5), "203.0.113.77".to_owned()] {
+        fail_logins(&server, &unknown_client(4), email, 1).await;
+        for client in [
+            unknown_client(4),
+            unknown_client(5),
+            "203.0.113.77".to_owned(),
+        ] {
             for password in [ann.password.as_str(), ANOTHER_PASSWORD] {
                 let wait = wait_of(login_from(&server, &client, email, password).await);
                 assert!((86_000..=86_400).contains(&wait), "{wait} for {email}");
@@ -132,42 +136,42 @@ async fn a_hundred_failures_lock_out_strangers_and_not_the_owner() {
         login_from(&server, network, &ann.email, &ann.password)
             .await
             .expect(200);
-        wait_of(login_from(&server, &stranger(5), &ann.email, &ann.password).await);
+        wait_of(login_from(&server, &unknown_client(5), &ann.email, &ann.password).await);
     }
     server
         .get("/api/v1/auth/me")
-        .header("x-forwarded-for", stranger(5))
+        .header("x-forwarded-for", unknown_client(5))
         .bearer(&ann.access_token)
         .await
         .expect(200);
 
     pass(&server, "24 hours 1 second").await;
     for email in [ann.email.as_str(), "nobody@example.com"] {
-        wrong(&server, &stranger(5), email, 2).await;
+        fail_logins(&server, &unknown_client(5), email, 2).await;
     }
-    login_from(&server, &stranger(6), &ann.email, &ann.password)
+    login_from(&server, &unknown_client(6), &ann.email, &ann.password)
         .await
         .expect(200);
 }
 
 #[tokio::test]
-async fn a_network_that_was_not_used_for_thirty_days_is_a_strangers() {
+async fn a_network_unused_for_30_days_becomes_unknown() {
     let server = server().await;
-    let ann = ann_at_home(&server).await;
+    let ann = register_ann(&server).await;
     let sql = server.sql().await;
-    wrong(&server, &stranger(0), &ann.email, 1).await;
-    add_strangers(&server, &ann.email, 98).await;
+    fail_logins(&server, &unknown_client(0), &ann.email, 1).await;
+    add_unknown_failures(&server, &ann.email, 98).await;
     age(&sql, "login_networks", "29 days 22 hours", "true").await;
-    wrong(&server, HOME, &ann.email, 1).await;
+    fail_logins(&server, HOME, &ann.email, 1).await;
     login_from(&server, HOME, &ann.email, &ann.password)
         .await
         .expect(200);
 
     // The network was last used by that login.
     age(&sql, "login_networks", "29 days 22 hours", "true").await;
-    wrong(&server, HOME, &ann.email, 1).await;
+    fail_logins(&server, HOME, &ann.email, 1).await;
     age(&sql, "login_networks", "3 hours", "true").await;
-    wrong(&server, HOME, &ann.email, 1).await;
+    fail_logins(&server, HOME, &ann.email, 1).await;
     wait_of(login_from(&server, HOME, &ann.email, &ann.password).await);
 
     // A refresh counts as a use, too.
@@ -181,9 +185,9 @@ async fn a_network_that_was_not_used_for_thirty_days_is_a_strangers() {
 
 /// An attacker who rotates through a large prefix cannot fill the table.
 #[tokio::test]
-async fn an_account_has_a_hundred_networks_and_the_least_recently_used_goes() {
+async fn keeps_the_hundred_most_recently_used_networks_of_an_account() {
     let server = server().await;
-    let ann = ann_at_home(&server).await;
+    let ann = register_ann(&server).await;
     let sql = server.sql().await;
     sql.batch_execute(
         "insert into login_networks (user_id, network, last_used_at)
@@ -225,11 +229,11 @@ async fn an_account_has_a_hundred_networks_and_the_least_recently_used_goes() {
 /// Every attempt gets the same response, whatever the owner does elsewhere in the meantime. A
 /// deleted account is indistinguishable from one that never existed.
 #[tokio::test]
-async fn no_attempt_tells_whether_there_is_an_account() {
+async fn lockouts_do_not_reveal_whether_an_account_exists() {
     let server = server().await;
-    let ann = ann_at_home(&server).await;
+    let ann = register_ann(&server).await;
     let emails = [ann.email.as_str(), "nobody@example.com"];
-    let guess = async |client: &str| -> u16 {
+    let attempt = async |client: &str| -> u16 {
         let mut statuses = [0; 2];
         for (status, email) in statuses.iter_mut().zip(emails) {
             *status = login_from(&server, client, email, ANOTHER_PASSWORD)
@@ -246,10 +250,10 @@ async fn no_attempt_tells_whether_there_is_an_account() {
                 .expect(200);
         }
         let expected = if n < 10 { 401 } else { 429 };
-        assert_eq!(guess("203.0.113.1").await, expected, "guess {n}");
+        assert_eq!(attempt("203.0.113.1").await, expected, "attempt {n}");
     }
     for email in emails {
-        add_strangers(&server, email, 85).await;
+        add_unknown_failures(&server, email, 85).await;
     }
     for n in 0..7 {
         if n == 3 {
@@ -259,20 +263,20 @@ async fn no_attempt_tells_whether_there_is_an_account() {
                 .expect(200);
         }
         let expected = if n < 5 { 401 } else { 429 };
-        assert_eq!(guess(&stranger(n)).await, expected, "guess {n}");
+        assert_eq!(attempt(&unknown_client(n)).await, expected, "attempt {n}");
     }
     delete_account(&server, &ann.access_token, &ann.password)
         .await
         .expect(204);
-    assert_eq!(guess("203.0.113.1").await, 429);
-    assert_eq!(guess(&stranger(7)).await, 429);
+    assert_eq!(attempt("203.0.113.1").await, 429);
+    assert_eq!(attempt(&unknown_client(7)).await, 429);
 }
 
 /// A correct password is rejected if the lockout begins while it is being verified.
 #[tokio::test]
-async fn a_right_password_is_refused_if_the_lockout_began_while_it_was_checked() {
+async fn rejects_a_correct_password_if_the_lockout_begins_while_it_is_verified() {
     let first = server().await;
-    let ann = ann_at_home(&first).await;
+    let ann = register_ann(&first).await;
     let sql = first.sql().await;
     sql.batch_execute(
         "insert into login_failures (account, network, failures, last_failure_at)
@@ -284,12 +288,12 @@ async fn a_right_password_is_refused_if_the_lockout_began_while_it_was_checked()
     // created.
     let slow = [("TRUSTED_PROXIES", "127.0.0.1"), ("BCRYPT_COST", "13")];
     let slow = first.sibling(&slow).await;
-    let right = login_from(&slow, "203.0.113.1", &ann.email, &ann.password);
+    let login_attempt = login_from(&slow, "203.0.113.1", &ann.email, &ann.password);
     let lockout = async {
-        until("the login has looked for a lockout", async || {
-            let looked = "select from pg_stat_activity where datname = current_database()
+        until("the login has checked for a lockout", async || {
+            let checked = "select from pg_stat_activity where datname = current_database()
                           and state = 'idle' and query like '%users u on u.email = request.email%'";
-            !sql.query(looked, &[]).await.expect("activity").is_empty()
+            !sql.query(checked, &[]).await.expect("activity").is_empty()
         })
         .await;
         sql.execute(
@@ -299,7 +303,7 @@ async fn a_right_password_is_refused_if_the_lockout_began_while_it_was_checked()
         .await
         .expect("a lockout");
     };
-    let (right, ()) = tokio::join!(right, lockout);
-    wait_of(right);
+    let (response, ()) = tokio::join!(login_attempt, lockout);
+    wait_of(response);
     login(&first, &ann.email, PASSWORD).await.expect(200);
 }

@@ -1,5 +1,5 @@
-//! A change of password revokes every token from before, those of the session that asks too, and
-//! returns the next ones of it.
+//! A password change revokes all earlier tokens, including those of the current session, and returns
+//! new ones for it.
 
 use std::time::Instant;
 
@@ -14,18 +14,17 @@ use crate::log::settled;
 use crate::races::{BOTH, RowLock, race};
 use crate::sessions::{OTHER_USERS_TASKS, assert_revoked, list};
 
-/// A third password, as good as the others.
 const THIRD_PASSWORD: &str = "quiet marble 77 rivers";
 
-async fn sign_out_by_refresh_token(server: &Server, refresh_token: &str) -> Response {
+async fn logout_with_refresh_token(server: &Server, refresh_token: &str) -> Response {
     server
         .post("/api/v1/auth/logout")
         .json(json!({"refresh_token": refresh_token}))
         .await
 }
 
-/// Asserts that these tokens of a session work everywhere.
-async fn assert_alive(servers: [&Server; 2], tokens: &Value) -> Value {
+/// Asserts that tokens work on both servers. Refreshes them and returns the new ones.
+async fn assert_valid(servers: [&Server; 2], tokens: &Value) -> Value {
     for server in servers {
         assert_signed_in(server, &text(tokens, "access_token")).await;
     }
@@ -36,7 +35,7 @@ async fn assert_alive(servers: [&Server; 2], tokens: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn a_change_of_password_returns_tokens_of_the_same_session() {
+async fn returns_new_tokens_for_the_same_session() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.user().await;
@@ -44,8 +43,8 @@ async fn a_change_of_password_returns_tokens_of_the_same_session() {
     let before = list(&here, &ann.access_token).await;
     let response = change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD).await;
     let tokens = assert_tokens(&response.expect(200), &ann.email);
-    // At once, within the second that the tokens before it were issued in.
-    let next = assert_alive([&here, &there], &tokens).await;
+    // The tokens work even within the second in which the earlier ones were issued.
+    let next = assert_valid([&here, &there], &tokens).await;
     let sessions = list(&there, &text(&next, "access_token")).await;
     assert_eq!(sessions.len(), 1);
     assert_eq!(text(&sessions[0], "id"), ann.session_id);
@@ -58,16 +57,15 @@ async fn a_change_of_password_returns_tokens_of_the_same_session() {
     assert_ne!(tokens["user"]["updated_at"], tokens["user"]["created_at"]);
 }
 
-/// Whoever copied a token before has nothing after it, and cannot end anything with it either.
 #[tokio::test]
-async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
+async fn earlier_tokens_can_neither_be_used_nor_end_the_session() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.user().await;
     let second = refresh(&here, &ann.refresh_token).await.expect(200).json();
     let access = [&ann.access_token, &text(&second, "access_token")];
     let refresh_tokens = [&ann.refresh_token, &text(&second, "refresh_token")];
-    // The other instance is as far behind as it can be.
+    // The other instance has just refreshed its revocations.
     assert_signed_in(&there, access[0]).await;
     let response = change_password(&here, access[1], PASSWORD, ANOTHER_PASSWORD).await;
     let changed = Instant::now();
@@ -79,20 +77,20 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
             .problem(401, "invalid_token");
         assert_revoked(&there, token, changed).await;
     }
-    // Within the grace time of one of them.
+    // The grace period of the latest refresh token has not ended yet.
     for server in [&here, &there] {
         for token in refresh_tokens {
             refresh(server, token)
                 .await
                 .problem(401, "invalid_refresh_token");
-            sign_out_by_refresh_token(server, token).await.expect(204);
+            logout_with_refresh_token(server, token).await.expect(204);
         }
         for token in access {
             logout(server, token).await.expect(204);
         }
     }
-    let next = assert_alive([&here, &there], &tokens).await;
-    // The grace time of the new ones is as ever.
+    let next = assert_valid([&here, &there], &tokens).await;
+    // The new refresh tokens have a grace period as usual.
     let again = refresh(&here, &text(&tokens, "refresh_token")).await;
     assert_eq!(
         again.expect(200).json()["refresh_token"],
@@ -103,11 +101,11 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
             .await
             .problem(401, "invalid_refresh_token");
     }
-    assert_alive([&here, &there], &next).await;
+    assert_valid([&here, &there], &next).await;
     assert!(!settled(&here).await.contains("reuse"));
     assert!(!settled(&there).await.contains("reuse"));
 
-    // An instance that starts later knows both.
+    // An instance that starts later accepts and rejects the same tokens.
     let later = here.sibling(&[]).await;
     assert_signed_in(&later, &text(&next, "access_token")).await;
     for token in access {
@@ -116,7 +114,7 @@ async fn a_token_from_before_a_change_of_password_does_nothing_any_more() {
 }
 
 #[tokio::test]
-async fn a_second_change_of_password_revokes_the_tokens_of_the_first() {
+async fn a_second_change_revokes_the_tokens_of_the_first() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.user().await;
@@ -134,48 +132,54 @@ async fn a_second_change_of_password_revokes_the_tokens_of_the_first() {
             .await
             .problem(401, "invalid_refresh_token");
     }
-    assert_alive([&here, &there], &second).await;
+    assert_valid([&here, &there], &second).await;
 }
 
-/// However it ends: the revocation of its earlier tokens does not hide that of the rest.
+/// The revocation of the earlier tokens must not hide that of the session.
 #[tokio::test]
-async fn a_session_whose_password_was_changed_can_still_be_ended() {
+async fn the_session_can_be_revoked_after_a_change() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let sql = here.sql().await;
-    for way in ["logout", "by refresh token", "theft", "by hand"] {
+    for cause in [
+        "logout",
+        "logout with refresh token",
+        "reuse",
+        "deleted row",
+    ] {
         let ann = here.user().await;
         let tokens = change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD).await;
         let tokens = tokens.expect(200).json();
         let access = text(&tokens, "access_token");
         let refresh_token = text(&tokens, "refresh_token");
         assert_signed_in(&there, &access).await;
-        match way {
+        match cause {
             "logout" => logout(&here, &access).await.expect(204),
-            "by refresh token" => sign_out_by_refresh_token(&here, &refresh_token)
+            "logout with refresh token" => logout_with_refresh_token(&here, &refresh_token)
                 .await
                 .expect(204),
-            "theft" => {
+            "reuse" => {
                 let next = refresh(&here, &refresh_token).await.expect(200).json();
                 let next = refresh(&here, &text(&next, "refresh_token")).await;
                 next.expect(200);
                 refresh(&here, &refresh_token).await.expect(401)
             }
             _ => {
-                sql.batch_execute("delete from sessions").await.expect(way);
+                sql.batch_execute("delete from sessions")
+                    .await
+                    .expect(cause);
                 here.get("/healthz").await
             }
         };
         let ended = Instant::now();
-        println!("{way}");
+        println!("{cause}");
         assert_revoked(&there, &access, ended).await;
         assert_revoked(&here, &access, ended).await;
     }
 }
 
-/// A refresh of the same session at the same moment: its tokens are from before or after.
 #[tokio::test]
-async fn a_refresh_beside_a_change_of_password_in_one_session_leaves_only_its_tokens() {
+async fn a_concurrent_refresh_does_not_outlive_the_change() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
@@ -201,29 +205,29 @@ async fn a_refresh_beside_a_change_of_password_in_one_session_leaves_only_its_to
             refreshed.problem(401, "invalid_refresh_token");
         }
         assert_revoked(&there, &ann.access_token, since).await;
-        assert_alive([&here, &there], &tokens).await;
+        assert_valid([&here, &there], &tokens).await;
     }
 }
 
-/// A session that is over changes nothing, and a logout that comes later ends nothing.
+/// If the logout comes first, the change fails. Otherwise, the logout has no effect.
 #[tokio::test]
-async fn a_logout_beside_a_change_of_password_comes_before_or_after_it() {
+async fn a_concurrent_logout_comes_before_or_after_the_change() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
         let held = RowLock::new(&here, "sessions", &ann.session_id).await;
-        let (signed_out, changed) = race(
+        let (logged_out, changed) = race(
             order,
             held,
             logout(&there, &ann.access_token),
             change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
         )
         .await;
-        println!("{order:?}: {} {}", signed_out.status, changed.status);
-        signed_out.expect(204);
+        println!("{order:?}: {} {}", logged_out.status, changed.status);
+        logged_out.expect(204);
         if changed.status == 200 {
-            assert_alive([&here, &there], &changed.json()).await;
+            assert_valid([&here, &there], &changed.json()).await;
             login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
         } else {
             changed.problem(401, "invalid_token");
@@ -233,7 +237,7 @@ async fn a_logout_beside_a_change_of_password_comes_before_or_after_it() {
 }
 
 #[tokio::test]
-async fn of_two_changes_of_password_in_one_session_one_wins() {
+async fn one_of_two_concurrent_changes_succeeds() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann: User = here.user().await;
@@ -245,23 +249,27 @@ async fn of_two_changes_of_password_in_one_session_one_wins() {
         )
         .await;
     second.problem(403, "wrong_password");
-    assert_alive([&here, &there], &first.expect(200).json()).await;
+    assert_valid([&here, &there], &first.expect(200).json()).await;
     login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
 }
 
-/// The database ends a deadlock by rolling back the change, which waited first.
+/// PostgreSQL resolves the deadlock by rolling back the change, which waited first.
 #[tokio::test]
-async fn a_change_of_password_that_met_a_deadlock_is_made_all_the_same() {
+async fn retries_after_a_deadlock() {
     let server = Server::start().await;
     let ann = server.user().await;
     let other = RowLock::new(&server, "sessions", &ann.session_id).await;
     let deadlock = async {
         other.waiting(1).await;
         let lock = format!("select 1 from users where id = '{}' for update", ann.id);
-        other.sql.batch_execute(&lock).await.expect("the account");
-        other.sql.batch_execute("commit").await.expect("let go");
+        other
+            .sql
+            .batch_execute(&lock)
+            .await
+            .expect("a lock on the user");
+        other.sql.batch_execute("commit").await.expect("a commit");
     };
     let change = change_password(&server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD);
     let (changed, ()) = tokio::join!(change, deadlock);
-    assert_alive([&server; 2], &changed.expect(200).json()).await;
+    assert_valid([&server; 2], &changed.expect(200).json()).await;
 }

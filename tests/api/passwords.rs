@@ -1,4 +1,4 @@
-//! What may be a password, what happens at 72 bytes, and how old hashes become new ones. FR-012.
+//! Password rules, the limit of 72 bytes, and rehashing. FR-012.
 
 use std::collections::BTreeSet;
 
@@ -7,14 +7,14 @@ use crate::auth::{
 };
 use crate::harness::{PASSWORD, Server};
 
-/// 71 bytes that nobody guesses.
+/// A strong password of 71 bytes.
 const BYTES_71: &str = "kV7#pQ2mXz9!rT4wLb8@nY6cJd3$hF5gSa1%eU0iOo^vBx&uKq*tMw(zNr)yPl_jGk+DsEf";
 
 /// 18 code points of 4 bytes each.
 const EIGHTEEN_CRABS: &str = "🦀🐙🦑🐚🐡🐠🐟🐬🐳🐋🦈🐊🐅🐆🦓🦍🦧🐘";
 
 #[tokio::test]
-async fn passwords_have_8_code_points_to_72_bytes() {
+async fn passwords_have_at_least_8_characters_and_at_most_72_bytes() {
     assert_eq!(BYTES_71.len(), 71);
     assert_eq!(
         (EIGHTEEN_CRABS.len(), EIGHTEEN_CRABS.chars().count()),
@@ -27,11 +27,11 @@ async fn passwords_have_8_code_points_to_72_bytes() {
     let seven_crabs: String = EIGHTEEN_CRABS.chars().take(7).collect();
     let eight_crabs: String = EIGHTEEN_CRABS.chars().take(8).collect();
 
-    for (n, (password, is_good)) in [
+    for (n, (password, is_valid)) in [
         ("", false),
         ("kV7#pQ2", false),
         ("kV7#pQ2m", true),
-        // 28 bytes, but 7 of what a person counts.
+        // 28 bytes, but only 7 code points.
         (&seven_crabs, false),
         (&eight_crabs, true),
         (&bytes_72, true),
@@ -39,7 +39,7 @@ async fn passwords_have_8_code_points_to_72_bytes() {
         (EIGHTEEN_CRABS, true),
         (&crabs_and_one, false),
         ("kV7#pQ2m\0Xz9!rT4w", false),
-        // No composition rules, nothing trimmed, nothing folded.
+        // No required character classes, no trimming, no case folding.
         ("verdant walrus umbrella", true),
         ("  kV7#pQ2mXz  ", true),
         ("48151623429176", true),
@@ -50,7 +50,7 @@ async fn passwords_have_8_code_points_to_72_bytes() {
     {
         let email = format!("ann{n}@example.com");
         let response = register(&server, &email, password).await;
-        if is_good {
+        if is_valid {
             response.expect(201);
             login(&server, &email, password).await.expect(200);
         } else {
@@ -64,10 +64,9 @@ async fn passwords_have_8_code_points_to_72_bytes() {
     }
 }
 
-/// RFC 8265: a keyboard that composes an accent in another way types the same password, wherever
-/// a password is asked for; and the bounds are those of the composed one.
+/// RFC 8265: keyboards compose accents differently. The limits apply to the normalized password.
 #[tokio::test]
-async fn a_password_is_the_same_however_its_accents_are_composed() {
+async fn passwords_match_in_any_unicode_normalization() {
     let server = Server::start().await;
     let composed = "mélange-Ångström-où";
     let decomposed = "me\u{301}lange-A\u{30a}ngstro\u{308}m-ou\u{300}";
@@ -96,7 +95,7 @@ async fn a_password_is_the_same_however_its_accents_are_composed() {
         .await
         .expect(204);
 
-    // 7 code points once composed, and 72 bytes once composed.
+    // 8 code points before normalization and 7 after it; 73 bytes before and 72 after it.
     let seven = "e\u{301}kV7#pQ";
     assert_eq!(seven.chars().count(), 8);
     register(&server, "cid@example.com", seven)
@@ -110,7 +109,7 @@ async fn a_password_is_the_same_however_its_accents_are_composed() {
     login(&server, "cid@example.com", &longest)
         .await
         .expect(200);
-    // U+1D160 is three code points when composed, as Unicode has it: 84 bytes.
+    // NFC turns U+1D160 into three code points; seven of them have 84 bytes.
     register(&server, "dan@example.com", &"\u{1d160}".repeat(7))
         .await
         .problem(422, "validation_failed");
@@ -119,9 +118,8 @@ async fn a_password_is_the_same_however_its_accents_are_composed() {
         .problem(401, "invalid_credentials");
 }
 
-/// Otherwise a password is what it is, to the byte.
 #[tokio::test]
-async fn nothing_like_the_password_is_the_password() {
+async fn passwords_are_otherwise_compared_exactly() {
     let server = Server::start().await;
     let password = "  kV7#pQ2mÄz  ";
     register(&server, "ann@example.com", password)
@@ -132,7 +130,7 @@ async fn nothing_like_the_password_is_the_password() {
         "  kV7#pQ2mÄz ",
         "  kv7#pq2mäz  ",
         "  KV7#PQ2MÄZ  ",
-        // A letter of its own.
+        // Å instead of Ä.
         "  kV7#pQ2m\u{212b}z  ",
         "  kV7#pQ2mÄz  \0",
     ] {
@@ -145,9 +143,9 @@ async fn nothing_like_the_password_is_the_password() {
         .expect(200);
 }
 
-/// bcrypt reads 72 bytes: what comes after them must not be ignored.
+/// bcrypt itself ignores everything after 72 bytes.
 #[tokio::test]
-async fn a_right_password_of_72_bytes_with_a_tail_is_wrong() {
+async fn rejects_a_password_of_72_bytes_with_a_suffix() {
     let server = Server::start().await;
     let password = format!("{BYTES_71}Z");
     let ann = register(&server, "ann@example.com", &password)
@@ -176,10 +174,9 @@ async fn a_right_password_of_72_bytes_with_a_tail_is_wrong() {
         .expect(200);
 }
 
-/// At the door a password that breaks the rules is merely a wrong one: the rules are for
-/// choosing, and say nothing about who is there.
+/// The rules apply to new passwords only.
 #[tokio::test]
-async fn at_sign_in_a_password_against_the_rules_is_merely_wrong() {
+async fn login_treats_an_invalid_password_as_a_wrong_one() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     for password in [
@@ -201,7 +198,7 @@ async fn at_sign_in_a_password_against_the_rules_is_merely_wrong() {
 }
 
 #[tokio::test]
-async fn what_is_easily_guessed_is_refused_with_a_reason_to_act_on() {
+async fn rejects_passwords_that_are_easy_to_guess_with_advice() {
     let server = Server::start().await;
     for password in [
         "password",
@@ -220,7 +217,7 @@ async fn what_is_easily_guessed_is_refused_with_a_reason_to_act_on() {
             .problem(422, "validation_failed");
         assert_eq!(pointers(&problem), BTreeSet::from(["/password".to_owned()]));
         let detail = text(&problem["errors"][0], "detail");
-        // More than "too weak", and not the password itself.
+        // The detail gives advice and does not repeat the password.
         assert!(detail.split_whitespace().count() >= 8, "{detail}");
         assert!(
             password == "password" || !detail.contains(password),
@@ -232,9 +229,8 @@ async fn what_is_easily_guessed_is_refused_with_a_reason_to_act_on() {
         .expect(201);
 }
 
-/// The e-mail is what an attacker tries first.
 #[tokio::test]
-async fn ones_own_address_is_easily_guessed() {
+async fn rejects_passwords_derived_from_the_email_address() {
     let server = Server::start().await;
     let email = "xkqvbwzjpm@fhtrgnwq.example";
     for password in [
@@ -252,14 +248,14 @@ async fn ones_own_address_is_easily_guessed() {
             "{password}"
         );
     }
-    // It is the context that makes it weak.
+    // The same password is acceptable for another address.
     register(&server, "ann@example.com", "xkqvbwzjpm")
         .await
         .expect(201);
 }
 
 #[tokio::test]
-async fn a_new_password_is_held_to_the_same_rules() {
+async fn a_password_change_applies_the_same_rules() {
     let server = Server::start().await;
     let ann = server.register("xkqvbwzjpm@example.com").await;
     let too_long = format!("{BYTES_71}ZZ");
@@ -287,7 +283,7 @@ async fn a_new_password_is_held_to_the_same_rules() {
     login(&server, &ann.email, &longest).await.expect(200);
 }
 
-/// The hash of one user.
+/// Reads the password hash of a user.
 async fn hash(sql: &tokio_postgres::Client, email: &str) -> String {
     sql.query_one(
         "select password_hash from users where email = $1",
@@ -299,7 +295,7 @@ async fn hash(sql: &tokio_postgres::Client, email: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_hash_of_an_older_cost_is_renewed_at_the_next_sign_in() {
+async fn login_rehashes_a_password_whose_cost_is_outdated() {
     let old = Server::with(&[("BCRYPT_COST", "10")]).await;
     let new = old.sibling(&[("BCRYPT_COST", "11")]).await;
     let sql = old.sql().await;
@@ -307,7 +303,7 @@ async fn a_hash_of_an_older_cost_is_renewed_at_the_next_sign_in() {
     let before = hash(&sql, &ann.email).await;
     assert!(before.starts_with("$2b$10$"), "{before}");
 
-    // A wrong password renews nothing.
+    // A wrong password does not rehash.
     login(&new, &ann.email, ANOTHER_PASSWORD)
         .await
         .problem(401, "invalid_credentials");
@@ -318,11 +314,11 @@ async fn a_hash_of_an_older_cost_is_renewed_at_the_next_sign_in() {
     assert!(after.starts_with("$2b$11$"), "{after}");
     assert!(bcrypt::verify(&ann.password, &after).expect("a hash"));
 
-    // It is good for both, and renewed once only.
-    for server in [&new, &new] {
-        login(server, &ann.email, &ann.password).await.expect(200);
+    // The next login does not rehash again.
+    for _ in 0..2 {
+        login(&new, &ann.email, &ann.password).await.expect(200);
         assert_eq!(hash(&sql, &ann.email).await, after);
     }
-    // No session ended over it.
+    // Existing sessions continue.
     assert_signed_in(&new, &ann.access_token).await;
 }

@@ -1,4 +1,4 @@
-//! Refresh tokens: good for one use, forgiving for ten seconds, then a theft. FR-017.
+//! Refresh tokens: single use, a grace period of ten seconds, and detection of reuse. FR-017.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -13,8 +13,8 @@ use crate::purge::age;
 use crate::sessions::assert_revoked;
 use crate::tokens;
 
-/// Moves one session's whole past back in time, as if that long had gone by.
-async fn wait_in_database(sql: &tokio_postgres::Client, user: &User, interval: &str) {
+/// Moves all timestamps of a user's session into the past.
+async fn age_session(sql: &tokio_postgres::Client, user: &User, interval: &str) {
     age(
         sql,
         "sessions",
@@ -24,8 +24,13 @@ async fn wait_in_database(sql: &tokio_postgres::Client, user: &User, interval: &
     .await;
 }
 
-/// Asserts that nothing of a session works any longer.
-async fn assert_over(server: &Server, access: &[&str], refresh_tokens: &[&str], ended: Instant) {
+/// Asserts that all these tokens are rejected.
+async fn assert_all_revoked(
+    server: &Server,
+    access: &[&str],
+    refresh_tokens: &[&str],
+    ended: Instant,
+) {
     for token in access {
         assert_revoked(server, token, ended).await;
     }
@@ -37,7 +42,7 @@ async fn assert_over(server: &Server, access: &[&str], refresh_tokens: &[&str], 
 }
 
 #[tokio::test]
-async fn a_refresh_carries_the_same_session_on() {
+async fn refreshing_continues_the_session() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut token = ann.refresh_token.clone();
@@ -54,15 +59,18 @@ async fn a_refresh_carries_the_same_session_on() {
         assert_eq!(claims(&access)["sid"], ann.session_id.as_str());
         assert_signed_in(&server, &access).await;
         token = text(&body, "refresh_token");
-        assert!(seen.insert(token.clone()), "each use gives a new one");
+        assert!(
+            seen.insert(token.clone()),
+            "a refresh token was returned twice"
+        );
     }
-    // What was given before lives out its own day.
+    // Earlier access tokens remain valid until they expire.
     assert_signed_in(&server, &ann.access_token).await;
 }
 
-/// Two tabs, or an answer that was lost on the way.
+/// For example from two tabs, or after a lost response.
 #[tokio::test]
-async fn a_repeat_within_the_grace_time_gets_the_very_same_successor() {
+async fn a_repeat_within_the_grace_period_returns_the_same_successor() {
     let server = Server::start().await;
     let other = server.sibling(&[]).await;
     let sql = server.sql().await;
@@ -71,13 +79,13 @@ async fn a_repeat_within_the_grace_time_gets_the_very_same_successor() {
         .await
         .expect(200)
         .json();
-    wait_in_database(&sql, &ann, "2 seconds").await;
+    age_session(&sql, &ann, "2 seconds").await;
     for server in [&server, &other, &server] {
         let again = refresh(server, &ann.refresh_token).await.expect(200).json();
         assert_eq!(again["refresh_token"], first["refresh_token"]);
         assert_signed_in(server, &text(&again, "access_token")).await;
     }
-    // It harmed nothing: the successor is as good as ever.
+    // The successor is still valid.
     refresh(&other, &text(&first, "refresh_token"))
         .await
         .expect(200);
@@ -86,16 +94,16 @@ async fn a_repeat_within_the_grace_time_gets_the_very_same_successor() {
 }
 
 #[tokio::test]
-async fn a_later_repeat_ends_the_session_and_is_logged_once() {
+async fn a_later_repeat_revokes_the_session_and_is_logged_once() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;
-    let bystander = server.user().await;
+    let other = server.user().await;
     let first = refresh(&server, &ann.refresh_token)
         .await
         .expect(200)
         .json();
-    wait_in_database(&sql, &ann, "11 seconds").await;
+    age_session(&sql, &ann, "11 seconds").await;
 
     let id = unique_id();
     let response = server
@@ -106,7 +114,7 @@ async fn a_later_repeat_ends_the_session_and_is_logged_once() {
     let ended = Instant::now();
     response.problem(401, "invalid_refresh_token");
 
-    assert_over(
+    assert_all_revoked(
         &server,
         &[&ann.access_token, &text(&first, "access_token")],
         &[&text(&first, "refresh_token"), &ann.refresh_token],
@@ -117,13 +125,13 @@ async fn a_later_repeat_ends_the_session_and_is_logged_once() {
     let lines = warnings(&log, &id);
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("reuse"), "{}", lines[0]);
-    assert_signed_in(&server, &bystander.access_token).await;
-    refresh(&server, &bystander.refresh_token).await.expect(200);
+    assert_signed_in(&server, &other.access_token).await;
+    refresh(&server, &other.refresh_token).await.expect(200);
 }
 
-/// Even within the grace time: only the token used last has one.
+/// Only the most recently used token has a grace period.
 #[tokio::test]
-async fn an_older_generation_ends_the_session_at_once() {
+async fn an_older_token_revokes_the_session_immediately() {
     let server = Server::start().await;
     let ann = server.user().await;
     let second = refresh(&server, &ann.refresh_token)
@@ -139,7 +147,7 @@ async fn an_older_generation_ends_the_session_at_once() {
         .await
         .problem(401, "invalid_refresh_token");
     let ended = Instant::now();
-    assert_over(
+    assert_all_revoked(
         &server,
         &[
             &ann.access_token,
@@ -156,18 +164,18 @@ async fn an_older_generation_ends_the_session_at_once() {
 }
 
 #[tokio::test]
-async fn fifty_refreshes_of_one_token_at_once_give_one_successor() {
+async fn fifty_concurrent_refreshes_return_one_successor() {
     let server = Server::start().await;
     let other = server.sibling(&[]).await;
     let ann = server.user().await;
-    let answers = join_all((0..50).map(|n| {
+    let responses = join_all((0..50).map(|n| {
         let server = if n % 2 == 0 { &server } else { &other };
         refresh(server, &ann.refresh_token)
     }))
     .await;
-    let successors: BTreeSet<String> = answers
+    let successors: BTreeSet<String> = responses
         .into_iter()
-        .map(|answer| text(&answer.expect(200).json(), "refresh_token"))
+        .map(|response| text(&response.expect(200).json(), "refresh_token"))
         .collect();
     assert_eq!(successors.len(), 1, "{successors:?}");
     let sql = server.sql().await;
@@ -181,9 +189,8 @@ async fn fifty_refreshes_of_one_token_at_once_give_one_successor() {
     refresh(&other, successor).await.expect(200);
 }
 
-/// Neither token passes for the other, however the other's claims are dressed up.
 #[tokio::test]
-async fn neither_token_passes_for_the_other() {
+async fn access_and_refresh_tokens_are_not_interchangeable() {
     let server = Server::start().await;
     let ann = server.user().await;
     refresh(&server, &ann.access_token)
@@ -200,7 +207,7 @@ async fn neither_token_passes_for_the_other() {
     );
     response.problem(401, "invalid_token");
 
-    // A refresh token's own header and claims under the plain secret: the keys differ too.
+    // The header and claims of a refresh token, signed with the access tokens' key.
     let mut parts = ann.refresh_token.split('.').map(tokens::from_base64url);
     let (head, claims) = (parts.next(), parts.next());
     if let (Some(head), Some(claims)) = (head, claims)
@@ -214,13 +221,13 @@ async fn neither_token_passes_for_the_other() {
             .await
             .problem(401, "invalid_refresh_token");
     }
-    // Nothing of this ended anything.
+    // The session continues.
     assert_signed_in(&server, &ann.access_token).await;
     refresh(&server, &ann.refresh_token).await.expect(200);
 }
 
 #[tokio::test]
-async fn what_is_no_refresh_token_is_refused_and_ends_nothing() {
+async fn malformed_refresh_tokens_are_rejected_without_effect() {
     let server = Server::start().await;
     let ann = server.user().await;
     let token = ann.refresh_token.as_str();
@@ -249,7 +256,7 @@ async fn what_is_no_refresh_token_is_refused_and_ends_nothing() {
     ] {
         let response = refresh(&server, bad).await;
         response.problem(401, "invalid_refresh_token");
-        // RFC 9110 section 11.6.1: a 401 carries a challenge.
+        // RFC 9110, section 11.6.1, requires a challenge.
         assert!(
             response
                 .header("www-authenticate")
@@ -260,21 +267,21 @@ async fn what_is_no_refresh_token_is_refused_and_ends_nothing() {
     refresh(&server, token).await.expect(200);
 }
 
-/// 30 days idle; the last access token keeps its own day (the contract says so).
+/// Its last access token remains valid until it expires.
 #[tokio::test]
-async fn a_session_idle_for_thirty_days_cannot_be_refreshed() {
+async fn a_session_expires_after_30_idle_days() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;
     let bob = server.user().await;
-    wait_in_database(&sql, &ann, "30 days 1 second").await;
-    wait_in_database(&sql, &bob, "29 days 23 hours").await;
+    age_session(&sql, &ann, "30 days 1 second").await;
+    age_session(&sql, &bob, "29 days 23 hours").await;
     refresh(&server, &ann.refresh_token)
         .await
         .problem(401, "invalid_refresh_token");
     refresh(&server, &bob.refresh_token).await.expect(200);
 
-    // Seen over more than the second in which an ended session would be known to have ended.
+    // A revocation would take effect within one second.
     let since = Instant::now();
     while since.elapsed().as_millis() < 1500 {
         assert_signed_in(&server, &ann.access_token).await;
@@ -282,49 +289,45 @@ async fn a_session_idle_for_thirty_days_cannot_be_refreshed() {
     }
 }
 
-/// 90 days in all, however diligently it is refreshed.
 #[tokio::test]
-async fn no_session_outlives_ninety_days() {
+async fn a_session_expires_90_days_after_the_login() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;
     let mut token = ann.refresh_token.clone();
     for days_left in [61_i64, 32, 3] {
-        wait_in_database(&sql, &ann, "29 days").await;
+        age_session(&sql, &ann, "29 days").await;
         let body = refresh(&server, &token).await.expect(200).json();
         let left = body["refresh_expires_in"].as_i64().expect("seconds");
         let most = days_left.min(30) * 86400;
         assert!(
             left <= most && left > most - 60,
-            "{left} of {days_left} days"
+            "{left} s with {days_left} days left"
         );
         token = text(&body, "refresh_token");
     }
-    wait_in_database(&sql, &ann, "3 days 1 second").await;
+    age_session(&sql, &ann, "3 days 1 second").await;
     refresh(&server, &token)
         .await
         .problem(401, "invalid_refresh_token");
 }
 
 #[tokio::test]
-async fn signing_out_by_bearer_token_ends_the_session() {
+async fn logout_with_an_access_token_revokes_the_session() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let elsewhere = crate::auth::login(&server, &ann.email, &ann.password)
-        .await
-        .expect(200)
-        .json();
+    let other_session = server.login(&ann.email, &ann.password).await;
     let response = logout(&server, &ann.access_token).await.expect(204);
     let ended = Instant::now();
     assert!(response.body.is_empty());
-    assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
-    // Again, though the session is over already.
+    assert_all_revoked(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
+    // Logging out again succeeds as well.
     logout(&server, &ann.access_token).await.expect(204);
-    assert_signed_in(&server, &text(&elsewhere, "access_token")).await;
+    assert_signed_in(&server, &other_session.access_token).await;
 }
 
 #[tokio::test]
-async fn signing_out_by_refresh_token_ends_the_session() {
+async fn logout_with_a_refresh_token_revokes_the_session() {
     let server = Server::start().await;
     let ann = server.user().await;
     for _ in 0..2 {
@@ -335,12 +338,12 @@ async fn signing_out_by_refresh_token_ends_the_session() {
             .expect(204);
     }
     let ended = Instant::now();
-    assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
+    assert_all_revoked(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
 }
 
-/// RFC 7009 section 2.2: a token that is nobody's is signed out as it stands.
+/// RFC 7009, section 2.2.
 #[tokio::test]
-async fn signing_out_with_an_unknown_or_used_refresh_token_is_no_error() {
+async fn logout_with_an_unknown_or_used_refresh_token_succeeds() {
     let server = Server::start().await;
     let ann = server.user().await;
     for unknown in ["", "x", "a.b.c", "ä\u{0}", &ann.access_token] {
@@ -359,9 +362,9 @@ async fn signing_out_with_an_unknown_or_used_refresh_token_is_no_error() {
         .expect(204);
 }
 
-/// Someone who comes back after two days can still press "sign out", and it counts.
+/// A user who returns after two days can still log out.
 #[tokio::test]
-async fn signing_out_with_a_merely_expired_token_ends_the_session() {
+async fn logout_with_an_expired_access_token_revokes_the_session() {
     let server = Server::start().await;
     let ann = server.user().await;
     let mut claims = claims(&ann.access_token);
@@ -375,30 +378,24 @@ async fn signing_out_with_a_merely_expired_token_ends_the_session() {
     );
     logout(&server, &expired).await.expect(204);
     let ended = Instant::now();
-    assert_over(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
+    assert_all_revoked(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
 }
 
 #[tokio::test]
-async fn signing_out_with_a_forged_token_or_none_is_refused() {
+async fn logout_without_a_token_or_with_a_forged_one_fails() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let forged = forge(
-        "another secret of at least 32 bytes, the attacker's",
-        json!({"alg": "HS256", "typ": "JWT"}),
-        claims(&ann.access_token),
-    );
-    let expired_and_forged = {
-        let mut claims = claims(&ann.access_token);
-        claims["exp"] = json!(1);
-        forge(
-            "another secret of at least 32 bytes, the attacker's",
-            json!({"alg": "HS256", "typ": "JWT"}),
-            claims,
-        )
+    let forge = |claims| {
+        let header = json!({"alg": "HS256", "typ": "JWT"});
+        forge("an attacker's secret of at least 32 bytes", header, claims)
     };
+    let mut claims = claims(&ann.access_token);
+    let forged = forge(claims.clone());
+    claims["exp"] = json!(1);
+    let expired_and_forged = forge(claims);
     for bad in [&forged, &expired_and_forged, &ann.refresh_token] {
         logout(&server, bad).await.problem(401, "invalid_token");
-        // A refresh token in the body does not make a forgery good.
+        // The refresh token in the body is ignored.
         server
             .post("/api/v1/auth/logout")
             .bearer(bad)
@@ -419,9 +416,8 @@ async fn signing_out_with_a_forged_token_or_none_is_refused() {
     refresh(&server, &ann.refresh_token).await.expect(200);
 }
 
-/// A thief of the whole database finds nothing to present.
 #[tokio::test]
-async fn the_database_holds_no_token() {
+async fn the_database_contains_no_tokens() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;

@@ -1,4 +1,4 @@
-//! The list of one's sessions, and that what has ended is over everywhere within a second.
+//! The list of a user's sessions, and revocation on every instance within a second.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -8,16 +8,16 @@ use serde_json::{Value, json};
 
 use crate::auth::{
     ANOTHER_PASSWORD, assert_signed_in, assert_time, change_password, delete_account, login,
-    logout, refresh, text,
+    logout, members, refresh, text,
 };
 use crate::harness::{PASSWORD, Server, User, claims};
 use crate::purge::age;
 
-/// Somebody else's tasks: 403 to a good token and 401 to any other, before the database is
-/// asked for anything but what has ended.
+/// The tasks of another user. The response is 403 with a valid token and 401 with any other. The
+/// only query is the one for revocations.
 pub(crate) const OTHER_USERS_TASKS: &str = "/api/v1/00000000-0000-7000-8000-000000000000/tasks";
 
-/// Asserts that no request sent a second or more after `ended` is let in with this token.
+/// Asserts that requests with this token are rejected from one second after `ended` at the latest.
 pub(crate) async fn assert_revoked(server: &Server, token: &str, ended: Instant) {
     loop {
         let sent = Instant::now();
@@ -29,12 +29,12 @@ pub(crate) async fn assert_revoked(server: &Server, token: &str, ended: Instant)
         response.problem(403, "forbidden");
         assert!(
             sent.duration_since(ended) < Duration::from_secs(1),
-            "a token of an ended session was let in {:?} after the end",
+            "a revoked token was accepted {:?} after the revocation",
             sent.duration_since(ended)
         );
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
-    // And it stays dead, on the routes that do ask the database too.
+    // It is rejected on routes that query the database as well.
     server
         .get("/api/v1/auth/me")
         .bearer(token)
@@ -52,7 +52,7 @@ pub(crate) async fn list(server: &Server, access_token: &str) -> Vec<Value> {
     response.json().as_array().expect("an array").clone()
 }
 
-/// A sign-in by a client that calls itself something, in whatever bytes.
+/// Logs in with a User-Agent of arbitrary bytes.
 async fn login_as(server: &Server, user: &User, user_agent: &[u8]) -> Value {
     let body = json!({"email": user.email, "password": user.password}).to_string();
     let head = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: localhost\r\nUser-Agent: ";
@@ -60,16 +60,16 @@ async fn login_as(server: &Server, user: &User, user_agent: &[u8]) -> Value {
         "\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     );
-    let answer = server
+    let response = server
         .raw([head, user_agent, rest.as_bytes()].concat())
         .await;
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+    assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+    let (_, body) = response.split_once("\r\n\r\n").expect("a body");
     serde_json::from_str(body).expect("JSON")
 }
 
 #[tokio::test]
-async fn one_sees_ones_own_sessions_newest_first() {
+async fn lists_the_users_own_sessions_newest_first() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let _bob = server.register("bob@example.com").await;
@@ -88,12 +88,6 @@ async fn one_sees_ones_own_sessions_newest_first() {
         assert_eq!(sessions[0]["user_agent"], "laptop");
         assert_eq!(sessions[1]["user_agent"], "phone");
         for (position, session) in sessions.iter().enumerate() {
-            let members: BTreeSet<&str> = session
-                .as_object()
-                .expect("an object")
-                .keys()
-                .map(String::as_str)
-                .collect();
             let expected = [
                 "id",
                 "user_agent",
@@ -102,7 +96,7 @@ async fn one_sees_ones_own_sessions_newest_first() {
                 "expires_at",
                 "current",
             ];
-            assert_eq!(members, BTreeSet::from(expected));
+            assert_eq!(members(session), BTreeSet::from(expected));
             for time in ["created_at", "last_used_at", "expires_at"] {
                 assert_time(&text(session, time));
             }
@@ -110,7 +104,7 @@ async fn one_sees_ones_own_sessions_newest_first() {
         }
     }
 
-    // A refresh shows in its session and moves none of the others.
+    // A refresh updates its own session only.
     let before = list(&server, &phone).await;
     refresh(&server, &ann.refresh_token).await.expect(200);
     let after = list(&server, &phone).await;
@@ -121,24 +115,21 @@ async fn one_sees_ones_own_sessions_newest_first() {
 }
 
 #[tokio::test]
-async fn a_session_that_ran_out_is_not_listed() {
+async fn does_not_list_expired_sessions() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;
-    let second = login(&server, &ann.email, &ann.password)
-        .await
-        .expect(200)
-        .json();
+    let second = server.login(&ann.email, &ann.password).await;
     let condition = format!("id = '{}'", ann.session_id);
     age(&sql, "sessions", "31 days", &condition).await;
-    let sessions = list(&server, &text(&second, "access_token")).await;
+    let sessions = list(&server, &second.access_token).await;
     assert_eq!(sessions.len(), 1);
     assert_eq!(sessions[0]["current"], true);
 }
 
-/// What a client calls itself is the client's to choose: kept as text, at most 200 of it.
+/// The first 200 characters are stored.
 #[tokio::test]
-async fn whatever_a_client_calls_itself_it_can_sign_in() {
+async fn accepts_any_user_agent_at_login() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let long = "x".repeat(250);
@@ -161,52 +152,37 @@ async fn whatever_a_client_calls_itself_it_can_sign_in() {
         let sessions = list(&server, &text(&body, "access_token")).await;
         assert_eq!(sessions[0]["user_agent"].as_str(), kept);
     }
-    // Neither UTF-8 nor printable: something is kept or nothing, but the sign-in stands.
+    // Not UTF-8, not printable, or empty.
     for bytes in [&b"\xff\xfe\xc0\x80"[..], b"tab\there", b""] {
         let body = login_as(&server, &ann, bytes).await;
         let sessions = list(&server, &text(&body, "access_token")).await;
         let kept = &sessions[0]["user_agent"];
         assert!(kept.is_null() || kept.is_string(), "{kept}");
     }
-    // And nothing at all.
-    let body = login(&server, &ann.email, &ann.password)
-        .await
-        .expect(200)
-        .json();
-    let sessions = list(&server, &text(&body, "access_token")).await;
+    // No User-Agent header.
+    let session = server.login(&ann.email, &ann.password).await;
+    let sessions = list(&server, &session.access_token).await;
     assert_eq!(sessions[0]["user_agent"], Value::Null);
 }
 
 #[tokio::test]
-async fn one_session_can_be_ended_from_another() {
+async fn one_session_can_end_another() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
-    let thief = login(&server, &ann.email, &ann.password)
-        .await
-        .expect(200)
-        .json();
-    let stays = login(&server, &ann.email, &ann.password)
-        .await
-        .expect(200)
-        .json();
-    let thief_token = text(&thief, "access_token");
-    let path = format!(
-        "/api/v1/auth/sessions/{}",
-        text(&claims(&thief_token), "sid")
-    );
+    let revoked = server.login(&ann.email, &ann.password).await;
+    let remaining = server.login(&ann.email, &ann.password).await;
+    let path = format!("/api/v1/auth/sessions/{}", revoked.session_id);
     ann.delete(&path).await.expect(204);
     let ended = Instant::now();
-    assert_revoked(&server, &thief_token, ended).await;
-    refresh(&server, &text(&thief, "refresh_token"))
-        .await
-        .problem(401, "invalid_refresh_token");
+    assert_revoked(&server, &revoked.access_token, ended).await;
+    let response = refresh(&server, &revoked.refresh_token).await;
+    response.problem(401, "invalid_refresh_token");
     ann.delete(&path).await.problem(404, "session_not_found");
-    for token in [&ann.access_token, &text(&stays, "access_token")] {
-        assert_eq!(list(&server, token).await.len(), 2);
+    for user in [&ann, &remaining] {
+        assert_eq!(list(&server, &user.access_token).await.len(), 2);
     }
 }
 
-/// Its own as well: a sign-out by another name.
 #[tokio::test]
 async fn a_session_can_end_itself() {
     let server = Server::start().await;
@@ -218,38 +194,33 @@ async fn a_session_can_end_itself() {
 }
 
 #[tokio::test]
-async fn every_session_but_this_one_can_be_ended() {
+async fn all_other_sessions_can_be_ended() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let bob = server.register("bob@example.com").await;
     let mut others = Vec::new();
     for _ in 0..3 {
-        let body = login(&server, &ann.email, &ann.password)
-            .await
-            .expect(200)
-            .json();
-        others.push(body);
+        others.push(server.login(&ann.email, &ann.password).await);
     }
     ann.delete("/api/v1/auth/sessions").await.expect(204);
     let ended = Instant::now();
     for other in &others {
-        assert_revoked(&server, &text(other, "access_token"), ended).await;
-        refresh(&server, &text(other, "refresh_token"))
-            .await
-            .problem(401, "invalid_refresh_token");
+        assert_revoked(&server, &other.access_token, ended).await;
+        let response = refresh(&server, &other.refresh_token).await;
+        response.problem(401, "invalid_refresh_token");
     }
     for user in [&ann, &bob] {
         let sessions = list(&server, &user.access_token).await;
         assert_eq!(sessions.len(), 1);
         refresh(&server, &user.refresh_token).await.expect(200);
     }
-    // With no others left it is done already.
+    // Succeeds without other sessions too.
     ann.delete("/api/v1/auth/sessions").await.expect(204);
 }
 
-/// FR-007, SC-004: someone else's session is as unknown as one that never was.
+/// FR-007, SC-004.
 #[tokio::test]
-async fn a_session_of_somebody_else_is_not_found_and_untouched() {
+async fn another_users_session_is_not_found_and_unchanged() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.register("ann@example.com").await;
@@ -288,11 +259,11 @@ async fn a_session_of_somebody_else_is_not_found_and_untouched() {
     refresh(&server, &bob.refresh_token).await.expect(200);
 }
 
-/// The ways in which a session ends.
+/// The causes of a revocation.
 #[derive(Clone, Copy, Debug)]
-enum End {
-    SignOut,
-    SignOutByRefreshToken,
+enum Cause {
+    Logout,
+    LogoutWithRefreshToken,
     DeletedOne,
     DeletedOthers,
     PasswordChanged,
@@ -300,49 +271,43 @@ enum End {
     RefreshTokenReused,
 }
 
-/// Signs somebody in twice, ends the second session by way of the first (or both), and gives
-/// the access token that must be dead and the moment of its end.
-async fn end(server: &Server, way: End) -> (String, Instant) {
-    end_after(server, way, async |_| {}).await
+/// Logs a user in twice and revokes the second session. Returns its access token and the time of the
+/// revocation.
+async fn revoke(server: &Server, cause: Cause) -> (String, Instant) {
+    revoke_after(server, cause, async |_| {}).await
 }
 
-/// The same after something has happened to the session that will end.
-async fn end_after(server: &Server, way: End, event: impl AsyncFnOnce(&str)) -> (String, Instant) {
+/// Like [`revoke`], but calls `event` with the ID of the second session first.
+async fn revoke_after(
+    server: &Server,
+    cause: Cause,
+    event: impl AsyncFnOnce(&str),
+) -> (String, Instant) {
     let ann = server.user().await;
-    let doomed = login(server, &ann.email, &ann.password)
-        .await
-        .expect(200)
-        .json();
-    let token = text(&doomed, "access_token");
-    let refresh_token = text(&doomed, "refresh_token");
-    let sid = text(&claims(&token), "sid");
-    event(&sid).await;
-    match way {
-        End::SignOut => logout(server, &token).await.expect(204),
-        End::SignOutByRefreshToken => server
+    let second = server.login(&ann.email, &ann.password).await;
+    let (token, refresh_token) = (second.access_token, second.refresh_token);
+    event(&second.session_id).await;
+    match cause {
+        Cause::Logout => logout(server, &token).await.expect(204),
+        Cause::LogoutWithRefreshToken => server
             .post("/api/v1/auth/logout")
             .json(json!({"refresh_token": refresh_token}))
             .await
             .expect(204),
-        End::DeletedOne => server
-            .delete(format!("/api/v1/auth/sessions/{sid}"))
-            .bearer(&ann.access_token)
+        Cause::DeletedOne => ann
+            .delete(format!("/api/v1/auth/sessions/{}", second.session_id))
             .await
             .expect(204),
-        End::DeletedOthers => server
-            .delete("/api/v1/auth/sessions")
-            .bearer(&ann.access_token)
-            .await
-            .expect(204),
-        End::PasswordChanged => {
+        Cause::DeletedOthers => ann.delete("/api/v1/auth/sessions").await.expect(204),
+        Cause::PasswordChanged => {
             change_password(server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD)
                 .await
                 .expect(200)
         }
-        End::AccountDeleted => delete_account(server, &ann.access_token, &ann.password)
+        Cause::AccountDeleted => delete_account(server, &ann.access_token, &ann.password)
             .await
             .expect(204),
-        End::RefreshTokenReused => {
+        Cause::RefreshTokenReused => {
             let second = refresh(server, &refresh_token).await.expect(200).json();
             refresh(server, &text(&second, "refresh_token"))
                 .await
@@ -353,27 +318,26 @@ async fn end_after(server: &Server, way: End, event: impl AsyncFnOnce(&str)) -> 
     (token, Instant::now())
 }
 
-const EVERY_END: [End; 7] = [
-    End::SignOut,
-    End::SignOutByRefreshToken,
-    End::DeletedOne,
-    End::DeletedOthers,
-    End::PasswordChanged,
-    End::AccountDeleted,
-    End::RefreshTokenReused,
+const ALL_CAUSES: [Cause; 7] = [
+    Cause::Logout,
+    Cause::LogoutWithRefreshToken,
+    Cause::DeletedOne,
+    Cause::DeletedOthers,
+    Cause::PasswordChanged,
+    Cause::AccountDeleted,
+    Cause::RefreshTokenReused,
 ];
 
-/// Two instances that know of each other only through the database they share.
 #[tokio::test]
-async fn however_a_session_ends_it_is_over_everywhere_within_a_second() {
+async fn a_revocation_takes_effect_on_every_instance_within_a_second() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let witness = here.user().await;
-    for way in EVERY_END {
-        // The other instance has just looked what ended, so it is as far behind as it can be.
+    for cause in ALL_CAUSES {
+        // The other instance has just refreshed its revocations, so its next refresh is a second away.
         assert_signed_in(&there, &witness.access_token).await;
-        let (token, ended) = end(&here, way).await;
-        println!("{way:?}");
+        let (token, ended) = revoke(&here, cause).await;
+        println!("{cause:?}");
         join_all([
             assert_revoked(&there, &token, ended),
             assert_revoked(&here, &token, ended),
@@ -383,16 +347,15 @@ async fn however_a_session_ends_it_is_over_everywhere_within_a_second() {
     }
 }
 
-/// An instance that starts after the end knows of it from its first request on.
 #[tokio::test]
-async fn an_instance_that_starts_later_knows_what_ended_before() {
+async fn an_instance_that_starts_later_knows_earlier_revocations() {
     let here = Server::start().await;
     let mut tokens = Vec::new();
-    for way in EVERY_END {
-        tokens.push(end(&here, way).await);
+    for cause in ALL_CAUSES {
+        tokens.push(revoke(&here, cause).await);
     }
     let later = here.sibling(&[]).await;
-    // All at once, so that each of them is the first.
+    // All requests are concurrent, so that each is among the first.
     let statuses = join_all(
         tokens
             .iter()
@@ -402,39 +365,39 @@ async fn an_instance_that_starts_later_knows_what_ended_before() {
     assert_eq!(statuses, [401; 7]);
 }
 
-/// The session ran out of time while its last access token had hours to live (it was refreshed
-/// shortly before its 90 days were over): ending it by hand still ends that token, everywhere.
+/// The last access token of a session that was refreshed just before it expired is valid for longer
+/// than the session.
 #[tokio::test]
-async fn ending_a_session_that_ran_out_ends_its_last_access_token_too() {
+async fn revoking_an_expired_session_revokes_its_last_access_token() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let sql = here.sql().await;
-    for way in [
-        End::SignOut,
-        End::SignOutByRefreshToken,
-        End::DeletedOne,
-        End::DeletedOthers,
-        End::PasswordChanged,
-        End::AccountDeleted,
+    for cause in [
+        Cause::Logout,
+        Cause::LogoutWithRefreshToken,
+        Cause::DeletedOne,
+        Cause::DeletedOthers,
+        Cause::PasswordChanged,
+        Cause::AccountDeleted,
     ] {
-        let (token, ended) = end_after(&here, way, async |sid| {
+        let (token, ended) = revoke_after(&here, cause, async |sid| {
             age(&sql, "sessions", "30 days 1 hour", &format!("id = '{sid}'")).await;
         })
         .await;
-        println!("{way:?}");
+        println!("{cause:?}");
         assert_revoked(&there, &token, ended).await;
     }
 }
 
-/// Counts the statements that this database's other clients begin, by looking at what each of
-/// its backends ran last. Two within one look at one backend count as one.
-struct Statements {
+/// Counts the statements of other clients of the database, by polling the last statement of each
+/// backend.
+struct StatementCounter {
     sql: tokio_postgres::Client,
     seen: BTreeSet<(i32, String)>,
 }
 
-impl Statements {
-    async fn look(&mut self) -> usize {
+impl StatementCounter {
+    async fn poll(&mut self) -> usize {
         let rows = self
             .sql
             .query(
@@ -451,121 +414,118 @@ impl Statements {
     }
 }
 
-/// The price of knowing what ended: a small query or two a second however many requests there
-/// are, and none when there are none.
 #[tokio::test]
-async fn knowing_what_ended_costs_a_query_or_two_a_second_and_none_when_idle() {
+async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut statements = Statements {
+    let mut statements = StatementCounter {
         sql: server.sql().await,
         seen: BTreeSet::new(),
     };
-    // The first requests after a start have more to do: let that be over.
+    // The first requests after a start send more queries.
     let warm = Instant::now();
     while warm.elapsed() < Duration::from_secs(2) {
         ann.get(OTHER_USERS_TASKS).await.expect(403);
     }
 
-    let before = statements.look().await;
+    let before = statements.poll().await;
     let started = Instant::now();
     let stop = tokio::sync::Notify::new();
     let load = async {
-        let mut answered = 0;
+        let mut requests = 0;
         while started.elapsed() < Duration::from_secs(5) {
             ann.get(OTHER_USERS_TASKS).await.expect(403);
-            answered += 1;
+            requests += 1;
         }
         stop.notify_one();
-        answered
+        requests
     };
     let watch = async {
         loop {
             tokio::select! {
                 () = stop.notified() => break,
                 () = tokio::time::sleep(Duration::from_millis(3)) => {
-                    statements.look().await;
+                    statements.poll().await;
                 }
             }
         }
-        statements.look().await - before
+        statements.poll().await - before
     };
-    let (answered, asked) = tokio::join!(load, watch);
+    let (requests, queries) = tokio::join!(load, watch);
     let seconds = started.elapsed().as_secs_f64();
-    assert!(answered > 100, "{answered} requests are no load");
-    assert!(asked >= 3, "{asked} queries cannot keep what ended fresh");
+    assert!(requests > 100, "only {requests} requests");
+    assert!(queries >= 3, "only {queries} queries");
     assert!(
-        asked as f64 <= 2.0 * seconds + 2.0,
-        "{asked} queries for {answered} requests in {seconds} s"
+        queries as f64 <= 2.0 * seconds + 2.0,
+        "{queries} queries for {requests} requests in {seconds} s"
     );
 
-    // What the last request set off may still come; then there are three seconds of nothing.
+    // Statements of the last requests may follow, then none for three seconds.
     let deadline = Instant::now() + Duration::from_secs(12);
-    let mut seen = statements.look().await;
+    let mut seen = statements.poll().await;
     let mut quiet_since = Instant::now();
     while quiet_since.elapsed() < Duration::from_secs(3) {
-        let now = statements.look().await;
+        let now = statements.poll().await;
         if now > seen {
             seen = now;
             quiet_since = Instant::now();
         }
         assert!(
             Instant::now() < deadline,
-            "an idle service goes on asking its database"
+            "an idle service keeps querying the database"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Without the database nobody knows what ended: 503, never 401 and never in.
+/// Without the database, revocations are unknown.
 #[tokio::test]
-async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
+async fn while_the_database_is_down_valid_tokens_get_503() {
     let server = Server::start().await;
     let ann = server.user().await;
     let forged = format!("{}x", ann.access_token);
-    let mut config: tokio_postgres::Config =
-        server.database_url().parse().expect("the database's URL");
+    let mut config: tokio_postgres::Config = server.database_url().parse().expect("a database URL");
     let database = config.get_dbname().expect("a database").to_owned();
-    // From outside: inside it there will be nobody.
-    let (outside, connection) = config
+    // Connects to another database, because this one will refuse connections.
+    let (admin, connection) = config
         .dbname("postgres")
         .connect(tokio_postgres::NoTls)
         .await
         .expect("a connection");
     tokio::spawn(connection);
-    outside
+    admin
         .batch_execute(&format!(
             "alter database \"{database}\" allow_connections false"
         ))
         .await
-        .expect("a closed database");
-    outside
+        .expect("connections disabled");
+    admin
         .execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1",
             &[&database],
         )
         .await
-        .expect("nobody in it");
-    let away = Instant::now();
+        .expect("connections terminated");
+    let down_since = Instant::now();
 
-    let mut refusals = 0;
-    while refusals < 10 {
+    let mut unavailable = 0;
+    while unavailable < 10 {
         let sent = Instant::now();
         let response = ann.get(OTHER_USERS_TASKS).await;
         if response.status == 503 {
             assert!(!response.header("retry-after").is_empty());
             response.problem(503, "database_unavailable");
-            refusals += 1;
+            unavailable += 1;
         } else {
             response.problem(403, "forbidden");
             assert!(
-                sent.duration_since(away) < Duration::from_secs(1),
-                "let in without knowing what ended"
+                sent.duration_since(down_since) < Duration::from_secs(1),
+                "accepted with outdated revocations"
             );
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // What is bad by itself is bad all the same.
+    // A forged token is rejected without the database.
     server
         .get(OTHER_USERS_TASKS)
         .bearer(&forged)
@@ -581,12 +541,12 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
         .await
         .problem(503, "database_unavailable");
 
-    outside
+    admin
         .batch_execute(&format!(
             "alter database \"{database}\" allow_connections true"
         ))
         .await
-        .expect("an open database");
+        .expect("connections enabled");
     let deadline = Instant::now() + Duration::from_secs(15);
     loop {
         let response = ann.get("/api/v1/auth/me").await;
@@ -594,7 +554,7 @@ async fn while_the_database_is_away_a_token_is_neither_good_nor_bad() {
             break;
         }
         response.problem(503, "database_unavailable");
-        assert!(Instant::now() < deadline, "it does not come back");
+        assert!(Instant::now() < deadline, "the service does not recover");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     refresh(&server, &ann.refresh_token).await.expect(200);

@@ -239,7 +239,7 @@ async fn assert_outage_is_survived(
 
 /// A process and its children, the parent first. PostgreSQL's backends lead process groups of their
 /// own, so a signal to the postmaster's group does not reach them.
-pub(crate) fn family(parent: Pid) -> Vec<Pid> {
+pub(crate) fn process_and_children(parent: Pid) -> Vec<Pid> {
     let parent_of = |entry: fs::DirEntry| {
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;

@@ -12,9 +12,9 @@ use todo_api::embedded_postgres::Postgres;
 use tokio::time::sleep;
 
 use super::{
-    Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, assert_outage_is_survived, backends, family,
+    Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, assert_outage_is_survived, backends,
     load::{Addresses, Client, Credentials, Load, Outcome, RequestRecord, Work, summary},
-    report, serialize, short_or_full, signal_all, until_served,
+    process_and_children, report, serialize, short_or_full, signal_all, until_served,
 };
 use crate::harness::{DataDir, Process, SECRET, Server, until};
 
@@ -29,7 +29,7 @@ async fn a_frozen_database_is_detected_and_recovered_from() {
     for _ in 0..rounds {
         until_served(&load.requests, 50, 20).await;
         let before = backends(&sql).await;
-        let processes = family(cluster.directory.postgres().unwrap());
+        let processes = process_and_children(cluster.directory.postgres().unwrap());
         let outage = assert_outage_is_survived(
             &cluster,
             &load.requests,
@@ -124,7 +124,7 @@ async fn acknowledged_tasks_survive_a_killed_database() {
     for round in 0..kills {
         until_served(&requests, 0, 101).await;
         let postmaster = cluster.directory.postgres().unwrap();
-        let mut killed_processes = family(postmaster);
+        let mut killed_processes = process_and_children(postmaster);
         match round % 3 {
             // All processes at once, as in a power failure.
             0 => {}
