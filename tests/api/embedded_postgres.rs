@@ -225,7 +225,7 @@ async fn stops_postgres_if_startup_is_interrupted() {
 
 #[tokio::test]
 async fn recovers_from_an_interrupted_initdb() {
-    let directory = DataDir::initialized().await;
+    let directory = DataDir::new();
     let unfinished = || {
         fs::read_dir(directory.path())
             .into_iter()

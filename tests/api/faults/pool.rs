@@ -50,8 +50,9 @@ async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_ti
         write().await.expect(200);
     }
     let used = used_since(&sql, &now).await;
+    // Taking the connection that has been idle longest would use all of them.
     assert!(
-        used.len() * 2 < open,
+        used.len() * 4 <= open * 3,
         "{} of {open} connections are in use",
         used.len()
     );
