@@ -105,7 +105,7 @@ await withBrowser(async (browser) => {
   const link = page.locator(".info a", { hasText: "forbidden" });
   assert.equal(await link.evaluate((a) => a.href), `${baseUrl}/problems/forbidden`);
   await page.goto(`${baseUrl}/problems/forbidden/`);
-  await page.getByText("Documentation of the API").click();
+  await page.getByText("API documentation").click();
   await page.locator(".opblock").first().waitFor();
   assert.equal(page.url(), `${baseUrl}/docs`);
 
