@@ -138,10 +138,17 @@ async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_l
         assert_eq!(health(&mut wire).await, 200, "a new connection finds room");
         new.push(wire);
     }
-    // One more is closed than was opened: the next one finds room at once.
-    for wire in &mut idle[..10] {
-        assert!(wire.is_closed().await);
+    // At most one more is closed than was opened. A connection without a request is idle once the
+    // server handles it, which can be later than the next connection's first response.
+    let mut closed = 0;
+    for wire in &mut idle[..12] {
+        let readable = wire.is_readable(Duration::from_millis(200)).await;
+        closed += u32::from(readable && wire.is_closed().await);
     }
+    assert!(
+        closed >= 10,
+        "{closed} of the oldest connections were closed"
+    );
     for mut wire in idle.drain(12..).chain(new).chain([active]) {
         assert_eq!(
             health(&mut wire).await,
