@@ -53,7 +53,7 @@ export default function () {
   request('delete', 'DELETE', peas.headers.Location, { token, status: 204 });
 
   request('refused without a token', 'GET', tasks, { status: 401 });
-  request('refused for another user', 'GET', '/api/v1/somebody/tasks', { token, status: 403 });
+  request('refused for another user', 'GET', '/api/v1/another-user/tasks', { token, status: 403 });
   request('refused as invalid', 'POST', tasks, { token, body: {}, status: 422 });
 
   const second = toUser(logIn(email));
