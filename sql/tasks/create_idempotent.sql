@@ -12,12 +12,15 @@ with claim as (
         from (select case when k.created_at < clock_timestamp() - interval '24 hours'
                           then excluded else k end as w) winner)
     returning task_id, title, description, completed, created_at
+), list as (
+    update task_lists set revision = revision + 1, tasks = tasks + 1
+    where user_id = $1 and exists (select from claim where task_id = $2)
+    returning revision
 ), task as (
-    insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
-    select $1, task_id, title, description, completed, created_at, created_at
-    from claim
-    where task_id = $2
+    insert into tasks (user_id, id, title, description, completed, created_at, updated_at, revision)
+    select $1, task_id, title, description, completed, created_at, created_at, revision
+    from claim, list
 )
 select task_id as id, $1::uuid as user_id, title, description, completed,
-       created_at, created_at as updated_at
+       created_at, created_at as updated_at, (select revision from list) as revision
 from claim

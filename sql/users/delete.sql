@@ -1,9 +1,14 @@
 -- Deletes an account and, by cascade, its tasks, keys and sessions; a trigger writes the revocations.
 -- Returns no row if the password was changed or a lockout began meanwhile. The failed logins with the
--- address stay, because clearing them would reveal that there was an account.
+-- address stay, because clearing them would reveal that there was an account. The list is locked
+-- first, as in every change of its tasks.
 -- $1 user id, $2 the hash that was verified
-with account as (
-    delete from users where id = $1 and password_hash = $2
+with list as (
+    select user_id from task_lists where user_id = $1 for update
+), account as (
+    delete from users
+    using list
+    where id = list.user_id and password_hash = $2
     and not exists (
         select from login_failures
         where account = $1::text and network = 'session' and blocked_until > clock_timestamp())

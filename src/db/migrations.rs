@@ -20,6 +20,7 @@ migrations! {
     2 "fold_case",
     3 "revocation_cursor_and_session_epochs",
     4 "login_lockout",
+    5 "list_revisions",
 }
 
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.

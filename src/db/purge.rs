@@ -53,6 +53,7 @@ async fn purge_all(database: &Database) -> Result<()> {
         Sql::LoginFailuresPurge,
         Sql::LoginNetworksPurge,
         Sql::IdempotencyKeysPurge,
+        Sql::DeletedTasksPurge,
     ] {
         loop {
             let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));

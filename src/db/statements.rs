@@ -18,6 +18,7 @@ macro_rules! statements {
 }
 
 statements! {
+    DeletedTasksPurge = "deleted_tasks/purge.sql",
     IdempotencyKeysPurge = "idempotency_keys/purge.sql",
     LoginFailuresClear = "login_failures/clear.sql",
     LoginFailuresPurge = "login_failures/purge.sql",

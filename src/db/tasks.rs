@@ -91,29 +91,34 @@ pub(crate) async fn create(
         &created_at.0,
         &key,
     ];
+    let created = || Task {
+        id,
+        user_id,
+        title: title.to_owned(),
+        description: description.map(str::to_owned),
+        completed: new.completed,
+        created_at,
+        updated_at: created_at,
+    };
     let (sql, params) = match key {
         None => (Sql::TasksCreate, &params[..6]),
         Some(_) => (Sql::TasksCreateIdempotent, params),
     };
     let rows = match db.insert(sql, params).await {
+        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Vec::new(),
         // The ID is unique to this call, so the first attempt of a retried insert took effect.
-        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Vec::new(),
-        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => {
-            return Ok(CreateOutcome::NoSuchUser);
+        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => {
+            return Ok(CreateOutcome::Task(created()));
         }
         rows => rows?,
     };
-    let Some(task) = rows.first().map(task) else {
-        return Ok(CreateOutcome::Task(Task {
-            id,
-            user_id,
-            title: title.to_owned(),
-            description: description.map(str::to_owned),
-            completed: new.completed,
-            created_at,
-            updated_at: created_at,
-        }));
+    let Some(row) = rows.first() else {
+        return Ok(CreateOutcome::NoSuchUser);
     };
+    if key.is_none() {
+        return Ok(CreateOutcome::Task(created()));
+    }
+    let task = task(row);
     let values = (title, description, new.completed);
     match (&*task.title, task.description.as_deref(), task.completed) == values {
         true => Ok(CreateOutcome::Task(task)),
@@ -271,13 +276,14 @@ pub(crate) async fn delete(
     let params: Params = &[&user_id, &id, &versions, &one_of];
     let rows = db.write(Sql::TasksDelete, params).await?;
     Ok(Conditional::from_rows(&rows, |row| {
-        row.get::<_, bool>("deleted").then_some(())
+        row.get::<_, Option<i64>>("revision").map(|_| ())
     }))
 }
 
 /// Deletes all completed tasks of a user and returns how many there were.
-pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<u64> {
-    db.execute(Sql::TasksDeleteCompleted, &[&user_id]).await
+pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<i64> {
+    let rows = db.write(Sql::TasksDeleteCompleted, &[&user_id]).await?;
+    Ok(rows.first().map_or(0, |row| row.get("deleted")))
 }
 
 /// Reads a task from a row. Every statement that returns tasks starts with these columns, in this

@@ -28,6 +28,7 @@ mod openapi;
 mod pages;
 mod preconditions;
 mod read_batching;
+mod revisions;
 mod smuggling;
 mod sql;
 mod tasks;

@@ -4,7 +4,7 @@
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::time::{Duration, Instant, sleep};
-use tokio_postgres::Client;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
 use crate::faults::short_or_full;
 use crate::harness::{Database, PASSWORD, Process, SECRET, Server, until};
@@ -47,6 +47,11 @@ const V1_TABLES: [&str; 6] = [
     "sign_in_failures",
     "idempotency_keys",
 ];
+
+/// The revision, the number of tasks and the tombstones of each user.
+const LISTS: &str = "
+    select row(revision, tasks, (select array_agg(revision) from deleted_tasks d where d.user_id = l.user_id))::text
+    from task_lists l order by user_id";
 
 /// A database with the schema of the first release.
 async fn database_of_version_1() -> (Database, Client) {
@@ -138,7 +143,23 @@ async fn an_older_schema_is_migrated_and_the_previous_release_still_runs() {
     let user = server.login("user2@example.com", PASSWORD).await;
     let list = user.get(user.tasks()).await.expect(200).json();
     assert_eq!(list[0]["title"], "an old task", "{list}");
-    sql.batch_execute(&with(V1_CHANGES, "2")).await.unwrap();
+    // Its changes raise the revision and leave tombstones as well.
+    let changes = with(V1_CHANGES, "2");
+    let (change, delete) = changes.split_once("delete from users").unwrap();
+    sql.batch_execute(change).await.unwrap();
+    let mut lists = Vec::new();
+    for message in sql.simple_query(LISTS).await.unwrap() {
+        if let SimpleQueryMessage::Row(row) = message {
+            lists.push(row.get(0).unwrap().to_owned());
+        }
+    }
+    assert_eq!(lists, ["(0,1,)", "(3,0,{3})"]);
+    sql.batch_execute(&format!("delete from users {delete}"))
+        .await
+        .unwrap();
+    assert_eq!(sql.query(LISTS, &[]).await.unwrap().len(), 1);
+    let tombstones = sql.query("select from deleted_tasks", &[]).await.unwrap();
+    assert!(tombstones.is_empty());
 }
 
 #[tokio::test]

@@ -389,6 +389,8 @@ async fn a_task_created_during_account_deletion_is_not_orphaned() {
             for table in [
                 "users",
                 "tasks",
+                "task_lists",
+                "deleted_tasks",
                 "sessions",
                 "idempotency_keys",
                 "login_networks",

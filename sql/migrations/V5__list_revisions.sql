@@ -1,0 +1,79 @@
+-- Each user's list of tasks has a revision, which every change of the tasks raises, and each changed
+-- task carries the revision of its change. Deleted tasks leave tombstones.
+
+-- Locked and raised before the task rows change, so that revisions become visible in their order.
+create table task_lists (
+    user_id         uuid    primary key references users (id) on delete cascade,
+    revision        bigint  not null default 0,
+    -- The number of tasks in the list.
+    tasks           integer not null default 0,
+    -- The highest revision whose tombstones have been purged.
+    purged_revision bigint  not null default 0
+) with (fillfactor = 50);
+
+-- Tasks from before this migration have revision 0, which does not rewrite the table.
+alter table tasks add column revision bigint not null default 0;
+
+-- No foreign key: a row is only inserted by a transaction that has locked its list, and a trigger
+-- deletes it with the list.
+create table deleted_tasks (
+    user_id    uuid        not null,
+    revision   bigint      not null,
+    id         uuid        not null,
+    deleted_at timestamptz not null,
+    primary key (user_id, revision, id)
+);
+create index deleted_tasks_by_time on deleted_tasks (deleted_at);
+
+create function delete_tombstones() returns trigger language plpgsql as $$
+begin
+    delete from deleted_tasks where user_id = old.user_id;
+    return null;
+end
+$$;
+create trigger delete_tombstones after delete on task_lists
+    for each row execute function delete_tombstones();
+
+create function create_task_list() returns trigger language plpgsql as $$
+begin
+    insert into task_lists (user_id) values (new.id);
+    return null;
+end
+$$;
+create trigger create_task_list after insert on users
+    for each row execute function create_task_list();
+
+insert into task_lists (user_id, tasks)
+select u.id, count(t.id) from users u left join tasks t on t.user_id = u.id group by u.id;
+
+-- Raises the revision for statements that do not: those of the previous release, which may still
+-- run, and an operator's. The service's own statements never meet the conditions of the triggers.
+create function record_task_change() returns trigger language plpgsql as $$
+begin
+    if tg_op = 'DELETE' then
+        with list as (
+            update task_lists set revision = revision + 1, tasks = tasks - 1
+            where user_id = old.user_id
+            returning revision
+        )
+        insert into deleted_tasks (user_id, revision, id, deleted_at)
+        select old.user_id, revision, old.id, clock_timestamp() from list;
+    else
+        with list as (
+            update task_lists set revision = revision + 1, tasks = tasks + (tg_op = 'INSERT')::integer
+            where user_id = new.user_id
+            returning revision
+        )
+        update tasks t set revision = list.revision
+        from list
+        where t.user_id = new.user_id and t.id = new.id;
+    end if;
+    return null;
+end
+$$;
+create trigger record_created_task after insert on tasks
+    for each row when (new.revision = 0) execute function record_task_change();
+create trigger record_changed_task after update on tasks
+    for each row when (new.revision = old.revision) execute function record_task_change();
+create trigger record_deleted_task after delete on tasks
+    for each row when (strpos(current_query(), 'task_lists') = 0) execute function record_task_change();
