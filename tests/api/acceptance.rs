@@ -121,7 +121,7 @@ fn every_requirement_is_shown_where_the_index_says() {
 // SC-001
 #[tokio::test]
 async fn every_operation_on_a_users_own_tasks_succeeds() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for n in 0..20 {
         let path = ann.path_of(&ann.create_task(&format!("task {n}")).await);
@@ -137,7 +137,7 @@ async fn every_operation_on_a_users_own_tasks_succeeds() {
 // FR-004: a token is verified once, when its request arrives.
 #[tokio::test]
 async fn serves_a_request_whose_token_expires_while_it_runs() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let mut ann = server.user().await;
     let exp = jiff::Timestamp::now().as_second() + 4;
     ann.access_token = forge(
@@ -150,7 +150,7 @@ async fn serves_a_request_whose_token_expires_while_it_runs() {
     );
 
     // The 100 shows that the token has been verified and the body is awaited.
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     wire.send(format!(
         "POST {} HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer {}\r\nExpect: 100-continue\r\n\
          Content-Type: application/json\r\nContent-Length: 16\r\n\r\n",
@@ -170,7 +170,7 @@ async fn serves_a_request_whose_token_expires_while_it_runs() {
 // FR-007, SC-004
 #[tokio::test]
 async fn concurrent_users_see_only_their_own_tasks() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let users = join_all((0..10).map(|_| server.user())).await;
     join_all(users.iter().map(async |user| {
         for n in 0..20 {

@@ -602,7 +602,7 @@ async fn a_wrong_password_and_an_unknown_account_get_401() {
 
 #[tokio::test]
 async fn account_and_session_routes_require_a_token() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     for (method, path) in [
         ("GET", "/api/v1/auth/me"),
         ("DELETE", "/api/v1/auth/me"),

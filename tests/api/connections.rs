@@ -205,8 +205,8 @@ async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
 // Caddy keeps an idle connection to its upstream for 120 seconds, others less.
 #[tokio::test]
 async fn an_idle_connection_outlives_the_idle_time_of_the_usual_proxies() {
-    let server = Server::start().await;
-    let mut wire = Wire::open(&server).await;
+    let server = Server::shared().await;
+    let mut wire = Wire::open(server).await;
     for _ in 0..2 {
         assert_eq!(health(&mut wire).await, 200);
         sleep(short_or_full(

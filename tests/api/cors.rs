@@ -391,7 +391,7 @@ async fn other_origins_get_no_cors_headers_but_vary() {
 
 #[tokio::test]
 async fn no_origin_is_allowed_by_default() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for origin in OTHER_ORIGINS.into_iter().chain([ALLOWED, ALSO_ALLOWED]) {
         let response = ann.get(ann.tasks()).header("origin", origin).await;

@@ -78,7 +78,7 @@ const CODES: [&str; 23] = [
 
 #[tokio::test]
 async fn head_returns_the_headers_of_get() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let mut targets: Vec<_> = routes(&ann, &task)
@@ -89,7 +89,7 @@ async fn head_returns_the_headers_of_get() {
     targets.push(format!("{}?limit=1&total=true", ann.tasks()));
     targets.push(format!("{}/unknown", ann.tasks()));
     targets.push("/unknown".into());
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     for target in targets {
         let mut heads = Vec::new();
         for method in ["GET", "HEAD"] {
@@ -115,10 +115,10 @@ async fn head_returns_the_headers_of_get() {
 
 #[tokio::test]
 async fn options_returns_the_allowed_methods_without_authentication() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     for (target, methods) in routes(&ann, &task) {
         wire.send(head("OPTIONS", &target, None, "")).await;
         let response = wire.response().await;
@@ -142,10 +142,10 @@ async fn options_returns_the_allowed_methods_without_authentication() {
 // FR-008
 #[tokio::test]
 async fn returns_405_and_the_allowed_methods_for_other_methods() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     for (target, methods) in routes(&ann, &task) {
         let all = allow(&methods);
         for method in [
@@ -174,10 +174,10 @@ async fn returns_405_and_the_allowed_methods_for_other_methods() {
 
 #[tokio::test]
 async fn ignores_one_trailing_slash_but_not_two() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     let token = Some(ann.access_token.as_str());
     for (target, methods) in routes(&ann, &task) {
         if target == "/" || !methods.contains(&"GET") {
@@ -221,9 +221,9 @@ async fn ignores_one_trailing_slash_but_not_two() {
 
 #[tokio::test]
 async fn sends_100_continue_before_reading_the_body() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     let more = "Expect: 100-continue\r\nContent-Length: 13\r\n";
     wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), more))
         .await;
@@ -235,7 +235,7 @@ async fn sends_100_continue_before_reading_the_body() {
 // FR-001: the token is verified before the body is read.
 #[tokio::test]
 async fn rejects_a_bad_token_without_100_continue() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let more = "Expect: 100-continue\r\nContent-Length: 13\r\n";
     for (token, user, status) in [
@@ -243,7 +243,7 @@ async fn rejects_a_bad_token_without_100_continue() {
         (Some("bad"), &ann, 401),
         (Some(ann.access_token.as_str()), &bob, 403),
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(head("POST", &user.tasks(), token, more)).await;
         assert_eq!(wire.response().await.status, status);
     }
@@ -251,9 +251,9 @@ async fn rejects_a_bad_token_without_100_continue() {
 
 #[tokio::test]
 async fn accepts_a_chunked_body() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     let more = "Transfer-Encoding: chunked\r\nContent-Type: application/json\r\n";
     for body in [
         "d\r\n{\"title\":\"a\"}\r\n0\r\n\r\n",
@@ -277,9 +277,9 @@ async fn accepts_a_chunked_body() {
 
 #[tokio::test]
 async fn accepts_a_target_in_absolute_form() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     for base in [
         "http://todo.example",
         "http://todo.example:8000",
@@ -299,11 +299,11 @@ async fn accepts_a_target_in_absolute_form() {
 
 #[tokio::test]
 async fn decodes_each_segment_of_a_path_by_itself() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let first = format!("%{:02X}", ann.id.as_bytes()[0]);
     let same = format!("/api/v1/{first}{}/t%61sks", &ann.id[1..]);
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     wire.send(head("GET", &same, Some(&ann.access_token), ""))
         .await;
     assert_eq!(wire.response().await.status, 200, "{same}");
@@ -324,7 +324,7 @@ async fn decodes_each_segment_of_a_path_by_itself() {
         ("/%".to_owned(), vec![400, 404]),
         ("/healthz%00".to_owned(), vec![400, 404]),
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(head("GET", &target, Some(&ann.access_token), ""))
             .await;
         let response = wire.response().await;
@@ -338,10 +338,10 @@ async fn decodes_each_segment_of_a_path_by_itself() {
 
 #[tokio::test]
 async fn skips_the_body_of_a_get() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     for (more, body) in [
         ("Content-Length: 25\r\n", "GET /nowhere HTTP/1.1\r\n\r\n"),
         ("Transfer-Encoding: chunked\r\n", "2\r\n{}\r\n0\r\n\r\n"),
@@ -360,7 +360,7 @@ async fn skips_the_body_of_a_get() {
 
 #[tokio::test]
 async fn responds_to_pipelined_requests_in_order() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
     let mut requests = String::new();
@@ -380,7 +380,7 @@ async fn responds_to_pipelined_requests_in_order() {
             &format!("X-Request-Id: miss-{n}\r\n"),
         );
     }
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     wire.send(requests).await;
     for n in 0..20 {
         let title = json!(format!("task {n:02}"));
@@ -410,7 +410,7 @@ async fn responds_to_pipelined_requests_in_order() {
 
 #[tokio::test]
 async fn finds_the_next_request_however_the_stream_is_split() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
     let chunked = head(
@@ -425,7 +425,7 @@ async fn finds_the_next_request_however_the_stream_is_split() {
     let all = format!("{chunked}{plain}{read}{chunked}{chunked}{read}{plain}");
     // Lets the server read the first part before the second is sent.
     for cut in (1..all.len()).step_by(7) {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(&all[..cut]).await;
         tokio::task::yield_now().await;
         if cut > chunked.len() {
@@ -441,7 +441,7 @@ async fn finds_the_next_request_however_the_stream_is_split() {
 
 #[tokio::test]
 async fn serves_the_request_after_a_rejected_one_or_closes_the_connection() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let chunks = "12\r\n{\n \"title\":\n \"a\"\n}\r\n0\r\n\r\n";
     let whole = "{\n \"title\":\n \"a\"\n}";
@@ -452,7 +452,7 @@ async fn serves_the_request_after_a_rejected_one_or_closes_the_connection() {
         for (token, target) in [(Some("bad"), ann.tasks()), (None, "/nowhere".to_owned())] {
             for together in [true, false] {
                 let rejected = head("POST", &target, token, framing);
-                let mut wire = Wire::open(&server).await;
+                let mut wire = Wire::open(server).await;
                 if together {
                     wire.send(rejected + body).await;
                     assert!(matches!(wire.response().await.status, 401 | 404));
@@ -480,10 +480,10 @@ async fn serves_the_request_after_a_rejected_one_or_closes_the_connection() {
 
 #[tokio::test]
 async fn closes_the_connection_if_the_client_says_so() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     let one = head("GET", &ann.tasks(), token, "Connection: close\r\n");
     wire.send(format!("{one}{one}")).await;
     let response = wire.response().await;
@@ -496,7 +496,7 @@ async fn closes_the_connection_if_the_client_says_so() {
         "a response after `Connection: close`"
     );
 
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     wire.send(format!(
         "GET {} HTTP/1.0\r\nAuthorization: Bearer {}\r\n\r\n",
         ann.tasks(),
@@ -513,7 +513,7 @@ async fn closes_the_connection_if_the_client_says_so() {
 
 #[tokio::test]
 async fn rejects_a_missing_duplicate_or_malformed_host() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     for hosts in [
         "",
         "Host: a.example\r\nHost: a.example\r\n",
@@ -527,7 +527,7 @@ async fn rejects_a_missing_duplicate_or_malformed_host() {
         "Host: a?b\r\n",
         "Host: \u{e9}.example\r\n",
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(format!("GET /healthz HTTP/1.1\r\n{hosts}\r\n"))
             .await;
         assert_eq!(wire.response().await.status, 400, "{hosts:?}");
@@ -541,7 +541,7 @@ async fn rejects_a_missing_duplicate_or_malformed_host() {
         "A_b.example.",
         "a.example:",
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(format!("GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"))
             .await;
         assert_eq!(wire.response().await.status, 200, "{host}");
@@ -562,13 +562,13 @@ async fn returns_and_logs_a_valid_request_id() {
 
 #[tokio::test]
 async fn replaces_an_invalid_request_id_by_a_unique_one() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let mut seen = BTreeSet::new();
     let long = "x".repeat(129);
     for insane in [
         "", " ", "a b", "a\"b", "a\tb", "a=b", "é", "a,b", "../x", &long,
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(head(
             "GET",
             "/nowhere",
@@ -599,10 +599,10 @@ async fn replaces_an_invalid_request_id_by_a_unique_one() {
 
 #[tokio::test]
 async fn every_response_has_a_request_id_and_nosniff() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     for (target, _) in routes(&ann, &task) {
         for method in ["GET", "POST", "OPTIONS", "TRACE"] {
             for token in [None, Some(ann.access_token.as_str())] {
@@ -625,7 +625,7 @@ async fn every_response_has_a_request_id_and_nosniff() {
 
 #[tokio::test]
 async fn responses_of_the_api_are_not_cached() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let path = ann.path_of(&task);
@@ -668,7 +668,7 @@ async fn responses_of_the_api_are_not_cached() {
 // One test, so that the waits overlap. The timeouts are 10 s for a head and 20 s for a body.
 #[tokio::test]
 async fn closes_connections_of_stalled_and_slow_clients() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let full = head(
         "POST",
@@ -677,7 +677,7 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         "Content-Length: 9000\r\n",
     );
     let silent = async {
-        let mut wire = Wire::open(&server).await.with_long_timeout();
+        let mut wire = Wire::open(server).await.with_long_timeout();
         assert!(
             wire.response_or_close()
                 .await
@@ -685,7 +685,7 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         );
     };
     let half_a_head = async {
-        let mut wire = Wire::open(&server).await.with_long_timeout();
+        let mut wire = Wire::open(server).await.with_long_timeout();
         wire.send("GET /healthz HTTP/1.1\r\nHost: a").await;
         assert!(
             wire.response_or_close()
@@ -694,13 +694,13 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         );
     };
     let endless_head = async {
-        let mut wire = Wire::open(&server).await.with_long_timeout();
+        let mut wire = Wire::open(server).await.with_long_timeout();
         wire.send("GET /healthz HTTP/1.1\r\nHost: a\r\n").await;
         let cut_off = trickle(&mut wire, "X-More: 1\r\n").await;
         assert!(cut_off.is_none_or(|response| response.status == 408));
     };
     let stalled_body = async {
-        let mut wire = Wire::open(&server).await.with_long_timeout();
+        let mut wire = Wire::open(server).await.with_long_timeout();
         wire.send(full.clone() + "{").await;
         let response = wire.response().await;
         assert_eq!(
@@ -713,7 +713,7 @@ async fn closes_connections_of_stalled_and_slow_clients() {
         );
     };
     let endless_body = async {
-        let mut wire = Wire::open(&server).await.with_long_timeout();
+        let mut wire = Wire::open(server).await.with_long_timeout();
         wire.send(full.clone()).await;
         let response = trickle(&mut wire, " ").await.expect("a response");
         assert_eq!(
@@ -745,7 +745,7 @@ async fn trickle(wire: &mut Wire, bytes: &str) -> Option<WireResponse> {
 
 #[tokio::test]
 async fn rejects_an_oversized_head() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     for request in [
         format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(1 << 20)),
         head(
@@ -756,7 +756,7 @@ async fn rejects_an_oversized_head() {
         ),
         head("GET", "/healthz", None, &"X-Many: 1\r\n".repeat(10_000)),
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(request).await;
         let response = wire.response_or_close().await;
         assert!(response.is_none_or(|response| matches!(response.status, 400 | 414 | 431)));
@@ -766,7 +766,7 @@ async fn rejects_an_oversized_head() {
 
 #[tokio::test]
 async fn pages_have_a_strict_content_security_policy() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     server.get("/healthz").await.expect(200);
     server.get("/readyz").await.expect(200);
     let document = server.get("/openapi.json").await.expect(200).json();
@@ -812,7 +812,7 @@ fn resolve(base: &str, reference: &str) -> String {
 // `.ci/browser` tests the same in a browser, behind a real proxy.
 #[tokio::test]
 async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let served = async |path: &str| {
         let stripped = path
             .strip_prefix("/todo")
@@ -860,7 +860,7 @@ async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
 
 #[tokio::test]
 async fn every_problem_has_a_page() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     for code in CODES.into_iter().chain(["overloaded", "stopping"]) {
         let response = server.get(format!("/problems/{code}")).await.expect(200);
         let text = String::from_utf8(response.body.to_vec()).unwrap();
@@ -875,7 +875,7 @@ async fn every_problem_has_a_page() {
 // FR-008
 #[tokio::test]
 async fn returns_404_for_an_unknown_path_with_or_without_a_token() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let tasks = ann.tasks();
     for path in [

@@ -89,18 +89,18 @@ async fn bob_and_his_tasks(server: &Server) -> (User, Value, Value) {
 // FR-003, FR-007, FR-008, SC-002, SC-004
 #[tokio::test]
 async fn returns_403_for_another_users_paths_and_changes_nothing() {
-    let server = Server::start().await;
-    let (bob, open, done) = bob_and_his_tasks(&server).await;
+    let server = Server::shared().await;
+    let (bob, open, done) = bob_and_his_tasks(server).await;
     let ann = server.user().await;
     let mine = ann.create_task("mine").await;
-    let before = rows_of(&server, &bob).await;
+    let before = rows_of(server, &bob).await;
     assert_eq!(before.len(), 6);
 
     let unknown = Uuid::now_v7().to_string();
     let ids = [&open, &done, &mine].map(|task| task["id"].as_str().unwrap());
     for id in ids.into_iter().chain([unknown.as_str(), "no-uuid"]) {
         for operation in operations(&bob.tasks(), id) {
-            let problem = send(&server, &ann.access_token, &operation)
+            let problem = send(server, &ann.access_token, &operation)
                 .await
                 .problem(403, "forbidden");
             let text = problem.to_string();
@@ -110,13 +110,13 @@ async fn returns_403_for_another_users_paths_and_changes_nothing() {
             );
         }
     }
-    assert_eq!(rows_of(&server, &bob).await, before);
+    assert_eq!(rows_of(server, &bob).await, before);
 }
 
 // FR-003: every other value, well-formed or not.
 #[tokio::test]
 async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let id = &ann.id;
     let others = [
@@ -140,7 +140,7 @@ async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
     ];
     for other in others {
         for operation in operations(&format!("/api/v1/{other}/tasks"), "x") {
-            let response = send(&server, &ann.access_token, &operation).await;
+            let response = send(server, &ann.access_token, &operation).await;
             assert_eq!(response.status, 403, "{} {}", operation.0, operation.1);
             response.problem(403, "forbidden");
         }
@@ -150,11 +150,11 @@ async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
 // FR-007, FR-008, SC-002, SC-004
 #[tokio::test]
 async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
-    let server = Server::start().await;
-    let (bob, open, done) = bob_and_his_tasks(&server).await;
+    let server = Server::shared().await;
+    let (bob, open, done) = bob_and_his_tasks(server).await;
     let ann = server.user().await;
     ann.create_task("mine").await;
-    let before = rows_of(&server, &bob).await;
+    let before = rows_of(server, &bob).await;
 
     let unknown_id = Uuid::now_v7().to_string();
     for task in [&open, &done] {
@@ -194,16 +194,16 @@ async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
             }
         }
     }
-    assert_eq!(rows_of(&server, &bob).await, before);
+    assert_eq!(rows_of(server, &bob).await, before);
 }
 
 // FR-007, SC-004
 #[tokio::test]
 async fn operations_on_lists_affect_only_the_users_own_tasks() {
-    let server = Server::start().await;
-    let (bob, ..) = bob_and_his_tasks(&server).await;
+    let server = Server::shared().await;
+    let (bob, ..) = bob_and_his_tasks(server).await;
     let ann = server.user().await;
-    let before = rows_of(&server, &bob).await;
+    let before = rows_of(server, &bob).await;
 
     for query in [
         "",
@@ -243,15 +243,15 @@ async fn operations_on_lists_affect_only_the_users_own_tasks() {
             assert_eq!(task, &mine);
         }
     }
-    assert_eq!(rows_of(&server, &bob).await, before);
+    assert_eq!(rows_of(server, &bob).await, before);
 }
 
 // FR-007, SC-004
 #[tokio::test]
 async fn sessions_of_another_user_cannot_be_listed_or_revoked() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let before = rows_of(&server, &bob).await;
+    let before = rows_of(server, &bob).await;
     let sessions = ann.get("/api/v1/auth/sessions").await.expect(200).json();
     assert_eq!(sessions.as_array().unwrap().len(), 1);
     assert_eq!(sessions[0]["id"], json!(ann.session_id));
@@ -262,17 +262,17 @@ async fn sessions_of_another_user_cannot_be_listed_or_revoked() {
         .problem(404, "session_not_found");
     assert_eq!(theirs["detail"], unknown["detail"]);
     ann.delete("/api/v1/auth/sessions").await.expect(204);
-    assert_eq!(rows_of(&server, &bob).await, before);
+    assert_eq!(rows_of(server, &bob).await, before);
     bob.get("/api/v1/auth/me").await.expect(200);
 }
 
 #[tokio::test]
 async fn no_header_or_body_selects_another_user() {
-    let server = Server::start().await;
-    let (bob, open, _) = bob_and_his_tasks(&server).await;
+    let server = Server::shared().await;
+    let (bob, open, _) = bob_and_his_tasks(server).await;
     let ann = server.user().await;
     let mine = ann.create_task("mine").await;
-    let before = rows_of(&server, &bob).await;
+    let before = rows_of(server, &bob).await;
     let path = ann.path_of(&mine);
     for (name, value) in [
         ("x-user-id", bob.id.as_str()),
@@ -301,5 +301,5 @@ async fn no_header_or_body_selects_another_user() {
     );
     let list = ann.get(&query).await.expect(200).json();
     assert_eq!(list, json!([changed]));
-    assert_eq!(rows_of(&server, &bob).await, before);
+    assert_eq!(rows_of(server, &bob).await, before);
 }

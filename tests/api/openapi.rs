@@ -169,7 +169,7 @@ fn assert_same_members(example: &Value, real: &Value, location: &str) {
 
 #[tokio::test]
 async fn serves_the_openapi_document() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let response = server.get("/openapi.json").await.expect(200);
     assert_eq!(response.header("content-type"), "application/json");
     assert_eq!(response.json(), Document::read().0);
@@ -177,7 +177,7 @@ async fn serves_the_openapi_document() {
 
 #[tokio::test]
 async fn every_path_allows_exactly_the_documented_methods() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let document = Document::read();
     for (path, mut methods) in document.methods() {
         if methods.contains("GET") {

@@ -393,7 +393,7 @@ async fn total_counts_all_pages_and_only_on_request() {
 
 #[tokio::test]
 async fn the_next_link_preserves_the_filters() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let text = "a&b=c #%+é\"<>_";
     for n in 0..3 {
@@ -433,31 +433,31 @@ async fn the_next_link_preserves_the_filters() {
 
 #[tokio::test]
 async fn a_full_last_page_has_no_next_link() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let first = ann.create_task("a").await;
     ann.create_task("b").await;
-    let (ids, end) = page(&server, &ann, &format!("{}?limit=2", ann.tasks())).await;
+    let (ids, end) = page(server, &ann, &format!("{}?limit=2", ann.tasks())).await;
     assert_eq!((ids.len(), end), (2, None));
-    let (_, more) = page(&server, &ann, &format!("{}?limit=1", ann.tasks())).await;
+    let (_, more) = page(server, &ann, &format!("{}?limit=1", ann.tasks())).await;
     // The next page is empty if its tasks have been deleted meanwhile.
     ann.delete(ann.path_of(&first)).await.expect(204);
     assert_eq!(
-        page(&server, &ann, &more.expect("a next page")).await,
+        page(server, &ann, &more.expect("a next page")).await,
         (vec![], None)
     );
 }
 
 #[tokio::test]
 async fn rejects_cursors_that_no_page_returned() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    fill(&server, &ann, 3, "x").await;
-    let (_, target) = page(&server, &ann, &format!("{}?limit=1", ann.tasks())).await;
+    fill(server, &ann, 3, "x").await;
+    let (_, target) = page(server, &ann, &format!("{}?limit=1", ann.tasks())).await;
     let target = target.expect("a next page");
-    let once = page(&server, &ann, &target).await;
+    let once = page(server, &ann, &target).await;
     assert_eq!(
-        page(&server, &ann, &target).await,
+        page(server, &ann, &target).await,
         once,
         "the same page twice"
     );

@@ -256,9 +256,9 @@ async fn one_of_two_concurrent_changes_succeeds() {
 /// PostgreSQL resolves the deadlock by rolling back the change, which waited first.
 #[tokio::test]
 async fn retries_after_a_deadlock() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let other = RowLock::new(&server, "sessions", &ann.session_id).await;
+    let other = RowLock::new(server, "sessions", &ann.session_id).await;
     let deadlock = async {
         other.waiting(1).await;
         let lock = format!("select 1 from users where id = '{}' for update", ann.id);
@@ -269,7 +269,7 @@ async fn retries_after_a_deadlock() {
             .expect("a lock on the user");
         other.sql.batch_execute("commit").await.expect("a commit");
     };
-    let change = change_password(&server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD);
+    let change = change_password(server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD);
     let (changed, ()) = tokio::join!(change, deadlock);
-    assert_valid([&server; 2], &changed.expect(200).json()).await;
+    assert_valid([server; 2], &changed.expect(200).json()).await;
 }

@@ -82,9 +82,9 @@ async fn change_with(
 
 #[tokio::test]
 async fn every_task_has_a_strong_tag_that_changes_with_the_task() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, created) = new_task(&server, &ann).await;
+    let (path, created) = new_task(server, &ann).await;
     let mut tags = BTreeSet::from([created.clone()]);
     let mut last = created;
     let complete = format!("{path}/complete");
@@ -113,9 +113,9 @@ async fn every_task_has_a_strong_tag_that_changes_with_the_task() {
 
 #[tokio::test]
 async fn returns_304_if_if_none_match_lists_the_version() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, tag) = new_task(&server, &ann).await;
+    let (path, tag) = new_task(server, &ann).await;
     let ask = |method: Method, known: String| {
         ann.request(method, &path)
             .header("if-none-match", &known)
@@ -171,10 +171,10 @@ async fn returns_304_if_if_none_match_lists_the_version() {
 
 #[tokio::test]
 async fn returns_412_unless_if_match_lists_the_version() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for n in 0..4 {
-        let (path, tag) = new_task(&server, &ann).await;
+        let (path, tag) = new_task(server, &ann).await;
         let bare = tag.trim_matches('"').to_owned();
         let before = ann.get(&path).await.expect(200).json();
         for stale in [
@@ -196,7 +196,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
             format!("*, {tag}"),
         ] {
             let change_to = &changes(&path)[n];
-            let response = change(&server, &ann, change_to, &stale).await;
+            let response = change(server, &ann, change_to, &stale).await;
             assert_eq!(
                 response.status, 412,
                 "{} {} {stale}",
@@ -208,10 +208,10 @@ async fn returns_412_unless_if_match_lists_the_version() {
         assert_eq!(after, before, "a rejected request changed the task");
 
         for good in ["\"stale\", {tag}", "{tag},\"stale\"", "{tag}", "*"] {
-            let (path, tag) = new_task(&server, &ann).await;
+            let (path, tag) = new_task(server, &ann).await;
             let change_to = &changes(&path)[n];
             let good = good.replace("{tag}", &tag);
-            let response = change(&server, &ann, change_to, &good).await;
+            let response = change(server, &ann, change_to, &good).await;
             assert_eq!(
                 response.status, change_to.3,
                 "{} {} {good}",
@@ -223,12 +223,9 @@ async fn returns_412_unless_if_match_lists_the_version() {
             } else {
                 412
             };
-            assert_eq!(
-                change(&server, &ann, change_to, &tag).await.status,
-                expected
-            );
+            assert_eq!(change(server, &ann, change_to, &tag).await.status, expected);
         }
-        let (path, tag) = new_task(&server, &ann).await;
+        let (path, tag) = new_task(server, &ann).await;
         let (method, at, body, status) = &changes(&path)[n];
         let mut request = ann.request(method.clone(), at);
         request = request
@@ -247,31 +244,31 @@ async fn returns_412_unless_if_match_lists_the_version() {
 
 #[tokio::test]
 async fn the_tag_of_each_response_matches_in_the_next_request() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, mut tag) = new_task(&server, &ann).await;
+    let (path, mut tag) = new_task(server, &ann).await;
     for n in [0, 1, 2, 1, 0, 2] {
-        let response = change(&server, &ann, &changes(&path)[n], &tag)
+        let response = change(server, &ann, &changes(&path)[n], &tag)
             .await
             .expect(200);
         tag = tag_of(&response);
     }
-    change(&server, &ann, &changes(&path)[3], &tag)
+    change(server, &ann, &changes(&path)[3], &tag)
         .await
         .expect(204);
 }
 
 #[tokio::test]
 async fn returns_404_for_a_missing_task_whatever_the_preconditions() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let (theirs, tag) = new_task(&server, &bob).await;
+    let (theirs, tag) = new_task(server, &bob).await;
     let theirs = theirs.replace(&bob.id, &ann.id);
     let nowhere = format!("{}/{}", ann.tasks(), Uuid::now_v7());
     for path in [theirs, nowhere, format!("{}/no-uuid", ann.tasks())] {
         for change_to in changes(&path) {
             for expected in ["*", "\"stale\"", &tag, "garbage"] {
-                change(&server, &ann, &change_to, expected)
+                change(server, &ann, &change_to, expected)
                     .await
                     .problem(404, "task_not_found");
             }
@@ -340,14 +337,14 @@ async fn of_two_concurrent_changes_with_the_same_tag_one_succeeds() {
 
 #[tokio::test]
 async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, tag) = new_task(&server, &ann).await;
+    let (path, tag) = new_task(server, &ann).await;
     let read = || ann.get(&path).send();
     let before = read().await.expect(200).json();
     for change_to in &changes(&path) {
         for seen in [&tag, &format!("W/{tag}"), "*", &format!("\"other\", {tag}")] {
-            change_with(&server, &ann, change_to, &[("if-none-match", seen)])
+            change_with(server, &ann, change_to, &[("if-none-match", seen)])
                 .await
                 .problem(412, "precondition_failed");
         }
@@ -355,11 +352,11 @@ async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
     assert_eq!(read().await.expect(200).json(), before);
     for n in 0..4 {
         for unseen in ["\"other\"", "W/\"other\"", "garbage", "", "{tag} garbage"] {
-            let (path, tag) = new_task(&server, &ann).await;
+            let (path, tag) = new_task(server, &ann).await;
             let unseen = unseen.replace("{tag}", &tag);
             let change_to = &changes(&path)[n];
             let response =
-                change_with(&server, &ann, change_to, &[("if-none-match", &unseen)]).await;
+                change_with(server, &ann, change_to, &[("if-none-match", &unseen)]).await;
             assert_eq!(response.status, change_to.3, "{} {unseen}", change_to.0);
         }
     }
@@ -368,7 +365,7 @@ async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
 // RFC 9110 section 13.2.2
 #[tokio::test]
 async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for (if_match, if_none_match, read, changed) in [
         ("{tag}", "\"other\"", 200, true),
@@ -384,7 +381,7 @@ async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
         ("garbage", "*", 412, false),
     ] {
         for n in 0..4 {
-            let (path, tag) = new_task(&server, &ann).await;
+            let (path, tag) = new_task(server, &ann).await;
             let [if_match, if_none_match] =
                 [if_match, if_none_match].map(|value| value.replace("{tag}", &tag));
             let headers = [
@@ -393,11 +390,11 @@ async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
             ];
             for method in [Method::GET, Method::HEAD] {
                 let get = (method.clone(), path.clone(), None, 200);
-                let response = change_with(&server, &ann, &get, &headers).await;
+                let response = change_with(server, &ann, &get, &headers).await;
                 assert_eq!(response.status, read, "{method} {headers:?}");
             }
             let change_to = &changes(&path)[n];
-            let response = change_with(&server, &ann, change_to, &headers).await;
+            let response = change_with(server, &ann, change_to, &headers).await;
             let status = if changed { change_to.3 } else { 412 };
             assert_eq!(response.status, status, "{} {headers:?}", change_to.0);
         }
@@ -406,11 +403,11 @@ async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
 
 #[tokio::test]
 async fn accepts_tags_with_the_suffix_of_a_compressing_proxy() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for suffix in ["-gzip", "-br", "-zstd", "-gzip-br"] {
         for n in 0..4 {
-            let (path, tag) = new_task(&server, &ann).await;
+            let (path, tag) = new_task(server, &ann).await;
             let suffixed = format!("{}{suffix}\"", tag.trim_end_matches('"'));
             let change_to = &changes(&path)[n];
             for (name, value, read) in [
@@ -420,26 +417,26 @@ async fn accepts_tags_with_the_suffix_of_a_compressing_proxy() {
                 ("if-match", &format!("W/{suffixed}"), 412),
             ] {
                 let get = (Method::GET, path.clone(), None, 200);
-                let response = change_with(&server, &ann, &get, &[(name, value)]).await;
+                let response = change_with(server, &ann, &get, &[(name, value)]).await;
                 assert_eq!(response.status, read, "{name} {value}");
             }
             for (name, value) in [
                 ("if-none-match", &suffixed),
                 ("if-match", &format!("W/{suffixed}")),
             ] {
-                change_with(&server, &ann, change_to, &[(name, value)])
+                change_with(server, &ann, change_to, &[(name, value)])
                     .await
                     .problem(412, "precondition_failed");
             }
-            let response = change(&server, &ann, change_to, &suffixed).await;
+            let response = change(server, &ann, change_to, &suffixed).await;
             assert_eq!(response.status, change_to.3, "{} {suffixed}", change_to.0);
         }
     }
-    let (path, tag) = new_task(&server, &ann).await;
+    let (path, tag) = new_task(server, &ann).await;
     let bare = tag.trim_matches('"');
     for other in ["-deflate", "-gz", "gzip", "-gzip-", "-GZIP"] {
         change(
-            &server,
+            server,
             &ann,
             &changes(&path)[0],
             &format!("\"{bare}{other}\""),

@@ -43,12 +43,12 @@ async fn assert_all_revoked(
 
 #[tokio::test]
 async fn refreshing_continues_the_session() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let mut token = ann.refresh_token.clone();
     let mut seen = BTreeSet::from([token.clone()]);
     for _ in 0..5 {
-        let response = refresh(&server, &token).await.expect(200);
+        let response = refresh(server, &token).await.expect(200);
         assert_eq!(response.header("cache-control"), "no-store");
         let body = response.json();
         assert_eq!(body["token_type"], "bearer");
@@ -57,7 +57,7 @@ async fn refreshing_continues_the_session() {
         assert_eq!(body["user"]["email"], ann.email.as_str());
         let access = text(&body, "access_token");
         assert_eq!(claims(&access)["sid"], ann.session_id.as_str());
-        assert_signed_in(&server, &access).await;
+        assert_signed_in(server, &access).await;
         token = text(&body, "refresh_token");
         assert!(
             seen.insert(token.clone()),
@@ -65,7 +65,7 @@ async fn refreshing_continues_the_session() {
         );
     }
     // Earlier access tokens remain valid until they expire.
-    assert_signed_in(&server, &ann.access_token).await;
+    assert_signed_in(server, &ann.access_token).await;
 }
 
 /// For example from two tabs, or after a lost response.
@@ -132,23 +132,20 @@ async fn a_later_repeat_revokes_the_session_and_is_logged_once() {
 /// Only the most recently used token has a grace period.
 #[tokio::test]
 async fn an_older_token_revokes_the_session_immediately() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let second = refresh(&server, &ann.refresh_token)
-        .await
-        .expect(200)
-        .json();
-    let third = refresh(&server, &text(&second, "refresh_token"))
+    let second = refresh(server, &ann.refresh_token).await.expect(200).json();
+    let third = refresh(server, &text(&second, "refresh_token"))
         .await
         .expect(200)
         .json();
 
-    refresh(&server, &ann.refresh_token)
+    refresh(server, &ann.refresh_token)
         .await
         .problem(401, "invalid_refresh_token");
     let ended = Instant::now();
     assert_all_revoked(
-        &server,
+        server,
         &[
             &ann.access_token,
             &text(&second, "access_token"),
@@ -191,9 +188,9 @@ async fn fifty_concurrent_refreshes_return_one_successor() {
 
 #[tokio::test]
 async fn access_and_refresh_tokens_are_not_interchangeable() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    refresh(&server, &ann.access_token)
+    refresh(server, &ann.access_token)
         .await
         .problem(401, "invalid_refresh_token");
     let response = server
@@ -217,18 +214,18 @@ async fn access_and_refresh_tokens_are_not_interchangeable() {
         )
     {
         let forged = forge(server.secret(), head, claims);
-        refresh(&server, &forged)
+        refresh(server, &forged)
             .await
             .problem(401, "invalid_refresh_token");
     }
     // The session continues.
-    assert_signed_in(&server, &ann.access_token).await;
-    refresh(&server, &ann.refresh_token).await.expect(200);
+    assert_signed_in(server, &ann.access_token).await;
+    refresh(server, &ann.refresh_token).await.expect(200);
 }
 
 #[tokio::test]
 async fn malformed_refresh_tokens_are_rejected_without_effect() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let token = ann.refresh_token.as_str();
     let mut flipped = token.to_owned();
@@ -254,7 +251,7 @@ async fn malformed_refresh_tokens_are_rejected_without_effect() {
         &parts[..parts.len() - 1].join("."),
         &format!("{}.", parts[..parts.len() - 1].join(".")),
     ] {
-        let response = refresh(&server, bad).await;
+        let response = refresh(server, bad).await;
         response.problem(401, "invalid_refresh_token");
         // RFC 9110, section 11.6.1, requires a challenge.
         assert!(
@@ -263,8 +260,8 @@ async fn malformed_refresh_tokens_are_rejected_without_effect() {
                 .starts_with("Bearer realm=\"todo\"")
         );
     }
-    assert_signed_in(&server, &ann.access_token).await;
-    refresh(&server, token).await.expect(200);
+    assert_signed_in(server, &ann.access_token).await;
+    refresh(server, token).await.expect(200);
 }
 
 /// Its last access token remains valid until it expires.
@@ -314,21 +311,21 @@ async fn a_session_expires_90_days_after_the_login() {
 
 #[tokio::test]
 async fn logout_with_an_access_token_revokes_the_session() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let other_session = server.login(&ann.email, &ann.password).await;
-    let response = logout(&server, &ann.access_token).await.expect(204);
+    let response = logout(server, &ann.access_token).await.expect(204);
     let ended = Instant::now();
     assert!(response.body.is_empty());
-    assert_all_revoked(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
+    assert_all_revoked(server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
     // Logging out again succeeds as well.
-    logout(&server, &ann.access_token).await.expect(204);
-    assert_signed_in(&server, &other_session.access_token).await;
+    logout(server, &ann.access_token).await.expect(204);
+    assert_signed_in(server, &other_session.access_token).await;
 }
 
 #[tokio::test]
 async fn logout_with_a_refresh_token_revokes_the_session() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for _ in 0..2 {
         server
@@ -338,13 +335,13 @@ async fn logout_with_a_refresh_token_revokes_the_session() {
             .expect(204);
     }
     let ended = Instant::now();
-    assert_all_revoked(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
+    assert_all_revoked(server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
 }
 
 /// RFC 7009, section 2.2.
 #[tokio::test]
 async fn logout_with_an_unknown_or_used_refresh_token_succeeds() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for unknown in ["", "x", "a.b.c", "ä\u{0}", &ann.access_token] {
         server
@@ -353,8 +350,8 @@ async fn logout_with_an_unknown_or_used_refresh_token_succeeds() {
             .await
             .expect(204);
     }
-    assert_signed_in(&server, &ann.access_token).await;
-    refresh(&server, &ann.refresh_token).await.expect(200);
+    assert_signed_in(server, &ann.access_token).await;
+    refresh(server, &ann.refresh_token).await.expect(200);
     server
         .post("/api/v1/auth/logout")
         .json(json!({"refresh_token": ann.refresh_token}))
@@ -365,7 +362,7 @@ async fn logout_with_an_unknown_or_used_refresh_token_succeeds() {
 /// A user who returns after two days can still log out.
 #[tokio::test]
 async fn logout_with_an_expired_access_token_revokes_the_session() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let mut claims = claims(&ann.access_token);
     let now = jiff::Timestamp::now().as_second();
@@ -376,14 +373,14 @@ async fn logout_with_an_expired_access_token_revokes_the_session() {
         json!({"alg": "HS256", "typ": "JWT"}),
         claims,
     );
-    logout(&server, &expired).await.expect(204);
+    logout(server, &expired).await.expect(204);
     let ended = Instant::now();
-    assert_all_revoked(&server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
+    assert_all_revoked(server, &[&ann.access_token], &[&ann.refresh_token], ended).await;
 }
 
 #[tokio::test]
 async fn logout_without_a_token_or_with_a_forged_one_fails() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let forge = |claims| {
         let header = json!({"alg": "HS256", "typ": "JWT"});
@@ -394,7 +391,7 @@ async fn logout_without_a_token_or_with_a_forged_one_fails() {
     claims["exp"] = json!(1);
     let expired_and_forged = forge(claims);
     for bad in [&forged, &expired_and_forged, &ann.refresh_token] {
-        logout(&server, bad).await.problem(401, "invalid_token");
+        logout(server, bad).await.problem(401, "invalid_token");
         // The refresh token in the body is ignored.
         server
             .post("/api/v1/auth/logout")
@@ -412,8 +409,8 @@ async fn logout_without_a_token_or_with_a_forged_one_fails() {
         .json(json!({}))
         .await
         .problem(401, "missing_token");
-    assert_signed_in(&server, &ann.access_token).await;
-    refresh(&server, &ann.refresh_token).await.expect(200);
+    assert_signed_in(server, &ann.access_token).await;
+    refresh(server, &ann.refresh_token).await.expect(200);
 }
 
 #[tokio::test]

@@ -185,12 +185,12 @@ async fn one_session_can_end_another() {
 
 #[tokio::test]
 async fn a_session_can_end_itself() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     ann.delete(format!("/api/v1/auth/sessions/{}", ann.session_id))
         .await
         .expect(204);
-    assert_revoked(&server, &ann.access_token, Instant::now()).await;
+    assert_revoked(server, &ann.access_token, Instant::now()).await;
 }
 
 #[tokio::test]

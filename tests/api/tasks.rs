@@ -33,7 +33,7 @@ async fn create(user: &User, body: Value) -> Value {
 // FR-005, FR-009
 #[tokio::test]
 async fn returns_a_new_task_with_its_location() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let response = ann
         .post(ann.tasks())
@@ -67,7 +67,7 @@ async fn returns_a_new_task_with_its_location() {
 
 #[tokio::test]
 async fn creates_a_completed_task_or_one_without_a_description() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let bare = create(&ann, json!({"title": "a"})).await;
     assert_eq!(
@@ -82,7 +82,7 @@ async fn creates_a_completed_task_or_one_without_a_description() {
 
 #[tokio::test]
 async fn keeps_an_empty_description() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let mut task = create(&ann, json!({"title": "a", "description": ""})).await;
     assert_eq!(task["description"], "");
@@ -98,7 +98,7 @@ async fn keeps_an_empty_description() {
 
 #[tokio::test]
 async fn ignores_the_id_owner_and_times_that_a_client_sends() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let wish = Uuid::now_v7().to_string();
     let body = json!({
@@ -124,7 +124,7 @@ async fn ignores_the_id_owner_and_times_that_a_client_sends() {
 
 #[tokio::test]
 async fn ids_are_lower_case_uuids_of_version_7() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     for id in [&ann.id, &ann.session_id, task["id"].as_str().unwrap()] {
@@ -136,7 +136,7 @@ async fn ids_are_lower_case_uuids_of_version_7() {
 
 #[tokio::test]
 async fn rejects_other_spellings_of_an_id() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let id = task["id"].as_str().unwrap();
@@ -175,7 +175,7 @@ async fn times_are_utc_with_six_fractional_digits() {
 
 #[tokio::test]
 async fn order_matches_created_at_for_concurrently_created_tasks() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let create = async |n: i32| {
         ann.post(ann.tasks())
@@ -215,7 +215,7 @@ async fn order_matches_created_at_for_concurrently_created_tasks() {
 // FR-009
 #[tokio::test]
 async fn put_and_patch_change_only_the_given_fields() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for method in [Method::PUT, Method::PATCH] {
         let changes = [
@@ -253,7 +253,7 @@ async fn put_and_patch_change_only_the_given_fields() {
 
 #[tokio::test]
 async fn null_clears_the_description_and_is_rejected_elsewhere() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for method in [Method::PUT, Method::PATCH] {
         let task = create(&ann, json!({"title": "a", "description": "b"})).await;
@@ -315,7 +315,7 @@ async fn updated_at_increases_with_every_change() {
 // FR-009
 #[tokio::test]
 async fn complete_toggles_without_a_value_and_sets_a_given_one() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let path = format!("{}/complete", ann.path_of(&task));
@@ -352,7 +352,7 @@ async fn complete_toggles_without_a_value_and_sets_a_given_one() {
 
 #[tokio::test]
 async fn every_concurrent_toggle_takes_effect() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let path = format!("{}/complete", ann.path_of(&task));
@@ -370,7 +370,7 @@ async fn every_concurrent_toggle_takes_effect() {
 // FR-009
 #[tokio::test]
 async fn returns_404_for_a_deleted_task_with_every_method() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let (task, other) = (ann.create_task("a").await, ann.create_task("b").await);
     let path = ann.path_of(&task);
@@ -396,7 +396,7 @@ async fn returns_404_for_a_deleted_task_with_every_method() {
 
 #[tokio::test]
 async fn delete_completed_returns_how_many_tasks_it_deleted() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for (title, completed) in [("a", true), ("b", false), ("c", true), ("d", false)] {
         create(&ann, json!({"title": title, "completed": completed})).await;
@@ -405,29 +405,29 @@ async fn delete_completed_returns_how_many_tasks_it_deleted() {
     for deleted in [2, 0] {
         let response = ann.delete(&clear).await.expect(200);
         assert_eq!(response.json(), json!({"deleted": deleted}));
-        assert_eq!(titles(&server, &ann, "").await, ["d", "b"]);
+        assert_eq!(titles(server, &ann, "").await, ["d", "b"]);
     }
 }
 
 #[tokio::test]
 async fn filters_by_completed() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for (title, completed) in [("a", true), ("b", false), ("c", true)] {
         create(&ann, json!({"title": title, "completed": completed})).await;
     }
-    assert_eq!(titles(&server, &ann, "?completed=true").await, ["c", "a"]);
-    assert_eq!(titles(&server, &ann, "?completed=false").await, ["b"]);
+    assert_eq!(titles(server, &ann, "?completed=true").await, ["c", "a"]);
+    assert_eq!(titles(server, &ann, "?completed=false").await, ["b"]);
     assert_eq!(
-        titles(&server, &ann, "?completed=true&sort=created_at").await,
+        titles(server, &ann, "?completed=true&sort=created_at").await,
         ["a", "c"]
     );
-    assert_eq!(titles(&server, &ann, "").await, ["c", "b", "a"]);
+    assert_eq!(titles(server, &ann, "").await, ["c", "b", "a"]);
 }
 
 #[tokio::test]
 async fn search_matches_a_literal_substring_case_insensitively() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for (title, description) in [
         ("100% wool", None),
@@ -463,20 +463,20 @@ async fn search_matches_a_literal_substring_case_insensitively() {
         ("no+such+thing", vec![]),
     ] {
         assert_eq!(
-            titles(&server, &ann, &format!("?q={query}")).await,
+            titles(server, &ann, &format!("?q={query}")).await,
             expected,
             "q={query}"
         );
     }
     assert_eq!(
-        titles(&server, &ann, "?q=c&completed=true").await,
+        titles(server, &ann, "?q=c&completed=true").await,
         Vec::<String>::new()
     );
 }
 
 #[tokio::test]
 async fn ignores_an_empty_search_and_unknown_parameters() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     ann.create_task("a").await;
     for query in [
@@ -489,7 +489,7 @@ async fn ignores_an_empty_search_and_unknown_parameters() {
         "?=1",
         "?user_id=x&%FF=1",
     ] {
-        assert_eq!(titles(&server, &ann, query).await, ["a"], "{query}");
+        assert_eq!(titles(server, &ann, query).await, ["a"], "{query}");
     }
 }
 

@@ -494,47 +494,47 @@ async fn assert_all_rejected(server: &Server, user: &User, attacks: Attacks) {
 
 #[tokio::test]
 async fn rejects_unsigned_tokens() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    assert_all_rejected(&server, &ann, unsigned(&ann)).await;
+    assert_all_rejected(server, &ann, unsigned(&ann)).await;
 }
 
 #[tokio::test]
 async fn rejects_tokens_of_other_algorithms() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let attacks = other_algorithms(server.secret(), &ann);
-    assert_all_rejected(&server, &ann, attacks).await;
+    assert_all_rejected(server, &ann, attacks).await;
 }
 
 #[tokio::test]
 async fn rejects_tokens_signed_with_an_attackers_key() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    assert_all_rejected(&server, &ann, attacker_keys(&ann)).await;
+    assert_all_rejected(server, &ann, attacker_keys(&ann)).await;
 }
 
 #[tokio::test]
 async fn rejects_modified_tokens() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let attacks = modified(server.secret(), &ann, &bob);
-    assert_all_rejected(&server, &ann, attacks).await;
+    assert_all_rejected(server, &ann, attacks).await;
 }
 
 /// FR-004 among others: an expired token.
 #[tokio::test]
 async fn rejects_signed_tokens_with_invalid_claims() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let attacks = wrong_claims(server.secret(), &ann, &bob);
-    assert_all_rejected(&server, &ann, attacks).await;
+    assert_all_rejected(server, &ann, attacks).await;
 }
 
 /// FR-004.
 #[tokio::test]
 async fn logs_that_a_rejected_token_has_expired() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let now = jiff::Timestamp::now().as_second();
     let expired_for = |seconds: i64| {
@@ -550,11 +550,11 @@ async fn logs_that_a_rejected_token_has_expired() {
         .bearer(&expired_for(35))
         .await
         .problem(401, "invalid_token");
-    let log = settled(&server).await;
+    let log = settled(server).await;
     let lines = warnings(&log, &id);
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("reason=expired_token"), "{}", lines[0]);
-    assert_signed_in(&server, &expired_for(-60)).await;
+    assert_signed_in(server, &expired_for(-60)).await;
 }
 
 /// Revocations are kept for a day, so no token may be valid for longer, even if it was signed
@@ -597,7 +597,7 @@ async fn rejects_access_tokens_valid_for_more_than_a_day() {
 
 #[tokio::test]
 async fn ignores_unknown_claims_and_accepts_a_past_nbf() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let valid = claims(&ann.access_token);
     let now = jiff::Timestamp::now().as_second();
@@ -629,7 +629,7 @@ fn status(response: &str) -> u16 {
 /// Written to the socket directly, because HTTP clients do not send such headers.
 #[tokio::test]
 async fn accepts_a_token_only_in_a_single_bearer_header() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let valid = ann.access_token.as_str();
     let forged = format!("{}AAAA", &valid[..valid.len() - 4]);
@@ -712,7 +712,7 @@ async fn accepts_a_token_only_in_a_single_bearer_header() {
         assert!(has_code, "{template}: {response}");
         ids.push((template, id));
     }
-    let log = settled(&server).await;
+    let log = settled(server).await;
     for (template, id) in ids {
         let lines = warnings(&log, &id);
         assert_eq!(lines.len(), 1, "{template}: {lines:#?}");
@@ -724,7 +724,7 @@ async fn accepts_a_token_only_in_a_single_bearer_header() {
 /// Scripts send such values before the user has signed in.
 #[tokio::test]
 async fn treats_an_empty_or_null_bearer_token_as_missing() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for value in [
         "Bearer",
@@ -744,7 +744,7 @@ async fn treats_an_empty_or_null_bearer_token_as_missing() {
             response.header("www-authenticate"),
             r#"Bearer realm="todo""#
         );
-        let log = settled(&server).await;
+        let log = settled(server).await;
         let lines = warnings(&log, &id);
         assert!(lines[0].contains("reason=missing_token"), "{lines:?}");
 
@@ -768,7 +768,7 @@ async fn treats_an_empty_or_null_bearer_token_as_missing() {
 /// RFC 9110, section 11.1.
 #[tokio::test]
 async fn the_authentication_scheme_is_case_insensitive() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for scheme in ["Bearer", "bearer", "BEARER", "bEaReR"] {
         server
@@ -781,7 +781,7 @@ async fn the_authentication_scheme_is_case_insensitive() {
 
 #[tokio::test]
 async fn rejects_binary_and_oversized_authorization_headers() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let head = format!(
         "GET {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer ",
@@ -812,7 +812,7 @@ async fn rejects_binary_and_oversized_authorization_headers() {
 /// FR-001.
 #[tokio::test]
 async fn verifies_the_token_before_reading_the_body() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for (body, content_type) in [
         (&b"{"[..], "application/json"),

@@ -126,14 +126,14 @@ impl Refused {
 
 #[tokio::test]
 async fn a_request_that_follows_an_early_response_on_its_connection_is_answered() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let good = head("GET", "/healthz", None, "");
     let refused = refused(&ann, &bob);
     let all = refused
         .iter()
         .flat_map(|refused| ARRIVALS.map(|arrival| (refused, arrival)));
-    join_all(all.map(|(refused, arrival)| refused.is_followed_by(&server, &good, 200, arrival)))
+    join_all(all.map(|(refused, arrival)| refused.is_followed_by(server, &good, 200, arrival)))
         .await;
 }
 
@@ -155,7 +155,7 @@ async fn a_refusal_for_too_many_logins_leaves_its_connection_usable() {
 
 #[tokio::test]
 async fn a_database_outage_leaves_connections_usable() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let nowhere = "postgres://todo@127.0.0.1:1/todo?sslmode=disable";
     let away = Server::listening(&[("DATABASE_URL", nowhere)]).await;
@@ -171,7 +171,7 @@ async fn a_database_outage_leaves_connections_usable() {
 
 #[tokio::test]
 async fn requests_pipelined_behind_an_unread_body_are_answered_in_order() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let good = head("GET", "/healthz", None, "");
     let refused: Vec<_> = refused(&ann, &bob)
@@ -183,7 +183,7 @@ async fn requests_pipelined_behind_an_unread_body_are_answered_in_order() {
         .map(|refused| format!("{}{}{good}", refused.head, refused.body))
         .collect();
     for piece in [stream.len(), 8191, 500] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         for bytes in stream.as_bytes().chunks(piece) {
             wire.send(bytes).await;
             tokio::task::yield_now().await;
@@ -218,7 +218,7 @@ async fn announces_its_close(wire: &mut Wire, status: u16) {
 
 #[tokio::test]
 async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_says_so() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let own = Some(ann.access_token.as_str());
     let post = |token, more: &str| head("POST", &ann.tasks(), token, more);
@@ -243,7 +243,7 @@ async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_sa
     ];
     join_all(at_once.map(async |(request, status)| {
         let asked = Instant::now();
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(request).await;
         announces_its_close(&mut wire, status).await;
         assert!(asked.elapsed() < Duration::from_secs(5));
@@ -260,7 +260,7 @@ async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_sa
         endless,
     ];
     join_all(unfinished.map(async |request| {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(request).await;
         announces_its_close(&mut wire, 401).await;
     }))
@@ -270,7 +270,7 @@ async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_sa
 // A client that sends everything before it reads must find its response.
 #[tokio::test]
 async fn an_early_response_is_not_lost_to_a_reset() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let megabyte = "x".repeat(1 << 20);
     let chunk = format!("100000\r\n{megabyte}\r\n0\r\n\r\n");
@@ -279,7 +279,7 @@ async fn an_early_response_is_not_lost_to_a_reset() {
         (CHUNKED, &chunk),
     ] {
         for (token, status) in [(None, 401), (Some(ann.access_token.as_str()), 413)] {
-            let mut wire = Wire::open(&server).await;
+            let mut wire = Wire::open(server).await;
             wire.send(head("POST", &ann.tasks(), token, framing)).await;
             for part in body.as_bytes().chunks(64 * 1024) {
                 wire.send(part).await;

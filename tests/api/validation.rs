@@ -45,7 +45,7 @@ fn errors(problem: &Value) -> Vec<(&str, &str)> {
 // FR-005
 #[tokio::test]
 async fn accepts_titles_of_1_to_200_code_points() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for title in [
         "x".into(),
@@ -74,7 +74,7 @@ async fn accepts_titles_of_1_to_200_code_points() {
 // FR-005
 #[tokio::test]
 async fn trims_unicode_white_space_from_titles_before_counting() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let spaces = "\t\n\u{b}\u{c}\r \u{85}\u{a0}\u{1680}\u{2000}\u{2007}\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}";
     for inner in [
@@ -108,7 +108,7 @@ async fn trims_unicode_white_space_from_titles_before_counting() {
 // FR-005
 #[tokio::test]
 async fn accepts_descriptions_of_up_to_1000_code_points() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for description in [
         String::new(),
@@ -129,7 +129,7 @@ async fn accepts_descriptions_of_up_to_1000_code_points() {
 
 #[tokio::test]
 async fn updates_have_the_same_limits_as_creation() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("as it was").await;
     let path = ann.path_of(&task);
@@ -177,7 +177,7 @@ async fn updates_have_the_same_limits_as_creation() {
 
 #[tokio::test]
 async fn rejects_nul_in_title_and_description() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for text in ["\0", "a\0b", "a\0"] {
         let body = json!({"title": text, "description": text});
@@ -205,7 +205,7 @@ async fn rejects_nul_in_title_and_description() {
 
 #[tokio::test]
 async fn rejects_fields_of_a_wrong_type() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let wrong = [
         json!(1),
@@ -247,7 +247,7 @@ async fn rejects_fields_of_a_wrong_type() {
 // FR-008
 #[tokio::test]
 async fn returns_all_errors_of_a_body_at_once() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let body = json!({"title": "x".repeat(201), "description": 7, "completed": "yes"});
     let problem = ann.create(body).await.problem(422, "validation_failed");
@@ -299,7 +299,7 @@ async fn returns_all_errors_of_a_body_at_once() {
 
 #[tokio::test]
 async fn ignores_unknown_fields_but_rejects_an_update_without_known_ones() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let body = json!({"title": "a", "colour": "red", "": 1, "Title": "b", "x": {"title": [1]}});
     let task = ann.create(body).await.expect(201).json();
@@ -323,7 +323,7 @@ async fn ignores_unknown_fields_but_rejects_an_update_without_known_ones() {
 
 #[tokio::test]
 async fn returns_400_for_malformed_json() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let bodies: [&[u8]; 16] = [
         b"",
@@ -344,7 +344,7 @@ async fn returns_400_for_malformed_json() {
         b"title=a",
     ];
     for body in bodies {
-        let response = create_raw(&server, &ann, body).await;
+        let response = create_raw(server, &ann, body).await;
         assert_eq!(response.status, 400, "{}", String::from_utf8_lossy(body));
         response.problem(400, "malformed_json");
     }
@@ -370,7 +370,7 @@ async fn returns_400_for_malformed_json() {
 
 #[tokio::test]
 async fn returns_422_for_json_that_is_not_an_object() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let path = ann.path_of(&task);
@@ -384,7 +384,7 @@ async fn returns_422_for_json_that_is_not_an_object() {
         "[\"a\",null,false]",
         " [ ] ",
     ] {
-        let problem = create_raw(&server, &ann, body)
+        let problem = create_raw(server, &ann, body)
             .await
             .problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("", "wrong_type")], "{body}");
@@ -400,7 +400,7 @@ async fn returns_422_for_json_that_is_not_an_object() {
 
 #[tokio::test]
 async fn accepts_unusual_json_and_never_returns_500() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     for (body, title) in [
         ("\r\n\t {\"title\" : \"a\"} \n", "a"),
@@ -408,7 +408,7 @@ async fn accepts_unusual_json_and_never_returns_500() {
         (r#"{"title":"a","n":123456789012345678901234567890}"#, "a"),
         (r#"{"title":"a","n":-0.0e-99999}"#, "a"),
     ] {
-        let response = create_raw(&server, &ann, body).await;
+        let response = create_raw(server, &ann, body).await;
         assert_eq!(response.expect(201).json()["title"], json!(title), "{body}");
     }
     // RFC 8259 section 6 leaves the range of numbers to the implementation.
@@ -416,22 +416,22 @@ async fn accepts_unusual_json_and_never_returns_500() {
         (r#"{"title":1e999}"#, [400, 422]),
         (r#"{"title":"a","n":1e999}"#, [400, 201]),
     ] {
-        let huge = create_raw(&server, &ann, body).await;
+        let huge = create_raw(server, &ann, body).await;
         assert!(statuses.contains(&huge.status), "{body}: {}", huge.status);
     }
     // Nested as deeply as the body size allows: rejected or ignored, but no crash.
     for (open, close) in [("[", "]"), ("{\"x\":", "}")] {
         let depth = 16_000 / (open.len() + close.len());
         let nested = open.repeat(depth) + "1" + &close.repeat(depth);
-        let status = create_raw(&server, &ann, format!(r#"{{"title":"deep","x":{nested}}}"#))
+        let status = create_raw(server, &ann, format!(r#"{{"title":"deep","x":{nested}}}"#))
             .await
             .status;
         assert!(matches!(status, 201 | 400), "{status}");
-        let status = create_raw(&server, &ann, format!(r#"{{"title":{nested}}}"#))
+        let status = create_raw(server, &ann, format!(r#"{{"title":{nested}}}"#))
             .await
             .status;
         assert!(matches!(status, 400 | 422), "{status}");
-        let status = create_raw(&server, &ann, open.repeat(16_000 / open.len()))
+        let status = create_raw(server, &ann, open.repeat(16_000 / open.len()))
             .await
             .status;
         assert!(matches!(status, 400 | 422), "{status}");
@@ -440,9 +440,9 @@ async fn accepts_unusual_json_and_never_returns_500() {
 
 #[tokio::test]
 async fn a_duplicate_field_creates_at_most_one_task() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
-    let response = create_raw(&server, &ann, r#"{"title":"a","title":"b"}"#).await;
+    let response = create_raw(server, &ann, r#"{"title":"a","title":"b"}"#).await;
     assert!(
         matches!(response.status, 201 | 400 | 422),
         "{}",
@@ -457,7 +457,7 @@ async fn a_duplicate_field_creates_at_most_one_task() {
 
 #[tokio::test]
 async fn requires_a_json_content_type_or_none() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let json_types = [
@@ -510,7 +510,7 @@ async fn requires_a_json_content_type_or_none() {
             "{method} {at} {merge}"
         );
 
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         let more = format!("Content-Length: {}\r\n", body.len());
         wire.send(head(method.as_str(), at, Some(&ann.access_token), &more))
             .await;
@@ -543,7 +543,7 @@ async fn requires_a_json_content_type_or_none() {
 
 #[tokio::test]
 async fn a_415_names_the_accepted_types() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
     let (tasks, path) = (ann.tasks(), ann.path_of(&task));
@@ -594,14 +594,14 @@ async fn a_415_names_the_accepted_types() {
 
 #[tokio::test]
 async fn accepts_bodies_of_up_to_16_kib() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let frame = r#"{"title":"a","x":""}"#.len();
     for (length, status) in [(16 * 1024, 201), (16 * 1024 + 1, 413)] {
         let body = format!(r#"{{"title":"a","x":"{}"}}"#, "x".repeat(length - frame));
         assert_eq!(body.len(), length);
-        assert_eq!(create_raw(&server, &ann, &body).await.status, status);
-        let mut wire = Wire::open(&server).await;
+        assert_eq!(create_raw(server, &ann, &body).await.status, status);
+        let mut wire = Wire::open(server).await;
         wire.send(head(
             "POST",
             &ann.tasks(),
@@ -621,7 +621,7 @@ async fn accepts_bodies_of_up_to_16_kib() {
 
 #[tokio::test]
 async fn a_client_that_sends_a_megabyte_receives_the_413() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     let body = vec![b' '; 1 << 20];
     let assert_rejected = |response: crate::harness::WireResponse| {
@@ -634,14 +634,14 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
     };
     for _ in 0..10 {
         // The whole body is sent before the response is read.
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         let more = format!("Content-Length: {}\r\n", body.len());
         wire.send(head("POST", &ann.tasks(), Some(&ann.access_token), &more))
             .await;
         wire.send(&body).await;
         assert_rejected(wire.response().await);
 
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         wire.send(head(
             "POST",
             &ann.tasks(),
@@ -654,14 +654,14 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
         wire.send("\r\n0\r\n\r\n").await;
         assert_rejected(wire.response().await);
 
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         let more = format!("Content-Length: {}\r\n", body.len());
         wire.send(head("POST", &ann.tasks(), None, &more)).await;
         wire.send(&body).await;
         assert_eq!(wire.response().await.status, 401);
     }
     // A Content-Length that is too large is rejected without waiting for the body.
-    let mut wire = Wire::open(&server).await;
+    let mut wire = Wire::open(server).await;
     wire.send(head(
         "POST",
         &ann.tasks(),
@@ -675,7 +675,7 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
 // FR-008
 #[tokio::test]
 async fn returns_the_first_error_in_the_documented_order() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let task = ann.create_task("a").await;
     let unknown = format!("{}/{}", ann.tasks(), Uuid::now_v7());
@@ -746,7 +746,7 @@ async fn returns_the_first_error_in_the_documented_order() {
         ),
         ("PUT", &there, good, "", r#"{"title":"b"}"#, 200, ""),
     ] {
-        let mut wire = Wire::open(&server).await;
+        let mut wire = Wire::open(server).await;
         let more = format!("{more}Content-Length: {}\r\n", body.len());
         wire.send(head(method, target, token, &more) + body).await;
         let response = wire.response().await;
@@ -763,7 +763,7 @@ async fn returns_the_first_error_in_the_documented_order() {
 
 #[tokio::test]
 async fn names_invalid_and_duplicate_query_parameters() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     ann.create_task("a").await;
     ann.create_task("b").await;
@@ -880,7 +880,7 @@ async fn names_invalid_and_duplicate_query_parameters() {
 
 #[tokio::test]
 async fn delete_completed_requires_completed_true() {
-    let server = Server::start().await;
+    let server = Server::shared().await;
     let ann = server.user().await;
     ann.create(json!({"title": "a", "completed": true}))
         .await

@@ -26,7 +26,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use todo_api::embedded_postgres::Postgres;
 use tokio::{
-    sync::{Mutex, MutexGuard},
+    sync::{Semaphore, SemaphorePermit},
     time::sleep,
 };
 use tokio_postgres::{Client as Sql, NoTls};
@@ -49,10 +49,19 @@ pub(crate) fn short_or_full<T>(short: T, full: T) -> T {
     }
 }
 
-/// Makes tests that measure time under load run one at a time.
-async fn serialize() -> MutexGuard<'static, ()> {
-    static RUNNING: Mutex<()> = Mutex::const_new(());
-    RUNNING.lock().await
+/// The number of tests under load that run at the same time.
+const CONCURRENT_LOADS: u32 = 3;
+
+static LOADS: Semaphore = Semaphore::const_new(CONCURRENT_LOADS as usize);
+
+/// Waits until a test that mostly waits under a light load may run.
+async fn start_light_load() -> SemaphorePermit<'static> {
+    LOADS.acquire().await.unwrap()
+}
+
+/// Waits until a test whose load takes the whole machine may run, and makes the others wait.
+async fn start_heavy_load() -> SemaphorePermit<'static> {
+    LOADS.acquire_many(CONCURRENT_LOADS).await.unwrap()
 }
 
 fn report(test: &str, counts: impl AsRef<str>) {

@@ -16,13 +16,13 @@ use super::{
     Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, backends, connect_when_ready,
     load::{Client, Outcome},
     proxy::NetworkCondition,
-    report, serialize, short_or_full,
+    report, short_or_full, start_light_load,
 };
 use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_that_wake_a_suspended_database_succeed() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = Cluster::proxied(&[("DB_POOL_SIZE", "8")]).await;
     let sql = cluster.sql().await;
     let credentials = cluster.credentials();
@@ -74,7 +74,7 @@ async fn requests_that_wake_a_suspended_database_succeed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_get_503_until_a_slowly_waking_database_is_ready() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = Cluster::proxied(&[]).await;
     // Longer than a request waits for a connection.
     let wake_time = Duration::from_secs(4);

@@ -8,7 +8,7 @@ use super::{
     Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, assert_outage_is_survived, backends,
     load::{RequestRecord, summary},
     proxy::NetworkCondition,
-    report, serialize, short_or_full, until_recovered, until_served,
+    report, short_or_full, start_light_load, until_recovered, until_served,
 };
 use crate::{harness::until, sessions::OTHER_USERS_TASKS};
 
@@ -28,7 +28,7 @@ async fn assert_no_leaked_backends(cluster: &Cluster) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_blackholed_network_is_detected_and_recovered_from() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     let load = cluster.load(8, 4);
     let mut counts = Vec::new();
@@ -59,7 +59,7 @@ async fn a_blackholed_network_is_detected_and_recovered_from() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_distant_database_is_used_without_errors() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     // Close the connections, so that new ones are opened over the slow network.
     cluster
@@ -91,7 +91,7 @@ async fn a_distant_database_is_used_without_errors() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_reset_during_a_response_lose_no_acknowledged_task() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     let load = cluster.load(8, 4);
     let requests = load.requests.clone();
@@ -147,7 +147,7 @@ async fn connections_reset_during_a_response_lose_no_acknowledged_task() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_open_connections_are_evicted() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     let load = cluster.load(8, 6);
     let requests = load.requests.clone();
@@ -181,7 +181,7 @@ async fn half_open_connections_are_evicted() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_open_connections_do_not_fail_one_request_each() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     let sql = cluster.sql().await;
     let load = cluster.load(8, 6);
@@ -213,7 +213,7 @@ async fn half_open_connections_do_not_fail_one_request_each() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_waits_for_revocations_to_be_read() {
     const ONE_WAY: Duration = Duration::from_millis(75);
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = Cluster::proxied(&[]).await;
     cluster
         .proxy()

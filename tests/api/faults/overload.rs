@@ -24,7 +24,7 @@ use super::{
     load::{Addresses, Client, Credentials, Load, RequestLog, RequestRecord, percentile, summary},
     memory,
     proxy::NetworkCondition,
-    raise_file_limit, report, serialize, short_or_full, until_served,
+    raise_file_limit, report, short_or_full, start_heavy_load, start_light_load, until_served,
 };
 use crate::harness::{Server, User, until};
 
@@ -47,7 +47,7 @@ fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
 async fn two_thousand_connections_are_served_by_twenty_backends() {
     const CONNECTIONS: usize = 2000;
     raise_file_limit();
-    let _guard = serialize().await;
+    let _guard = start_heavy_load().await;
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
     let (max_backends, sampler) = watch_backends(cluster.sql().await);
     let pid = cluster.server.pid();
@@ -146,7 +146,7 @@ async fn create_at_rate(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_twice_the_capacity_half_is_shed_quickly_and_the_rest_is_served_in_time() {
     raise_file_limit();
-    let _guard = serialize().await;
+    let _guard = start_heavy_load().await;
     // One of the five connections is reserved for the health probe.
     let cluster = Cluster::proxied(&[("DB_POOL_SIZE", "5")]).await;
     // With a round trip of 40 ms, four connections carry 100 writes a second on any machine.
@@ -301,7 +301,7 @@ async fn insert_large_list(sql: &Sql, user: &User) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abusive_clients_are_disconnected_without_affecting_others() {
     raise_file_limit();
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let user = Arc::new(server.user().await);
     let sql = server.sql().await;
@@ -388,7 +388,7 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unread_responses_of_one_user_are_limited_and_do_not_delay_other_users() {
     raise_file_limit();
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let (user, other) = (Arc::new(server.user().await), server.user().await);
     let sql = server.sql().await;

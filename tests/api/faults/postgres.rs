@@ -14,13 +14,13 @@ use tokio::time::sleep;
 use super::{
     Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, assert_outage_is_survived, backends,
     load::{Addresses, Client, Credentials, Load, Outcome, RequestRecord, Work, summary},
-    process_and_children, report, serialize, short_or_full, signal_all, until_served,
+    process_and_children, report, short_or_full, signal_all, start_light_load, until_served,
 };
 use crate::harness::{DataDir, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_database_is_detected_and_recovered_from() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let rounds = short_or_full(1, 5);
     let mut counts = Vec::new();
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
@@ -63,7 +63,7 @@ async fn a_frozen_database_is_detected_and_recovered_from() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_statement_is_not_mistaken_for_a_lost_database() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "4")]).await;
     let task = format!("{}/{}", cluster.user.tasks(), cluster.task);
     let load = cluster.load(6, 4);
@@ -115,7 +115,7 @@ async fn a_slow_statement_is_not_mistaken_for_a_lost_database() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_tasks_survive_a_killed_database() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let kills = short_or_full(3, 20);
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
     let load = cluster.load(2, 8);
@@ -158,7 +158,7 @@ async fn acknowledged_tasks_survive_a_killed_database() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reads_succeed_while_backends_are_terminated() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
     let sql = cluster.sql().await;
     let load = cluster.load(8, 4);
@@ -223,7 +223,7 @@ async fn a_full_disk_loses_no_acknowledged_task() {
         );
         return;
     }
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let directory = DataDir::new();
     // The mount disappears with the last process in its mount namespace.
     let mut command = Command::new("unshare");

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::{
     RECOVERY_TIMEOUT, RESPONSE_TIMEOUT,
     load::{Addresses, Credentials, Load, Outcome, summary},
-    report, serialize, short_or_full, until_recovered, until_served,
+    report, short_or_full, start_light_load, until_recovered, until_served,
 };
 use crate::connections::{listening_socket, start_with_sockets};
 use crate::harness::{DataDir, SECRET, Server, User, until};
@@ -17,7 +17,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(13);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_tasks_survive_a_killed_service() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let directory = DataDir::new();
     let variables = [("DATA_DIR", directory.text())];
     let mut server = Server::with(&variables).await;
@@ -50,7 +50,7 @@ async fn acknowledged_tasks_survive_a_killed_service() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_accepted_request_gets_a_response_during_shutdown() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let mut server = Server::start().await;
     let user = server.user().await;
     let task = user.create_task("read me").await;
@@ -98,7 +98,7 @@ async fn every_accepted_request_gets_a_response_during_shutdown() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_request_fails_while_the_service_restarts_behind_a_passed_socket() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let first = Server::start().await;
     let user = first.user().await;
     let task = user.on(&first).create_task("read me").await;
@@ -148,7 +148,7 @@ async fn no_request_fails_while_the_service_restarts_behind_a_passed_socket() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_other_instance_serves_while_one_of_two_is_killed() {
-    let _guard = serialize().await;
+    let _guard = start_light_load().await;
     let mut one = Server::start().await;
     let mut two = one.sibling(&[]).await;
     let user = one.user().await;

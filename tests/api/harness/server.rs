@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::OnceCell,
     time::{sleep, timeout},
 };
 use tokio_postgres::Client;
@@ -36,6 +37,13 @@ pub(crate) struct Server {
 impl Server {
     pub(crate) async fn start() -> Server {
         Server::with(&[]).await
+    }
+
+    /// A server with the default settings that tests share. For tests that use only users of their
+    /// own, and look at neither the log, the metrics nor the database.
+    pub(crate) async fn shared() -> &'static Server {
+        static SHARED: OnceCell<Server> = OnceCell::const_new();
+        SHARED.get_or_init(Server::start).await
     }
 
     /// Starts with these variables in addition to, or instead of, the defaults. No database is
