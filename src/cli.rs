@@ -8,7 +8,7 @@ use std::time::Duration;
 use lexopt::Arg::{Long, Short, Value};
 use tokio::runtime::Runtime;
 
-use crate::auth::password;
+use crate::auth::hasher::hash_new_password;
 use crate::config::{self, Config, DatabaseSource};
 use crate::db::users::{self, LockoutKey};
 use crate::db::{Database, Deadline, Endpoint, Pooler, REQUEST_TIMEOUT, ServerInfo};
@@ -179,7 +179,7 @@ async fn migrate(config: &Config) -> Result<(), BoxError> {
 async fn set_password(config: &Config, email: &str) -> Result<(), BoxError> {
     let email = Email::parse(email).map_err(|error| error.detail)?;
     let password = read_new_password()?;
-    let hash = password::hash_new_password(&password, email.as_str(), config.bcrypt_cost)?;
+    let hash = hash_new_password(&password, email.as_str(), config.bcrypt_cost)?;
     let revoked = with_database(config, async |database, _| {
         replace_password(database, &email, &hash, config.lifetimes).await
     })

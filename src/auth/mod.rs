@@ -1,6 +1,6 @@
 //! Authentication: passwords, tokens, revoked sessions and login rate limiting.
 
-pub(crate) mod keyed_semaphore;
+pub(crate) mod hasher;
 pub(crate) mod login_limits;
 pub(crate) mod password;
 pub(crate) mod revocations;

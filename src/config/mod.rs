@@ -82,7 +82,7 @@ impl Config {
             trusted_proxies: env.list("TRUSTED_PROXIES", parse_network)?,
             db_pool_size: env.parsed("DB_POOL_SIZE")?,
             registration_open: env.parsed::<String>("REGISTRATION")? == "open",
-            auth_rate_per_minute: env.parsed("AUTH_RATE_PER_MINUTE")?,
+            auth_rate_per_minute: env.parsed_or("AUTH_RATE_PER_MINUTE", default_auth_rate)?,
             bcrypt_cost: env.parsed("BCRYPT_COST")?,
             lifetimes: lifetimes(&mut env)?,
             log_filter: env.parsed("RUST_LOG")?,
@@ -92,6 +92,12 @@ impl Config {
             .map_err(|reason| format!("RUST_LOG must be like info,access=debug: {reason}"))?;
         Ok(config)
     }
+}
+
+/// 100 a minute for each core, which is less than the hashing threads can do at a cost of 12.
+fn default_auth_rate() -> String {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (100 * cores).to_string()
 }
 
 fn lifetimes(env: &mut EnvReader) -> Result<TokenLifetimes, String> {

@@ -52,7 +52,7 @@ const SETTINGS: [Setting; 18] = [
     row("TRUSTED_PROXIES", "", Text, "proxies whose X-Forwarded-For is used: addresses or CIDR blocks"),
     row("DB_POOL_SIZE", "20", Integer(1..=20), "connections to the database"),
     row("REGISTRATION", "open", OneOf(&["open", "closed"]), "whether new accounts can be registered"),
-    row("AUTH_RATE_PER_MINUTE", "300", Integer(0..=1_000_000), "logins and the like from one network; 0: off"),
+    row("AUTH_RATE_PER_MINUTE", "100 per core", Integer(0..=1_000_000), "logins from one network; 0: off"),
     row("BCRYPT_COST", "12", Integer(10..=16), "each step doubles the time of a login"),
     row("ACCESS_TOKEN_TTL", "86400", Integer(1..=MAX_ACCESS_TTL.as_secs() as u32), "seconds an access token is valid"),
     row("REFRESH_TOKEN_IDLE_TTL", "2592000", Integer(1..=YEAR), "seconds a session lasts without a refresh"),
@@ -151,7 +151,16 @@ impl EnvReader {
 
     /// Reads and parses a setting that has a default, and checks its range.
     pub(super) fn parsed<T: FromStr>(&mut self, name: &'static str) -> Result<T, String> {
-        let text = self.text(name)?.unwrap_or_default();
+        self.parsed_or(name, || Setting::find(name).default.to_owned())
+    }
+
+    /// Like `parsed`, but with a computed default.
+    pub(super) fn parsed_or<T: FromStr>(
+        &mut self,
+        name: &'static str,
+        default: impl FnOnce() -> String,
+    ) -> Result<T, String> {
+        let text = self.text_or(name, default)?.unwrap_or_default();
         parse(name, &text)
     }
 

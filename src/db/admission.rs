@@ -6,10 +6,12 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout_at};
+use uuid::Uuid;
 
 use super::deadline::Deadline;
 use super::error::{DbError, Result};
 use super::health::{Health, Interrupted};
+use super::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
 use super::pool::{CONNECT_TIMEOUT, Registry, request_capacity};
 use crate::telemetry::metrics::Metrics;
 
@@ -20,11 +22,14 @@ const QUEUE_TARGET: Duration = Duration::from_millis(500);
 const QUEUE_SHED_AFTER: Duration = Duration::from_millis(50);
 /// The maximum number of concurrent searches, which leaves most of the pool to other requests.
 const MAX_SEARCHES: usize = 5;
+/// The same for one user, so that no user delays the searches of all others.
+const MAX_SEARCHES_PER_USER: usize = 2;
 
 pub(super) struct Admission {
     /// One permit per connection. Needed because bb8's own queue is not first come, first served.
     connections: Arc<Semaphore>,
     searches: Semaphore,
+    searches_per_user: KeyedSemaphore<Uuid>,
     /// When a permit was last available without waiting.
     last_uncontended: Mutex<Instant>,
     registry: Arc<Registry>,
@@ -42,6 +47,7 @@ impl Admission {
         Self {
             connections: Arc::new(Semaphore::new(request_capacity(max_sockets) as usize)),
             searches: Semaphore::new(MAX_SEARCHES.min(max_sockets as usize)),
+            searches_per_user: KeyedSemaphore::new(MAX_SEARCHES_PER_USER),
             last_uncontended: Mutex::new(Instant::now()),
             registry,
             health,
@@ -74,10 +80,15 @@ impl Admission {
         }
     }
 
-    /// Waits until a search may start.
-    pub(super) async fn acquire_search(&self, deadline: Deadline) -> Result<SemaphorePermit<'_>> {
+    /// Waits until a search of this user may start.
+    pub(super) async fn acquire_search(
+        &self,
+        user_id: Uuid,
+        deadline: Deadline,
+    ) -> Result<(SemaphorePermit<'_>, KeyedPermit<Uuid>)> {
+        let of_user = self.searches_per_user.acquire(user_id, deadline).await?;
         match timeout_at(deadline.at(), self.searches.acquire()).await {
-            Ok(Ok(permit)) => Ok(permit),
+            Ok(Ok(permit)) => Ok((permit, of_user)),
             _ => Err(DbError::Overloaded),
         }
     }

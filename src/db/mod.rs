@@ -4,8 +4,8 @@
 //! made of it. A statement has its connection to itself: one that shared a connection with a write
 //! would wait for its commit. Hot reads are batched (`batch`); writes are not.
 //!
-//! Imports point one way: tables → batch → retry → lease → admission → health → pool, inspect →
-//! connect → url → tls.
+//! Imports point one way: tables → batch → retry → lease → admission → health, keyed_semaphore → pool,
+//! inspect → connect → url → tls.
 
 mod admission;
 mod batch;
@@ -15,6 +15,7 @@ mod error;
 mod health;
 mod inspect;
 mod isolation;
+pub(crate) mod keyed_semaphore;
 mod lease;
 mod migrations;
 mod pool;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::Row;
+use uuid::Uuid;
 
 use crate::telemetry::metrics::Metrics;
 use batch::{BatchQuery, Batcher};
@@ -150,10 +152,10 @@ impl<'a> Queries<'a> {
         batcher.submit(connections, self.deadline, query).await
     }
 
-    /// Runs a read that may scan all rows of a user. Few of these run at a time.
-    async fn search(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
+    /// Runs a read that may scan all rows of this user. Few of these run at a time.
+    async fn search(self, user_id: Uuid, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         let admission = &self.database.connections.admission;
-        let _permit = admission.acquire_search(self.deadline).await?;
+        let _permit = admission.acquire_search(user_id, self.deadline).await?;
         self.query(Repeat::Read, sql, params).await
     }
 

@@ -160,7 +160,7 @@ pub(crate) async fn list(
     };
     let params: Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
     let rows = match is_search {
-        true => db.search(sql, params).await?,
+        true => db.search(user_id, sql, params).await?,
         false => db.read(sql, params).await?,
     };
     Ok(rows.iter().map(task).collect())
@@ -228,7 +228,7 @@ impl BatchQuery for ListNewest {
 /// Counts the tasks of a list over all its pages.
 pub(crate) async fn count(db: Queries<'_>, user_id: Uuid, filter: &Filter) -> Result<i64> {
     let params: Params = &[&user_id, &filter.completed, &filter.text];
-    let rows = db.search(Sql::TasksCount, params).await?;
+    let rows = db.search(user_id, Sql::TasksCount, params).await?;
     Ok(rows.first().map_or(0, |row| row.get("total")))
 }
 

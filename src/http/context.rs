@@ -124,6 +124,11 @@ impl<'a> RequestContext<'a> {
         Query::new(self.head.uri.query().unwrap_or_default())
     }
 
+    /// The client's network, between which rate limits and shares are divided.
+    pub(crate) fn network(&self) -> IpAddr {
+        client_network(self.client)
+    }
+
     /// Returns a new session for this client, ready to be stored.
     pub(crate) fn new_session(&self) -> NewSession {
         let user_agent = self.head.headers.get(USER_AGENT).map(|value| {
@@ -134,7 +139,7 @@ impl<'a> RequestContext<'a> {
             id: Uuid::now_v7(),
             idle: self.app.config.lifetimes.refresh_idle.as_secs_f64(),
             user_agent,
-            network: client_network(self.client).to_string(),
+            network: self.network().to_string(),
         }
     }
 }

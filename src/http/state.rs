@@ -9,12 +9,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 use uuid::Uuid;
 
-use crate::auth::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
+use crate::auth::hasher::PasswordHasher;
 use crate::auth::login_limits::{IpRateLimiter, MAX_CONCURRENT_LOGINS};
-use crate::auth::password::PasswordHasher;
 use crate::auth::revocations::Revocations;
 use crate::auth::token::TokenIssuer;
 use crate::config::Config;
+use crate::db::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
 use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
 use crate::db::users::LockoutKey;
@@ -41,6 +41,8 @@ pub(crate) struct AppState {
     pub(crate) revocations: Arc<Revocations>,
     pub(crate) passwords: PasswordHasher,
     pub(crate) login_slots: KeyedSemaphore<LockoutKey>,
+    /// Password changes and account deletions of a user run one after another.
+    pub(crate) account_changes: KeyedSemaphore<Uuid>,
     pub(crate) ip_limiter: IpRateLimiter,
     pub(crate) cors: Cors,
     pub(crate) metrics: Arc<Metrics>,
@@ -72,6 +74,7 @@ impl AppState {
             passwords,
             revocations: Arc::default(),
             login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
+            account_changes: KeyedSemaphore::new(1),
             ip_limiter: IpRateLimiter::new(config.auth_rate_per_minute),
             cors: Cors::new(&config.cors_origins),
             refusal_log: ThrottledLog::default(),

@@ -293,7 +293,7 @@ async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     status
 }
 
-/// Registration, login, refresh and password changes share one rate limit.
+/// Registration, login, refresh, password changes and account deletion share one rate limit.
 #[tokio::test]
 async fn from_one_address_only_so_many_attempts_a_minute() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "3")]).await;
@@ -311,6 +311,7 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
         login(&server, "ann@example.com", PASSWORD).await,
         refresh(&server, "x").await,
         change_password(&server, &token, PASSWORD, ANOTHER_PASSWORD).await,
+        delete_account(&server, &token, PASSWORD).await,
     ] {
         // 3 per minute is one every 20 s.
         let wait = wait_of(response);

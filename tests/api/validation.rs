@@ -777,6 +777,9 @@ async fn names_invalid_and_duplicate_query_parameters() {
         .split(['&', '>'])
         .next()
         .unwrap();
+    let longest = "%C3%A9".repeat(100);
+    ann.get(format!("{path}?q={longest}")).await.expect(200);
+    let too_long = longest + "a";
 
     let invalid = [
         (
@@ -823,7 +826,7 @@ async fn names_invalid_and_duplicate_query_parameters() {
                 "00000000-0000-0000-0000-00000000000g",
             ],
         ),
-        ("q", vec!["%00", "a%00b", "%FF", "%C3"]),
+        ("q", vec!["%00", "a%00b", "%FF", "%C3", &too_long]),
     ];
     let duplicates = [
         ("limit", "1"),

@@ -30,15 +30,18 @@ pub(crate) async fn delete_me(
     user: AuthenticatedUser,
     body: Body<'_>,
 ) -> Result<Response, Error> {
+    let app = context.app;
+    app.ip_limiter.check(context.client)?;
     let mut fields = body.json_object().await?;
     let password = fields.required_string("/password");
     let password = fields.finish_with(password)?;
     let db = context.password_queries();
+    let _permit = app.account_changes.acquire(user.id, db.deadline()).await?;
     for _ in 0..MAX_ATTEMPTS {
         let (_, hash) = verify_current_password(context, &user, &password).await?;
         if let Some(ended) = users::delete(db, user.id, &hash).await? {
             let reason = RevocationReason::AccountDeleted;
-            context.app.record_revoked(reason, &ended);
+            app.record_revoked(reason, &ended);
             info!("account deleted user_id={}", user.id);
             return Ok(response::no_content());
         }
@@ -59,11 +62,18 @@ pub(crate) async fn change_password(
     let new = new_password(&mut fields, "/new_password");
     let (current, new) = fields.finish_with(current.zip(new))?;
     let (db, lifetimes) = (context.password_queries(), app.config.lifetimes);
+    let _permit = app.account_changes.acquire(user.id, db.deadline()).await?;
     for _ in 0..MAX_ATTEMPTS {
         let (email, verified) = verify_current_password(context, &user, &current).await?;
         let hash = app
             .passwords
-            .hash(new.clone(), &email, "/new_password", db.deadline())
+            .hash(
+                new.clone(),
+                &email,
+                "/new_password",
+                context.network(),
+                db.deadline(),
+            )
             .await?;
         let keep = Some(user.session);
         let change = users::change_password(db, user.id, &verified, &hash, keep, lifetimes);

@@ -4,7 +4,6 @@ use hyper::StatusCode;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::auth::login_limits::client_network;
 use crate::db::sessions::{self, SessionState};
 use crate::db::users;
 use crate::domain::{Email, User};
@@ -44,7 +43,13 @@ pub(crate) async fn register(
     let db = context.password_queries();
     let hash = app
         .passwords
-        .hash(password, email.as_str(), "/password", db.deadline())
+        .hash(
+            password,
+            email.as_str(),
+            "/password",
+            context.network(),
+            db.deadline(),
+        )
         .await?;
     let session = context.new_session();
     let user = users::register(db, &email, &hash, &session).await?;
@@ -63,8 +68,9 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
     let (email, password) = fields.finish_with(email.zip(password))?;
     let Ok(email) = Email::parse(&email) else {
         // No account can have this address, but the response must take as long as for others.
-        let deadline = context.password_deadline();
-        app.passwords.verify(&password, None, deadline).await?;
+        let (network, deadline) = (context.network(), context.password_deadline());
+        let verification = app.passwords.verify(&password, None, network, deadline);
+        verification.await?;
         return Err(Error::InvalidCredentials(LoginFailure::InvalidEmail));
     };
     context.email.get_or_init(|| email.clone());
@@ -87,7 +93,7 @@ pub(crate) async fn refresh(
     let claims = app.tokens.verify_refresh(&token);
     let claims = claims.map_err(Error::InvalidRefreshToken)?;
     let (db, lifetimes) = (context.queries(), app.config.lifetimes);
-    let network = client_network(context.client).to_string();
+    let network = context.network().to_string();
     let refreshed =
         sessions::refresh(db, claims.sid, claims.generation, lifetimes, &network).await?;
     if let Some((user, session)) = refreshed {

@@ -29,7 +29,10 @@ pub(super) async fn log_in(
         let record = users::for_login(db, &key).await?;
         check_lockout(record.retry_after_secs)?;
         let hash = record.account.as_ref().map(|(_, hash)| hash.as_str());
-        let verification = app.passwords.verify(password, hash, db.deadline()).await?;
+        let verification = app
+            .passwords
+            .verify(password, hash, context.network(), db.deadline())
+            .await?;
         let reason = match hash {
             Some(_) => LoginFailure::WrongPassword,
             None => LoginFailure::UnknownAccount,
@@ -48,7 +51,8 @@ pub(super) async fn log_in(
     Err(Error::InvalidCredentials(reason))
 }
 
-/// Verifies the password of a signed-in user. Returns their address and the verified hash.
+/// Verifies the password of a signed-in user, whose changes the caller has made exclusive. Returns
+/// their address and the verified hash.
 ///
 /// Failures have a counter of their own, which only requests with an access token increment.
 pub(super) async fn verify_current_password(
@@ -59,13 +63,15 @@ pub(super) async fn verify_current_password(
     let app = context.app;
     let db = context.password_queries();
     let key = LockoutKey::authenticate(user.id);
-    let _permit = app.login_slots.acquire(key.clone(), db.deadline()).await?;
     let check = users::for_password_check(db, user.id).await?;
     let check = check.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
     check_lockout(check.retry_after_secs)?;
-    let verification = app
-        .passwords
-        .verify(password, Some(&check.hash), db.deadline());
+    let verification = app.passwords.verify(
+        password,
+        Some(&check.hash),
+        context.network(),
+        db.deadline(),
+    );
     if !verification.await?.matches {
         check_lockout(users::record_failure(db, &key).await?)?;
         return Err(Error::WrongPassword);

@@ -12,6 +12,8 @@ use crate::http::context::RequestContext;
 
 /// The default and maximum value of `limit`.
 const MAX_LIMIT: i64 = 1000;
+/// The longest search text, in code points. Matching takes time in proportion to its length.
+const MAX_SEARCH_TEXT: usize = 100;
 /// A page ends early once its JSON exceeds this size.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 const ESTIMATED_TASK_BYTES: usize = 400;
@@ -30,8 +32,10 @@ impl ListParams {
         let mut query = context.query();
         let rule = "completed must be true or false";
         let completed = query.parameter("completed", rule, parse_bool);
-        let rule = "q must be valid UTF-8 without NUL characters";
-        let text = query.parameter("q", rule, |text| Some(text.to_owned()));
+        let rule = "q must have at most 100 characters of valid UTF-8, without NUL";
+        let text = query.parameter("q", rule, |text| {
+            (text.chars().count() <= MAX_SEARCH_TEXT).then(|| text.to_owned())
+        });
         let rule = "sort must be -created_at or created_at";
         let oldest_first = query.parameter("sort", rule, |text| match text {
             "-created_at" => Some(false),

@@ -7,6 +7,7 @@
 //! longer. Time limits leave room for a busy machine.
 
 mod conflicts;
+mod fair_logins;
 mod load;
 mod neon;
 mod network;

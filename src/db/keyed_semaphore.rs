@@ -8,8 +8,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 
-use crate::db::Deadline;
-use crate::error::Error;
+use super::{DbError, Deadline, Result};
 
 type Semaphores<K> = Arc<Mutex<HashMap<K, Arc<Semaphore>>>>;
 
@@ -35,11 +34,7 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
     }
 
     /// Waits for a permit until the deadline.
-    pub(crate) async fn acquire(
-        &self,
-        key: K,
-        deadline: Deadline,
-    ) -> Result<KeyedPermit<K>, Error> {
+    pub(crate) async fn acquire(&self, key: K, deadline: Deadline) -> Result<KeyedPermit<K>> {
         let new = || Arc::new(Semaphore::new(self.permits_per_key));
         let semaphore = self
             .semaphores
@@ -55,7 +50,7 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         };
         match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
             Ok(Ok(permit)) => keyed.permit = Some(permit),
-            _ => return Err(Error::Overloaded),
+            _ => return Err(DbError::Overloaded),
         }
         Ok(keyed)
     }

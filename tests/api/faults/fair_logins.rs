@@ -1,0 +1,206 @@
+//! Fair shares of the hashing threads, of searches and of writes: clients that take all they can get,
+//! beside a victim.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+
+use super::{raise_file_limit, report, serialize, short_or_full};
+use crate::{
+    harness::{PASSWORD, Request, Response, Server, User, until},
+    metrics::scrape,
+};
+
+/// Clients that send requests continuously, until this is dropped.
+struct Attack {
+    statuses: Arc<Mutex<Vec<u16>>>,
+    _clients: JoinSet<()>,
+}
+
+impl Attack {
+    /// Starts `clients` clients, which send what `request` returns for their number and a counter.
+    fn start(
+        clients: usize,
+        request: impl Fn(usize, usize) -> Request + Clone + Send + 'static,
+    ) -> Attack {
+        raise_file_limit();
+        let statuses: Arc<Mutex<Vec<u16>>> = Arc::default();
+        let mut running = JoinSet::new();
+        for client in 0..clients {
+            let (request, statuses) = (request.clone(), statuses.clone());
+            running.spawn(async move {
+                for count in 0.. {
+                    // The server stops at the end of the test.
+                    let Ok(response) = request(client, count).try_send().await else {
+                        return;
+                    };
+                    statuses.lock().unwrap().push(response.status);
+                    // Fast enough to exceed every share, and no load on the test machine itself.
+                    sleep(Duration::from_millis(400)).await;
+                }
+            });
+        }
+        Attack {
+            statuses,
+            _clients: running,
+        }
+    }
+
+    /// How many responses have had this status so far.
+    fn count(&self, status: u16) -> usize {
+        let statuses = self.statuses.lock().unwrap();
+        statuses.iter().filter(|other| **other == status).count()
+    }
+
+    async fn until_count(&self, status: u16, count: usize) {
+        until("the attack is under way", async || {
+            self.count(status) >= count
+        })
+        .await;
+    }
+
+    fn summary(&self) -> String {
+        let mut counts = BTreeMap::<u16, usize>::new();
+        for status in self.statuses.lock().unwrap().iter() {
+            *counts.entry(*status).or_default() += 1;
+        }
+        format!("attack: {counts:?}")
+    }
+}
+
+/// Sends requests of the victim one after another. Asserts that each has this status, and that on
+/// average few requests of the attack, of which most wait longer, are served meanwhile. Returns a
+/// summary.
+async fn assert_served(
+    attack: &Attack,
+    served: u16,
+    rounds: usize,
+    mut send: impl AsyncFnMut(usize) -> Response,
+) -> String {
+    let mut slowest = Duration::ZERO;
+    let mut overtaken = 0;
+    for round in 0..rounds {
+        let (before, start) = (attack.count(served), Instant::now());
+        let response = send(round).await;
+        assert_eq!(response.status, 200, "{}", attack.summary());
+        slowest = slowest.max(start.elapsed());
+        overtaken += attack.count(served) - before;
+        sleep(Duration::from_millis(200)).await;
+    }
+    let summary = format!(
+        "{rounds} requests of the victim, slowest {slowest:.2?}, {overtaken} of the attack served meanwhile; {}",
+        attack.summary()
+    );
+    assert!(overtaken <= 5 * rounds, "{summary}");
+    summary
+}
+
+fn log_in(server: &Server, email: &str, password: &str) -> Request {
+    server
+        .post("/api/v1/auth/login")
+        .json(json!({"email": email, "password": password}))
+}
+
+/// A network's logins wait for those of a busier network only while one of them is being hashed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_is_served_beside_one_ten_and_a_hundred_networks_that_log_in_continuously() {
+    let _guard = serialize().await;
+    let cost = short_or_full("10", "12");
+    for (networks, clients) in [(1, 60), (10, 60), (100, 200)] {
+        let server = Arc::new(
+            Server::with(&[("TRUSTED_PROXIES", "127.0.0.1"), ("BCRYPT_COST", cost)]).await,
+        );
+        let victim = server.user().await;
+        let target = server.clone();
+        let attack = Attack::start(clients, move |client, count| {
+            let network = client % networks;
+            log_in(&target, &format!("{client}-{count}@example.com"), PASSWORD)
+                .header("x-forwarded-for", format!("203.0.113.{network}"))
+        });
+        // By now the networks have been served, and the queue is full of their next logins.
+        attack.until_count(401, 60).await;
+        attack.until_count(503, 60).await;
+        let summary = assert_served(&attack, 401, short_or_full(6, 30), async |_| {
+            log_in(&server, &victim.email, &victim.password).await
+        });
+        report(&format!("{networks} networks log in"), summary.await);
+    }
+}
+
+/// Changes of one user's password run one after another, so that a few accounts cannot fill the queue.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_is_served_beside_password_changes_of_eight_accounts() {
+    const ACCOUNTS: usize = 8;
+    let _guard = serialize().await;
+    let variables = [
+        ("TRUSTED_PROXIES", "127.0.0.1"),
+        ("METRICS_ADDR", "127.0.0.1:0"),
+        ("BCRYPT_COST", short_or_full("10", "12")),
+    ];
+    let server = Arc::new(Server::with(&variables).await);
+    let victim = server.user().await;
+    let mut accounts: Vec<User> = Vec::new();
+    for _ in 0..ACCOUNTS {
+        accounts.push(server.user().await);
+    }
+    let attack = Attack::start(5 * ACCOUNTS, move |client, _| {
+        let account = &accounts[client % ACCOUNTS];
+        // The new password is too easy to guess, so the current one stays right.
+        let passwords = json!({"current_password": PASSWORD, "new_password": "password"});
+        let request = account.put("/api/v1/auth/password").json(passwords);
+        request.header("x-forwarded-for", "203.0.113.1")
+    });
+    attack.until_count(422, 20).await;
+    let summary = assert_served(&attack, 422, short_or_full(6, 30), async |_| {
+        let queued = metric(&server, "todo_api_password_hash_queue_length").await;
+        assert!(
+            queued <= ACCOUNTS,
+            "{queued} hashes of {ACCOUNTS} accounts are queued"
+        );
+        log_in(&server, &victim.email, &victim.password).await
+    });
+    report("password changes of eight accounts", summary.await);
+}
+
+async fn metric(server: &Server, name: &str) -> usize {
+    let text = scrape(server).await;
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+    line.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+/// A user's searches wait for two searches of another user at most.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_search_is_served_beside_sixty_of_another_user() {
+    let _guard = serialize().await;
+    let server = Server::with(&[("DB_POOL_SIZE", "20")]).await;
+    let (attacker, victim) = (server.user().await, server.user().await);
+    victim.create_task("water the plants").await;
+    let tasks = short_or_full(500, 60_000);
+    let sql = server.sql().await;
+    sql.execute(
+        "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+         select $1::text::uuid, gen_random_uuid(), 'title', repeat('a', 1000), false, now(), now()
+         from generate_series(1, $2)",
+        &[&attacker.id, &tasks],
+    )
+    .await
+    .unwrap();
+    let path = format!("{}?q=b{}", attacker.tasks(), "a".repeat(99));
+    let attack = Attack::start(short_or_full(60, 250), move |_, _| attacker.get(&path));
+    attack.until_count(200, 10).await;
+    let summary = assert_served(&attack, 200, short_or_full(6, 30), async |round| {
+        let filter = ["?q=plants", "?completed=false", "?total=true"][round % 3];
+        let response = victim.get(victim.tasks() + filter);
+        let response = timeout(Duration::from_secs(5), response.send()).await;
+        response.expect("a response").expect(200)
+    });
+    report("searches of another user", summary.await);
+}
