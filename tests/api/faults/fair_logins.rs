@@ -13,7 +13,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{raise_file_limit, report, serialize, short_or_full};
+use super::{raise_file_limit, report, short_or_full, start_heavy_load};
 use crate::{
     harness::{PASSWORD, Request, Response, Server, User, until},
     metrics::scrape,
@@ -112,7 +112,7 @@ fn log_in(server: &Server, email: &str, password: &str) -> Request {
 /// A network's logins wait for those of a busier network only while one of them is being hashed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_login_is_served_beside_one_ten_and_a_hundred_networks_that_log_in_continuously() {
-    let _guard = serialize().await;
+    let _guard = start_heavy_load().await;
     let cost = short_or_full("10", "12");
     for (networks, clients) in [(1, 60), (10, 60), (100, 200)] {
         let server = Arc::new(
@@ -139,7 +139,7 @@ async fn a_login_is_served_beside_one_ten_and_a_hundred_networks_that_log_in_con
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_login_is_served_beside_password_changes_of_eight_accounts() {
     const ACCOUNTS: usize = 8;
-    let _guard = serialize().await;
+    let _guard = start_heavy_load().await;
     let variables = [
         ("TRUSTED_PROXIES", "127.0.0.1"),
         ("METRICS_ADDR", "127.0.0.1:0"),
@@ -179,7 +179,7 @@ async fn metric(server: &Server, name: &str) -> usize {
 /// A user's searches wait for two searches of another user at most.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_search_is_served_beside_sixty_of_another_user() {
-    let _guard = serialize().await;
+    let _guard = start_heavy_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "20")]).await;
     let (attacker, victim) = (server.user().await, server.user().await);
     victim.create_task("water the plants").await;
