@@ -12,13 +12,9 @@ pub(crate) struct Session {
     pub(crate) id: Uuid,
     /// The first 200 characters of the User-Agent header of the login.
     pub(crate) user_agent: Option<String>,
-    /// The time of the login.
     pub(crate) created_at: Rfc3339,
-    /// The time of the last refresh.
     pub(crate) last_used_at: Rfc3339,
-    /// The time at which it expires if it is not refreshed.
     pub(crate) expires_at: Rfc3339,
-    /// Whether the current request belongs to this session.
     pub(crate) current: bool,
 }
 

@@ -858,14 +858,38 @@ async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
     }
 }
 
-#[tokio::test]
-async fn every_problem_has_a_page() {
-    let server = Server::shared().await;
-    for code in CODES.into_iter().chain(["overloaded", "stopping"]) {
-        let response = server.get(format!("/problems/{code}")).await.expect(200);
-        let text = String::from_utf8(response.body.to_vec()).unwrap();
-        assert!(text.contains(code), "{code}: {text}");
+/// The examples of problems in the OpenAPI document.
+fn problem_examples(node: &Value) -> Vec<&Value> {
+    let kind = node["type"].as_str().unwrap_or_default();
+    if kind.starts_with("/problems/") {
+        return vec![node];
     }
+    let members = node.as_object().into_iter().flat_map(|node| node.values());
+    let children = members.chain(node.as_array().into_iter().flatten());
+    children.flat_map(problem_examples).collect()
+}
+
+#[tokio::test]
+async fn every_problem_has_a_page_and_an_example_that_agree() {
+    let server = Server::shared().await;
+    let document = server.get("/openapi.json").await.expect(200).json();
+    let mut documented = BTreeSet::new();
+    for example in problem_examples(&document) {
+        let text = |member: &str| example[member].as_str().unwrap();
+        documented.insert(text("code"));
+        assert_eq!(example["type"], format!("/problems/{}", text("code")));
+        let page = server.get(text("type")).await.expect(200).body;
+        let page = String::from_utf8(page.to_vec()).unwrap();
+        let status = format!("{} <code>{}</code>", example["status"], text("code"));
+        let title = format!("<h1>{}</h1>", text("title"));
+        assert!(page.contains(&status) && page.contains(&title), "{page}");
+    }
+    let codes = CODES.into_iter().chain(["overloaded", "stopping"]);
+    assert_eq!(documented, codes.collect());
+    let listed = &document["components"]["schemas"]["Problem"]["properties"]["code"]["enum"];
+    let listed = listed.as_array().unwrap().iter();
+    let listed: BTreeSet<&str> = listed.map(|code| code.as_str().unwrap()).collect();
+    assert_eq!(documented, listed);
     server
         .get("/problems/unknown")
         .await
