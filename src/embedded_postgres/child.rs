@@ -9,19 +9,11 @@ use std::{
     os::unix::process::CommandExt,
     path::Path,
     process,
-    sync::{
-        LazyLock,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
-    thread,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use rustix::process::{Pid, Signal, getppid};
-use tokio::{
-    process::{Child, Command},
-    runtime::Handle,
-};
+use tokio::process::Command;
 
 /// The argument that makes this program replace itself. It is followed by the signal, the parent's
 /// pid, the other program and that program's arguments.
@@ -53,6 +45,9 @@ pub fn become_child() -> io::Result<()> {
 
 /// A command that Linux sends `signal` when this process ends. On other systems it outlives a killed
 /// process; the next start stops it.
+///
+/// Linux sends the signal when the *thread* that spawned the command ends. The main thread and the
+/// runtime's workers live as long as the process, because nothing uses `block_in_place`.
 pub(super) fn command(program: &Path, signal: Signal) -> Command {
     if !CAN_BECOME.load(Ordering::Relaxed) {
         return Command::new(program);
@@ -65,33 +60,4 @@ pub(super) fn command(program: &Path, signal: Signal) -> Command {
         .arg(process::id().to_string())
         .arg(program);
     command
-}
-
-type Job = Box<dyn FnOnce() + Send>;
-
-/// The thread that spawns all children. Linux sends the signal when the *thread* that spawned the
-/// child ends. The runtime's threads may end at any time; this one never does.
-static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
-    let (jobs, received) = mpsc::channel::<Job>();
-    // Without the thread the channel is closed, which `spawn` reports.
-    thread::Builder::new()
-        .name("spawner".into())
-        .spawn(move || received.into_iter().for_each(|job| job()))
-        .ok();
-    jobs
-});
-
-/// Spawns a child from the thread that never ends.
-pub(super) fn spawn(mut command: Command) -> io::Result<Child> {
-    let runtime = Handle::current();
-    let (reply, child) = mpsc::channel();
-    let job = move || {
-        let _context = runtime.enter();
-        // Fails only if the caller has panicked.
-        let _ = reply.send(command.spawn());
-    };
-    let sent = SPAWNER.send(Box::new(job));
-    sent.ok()
-        .and_then(|()| child.recv().ok())
-        .unwrap_or_else(|| Err(io::Error::other("the spawning thread has ended")))
 }

@@ -70,7 +70,7 @@ impl Cluster {
         let unfinished = self.data_dir.join(name);
         // Not every system has C.UTF-8; plain C sorts the same way.
         let result = match self.initdb(&unfinished, "--locale=C.UTF-8").await {
-            Err(Error(reason)) if reason.contains("locale") => {
+            Err(reason) if reason.contains("locale") => {
                 self.initdb(&unfinished, "--no-locale").await
             }
             result => result,
@@ -106,7 +106,7 @@ impl Cluster {
         let reason = first_error_line(&String::from_utf8_lossy(&output.stderr));
         let reason = reason.unwrap_or_else(|| output.status.to_string());
         let data_dir = self.data_dir.display();
-        Err(Error(format!("initdb failed in {data_dir}: {reason}")))
+        Err(format!("initdb failed in {data_dir}: {reason}"))
     }
 
     /// Removes the directories of interrupted runs of initdb. One that cannot be removed is harmless:
@@ -168,27 +168,4 @@ pub(super) fn first_error_line(text: &str) -> Option<String> {
     // Omits the time and the process id in front.
     let start = LEVELS[..2].iter().find_map(|level| line.find(level));
     Some(line[start.unwrap_or(0)..].trim().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn returns_the_first_line_that_is_an_error() {
-        let log = "2026-01-01 10:00:00.000 UTC [7] LOG:  starting\n\
-                   2026-01-01 10:00:00.000 UTC [9] FATAL:  the database system is starting up\n\
-                   2026-01-01 10:00:00.000 UTC [7] FATAL:  No space left on device\n\
-                   2026-01-01 10:00:00.000 UTC [7] PANIC:  cannot abort transaction 1\n\
-                   2026-01-01 10:00:00.000 UTC [7] LOG:  database system is shut down\n";
-        assert_eq!(
-            first_error_line(log).as_deref(),
-            Some("FATAL:  No space left on device")
-        );
-        assert_eq!(
-            first_error_line("postgres: not found\n\n").as_deref(),
-            Some("postgres: not found")
-        );
-        assert_eq!(first_error_line("\n"), None);
-    }
 }

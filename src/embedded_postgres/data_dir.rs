@@ -12,6 +12,7 @@ use std::{
 
 use rustix::process::geteuid;
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
 use super::{
     Error, OsUser,
@@ -32,16 +33,18 @@ const SOCKET_PATH_LIMIT: usize = 103;
 /// The default of `DATA_DIR`: `.todo-api` in the current directory, or `/var/lib/todo-api` if the
 /// service is root and the user that runs PostgreSQL cannot reach the current directory.
 pub fn default_data_dir() -> PathBuf {
+    let mut users = OsUser::unprivileged();
     let is_closed = geteuid().is_root()
         && env::current_dir().is_ok_and(|here| {
-            OsUser::unprivileged()
-                .next()
-                .is_some_and(|user| user.check_traversable(&here).is_err())
+            let user = users.next();
+            user.is_some_and(|user| user.check_traversable(&here).is_err())
         });
-    match is_closed {
-        true => "/var/lib/todo-api".into(),
-        false => ".todo-api".into(),
-    }
+    let directory = if is_closed {
+        "/var/lib/todo-api"
+    } else {
+        ".todo-api"
+    };
+    directory.into()
 }
 
 /// Creates `DATA_DIR` if it is missing. Returns its absolute path and the user that runs PostgreSQL in it.
@@ -74,39 +77,38 @@ pub(super) fn check_missing(data_dir: &Path) -> Result<Option<OsUser>, Error> {
     let existing = existing_ancestor(data_dir);
     if !existing.is_dir() {
         let (data_dir, existing) = (data_dir.display(), existing.display());
-        let reason = format!("cannot create DATA_DIR {data_dir}: {existing} is not a directory");
-        return Err(Error(reason));
+        return Err(format!(
+            "cannot create DATA_DIR {data_dir}: {existing} is not a directory"
+        ));
     }
-    let absolute = std::path::absolute(data_dir).map_err(path_error("find DATA_DIR", data_dir))?;
-    check_length(&absolute)?;
-    let os_user = OsUser::for_cluster(&absolute.join("cluster"))?;
-    if let Some(os_user) = &os_user {
-        os_user.check_traversable(&absolute)?;
-    }
-    Ok(os_user)
+    check_path(&std::path::absolute(data_dir).map_err(path_error("find DATA_DIR", data_dir))?)
 }
 
-fn check_length(data_dir: &Path) -> Result<(), Error> {
-    match data_dir.as_os_str().len() {
-        0..=PATH_LIMIT => Ok(()),
-        length => Err(Error(format!(
+/// Checks that PostgreSQL can use the absolute path, and returns the user that runs it.
+fn check_path(data_dir: &Path) -> Result<Option<OsUser>, Error> {
+    let length = data_dir.as_os_str().len();
+    if length > PATH_LIMIT {
+        return Err(format!(
             "DATA_DIR is too long a path for PostgreSQL: {length} bytes, the limit is {PATH_LIMIT}"
-        ))),
+        ));
     }
+    let os_user = OsUser::for_cluster(&data_dir.join("cluster"))?;
+    if let Some(os_user) = &os_user {
+        os_user.check_traversable(data_dir)?;
+    }
+    Ok(os_user)
 }
 
 /// Checks that an existing `DATA_DIR` is safe, meaning that no other user can have created files in
 /// it.
 pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error> {
-    let refuse = |reason: &str| Err(Error(format!("DATA_DIR {} {reason}", data_dir.display())));
-    let resolve = || {
-        // Components omit a trailing slash, which would follow a symbolic link.
-        let link = fs::symlink_metadata(data_dir.components().as_path())?;
-        let resolved = data_dir.canonicalize()?;
-        let meta = fs::metadata(&resolved)?;
-        Ok((link, resolved, meta))
-    };
-    let (link, resolved, meta) = resolve().map_err(path_error("find DATA_DIR", data_dir))?;
+    let refuse = |reason: &str| Err(format!("DATA_DIR {} {reason}", data_dir.display()));
+    // Components omit a trailing slash, which would follow a symbolic link.
+    let link = fs::symlink_metadata(data_dir.components().as_path());
+    let link = link.map_err(path_error("find DATA_DIR", data_dir))?;
+    let resolved = data_dir.canonicalize();
+    let resolved = resolved.map_err(path_error("find DATA_DIR", data_dir))?;
+    let meta = fs::metadata(&resolved).map_err(path_error("find DATA_DIR", data_dir))?;
     if !meta.is_dir() {
         return refuse("is not a directory");
     }
@@ -126,15 +128,10 @@ pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error>
     if meta.mode() & if group_is_root { 0o002 } else { 0o022 } != 0 {
         return refuse("is writable by other users: close it (chmod go-w)");
     }
-    check_length(&resolved)?;
-    let cluster = resolved.join("cluster");
-    if fs::symlink_metadata(&cluster).is_ok_and(|meta| !meta.is_dir()) {
+    if fs::symlink_metadata(resolved.join("cluster")).is_ok_and(|meta| !meta.is_dir()) {
         return refuse("contains a “cluster” that is not a directory");
     }
-    let os_user = OsUser::for_cluster(&cluster)?;
-    if let Some(os_user) = &os_user {
-        os_user.check_traversable(&resolved)?;
-    }
+    let os_user = check_path(&resolved)?;
     Ok((resolved, os_user))
 }
 
@@ -163,29 +160,25 @@ pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
     let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
         let file = open_own(&path, &options)
-            .map_err(|error| Error(format!("cannot use DATA_DIR {data_dir}: {error}")))?;
+            .map_err(|error| format!("cannot use DATA_DIR {data_dir}: {error}"))?;
         match file.try_lock() {
             Ok(()) if is_at(&file, &path) => return Ok(file),
             // A failed start has removed the file since it was opened.
             Ok(()) => {}
             Err(TryLockError::Error(error)) => return Err(path_error("lock", &path)(error)),
             Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
-                return Err(Error(format!(
-                    "another todo-api runs on DATA_DIR {data_dir}"
-                )));
+                return Err(format!("another todo-api runs on DATA_DIR {data_dir}"));
             }
             Err(TryLockError::WouldBlock) => sleep(POLL_INTERVAL).await,
         }
     }
 }
 
-/// Returns whether `path` still refers to this file.
 fn is_at(file: &File, path: &Path) -> bool {
     let inode = |meta: io::Result<fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
     inode(file.metadata()) == inode(fs::symlink_metadata(path))
 }
 
-/// Returns whether a service is using this directory.
 pub(super) fn is_locked(data_dir: &Path) -> bool {
     let lock = open_own(&data_dir.join(LOCK), OpenOptions::new().write(true));
     lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)))
@@ -208,7 +201,9 @@ pub(super) fn remove_new(data_dir: &Path, existing: &Path) {
 pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
     let path = create(data_dir)?.0.join("jwt-secret");
     if fs::symlink_metadata(&path).is_err() {
-        replace_file(&path, 0o600, &format!("{}\n", random_secret()?))?;
+        // Each of the two has 122 random bits.
+        let secret = [Uuid::new_v4(), Uuid::new_v4()].map(|half| half.simple().to_string());
+        replace_file(&path, 0o600, &format!("{}\n", secret.concat()))?;
     }
     let mut file = open_own(&path, OpenOptions::new().read(true))?;
     let mode = file.metadata().map_err(path_error("read", &path))?.mode();
@@ -223,16 +218,7 @@ pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
     } else {
         return Ok(secret.to_owned());
     };
-    Err(Error(format!("{} {reason}", path.display())))
-}
-
-fn random_secret() -> Result<String, Error> {
-    let mut bytes = [0; 32];
-    let source = Path::new("/dev/urandom");
-    File::open(source)
-        .and_then(|mut source| source.read_exact(&mut bytes))
-        .map_err(path_error("read", source))?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Err(format!("{} {reason}", path.display()))
 }
 
 /// Creates the socket directory: in `DATA_DIR`, or in a temporary directory if that path is too
@@ -241,38 +227,33 @@ pub(super) fn create_socket_dir(
     data_dir: &Path,
     os_user: Option<&OsUser>,
 ) -> Result<PathBuf, Error> {
-    let inside = data_dir.join("socket");
-    if is_valid_socket_dir(&inside) {
-        create_private_dir(&inside, os_user)?;
-        return Ok(inside);
-    }
     let mut hash = DefaultHasher::new();
     data_dir.hash(&mut hash);
     let name = format!("todo-api-{:016x}", hash.finish());
-    let candidates = [env::temp_dir(), "/tmp".into()].map(|directory| directory.join(&name));
-    let outside = candidates
+    let temporary = [env::temp_dir(), "/tmp".into()].map(|directory| directory.join(&name));
+    let directory = [data_dir.join("socket")]
         .into_iter()
-        .find(|path| is_valid_socket_dir(path));
-    let outside = outside.unwrap_or_default();
-    // Every user can create files there, so a link or another user's directory is rejected.
-    let is_usable = fs::symlink_metadata(&outside).map_or(true, |meta| {
+        .chain(temporary)
+        .find(|path| is_valid_socket_dir(path))
+        .ok_or_else(|| {
+            format!(
+                "DATA_DIR {} is too long a path for a socket",
+                data_dir.display()
+            )
+        })?;
+    // Every user can create files in a temporary directory.
+    let is_usable = |meta: fs::Metadata| {
         let is_own = is_trusted(meta.uid()) || os_user.is_some_and(|user| user.uid == meta.uid());
         meta.is_dir() && is_own
-    });
-    let created = match is_usable {
-        true => create_private_dir(&outside, os_user),
-        false => Err(Error(format!(
-            "{} belongs to another user",
-            outside.display()
-        ))),
     };
-    created.map_err(|error| {
-        let data_dir = data_dir.display();
-        Error(format!(
-            "DATA_DIR {data_dir} is too long a path for a socket, and another directory cannot be used: {error}"
-        ))
-    })?;
-    Ok(outside)
+    if !fs::symlink_metadata(&directory).map_or(true, is_usable) {
+        let directory = directory.display();
+        return Err(format!(
+            "{directory} is not a directory of this user: remove it"
+        ));
+    }
+    create_private_dir(&directory, os_user)?;
+    Ok(directory)
 }
 
 /// Returns whether a socket path in this directory is short enough, and the directory can be quoted
@@ -280,16 +261,4 @@ pub(super) fn create_socket_dir(
 fn is_valid_socket_dir(directory: &Path) -> bool {
     directory.join(SOCKET_NAME).as_os_str().len() <= SOCKET_PATH_LIMIT
         && directory.to_str().is_some_and(|path| !path.contains('"'))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn socket_paths_are_limited_to_103_bytes() {
-        let longest = SOCKET_PATH_LIMIT - "/".len() - SOCKET_NAME.len();
-        assert!(is_valid_socket_dir(Path::new(&"x".repeat(longest))));
-        assert!(!is_valid_socket_dir(Path::new(&"x".repeat(longest + 1))));
-    }
 }

@@ -31,17 +31,12 @@ fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
 
 /// Opens a file that no user other than this one or root can have created.
 pub(super) fn open_own(path: &Path, options: &OpenOptions) -> Result<File, Error> {
-    let is_link = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink());
-    let file = match open_regular(path, options) {
-        Err(_) if is_link => Err(io::Error::other("it is a symbolic link")),
-        opened => opened,
-    };
-    let file = file.map_err(path_error("open", path))?;
+    let file = open_regular(path, options).map_err(path_error("open", path))?;
     let owner = file.metadata().map_err(path_error("open", path))?.uid();
     if !is_trusted(owner) {
         let path = path.display();
         let reason = format!("{path} belongs to another user (id {owner}): remove it");
-        return Err(Error(reason));
+        return Err(reason);
     }
     Ok(file)
 }

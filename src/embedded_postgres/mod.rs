@@ -25,7 +25,7 @@ mod server;
 mod supervisor;
 
 use std::{
-    fmt, io,
+    io,
     path::Path,
     process::{Output, Stdio},
     time::Duration,
@@ -43,22 +43,13 @@ use os_user::OsUser;
 const SUPERUSER: &str = "todo";
 const DATABASE: &str = "todo";
 
-/// The embedded PostgreSQL is unavailable: one line for the operator.
-#[derive(Debug)]
-pub struct Error(String);
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Error {}
+/// Why the embedded PostgreSQL is unavailable: one line for the operator.
+type Error = String;
 
 /// Names the failed operation and its path.
 fn path_error(operation: &str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let operation = format!("cannot {operation} {}", path.display());
-    move |error| Error(format!("{operation}: {error}"))
+    move |error| format!("{operation}: {error}")
 }
 
 /// A running embedded PostgreSQL.
@@ -174,12 +165,7 @@ fn socket_config(socket_dir: &Path, database: &str) -> tokio_postgres::Config {
 
 /// Runs a program and returns its output. Kills it at the timeout.
 async fn run(mut command: Command, time_limit: Duration) -> io::Result<Output> {
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    let output = child::spawn(command)?.wait_with_output();
-    let output = timeout(time_limit, output).await;
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    let output = timeout(time_limit, command.output()).await;
     output.map_err(|_| io::Error::other(format!("still running after {time_limit:?}")))?
 }

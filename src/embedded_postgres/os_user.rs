@@ -20,17 +20,13 @@ impl OsUser {
             return Ok(None);
         }
         let owner = fs::symlink_metadata(cluster).map_or(0, |meta| meta.uid());
-        if owner == 0 {
-            return OsUser::unprivileged().next().map(Some).ok_or_else(|| {
-                Error("PostgreSQL cannot run as root, and there is no user postgres or nobody to run it as".into())
-            });
-        }
-        let user = OsUser::unprivileged().find(|user| user.uid == owner);
-        user.map(Some).ok_or_else(|| {
-            Error(format!(
+        let user = OsUser::unprivileged().find(|user| owner == 0 || user.uid == owner);
+        user.map(Some).ok_or_else(|| match owner {
+            0 => "PostgreSQL cannot run as root, and there is no user postgres or nobody to run it as".into(),
+            _ => format!(
                 "{} belongs to another user (id {owner}): run todo-api as that user",
                 cluster.display()
-            ))
+            ),
         })
     }
 
@@ -52,10 +48,10 @@ impl OsUser {
             return Ok(());
         };
         let (directory, closed, user) = (directory.display(), closed.display(), &self.name);
-        Err(Error(format!(
+        Err(format!(
             "user {user}, which runs PostgreSQL when todo-api is root, cannot reach DATA_DIR {directory}: \
              it has no access to {closed}; set DATA_DIR to another directory, such as /var/lib/todo-api"
-        )))
+        ))
     }
 
     fn may_traverse(&self, directory: &Path) -> bool {
@@ -76,10 +72,10 @@ impl OsUser {
 /// The name under which PostgreSQL knows this user.
 pub(super) fn user_name(uid: u32) -> Result<String, Error> {
     id("-un", &uid.to_string()).ok_or_else(|| {
-        Error(format!(
+        format!(
             "user id {uid} has no name on this machine, which PostgreSQL requires \
              (with systemd's DynamicUser: apt install libnss-systemd)"
-        ))
+        )
     })
 }
 

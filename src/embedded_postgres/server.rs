@@ -18,7 +18,7 @@ use tokio::{
 use tokio_postgres::{NoTls, error::SqlState};
 
 use super::{
-    Cluster, DATABASE, Error, child,
+    Cluster, DATABASE, Error,
     cluster::first_error_line,
     data_dir::SOCKET_NAME,
     file::{self, open_own},
@@ -61,7 +61,7 @@ impl Cluster {
                 reason.contains("shared memory block") || reason.contains("lock file");
             if !stale_backends || Instant::now() > deadline {
                 let reason = format!("embedded PostgreSQL in {data_dir} does not start: {reason}");
-                return Err(Error(reason));
+                return Err(reason);
             }
             sleep(RETRY_INTERVAL).await;
         };
@@ -74,7 +74,7 @@ impl Cluster {
         };
         server.shut_down().await;
         let reason = format!("embedded PostgreSQL in {data_dir} cannot be used: {reason}");
-        Err(Error(reason))
+        Err(reason)
     }
 
     fn spawn(&self) -> Result<Server, Error> {
@@ -115,7 +115,7 @@ impl Cluster {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
-        let child = child::spawn(command);
+        let child = command.spawn();
         let child = child.map_err(path_error("start PostgreSQL in", &self.data_dir))?;
         Ok(Server {
             child,
@@ -146,18 +146,19 @@ impl Cluster {
         for (signal, time_limit) in SHUTDOWN {
             // The process may have ended since the check.
             let _ = kill_process(pid, signal);
-            let deadline = Instant::now() + time_limit;
-            while Instant::now() < deadline {
-                if !self.is_our_postmaster(pid).await {
-                    return Ok(());
+            let ended = async {
+                while self.is_our_postmaster(pid).await {
+                    sleep(POLL_INTERVAL).await;
                 }
-                sleep(POLL_INTERVAL).await;
+            };
+            if timeout(time_limit, ended).await.is_ok() {
+                return Ok(());
             }
         }
         let data_dir = self.data_dir.display();
-        Err(Error(format!(
+        Err(format!(
             "the PostgreSQL of an earlier run (process {pid}) in {data_dir} does not stop"
-        )))
+        ))
     }
 
     /// Removes the socket files of a killed server. Needed because the pid in the lock file may
@@ -240,7 +241,6 @@ impl Server {
         Err(format!("not ready after {} s", START_TIMEOUT.as_secs()))
     }
 
-    /// Returns the error that the server has logged.
     fn startup_error(&self) -> Option<String> {
         let mut log = open_own(&self.log_path, OpenOptions::new().read(true)).ok()?;
         log.seek(SeekFrom::Start(self.log_start)).ok()?;
