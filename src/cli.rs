@@ -1,7 +1,6 @@
 //! The command line: its arguments, and the commands other than `serve`.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,24 +8,15 @@ use lexopt::Arg::{Long, Short, Value};
 use tokio::runtime::Runtime;
 
 use crate::auth::hasher::hash_new_password;
-use crate::config::{self, Config, DatabaseSource};
+use crate::config::{self, Config};
 use crate::db::users::{self, LockoutKey};
-use crate::db::{Database, Deadline, Endpoint, Pooler, REQUEST_TIMEOUT, ServerInfo};
+use crate::db::{Database, Deadline, Endpoint, REQUEST_TIMEOUT, ServerInfo};
 use crate::domain::{Email, TokenLifetimes};
 use crate::embedded_postgres::{self, Postgres};
-use crate::serve::{BoxError, CASE_SENSITIVE, serve, server_endpoint};
+use crate::serve::{BoxError, CASE_SENSITIVE, serve};
 use crate::shutdown::ShutdownSignals;
 use crate::telemetry::logging;
 use crate::telemetry::metrics::Metrics;
-
-enum Command {
-    Serve,
-    Migrate,
-    Check,
-    SetPassword(String),
-    Help,
-    Version,
-}
 
 /// How long a command waits for a database that is unavailable. Migrations may take longer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -52,79 +42,72 @@ pub fn run() -> ExitCode {
         logging::print_fatal(&format!("cannot run PostgreSQL: {error}"));
         return ExitCode::FAILURE;
     }
-    let command = match parse_args() {
-        Ok(command) => command,
-        Err(error) => {
-            logging::print_fatal(&format!("{error}; see todo-api --help"));
-            return ExitCode::from(2);
-        }
+    let words = match parse_args() {
+        Ok(words) => words,
+        Err(error) => return usage_error(&error.to_string()),
     };
-    execute(command).unwrap_or_else(|error| {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    execute(&words).unwrap_or_else(|error| {
         logging::print_fatal(&error.to_string());
         ExitCode::FAILURE
     })
 }
 
-fn parse_args() -> Result<Command, lexopt::Error> {
+/// Returns the command and its arguments. The options are commands as well.
+fn parse_args() -> Result<Vec<String>, lexopt::Error> {
     let mut parser = lexopt::Parser::from_env();
-    let mut positionals = Vec::new();
+    let mut words = Vec::new();
     while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
-            Value(word) => positionals.push(word.into_string()?),
+            Short('h') | Long("help") => return Ok(vec!["--help".into()]),
+            Short('V') | Long("version") => return Ok(vec!["--version".into()]),
+            Value(word) => words.push(word.into_string()?),
             other => return Err(other.unexpected()),
         }
     }
-    let positionals: Vec<&str> = positionals.iter().map(String::as_str).collect();
-    match positionals.as_slice() {
-        [] | ["serve"] => Ok(Command::Serve),
-        ["migrate"] => Ok(Command::Migrate),
-        ["check"] => Ok(Command::Check),
-        ["set-password", email] => Ok(Command::SetPassword((*email).to_owned())),
-        ["set-password"] => Err("set-password requires an e-mail address".into()),
-        _ => Err(format!("unknown command “{}”", positionals.join(" ")).into()),
-    }
+    Ok(words)
 }
 
-fn execute(command: Command) -> Result<ExitCode, BoxError> {
-    match command {
-        Command::Help => print(&format!("{USAGE}{}", config::help()))?,
-        Command::Version => print(concat!("todo-api ", env!("CARGO_PKG_VERSION")))?,
-        Command::Check => return Runtime::new()?.block_on(check(&Config::from_env()?)),
-        Command::Serve => Runtime::new()?.block_on(serve(config_and_log()?))?,
-        Command::Migrate => Runtime::new()?.block_on(migrate(&config_and_log()?))?,
-        Command::SetPassword(email) => {
-            Runtime::new()?.block_on(set_password(&config_and_log()?, &email))?;
+fn usage_error(error: &str) -> ExitCode {
+    logging::print_fatal(&format!("{error}; see todo-api --help"));
+    ExitCode::from(2)
+}
+
+fn execute(words: &[&str]) -> Result<ExitCode, BoxError> {
+    match words {
+        ["--help"] => print(&format!("{USAGE}{}", config::help()))?,
+        ["--version"] => print(concat!("todo-api ", env!("CARGO_PKG_VERSION")))?,
+        ["check"] => return Runtime::new()?.block_on(check(&Config::from_env()?)),
+        [] | ["serve"] => Runtime::new()?.block_on(serve(config_and_log()?))?,
+        ["migrate"] => Runtime::new()?.block_on(migrate(&config_and_log()?))?,
+        ["set-password", email] => {
+            Runtime::new()?.block_on(set_password(&config_and_log()?, email))?;
+        }
+        ["set-password"] => return Ok(usage_error("set-password requires an e-mail address")),
+        _ => {
+            return Ok(usage_error(&format!(
+                "unknown command “{}”",
+                words.join(" ")
+            )));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reads the settings and initializes the logger.
 fn config_and_log() -> Result<Config, BoxError> {
     let config = Config::from_env()?;
     logging::init(&config.log_filter);
     Ok(config)
 }
 
-/// The database selected by the settings.
-enum Target<'a> {
-    Endpoint(Box<Endpoint>),
-    /// An embedded PostgreSQL that is not running.
-    Stopped(&'a Path),
-}
-
-fn find_database(config: &Config) -> Result<Target<'_>, BoxError> {
-    match &config.database {
-        DatabaseSource::Server(url) => Ok(Target::Endpoint(server_endpoint(url)?.into())),
-        DatabaseSource::Embedded(data_dir) => {
-            Ok(match embedded_postgres::running_config(data_dir)? {
-                Some(running) => Target::Endpoint(Endpoint::embedded(running, data_dir)?.into()),
-                None => Target::Stopped(data_dir),
-            })
-        }
+/// The database that the settings name; `None` if it is an embedded PostgreSQL that is not running.
+fn running_endpoint(config: &Config) -> Result<Option<Endpoint>, BoxError> {
+    if config.server.is_some() {
+        return Ok(config.server.clone());
     }
+    let running = embedded_postgres::running_config(&config.data_dir)?;
+    let endpoint = running.map(|running| Endpoint::embedded(running, &config.data_dir));
+    Ok(endpoint.transpose()?)
 }
 
 /// Runs `work` on the database. If the embedded PostgreSQL is not running, starts it and stops it
@@ -154,10 +137,10 @@ async fn with_database<T>(
 }
 
 async fn open(config: &Config) -> Result<(Endpoint, Option<Postgres>), BoxError> {
-    let data_dir = match find_database(config)? {
-        Target::Endpoint(endpoint) => return Ok((*endpoint, None)),
-        Target::Stopped(data_dir) => data_dir,
-    };
+    if let Some(endpoint) = running_endpoint(config)? {
+        return Ok((endpoint, None));
+    }
+    let data_dir = &config.data_dir;
     if !embedded_postgres::has_cluster(data_dir) {
         return Err(format!(
             "there is no database in DATA_DIR {}, and DATABASE_URL is not set: \
@@ -227,19 +210,16 @@ fn read_new_password() -> Result<String, BoxError> {
 /// Prints the settings and the state of the database. Fails if `serve` could not use the database.
 async fn check(config: &Config) -> Result<ExitCode, BoxError> {
     print(&config.report.join("\n"))?;
-    let endpoint = match find_database(config)? {
-        Target::Endpoint(endpoint) => endpoint,
-        Target::Stopped(data_dir) => {
-            let version = embedded_postgres::dry_run(data_dir).await?;
-            print(&format!(
-                "embedded PostgreSQL {version} in {}: not running (`todo-api serve` starts it)",
-                data_dir.display()
-            ))?;
-            return Ok(ExitCode::SUCCESS);
-        }
+    let Some(endpoint) = running_endpoint(config)? else {
+        let version = embedded_postgres::dry_run(&config.data_dir).await?;
+        print(&format!(
+            "embedded PostgreSQL {version} in {}: not running (`todo-api serve` starts it)",
+            config.data_dir.display()
+        ))?;
+        return Ok(ExitCode::SUCCESS);
     };
-    print(&format!("database {}", endpoint.location()))?;
-    match endpoint.inspect().await {
+    print(&format!("database {}", endpoint.location))?;
+    match endpoint.inspect(false).await {
         Ok(server) => print_server_info(&server).map(|()| ExitCode::SUCCESS),
         Err(error) => print(&format!("  cannot be used: {error}")).map(|()| ExitCode::FAILURE),
     }
@@ -251,9 +231,9 @@ fn print_server_info(server: &ServerInfo) -> Result<(), BoxError> {
         true => "search ignores case",
         false => CASE_SENSITIVE,
     };
-    let pooler = match server.pooler {
-        Pooler::None => "none detected",
-        Pooler::Transaction => "transaction mode, with prepared statements",
+    let pooler = match server.has_pooler {
+        true => "transaction mode, with prepared statements",
+        false => "none detected",
     };
     print(&format!(
         "  PostgreSQL {}\n  TLS {tls}\n  migrations due: {}\n  {search}\n  clock difference {:.3} s\n  pooler {pooler}",

@@ -9,7 +9,7 @@
 //! | `config` | the table of settings |
 //! | `auth` | tokens, passwords, revoked sessions, login rate limiting |
 //! | `error` | everything that can go wrong; `problem` describes it to clients |
-//! | [`db`] | connection pool, retries and batching; the queries of each table; migrations; purging |
+//! | `db` | connection pool, retries and batching; the queries of each table; migrations; purging |
 //! | `domain` | values that are valid by construction, such as an e-mail address or a title |
 //! | [`embedded_postgres`] | the PostgreSQL server that runs when `DATABASE_URL` is unset |
 //! | `telemetry` | logging and metrics |
@@ -37,7 +37,7 @@
 mod auth;
 pub mod cli;
 mod config;
-pub mod db;
+mod db;
 mod domain;
 pub mod embedded_postgres;
 mod error;

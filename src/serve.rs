@@ -15,8 +15,7 @@ use tokio::net::TcpListener;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, DatabaseSource};
-use crate::db::url::DatabaseUrl;
+use crate::config::Config;
 use crate::db::{Database, Endpoint, ServerInfo};
 use crate::embedded_postgres::{self, Postgres};
 use crate::http::handlers::meta;
@@ -94,13 +93,14 @@ struct OpenDatabase {
 
 /// Starts the embedded PostgreSQL, or prepares to connect to the server that the settings name.
 async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<OpenDatabase, BoxError> {
-    let (endpoint, location, postgres) = match &config.database {
-        DatabaseSource::Server(url) => {
-            let location = format!("{} (sslmode {})", url.display(), url.sslmode());
-            (server_endpoint(url)?, location, None)
+    let (endpoint, location, postgres) = match &config.server {
+        Some(server) => {
+            let sslmode = server.sslmode.unwrap_or_default();
+            let location = format!("{} (sslmode {sslmode})", server.location);
+            (server.clone(), location, None)
         }
-        DatabaseSource::Embedded(data_dir) => {
-            let postgres = Postgres::start(data_dir).await?;
+        None => {
+            let postgres = Postgres::start(&config.data_dir).await?;
             let (data_dir, version) = (postgres.data_dir(), postgres.version());
             let location = format!("{} (embedded PostgreSQL {version})", data_dir.display());
             let endpoint = Endpoint::embedded(postgres.config(), data_dir)?;
@@ -120,11 +120,6 @@ async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<OpenDatabase, Bo
     })
 }
 
-/// The endpoint that `DATABASE_URL` names.
-pub(crate) fn server_endpoint(url: &DatabaseUrl) -> Result<Endpoint, String> {
-    Endpoint::server(url).map_err(|reason| format!("DATABASE_URL {reason}"))
-}
-
 /// Waits until the database is ready and logs where everything is. Returns only if the database
 /// can never be used.
 async fn wait_for_database(opened: &OpenDatabase, addresses: &[SocketAddr]) -> BoxError {
@@ -132,7 +127,7 @@ async fn wait_for_database(opened: &OpenDatabase, addresses: &[SocketAddr]) -> B
     let in_time = timeout(QUICK_START, ready.as_mut()).await;
     match &in_time {
         Ok(Ok(server)) => log_server_info(server),
-        Ok(Err(error)) => return error.to_string().into(),
+        Ok(Err(error)) => return error.clone().into(),
         Err(_) => {}
     }
     for address in addresses {
@@ -143,7 +138,7 @@ async fn wait_for_database(opened: &OpenDatabase, addresses: &[SocketAddr]) -> B
     if in_time.is_err() {
         match ready.await {
             Ok(server) => log_server_info(&server),
-            Err(error) => return error.to_string().into(),
+            Err(error) => return error.into(),
         }
     }
     std::future::pending().await

@@ -11,8 +11,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::db::Endpoint;
 use crate::db::tls::read_roots;
-use crate::db::url::DatabaseUrl;
 use crate::domain::TokenLifetimes;
 use crate::embedded_postgres;
 use crate::telemetry::logging;
@@ -21,17 +21,10 @@ use origin::normalize_origin;
 use settings::EnvReader;
 pub(crate) use settings::help;
 
-/// The database to use.
-pub(crate) enum DatabaseSource {
-    /// An embedded PostgreSQL in this directory (`DATA_DIR`).
-    Embedded(PathBuf),
-    /// The server at `DATABASE_URL`.
-    Server(Box<DatabaseUrl>),
-}
-
-/// The validated settings.
 pub(crate) struct Config {
-    pub(crate) database: DatabaseSource,
+    /// The server at `DATABASE_URL`; `None` for an embedded PostgreSQL in `data_dir`.
+    pub(crate) server: Option<Endpoint>,
+    pub(crate) data_dir: PathBuf,
     /// `None` only with an embedded PostgreSQL, whose directory then contains the secret.
     pub(crate) jwt_secret: Option<SecretString>,
     pub(crate) jwt_secret_previous: Option<SecretString>,
@@ -62,18 +55,25 @@ impl Config {
         if let Some(path) = root_certificates.as_ref().filter(|path| *path != "system") {
             read_roots(Path::new(path)).map_err(|reason| format!("PGSSLROOTCERT {reason}"))?;
         }
-        let database = match &url {
-            None => DatabaseSource::Embedded(data_dir.unwrap_or_default().into()),
-            Some(url) => DatabaseUrl::parse(url.expose_secret(), root_certificates.as_deref())
-                .map(|url| DatabaseSource::Server(Box::new(url)))
-                .map_err(|reason| format!("DATABASE_URL {reason}"))?,
-        };
+        let server = url
+            .map(|url| Endpoint::from_url(url.expose_secret(), root_certificates.as_deref()))
+            .transpose()
+            .map_err(|reason| format!("DATABASE_URL {reason}"))?;
         let jwt_secret = env.secret("JWT_SECRET")?;
-        if jwt_secret.is_none() && url.is_some() {
+        if jwt_secret.is_none() && server.is_some() {
             return Err("JWT_SECRET is required with DATABASE_URL: 32 bytes or more, for example from `openssl rand -hex 32`".into());
         }
+        let mut seconds = |name| env.parsed(name).map(Duration::from_secs);
+        let mut lifetimes = TokenLifetimes {
+            access: seconds("ACCESS_TOKEN_TTL")?,
+            refresh_idle: seconds("REFRESH_TOKEN_IDLE_TTL")?,
+            refresh_max: seconds("REFRESH_TOKEN_MAX_TTL")?,
+            refresh_grace: seconds("REFRESH_TOKEN_GRACE")?,
+        };
+        lifetimes.refresh_idle = lifetimes.refresh_idle.min(lifetimes.refresh_max);
         let config = Self {
-            database,
+            server,
+            data_dir: data_dir.unwrap_or_default().into(),
             jwt_secret,
             jwt_secret_previous: env.secret("JWT_SECRET_PREVIOUS")?,
             listen_addr: env.parsed("LISTEN_ADDR")?,
@@ -84,7 +84,7 @@ impl Config {
             registration_open: env.parsed::<String>("REGISTRATION")? == "open",
             auth_rate_per_minute: env.parsed_or("AUTH_RATE_PER_MINUTE", default_auth_rate)?,
             bcrypt_cost: env.parsed("BCRYPT_COST")?,
-            lifetimes: lifetimes(&mut env)?,
+            lifetimes,
             log_filter: env.parsed("RUST_LOG")?,
             report: env.report,
         };
@@ -98,19 +98,6 @@ impl Config {
 fn default_auth_rate() -> String {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     (100 * cores).to_string()
-}
-
-fn lifetimes(env: &mut EnvReader) -> Result<TokenLifetimes, String> {
-    let mut seconds = |name| env.parsed(name).map(Duration::from_secs);
-    let access = seconds("ACCESS_TOKEN_TTL")?;
-    let refresh_idle = seconds("REFRESH_TOKEN_IDLE_TTL")?;
-    let refresh_max = seconds("REFRESH_TOKEN_MAX_TTL")?;
-    Ok(TokenLifetimes {
-        access,
-        refresh_idle: refresh_idle.min(refresh_max),
-        refresh_max,
-        refresh_grace: seconds("REFRESH_TOKEN_GRACE")?,
-    })
 }
 
 fn parse_network(text: &str) -> Result<IpNet, String> {

@@ -52,7 +52,9 @@ fn normalize(text: &str) -> Result<String, &'static str> {
         _ => (authority, ""),
     };
     let host = normalize_host(host)?;
-    let port = match (scheme, parse_port(port)?) {
+    let number = port.parse::<u16>().ok().filter(|_| !port.starts_with('+'));
+    let port = match (scheme, number) {
+        (_, None) if !port.is_empty() => return Err("the port must be a number up to 65535"),
         (_, None) | ("http", Some(80)) | ("https", Some(443)) => String::new(),
         (_, Some(port)) => format!(":{port}"),
     };
@@ -81,14 +83,4 @@ fn normalize_host(host: &str) -> Result<String, &'static str> {
         return Err("the host must be a name or an IPv4 address of four decimal numbers");
     }
     Ok(host.to_owned())
-}
-
-fn parse_port(port: &str) -> Result<Option<u16>, &'static str> {
-    if port.is_empty() {
-        return Ok(None);
-    }
-    match port.parse() {
-        Ok(number) if !port.starts_with('+') => Ok(Some(number)),
-        _ => Err("the port must be a number up to 65535"),
-    }
 }

@@ -10,14 +10,9 @@ use secrecy::SecretString;
 
 use crate::domain::MAX_ACCESS_TTL;
 
-/// A setting, read from the environment variable `name`.
-struct Setting {
-    name: &'static str,
-    /// Used if the variable is unset or empty. An empty string means no default.
-    default: &'static str,
-    values: Values,
-    help: &'static str,
-}
+/// A setting: the environment variable, the default for an unset or empty one (an empty string
+/// means none), the accepted values, and the help.
+type Setting = (&'static str, &'static str, Values, &'static str);
 
 /// The values that a setting accepts.
 enum Values {
@@ -41,53 +36,29 @@ const YEAR: u32 = 31_536_000;
 /// systemd/todo-api.env.example with this table.
 #[rustfmt::skip]
 const SETTINGS: [Setting; 18] = [
-    row("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
-    row("DATA_DIR", ".todo-api", Text, "directory of the embedded PostgreSQL"),
-    row("PGSSLROOTCERT", "", Text, "file with the CA certificates for DATABASE_URL"),
-    row("JWT_SECRET", "", Secret(MIN_KEY_BYTES), "key that signs tokens, 32 bytes or more; required with DATABASE_URL"),
-    row("JWT_SECRET_PREVIOUS", "", Secret(MIN_KEY_BYTES), "previous key: still verifies tokens, signs none"),
-    row("LISTEN_ADDR", "127.0.0.1:8000", Address, "address of the API"),
-    row("METRICS_ADDR", "", Address, "address of /metrics; unset: off"),
-    row("CORS_ORIGINS", "", Text, "allowed origins, comma separated, like https://app.example.com"),
-    row("TRUSTED_PROXIES", "", Text, "proxies whose X-Forwarded-For is used: addresses or CIDR blocks"),
-    row("DB_POOL_SIZE", "20", Integer(1..=20), "connections to the database"),
-    row("REGISTRATION", "open", OneOf(&["open", "closed"]), "whether new accounts can be registered"),
-    row("AUTH_RATE_PER_MINUTE", "100 per core", Integer(0..=1_000_000), "logins from one network; 0: off"),
-    row("BCRYPT_COST", "12", Integer(10..=16), "each step doubles the time of a login"),
-    row("ACCESS_TOKEN_TTL", "86400", Integer(1..=MAX_ACCESS_TTL.as_secs() as u32), "seconds an access token is valid"),
-    row("REFRESH_TOKEN_IDLE_TTL", "2592000", Integer(1..=YEAR), "seconds a session lasts without a refresh"),
-    row("REFRESH_TOKEN_MAX_TTL", "7776000", Integer(1..=YEAR), "seconds a session lasts in all"),
-    row("REFRESH_TOKEN_GRACE", "10", Integer(0..=300), "seconds a used refresh token may be repeated"),
-    row("RUST_LOG", "info", Text, "log filter; info,access=debug adds a line for each request"),
+    ("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
+    ("DATA_DIR", ".todo-api", Text, "directory of the embedded PostgreSQL"),
+    ("PGSSLROOTCERT", "", Text, "file with the CA certificates for DATABASE_URL"),
+    ("JWT_SECRET", "", Secret(MIN_KEY_BYTES), "key that signs tokens, 32 bytes or more; required with DATABASE_URL"),
+    ("JWT_SECRET_PREVIOUS", "", Secret(MIN_KEY_BYTES), "previous key: still verifies tokens, signs none"),
+    ("LISTEN_ADDR", "127.0.0.1:8000", Address, "address of the API"),
+    ("METRICS_ADDR", "", Address, "address of /metrics; unset: off"),
+    ("CORS_ORIGINS", "", Text, "allowed origins, comma separated, like https://app.example.com"),
+    ("TRUSTED_PROXIES", "", Text, "proxies whose X-Forwarded-For is used: addresses or CIDR blocks"),
+    ("DB_POOL_SIZE", "20", Integer(1..=20), "connections to the database"),
+    ("REGISTRATION", "open", OneOf(&["open", "closed"]), "whether new accounts can be registered"),
+    ("AUTH_RATE_PER_MINUTE", "100 per core", Integer(0..=1_000_000), "logins from one network; 0: off"),
+    ("BCRYPT_COST", "12", Integer(10..=16), "each step doubles the time of a login"),
+    ("ACCESS_TOKEN_TTL", "86400", Integer(1..=MAX_ACCESS_TTL.as_secs() as u32), "seconds an access token is valid"),
+    ("REFRESH_TOKEN_IDLE_TTL", "2592000", Integer(1..=YEAR), "seconds a session lasts without a refresh"),
+    ("REFRESH_TOKEN_MAX_TTL", "7776000", Integer(1..=YEAR), "seconds a session lasts in all"),
+    ("REFRESH_TOKEN_GRACE", "10", Integer(0..=300), "seconds a used refresh token may be repeated"),
+    ("RUST_LOG", "info", Text, "log filter; info,access=debug adds a line for each request"),
 ];
 
-const fn row(
-    name: &'static str,
-    default: &'static str,
-    values: Values,
-    help: &'static str,
-) -> Setting {
-    Setting {
-        name,
-        default,
-        values,
-        help,
-    }
-}
-
-impl Setting {
-    fn find(name: &str) -> &'static Setting {
-        let setting = SETTINGS.iter().find(|setting| setting.name == name);
-        setting.expect("the name of a row of SETTINGS")
-    }
-
-    fn accepts(&self, text: &str) -> bool {
-        match &self.values {
-            Integer(range) => text.parse().is_ok_and(|number| range.contains(&number)),
-            OneOf(words) => words.contains(&text),
-            Address | Secret(_) | Text => true,
-        }
-    }
+fn find(name: &str) -> &'static Setting {
+    let setting = SETTINGS.iter().find(|(known, ..)| *known == name);
+    setting.expect("the name of a row of SETTINGS")
 }
 
 impl fmt::Display for Values {
@@ -104,14 +75,13 @@ impl fmt::Display for Values {
 
 /// The lines of `--help` that describe the settings.
 pub(crate) fn help() -> String {
-    let line = |setting: &Setting| {
-        let Setting { name, help, .. } = setting;
+    let line = |(name, default, values, help): &Setting| {
         let mut notes = Vec::new();
-        if matches!(setting.values, Integer(_) | OneOf(_)) {
-            notes.push(setting.values.to_string());
+        if matches!(values, Integer(_) | OneOf(_)) {
+            notes.push(values.to_string());
         }
-        if !setting.default.is_empty() {
-            notes.push(format!("default {}", setting.default));
+        if !default.is_empty() {
+            notes.push(format!("default {default}"));
         }
         let notes = match notes.is_empty() {
             true => String::new(),
@@ -131,7 +101,7 @@ pub(super) struct EnvReader {
 impl EnvReader {
     /// Reads a setting that accepts any text.
     pub(super) fn text(&mut self, name: &'static str) -> Result<Option<String>, String> {
-        self.text_or(name, || Setting::find(name).default.to_owned())
+        self.text_or(name, || find(name).1.to_owned())
     }
 
     /// Like `text`, but with a computed default.
@@ -151,7 +121,7 @@ impl EnvReader {
 
     /// Reads and parses a setting that has a default, and checks its range.
     pub(super) fn parsed<T: FromStr>(&mut self, name: &'static str) -> Result<T, String> {
-        self.parsed_or(name, || Setting::find(name).default.to_owned())
+        self.parsed_or(name, || find(name).1.to_owned())
     }
 
     /// Like `parsed`, but with a computed default.
@@ -205,7 +175,7 @@ impl EnvReader {
                 return Ok(None);
             }
         };
-        let values = &Setting::find(name).values;
+        let (.., values, _) = find(name);
         if matches!(values, Secret(min_bytes) if secret.len() < *min_bytes) {
             return Err(format!("{name} must have {values}"));
         }
@@ -231,9 +201,14 @@ fn variable(name: &str) -> Result<Option<String>, String> {
 }
 
 fn parse<T: FromStr>(name: &str, text: &str) -> Result<T, String> {
-    let setting = Setting::find(name);
-    let value = text.parse().ok().filter(|_| setting.accepts(text));
-    value.ok_or_else(|| format!("{name} must be {}, not {text:?}", setting.values))
+    let (.., values, _) = find(name);
+    let is_accepted = match values {
+        Integer(range) => text.parse().is_ok_and(|number| range.contains(&number)),
+        OneOf(words) => words.contains(&text),
+        Address | Secret(_) | Text => true,
+    };
+    let value = text.parse().ok().filter(|_| is_accepted);
+    value.ok_or_else(|| format!("{name} must be {values}, not {text:?}"))
 }
 
 fn read(name: &str, path: &Path) -> Result<String, String> {

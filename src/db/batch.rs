@@ -21,9 +21,10 @@ use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+use super::connections::Connections;
 use super::deadline::Deadline;
 use super::error::{DbError, Result};
-use super::lease::{Connections, Lease};
+use super::lease::Lease;
 use super::retry::Repeat;
 
 /// The maximum number of workers per kind whose statement is fast. A few busy backends achieve more

@@ -13,7 +13,6 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::{error_message, is_connection_error};
 use super::tls::{self, Verification};
-use super::url::DatabaseUrl;
 
 type Stream = <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream;
 
@@ -24,43 +23,29 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A server and how to connect to it.
 #[derive(Clone)]
-pub struct Endpoint {
-    config: tokio_postgres::Config,
-    tls: MakeRustlsConnect,
-    location: String,
-    /// The name of the server in error messages.
-    pub(super) subject: String,
-    /// Whether this is the embedded server, which has no pooler in front of it.
-    pub(super) is_embedded: bool,
+pub(crate) struct Endpoint {
+    pub(super) config: tokio_postgres::Config,
+    pub(super) tls: MakeRustlsConnect,
+    /// The server address and database name without a password, or the data directory.
+    pub(crate) location: String,
+    /// The `sslmode` of `DATABASE_URL`. `None` for the embedded PostgreSQL, which has no pooler in
+    /// front of it.
+    pub(crate) sslmode: Option<&'static str>,
 }
 
-/// Why the service can never use a database, as one line for the operator.
-#[derive(Debug)]
-pub struct FatalError(pub(super) String);
-
-impl fmt::Display for FatalError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for FatalError {}
-
-/// Why the first contact with a database failed.
+/// Why the first contact with a database failed, as one line for the operator.
 #[derive(Debug)]
 pub(crate) enum ConnectError {
     /// Another attempt may succeed.
     Transient(String),
     /// Another attempt will not succeed.
-    Fatal(FatalError),
+    Fatal(String),
 }
 
 impl fmt::Display for ConnectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Transient(reason) => f.write_str(reason),
-            Self::Fatal(error) => error.fmt(f),
-        }
+        let (Self::Transient(reason) | Self::Fatal(reason)) = self;
+        f.write_str(reason)
     }
 }
 
@@ -68,22 +53,8 @@ impl From<tokio_postgres::Error> for ConnectError {
     fn from(error: tokio_postgres::Error) -> Self {
         let message = error_message(&error);
         match is_fatal(&error) {
-            true => Self::fatal(format!("the database rejects the connection: {message}")),
+            true => Self::Fatal(format!("the database rejects the connection: {message}")),
             false => Self::Transient(message),
-        }
-    }
-}
-
-impl ConnectError {
-    pub(super) fn fatal(reason: impl Into<String>) -> Self {
-        Self::Fatal(FatalError(reason.into()))
-    }
-
-    /// Names the endpoint in the message of a fatal error.
-    pub(super) fn with_subject(self, subject: &str) -> Self {
-        match self {
-            Self::Fatal(FatalError(reason)) => Self::fatal(format!("{subject}: {reason}")),
-            transient => transient,
         }
     }
 }
@@ -108,31 +79,16 @@ fn is_fatal(error: &tokio_postgres::Error) -> bool {
 }
 
 impl Endpoint {
-    /// The server at `DATABASE_URL`.
-    pub fn server(url: &DatabaseUrl) -> Result<Self, String> {
-        Ok(Self {
-            config: url.config().clone(),
-            tls: url.tls()?,
-            location: url.display(),
-            subject: format!("DATABASE_URL ({})", url.display()),
-            is_embedded: false,
-        })
-    }
-
-    /// The embedded PostgreSQL with this data directory.
-    pub fn embedded(config: tokio_postgres::Config, data_dir: &Path) -> Result<Self, String> {
+    pub(crate) fn embedded(
+        config: tokio_postgres::Config,
+        data_dir: &Path,
+    ) -> Result<Self, String> {
         Ok(Self {
             config,
             tls: tls::connector(Verification::None, None)?,
             location: data_dir.display().to_string(),
-            subject: format!("the embedded PostgreSQL in {}", data_dir.display()),
-            is_embedded: true,
+            sslmode: None,
         })
-    }
-
-    /// The server address and database name, or the data directory.
-    pub fn location(&self) -> &str {
-        &self.location
     }
 
     /// Opens a connection. The caller must poll the returned connection.

@@ -108,10 +108,5 @@ fn has_class(error: &Error, classes: &[&str]) -> bool {
 
 /// Whether the server reports that it does not know the outcome of the statement.
 fn is_outcome_unknown(error: &Error) -> bool {
-    [
-        SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN,
-        SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
-    ]
-    .iter()
-    .any(|state| error.code() == Some(state))
+    has_class(error, &["40003", "08007"])
 }

@@ -8,13 +8,13 @@ use std::time::Duration;
 use log::{info, warn};
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::connect::{ConnectError, Endpoint, FatalError};
+use super::connect::{ConnectError, Endpoint};
 use super::deadline::REQUEST_TIMEOUT;
 use super::error::error_message;
 use super::inspect::ServerInfo;
-use super::pool::{CONNECT_TIMEOUT, Registry};
+use super::sockets::{CONNECT_TIMEOUT, Sockets};
 
 /// How long a probe waits for a free socket. The pool leaves one for it, so a longer wait means
 /// that closed connections linger.
@@ -32,26 +32,20 @@ enum State {
     Down,
 }
 
-/// Why [`Health::while_up`] returned early.
-pub(super) enum Interrupted {
-    Down,
-    TimedOut,
-}
-
 /// The known state of the database, and the probe that updates it.
 pub(super) struct Health {
-    endpoint: Endpoint,
-    registry: Arc<Registry>,
+    pub(super) endpoint: Endpoint,
+    pub(super) sockets: Sockets,
     state: watch::Sender<State>,
     probing: AtomicBool,
     last_response: Mutex<Instant>,
 }
 
 impl Health {
-    pub(super) fn new(endpoint: Endpoint, registry: Arc<Registry>) -> Self {
+    pub(super) fn new(endpoint: Endpoint, sockets: Sockets) -> Self {
         Self {
             endpoint,
-            registry,
+            sockets,
             state: watch::Sender::new(State::Starting),
             probing: AtomicBool::new(false),
             last_response: Mutex::new(Instant::now()),
@@ -66,7 +60,6 @@ impl Health {
         *self.last_response.lock() = Instant::now();
     }
 
-    /// Whether the database is up and has responded within the last `time`.
     pub(super) fn has_responded_within(&self, time: Duration) -> bool {
         self.is_up() && self.last_response.lock().elapsed() < time
     }
@@ -74,38 +67,25 @@ impl Health {
     /// Whether the database is up. During startup, waits until this is known, so that requests
     /// accepted before then do not fail.
     pub(super) async fn is_up_after_startup(&self, until: Instant) -> bool {
-        if *self.state.borrow() == State::Starting {
-            self.wait_for(|state| state != State::Starting, until).await;
-        }
-        self.is_up()
+        let mut state = self.state.subscribe();
+        let known = state.wait_for(|state| *state != State::Starting);
+        timeout_at(until, known).await.is_ok() && self.is_up()
     }
 
     /// Waits until the database is up; returns false if it is not in time.
     pub(super) async fn wait_until_up(&self, until: Instant) -> bool {
-        self.wait_for(|state| state == State::Up, until).await
-    }
-
-    async fn wait_for(&self, condition: impl Fn(State) -> bool, until: Instant) -> bool {
         let mut state = self.state.subscribe();
-        let changed = state.wait_for(|state| condition(*state));
-        timeout_at(until, changed).await.is_ok()
+        let up = state.wait_for(|state| *state == State::Up);
+        timeout_at(until, up).await.is_ok()
     }
 
-    /// Runs `work` until then, and no longer than the database is up.
-    pub(super) async fn while_up<T>(
-        &self,
-        until: Instant,
-        work: impl Future<Output = T>,
-    ) -> Result<T, Interrupted> {
-        let down = async {
-            let mut state = self.state.subscribe();
-            state.wait_for(|state| *state == State::Down).await.is_ok()
-        };
+    /// Runs `work` for as long as the database is up; returns `None` if it goes down.
+    pub(super) async fn while_up<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let mut state = self.state.subscribe();
         tokio::select! {
             biased;
-            value = work => Ok(value),
-            _ = down => Err(Interrupted::Down),
-            () = sleep_until(until) => Err(Interrupted::TimedOut),
+            value = work => Some(value),
+            _ = state.wait_for(|state| *state == State::Down) => None,
         }
     }
 
@@ -114,11 +94,11 @@ impl Health {
     pub(super) async fn wait_until_ready(
         &self,
         give_up_after: Option<Duration>,
-    ) -> Result<ServerInfo, FatalError> {
+    ) -> Result<ServerInfo, String> {
         let started = Instant::now();
         let mut last_logged: Option<Instant> = None;
         loop {
-            let reason = match self.endpoint.connect_and_migrate().await {
+            let reason = match self.endpoint.inspect(true).await {
                 Ok(info) => {
                     self.record_response();
                     self.state.send_replace(State::Up);
@@ -128,10 +108,9 @@ impl Health {
                 Err(ConnectError::Transient(reason)) => reason,
             };
             self.state.send_replace(State::Down);
-            let location = self.endpoint.location();
+            let location = &self.endpoint.location;
             if give_up_after.is_some_and(|limit| started.elapsed() > limit) {
-                let error = format!("cannot use the database at {location}: {reason}");
-                return Err(FatalError(error));
+                return Err(format!("cannot use the database at {location}: {reason}"));
             }
             if last_logged.is_none_or(|at| at.elapsed() > WAIT_LOG_INTERVAL) {
                 warn!("waiting for the database at {location}: {reason}");
@@ -182,8 +161,7 @@ impl Health {
     /// Opens a connection outside the pool and makes one round trip. Succeeds if no socket is free,
     /// because that says nothing about the database.
     async fn probe(&self) -> Result<(), String> {
-        let Ok(_socket) = timeout(PROBE_SOCKET_TIMEOUT, self.registry.acquire_socket()).await
-        else {
+        let Ok(_socket) = timeout(PROBE_SOCKET_TIMEOUT, self.sockets.acquire()).await else {
             return Ok(());
         };
         let ping = self.endpoint.ping().await;
@@ -194,7 +172,7 @@ impl Health {
         let started = Instant::now();
         warn!("database lost: {reason}");
         self.state.send_replace(State::Down);
-        self.registry.evict_all();
+        self.sockets.close_all();
         while !matches!(timeout(REQUEST_TIMEOUT, self.probe()).await, Ok(Ok(()))) {
             sleep(RECONNECT_INTERVAL).await;
         }

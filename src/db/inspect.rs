@@ -3,6 +3,7 @@
 use std::pin::pin;
 use std::time::Duration;
 
+use futures_util::TryFutureExt;
 use jiff::Timestamp;
 use log::info;
 use tokio::time::{Instant, sleep, timeout};
@@ -21,54 +22,45 @@ const TABLE_LOCK_BACKOFF: Duration = Duration::from_secs(2);
 
 /// What is known about a database server.
 #[derive(Clone, Debug)]
-pub struct ServerInfo {
-    /// The server's version as text.
-    pub version: String,
+pub(crate) struct ServerInfo {
+    pub(crate) version: String,
     /// Whether the connection to the server, or to a pooler in front of it, is encrypted.
-    pub tls: bool,
-    /// How many migrations the database lacks.
-    pub migrations_due: usize,
+    pub(crate) tls: bool,
+    pub(crate) migrations_due: usize,
     /// How many migrations were applied during this contact.
-    pub migrations_applied: usize,
+    pub(crate) migrations_applied: usize,
     /// Whether searches ignore the case of letters beyond ASCII; true until the schema exists.
-    pub search_ignores_case: bool,
+    pub(crate) search_ignores_case: bool,
     /// Seconds by which the server's clock is ahead.
-    pub clock_difference: f64,
-    /// Whether connections go through a transaction pooler.
-    pub pooler: Pooler,
-}
-
-/// What is between the service and the server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pooler {
-    /// Nothing that changes the backend between transactions.
-    None,
-    /// A transaction pooler that supports prepared statements.
-    Transaction,
+    pub(crate) clock_difference: f64,
+    /// Whether connections go through a transaction pooler that supports prepared statements.
+    pub(crate) has_pooler: bool,
 }
 
 impl Endpoint {
-    /// Inspects the database and applies the migrations that are due.
-    pub(crate) async fn connect_and_migrate(&self) -> Result<ServerInfo, ConnectError> {
+    /// Inspects the database and, if `migrates`, applies the migrations that are due.
+    pub(crate) async fn inspect(&self, migrates: bool) -> Result<ServerInfo, ConnectError> {
         let info = async {
-            let client = self.contact().await?;
+            let mut client = self.contact().await?;
             let mut info = inspect_server(self, &client).await?;
-            if info.migrations_due > 0 {
-                info.migrations_applied = migrate(&client).await?;
+            if migrates && info.migrations_due > 0 {
+                info.migrations_applied = migrate(&mut client).await?;
                 info.migrations_due = 0;
                 info.search_ignores_case = search_ignores_case(&client).await?;
             }
             Ok(info)
         };
-        info.await
-            .map_err(|error: ConnectError| error.with_subject(&self.subject))
-    }
-
-    /// Inspects the database and changes nothing.
-    pub(crate) async fn inspect(&self) -> Result<ServerInfo, ConnectError> {
-        let info = async { inspect_server(self, &self.contact().await?).await };
-        info.await
-            .map_err(|error| error.with_subject(&self.subject))
+        let location = &self.location;
+        info.await.map_err(|error| match (error, self.sslmode) {
+            (ConnectError::Fatal(reason), Some(_)) => {
+                ConnectError::Fatal(format!("DATABASE_URL ({location}): {reason}"))
+            }
+            (ConnectError::Fatal(reason), None) => {
+                let subject = format!("the embedded PostgreSQL in {location}");
+                ConnectError::Fatal(format!("{subject}: {reason}"))
+            }
+            (transient, _) => transient,
+        })
     }
 }
 
@@ -83,13 +75,13 @@ async fn inspect_server(endpoint: &Endpoint, client: &Client) -> Result<ServerIn
     let received_at = Timestamp::now();
     let version: String = row.get("version");
     if row.get::<_, i32>("version_number") < MIN_SERVER_VERSION {
-        return Err(ConnectError::fatal(format!(
+        return Err(ConnectError::Fatal(format!(
             "the database is PostgreSQL {version}; 13 or later is required"
         )));
     }
     let encoding: String = row.get("encoding");
     if encoding != "UTF8" {
-        return Err(ConnectError::fatal(format!(
+        return Err(ConnectError::Fatal(format!(
             "the database has the encoding {encoding}; UTF8 is required"
         )));
     }
@@ -103,16 +95,13 @@ async fn inspect_server(endpoint: &Endpoint, client: &Client) -> Result<ServerIn
         migrations_due,
         migrations_applied: 0,
         search_ignores_case: migrations_due > 0 || search_ignores_case(client).await?,
-        pooler: match endpoint.is_embedded {
-            true => Pooler::None,
-            false => detect_pooler(endpoint, client).await?,
-        },
+        has_pooler: endpoint.sslmode.is_some() && detect_pooler(endpoint, client).await?,
     })
 }
 
 /// Detects a transaction pooler, which gives the backend that one connection has just used to the
 /// next connection. Behind one, a statement prepared on one backend has to work on another.
-async fn detect_pooler(endpoint: &Endpoint, first: &Client) -> Result<Pooler, ConnectError> {
+async fn detect_pooler(endpoint: &Endpoint, first: &Client) -> Result<bool, ConnectError> {
     const SQL: &str = "select pg_backend_pid() as pid";
     let second = endpoint.contact().await?;
     let detected = async {
@@ -120,35 +109,29 @@ async fn detect_pooler(endpoint: &Endpoint, first: &Client) -> Result<Pooler, Co
         let before: i32 = first.query_one(&prepared, &[]).await?.get("pid");
         second.batch_execute("begin").await?;
         let used: i32 = second.query_typed_one(SQL, &[]).await?.get("pid");
-        if used != before {
-            return Ok(Pooler::None);
+        if used == before {
+            first.query_one(&prepared, &[]).await?;
         }
-        first.query_one(&prepared, &[]).await?;
-        Ok(Pooler::Transaction)
+        Ok(used == before)
     };
-    let detected = async {
-        detected
-            .await
-            .map_err(|error| match is_prepared_statement_lost(&error) {
-                true => ConnectError::fatal(
+    with_timeout(detected.map_err(|error: tokio_postgres::Error| {
+        match error.code() {
+            Some(&SqlState::INVALID_SQL_STATEMENT_NAME | &SqlState::DUPLICATE_PSTATEMENT) => {
+                ConnectError::Fatal(
                     "the address leads to a transaction pooler that does not support prepared \
                  statements (PgBouncer before 1.21): use the direct address, session mode, or a \
-                 newer pooler",
-                ),
-                false => error.into(),
-            })
-    };
-    with_timeout(detected).await
-}
-
-fn is_prepared_statement_lost(error: &tokio_postgres::Error) -> bool {
-    let code = error.code();
-    code == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
-        || code == Some(&SqlState::DUPLICATE_PSTATEMENT)
+                 newer pooler"
+                        .into(),
+                )
+            }
+            _ => error.into(),
+        }
+    }))
+    .await
 }
 
 /// Applies the migrations that are due, without a timeout; TCP detects a server that vanishes.
-async fn migrate(client: &Client) -> Result<usize, ConnectError> {
+async fn migrate(client: &mut Client) -> Result<usize, ConnectError> {
     let started = Instant::now();
     let mut migrations = pin!(migrations::apply(client));
     let applied = loop {

@@ -8,12 +8,11 @@
 //! a statement fails with a serialization failure, which cannot occur in READ COMMITTED, and is
 //! retried inside a transaction.
 
-use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::future::join3;
 use log::warn;
-use tokio_postgres::{Client, Error, SimpleQueryMessage};
+use tokio_postgres::{Client, Error};
 
 /// Opens a transaction in READ COMMITTED.
 pub(super) const BEGIN: &str = "begin isolation level read committed";
@@ -31,15 +30,11 @@ impl Isolation {
 
     /// Reads the default isolation level of a new connection.
     pub(super) async fn detect(&self, client: &Client) -> Result<(), Error> {
-        for message in client
-            .simple_query("show default_transaction_isolation")
-            .await?
-        {
-            if let SimpleQueryMessage::Row(row) = message
-                && let Some(default) = row.get(0).filter(|level| *level != "read committed")
-            {
-                self.require_transactions(&format!("default_transaction_isolation is {default}"));
-            }
+        const NAME: &str = "default_transaction_isolation";
+        let row = client.query_typed_one(&format!("show {NAME}"), &[]).await?;
+        let default: &str = row.get(NAME);
+        if default != "read committed" {
+            self.require_transactions(&format!("{NAME} is {default}"));
         }
         Ok(())
     }

@@ -11,15 +11,13 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row};
 
-use super::admission::Admission;
-use super::connect::Endpoint;
+use super::connections::Connections;
 use super::deadline::{Deadline, REQUEST_TIMEOUT};
 use super::error::{DbError, Result, error_message};
-use super::health::{Health, Interrupted};
-use super::isolation::{self, Isolation};
-use super::pool::{self, CONNECT_TIMEOUT, ConnectionManager, Pool, PooledConnection, Registry};
+use super::isolation;
+use super::pool::PooledConnection;
+use super::sockets::CONNECT_TIMEOUT;
 use super::statements::Sql;
-use crate::telemetry::metrics::Metrics;
 
 pub(super) type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
@@ -28,46 +26,7 @@ const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// How long to wait for the server to confirm that it has canceled a statement.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Hands out connections: the pool with its admission, health and metrics.
-pub(super) struct Connections {
-    pub(super) endpoint: Endpoint,
-    pub(super) health: Arc<Health>,
-    pub(super) admission: Admission,
-    pub(super) pool: Pool,
-    registry: Arc<Registry>,
-    isolation: Arc<Isolation>,
-    metrics: Arc<Metrics>,
-}
-
 impl Connections {
-    pub(super) fn new(endpoint: Endpoint, max_sockets: u32, metrics: Arc<Metrics>) -> Self {
-        let registry = Arc::new(Registry::new(max_sockets));
-        let isolation = Arc::<Isolation>::default();
-        let health = Arc::new(Health::new(endpoint.clone(), registry.clone()));
-        let probe = health.clone();
-        let manager = ConnectionManager {
-            endpoint: endpoint.clone(),
-            registry: registry.clone(),
-            isolation: isolation.clone(),
-            on_failure: Box::new(move |reason| probe.start_probe(reason)),
-        };
-        Self {
-            admission: Admission::new(
-                max_sockets,
-                registry.clone(),
-                health.clone(),
-                metrics.clone(),
-            ),
-            pool: pool::build(manager, max_sockets),
-            endpoint,
-            health,
-            registry,
-            isolation,
-            metrics,
-        }
-    }
-
-    /// Checks out a connection.
     pub(super) async fn acquire(self: &Arc<Self>, deadline: Deadline) -> Result<Lease> {
         let pool_timeout = Instant::now() + CONNECT_TIMEOUT;
         let until = deadline.at().min(pool_timeout);
@@ -76,18 +35,18 @@ impl Connections {
         }
         // Observed on drop, so failed waits are counted as well.
         let _timer = self.metrics.db_acquire_duration.start_timer();
-        let permit = self.admission.acquire(until).await?;
-        match self.health.while_up(until, self.pool.get_owned()).await {
-            Ok(Ok(connection)) => Ok(Lease {
+        let permit = self.acquire_permit(until).await?;
+        match timeout_at(until, self.health.while_up(self.pool.get_owned())).await {
+            Ok(Some(Ok(connection))) => Ok(Lease {
                 connections: self.clone(),
                 connection,
                 _permit: permit,
                 in_flight: false,
             }),
-            Err(Interrupted::Down) => Err(DbError::Unavailable("the database went down".into())),
+            Ok(None) => Err(DbError::Unavailable("the database went down".into())),
             // A request with less time left than the pool's timeout says nothing about the
             // database.
-            Err(Interrupted::TimedOut) if until < pool_timeout => Err(DbError::Unavailable(
+            Err(_) if until < pool_timeout => Err(DbError::Unavailable(
                 "the deadline passed before a connection was available".into(),
             )),
             _ => {
@@ -118,10 +77,10 @@ impl Lease {
         params: Params<'_>,
     ) -> Result<Vec<Row>> {
         let connection = self.connection.clone();
-        let query = connection.client().query(connection.statement(sql), params);
-        let explicit = self.needs_transaction();
-        let query = isolation::read_committed(explicit, connection.client(), query);
-        self.run(deadline, query).await
+        let query = connection
+            .client
+            .query(&connection.statements[sql as usize], params);
+        self.run_isolated(deadline, query).await
     }
 
     /// Like `query`, but returns how many rows the statement changed.
@@ -133,37 +92,26 @@ impl Lease {
     ) -> Result<u64> {
         let connection = self.connection.clone();
         let query = connection
-            .client()
-            .execute(connection.statement(sql), params);
-        let explicit = self.needs_transaction();
-        let query = isolation::read_committed(explicit, connection.client(), query);
-        self.run(deadline, query).await
+            .client
+            .execute(&connection.statements[sql as usize], params);
+        self.run_isolated(deadline, query).await
     }
 
-    /// Makes one round trip.
     pub(super) async fn ping(&mut self, deadline: Deadline) -> Result<()> {
         let connection = self.connection.clone();
-        self.run(deadline, connection.client().check_connection())
+        self.run(deadline, connection.client.check_connection())
             .await
     }
 
-    /// Opens a transaction. It ends with `commit` or `rollback`; a lease that is dropped before
-    /// that closes its connection.
+    /// Opens a transaction. A lease that is dropped before `end` closes its connection.
     pub(super) async fn begin(&mut self, deadline: Deadline) -> Result<()> {
         self.batch_execute(deadline, isolation::BEGIN).await?;
         self.in_flight = true;
         Ok(())
     }
 
-    pub(super) async fn commit(self, deadline: Deadline) -> Result<()> {
-        self.end(deadline, "commit").await
-    }
-
-    pub(super) async fn rollback(self, deadline: Deadline) -> Result<()> {
-        self.end(deadline, "rollback").await
-    }
-
-    async fn end(mut self, deadline: Deadline, text: &'static str) -> Result<()> {
+    pub(super) async fn end(mut self, deadline: Deadline, commits: bool) -> Result<()> {
+        let text = if commits { "commit" } else { "rollback" };
         self.batch_execute(deadline, text).await?;
         self.in_flight = false;
         Ok(())
@@ -171,13 +119,19 @@ impl Lease {
 
     async fn batch_execute(&mut self, deadline: Deadline, text: &str) -> Result<()> {
         let connection = self.connection.clone();
-        self.run(deadline, connection.client().batch_execute(text))
+        self.run(deadline, connection.client.batch_execute(text))
             .await
     }
 
-    /// Whether a statement has to open a transaction to run in READ COMMITTED.
-    fn needs_transaction(&self) -> bool {
-        !self.in_flight && self.connections.isolation.is_explicit()
+    async fn run_isolated<T>(
+        &mut self,
+        deadline: Deadline,
+        statement: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T> {
+        let connection = self.connection.clone();
+        let explicit = !self.in_flight && self.connections.isolation.is_explicit();
+        let statement = isolation::read_committed(explicit, &connection.client, statement);
+        self.run(deadline, statement).await
     }
 
     /// Sends a statement unless the deadline has passed. The future sends it when first polled.
@@ -210,14 +164,9 @@ impl Lease {
         deadline: Deadline,
         statement: impl Future<Output = Result<T, Error>>,
     ) -> Result<Result<T, Error>> {
-        let Connections {
-            health,
-            registry,
-            metrics,
-            ..
-        } = &*self.connections;
+        let health = &self.connections.health;
         let started = Instant::now();
-        let _timer = metrics.db_query_duration.start_timer();
+        let _timer = self.connections.metrics.db_query_duration.start_timer();
         // Requests that hash passwords have more time, but their individual statements do not.
         let until = deadline.at().min(started + REQUEST_TIMEOUT);
         let probe_at = started + PROBE_AFTER;
@@ -229,19 +178,19 @@ impl Lease {
         if probe_at <= until {
             health.start_probe("a statement is slow".into());
         }
-        let interrupted = match health.while_up(until, &mut statement).await {
-            Ok(result) => return Ok(result),
-            Err(interrupted) => interrupted,
+        let interrupted = match timeout_at(until, health.while_up(&mut statement)).await {
+            Ok(Some(result)) => return Ok(result),
+            interrupted => interrupted,
         };
         self.cancel_and_evict();
-        match interrupted {
-            Interrupted::Down => Err(DbError::ConnectionLost("the database went down".into())),
-            Interrupted::TimedOut => timeout(CANCEL_TIMEOUT, statement).await.map_err(|_| {
-                // If the network failed, connections opened at the same time may be dead as well.
-                registry.evict_unresponsive_since(started);
-                DbError::ConnectionLost("a statement timed out".into())
-            }),
+        if interrupted.is_ok() {
+            return Err(DbError::ConnectionLost("the database went down".into()));
         }
+        timeout(CANCEL_TIMEOUT, statement).await.map_err(|_| {
+            // If the network failed, connections opened at the same time may be dead as well.
+            health.sockets.evict_unresponsive_since(started);
+            DbError::ConnectionLost("a statement timed out".into())
+        })
     }
 
     fn handle_error(&self, error: Error) -> DbError {
@@ -266,7 +215,8 @@ impl Lease {
     /// late would cancel its next statement.
     fn cancel_and_evict(&self) {
         self.connection.evict();
-        self.connections.endpoint.cancel(self.connection.client());
+        let endpoint = &self.connections.health.endpoint;
+        endpoint.cancel(&self.connection.client);
     }
 }
 

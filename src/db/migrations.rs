@@ -1,13 +1,15 @@
 //! Applies the migrations under `sql/migrations` that a database lacks, in one transaction and under
 //! a lock, so that instances that start at the same time do not interfere.
 
-use tokio_postgres::{Client, SimpleQueryMessage};
+use tokio_postgres::{Client, Error, IsolationLevel};
+
+type Migration = (i32, &'static str, &'static str);
 
 macro_rules! migrations {
     ($($version:literal $name:literal),* $(,)?) => {
         /// All migrations: version, name and text. They only add, so that the previous release still
         /// runs. A database may lack any of them, not only the last ones.
-        const MIGRATIONS: &[(i32, &str, &str)] = &[$((
+        const MIGRATIONS: &[Migration] = &[$((
             $version,
             $name,
             include_str!(concat!("../../sql/migrations/V", $version, "__", $name, ".sql")),
@@ -26,29 +28,22 @@ migrations! {
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.
 const LOCK: i64 = 0x746f_646f_2d61_7069;
 
-/// Applies the missing migrations and returns their number. Neither waiting for another instance
-/// nor the migrations themselves have a timeout.
-pub(super) async fn apply(client: &Client) -> Result<usize, tokio_postgres::Error> {
-    // Otherwise the service would always need a role that may create tables.
-    if due(client).await? == 0 {
-        return Ok(0);
-    }
+/// Applies the missing migrations and returns their number. Needs a role that may create tables.
+/// Neither waiting for another instance nor the migrations themselves have a timeout.
+pub(super) async fn apply(client: &mut Client) -> Result<usize, Error> {
     // One transaction works through a transaction pooler, and releases the lock however it ends.
     // READ COMMITTED lets each statement see what the previous holder of the lock committed.
-    client
-        .batch_execute("begin isolation level read committed read write")
-        .await?;
-    let applied = apply_missing(client).await;
-    let end = if applied.is_ok() {
-        "commit"
-    } else {
-        "rollback"
-    };
-    let ended = client.batch_execute(end).await;
-    applied.and_then(|applied| ended.map(|()| applied))
+    let transaction = client
+        .build_transaction()
+        .isolation_level(IsolationLevel::ReadCommitted)
+        .read_only(false);
+    let transaction = transaction.start().await?;
+    let applied = apply_missing(transaction.client()).await?;
+    transaction.commit().await?;
+    Ok(applied)
 }
 
-async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> {
+async fn apply_missing(client: &Client) -> Result<usize, Error> {
     // Timeouts of the role or the database would end a long migration. PostgreSQL 14 or later rolls
     // back as soon as this process is gone. The migrations themselves wait only briefly for a table
     // lock, because every other query on the table would queue behind them.
@@ -84,32 +79,21 @@ async fn apply_missing(client: &Client) -> Result<usize, tokio_postgres::Error> 
 }
 
 /// Returns how many migrations a database lacks. Migrations of newer releases do not count.
-pub(super) async fn due(client: &Client) -> Result<usize, tokio_postgres::Error> {
-    let known = client
-        .simple_query("select from pg_tables where schemaname = any(current_schemas(false)) and tablename = 'migrations'")
-        .await?;
-    if rows(&known).next().is_none() {
-        return Ok(MIGRATIONS.len());
+pub(super) async fn due(client: &Client) -> Result<usize, Error> {
+    const TABLE: &str = "select from pg_tables where schemaname = any(current_schemas(false)) and tablename = 'migrations'";
+    match client.query_typed(TABLE, &[]).await?.is_empty() {
+        true => Ok(MIGRATIONS.len()),
+        false => Ok(missing(client).await?.len()),
     }
-    Ok(missing(client).await?.len())
 }
 
-async fn missing(
-    client: &Client,
-) -> Result<Vec<&'static (i32, &'static str, &'static str)>, tokio_postgres::Error> {
+async fn missing(client: &Client) -> Result<Vec<&'static Migration>, Error> {
     let applied = client
-        .simple_query("select version from migrations")
+        .query_typed("select version from migrations", &[])
         .await?;
-    let applied: Vec<&str> = rows(&applied).filter_map(|row| row.get(0)).collect();
-    Ok(MIGRATIONS
+    let applied: Vec<i32> = applied.iter().map(|row| row.get("version")).collect();
+    let missing = MIGRATIONS
         .iter()
-        .filter(|(version, ..)| !applied.contains(&version.to_string().as_str()))
-        .collect())
-}
-
-fn rows(messages: &[SimpleQueryMessage]) -> impl Iterator<Item = &tokio_postgres::SimpleQueryRow> {
-    messages.iter().filter_map(|message| match message {
-        SimpleQueryMessage::Row(row) => Some(row),
-        _ => None,
-    })
+        .filter(|(version, ..)| !applied.contains(version));
+    Ok(missing.collect())
 }

@@ -4,12 +4,12 @@
 //! made of it. A statement has its connection to itself: one that shared a connection with a write
 //! would wait for its commit. Hot reads are batched (`batch`); writes are not.
 //!
-//! Imports point one way: tables → batch → retry → lease → admission → health, keyed_semaphore → pool,
-//! inspect → connect → url → tls.
+//! Imports point one way: tables → batch → retry → lease → connections → pool, keyed_semaphore →
+//! health → sockets, inspect → url → connect → tls.
 
-mod admission;
 mod batch;
 mod connect;
+mod connections;
 mod deadline;
 mod error;
 mod health;
@@ -22,10 +22,11 @@ mod pool;
 pub(crate) mod purge;
 mod retry;
 pub(crate) mod sessions;
+mod sockets;
 mod statements;
 pub(crate) mod tasks;
 pub(crate) mod tls;
-pub mod url;
+mod url;
 pub(crate) mod users;
 
 use std::sync::Arc;
@@ -34,17 +35,20 @@ use std::time::Duration;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+use crate::domain::{Rfc3339, User};
 use crate::telemetry::metrics::Metrics;
 use batch::{BatchQuery, Batcher};
-pub use connect::{Endpoint, FatalError};
-pub use deadline::Deadline;
-pub(crate) use deadline::{AUTHENTICATION_TIMEOUT, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT};
+pub(crate) use connect::Endpoint;
+use connections::Connections;
+pub(crate) use deadline::{
+    AUTHENTICATION_TIMEOUT, Deadline, PASSWORD_REQUEST_TIMEOUT, REQUEST_TIMEOUT,
+};
 use error::Result;
 pub(crate) use error::{DbError, error_message};
-pub use inspect::{Pooler, ServerInfo};
-use lease::{Connections, Params};
-use pool::CONNECT_TIMEOUT;
+pub(crate) use inspect::ServerInfo;
+use lease::{Lease, Params};
 use retry::Repeat;
+use sockets::CONNECT_TIMEOUT;
 use statements::Sql;
 
 /// How recent a response has to be for the database to count as ready without a round trip.
@@ -52,21 +56,20 @@ const READY_WITHIN: Duration = Duration::from_secs(5);
 
 /// The database. Clones share the pool.
 #[derive(Clone)]
-pub struct Database {
+pub(crate) struct Database {
     connections: Arc<Connections>,
     batchers: Arc<tasks::Batchers>,
 }
 
 impl Database {
     /// A database that is not connected yet; see `wait_until_ready`.
-    pub fn new(endpoint: Endpoint, pool_size: u32, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(endpoint: Endpoint, pool_size: u32, metrics: Arc<Metrics>) -> Self {
         Self {
             connections: Arc::new(Connections::new(endpoint, pool_size, metrics)),
             batchers: Arc::default(),
         }
     }
 
-    /// The database with the deadline of a request.
     pub(crate) fn with_deadline(&self, deadline: Deadline) -> Queries<'_> {
         Queries {
             database: self,
@@ -76,15 +79,15 @@ impl Database {
 
     /// The address of the server and the name of the database, without a password.
     pub(crate) fn location(&self) -> &str {
-        self.connections.endpoint.location()
+        &self.connections.health.endpoint.location
     }
 
     /// Returns once the database accepts queries and the schema is current. Fails if waiting cannot
     /// help, or after `give_up_after`.
-    pub async fn wait_until_ready(
+    pub(crate) async fn wait_until_ready(
         &self,
         give_up_after: Option<Duration>,
-    ) -> Result<ServerInfo, FatalError> {
+    ) -> Result<ServerInfo, String> {
         let info = self
             .connections
             .health
@@ -154,8 +157,8 @@ impl<'a> Queries<'a> {
 
     /// Runs a read that may scan all rows of this user. Few of these run at a time.
     async fn search(self, user_id: Uuid, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
-        let admission = &self.database.connections.admission;
-        let _permit = admission.acquire_search(user_id, self.deadline).await?;
+        let connections = &self.database.connections;
+        let _permit = connections.acquire_search(user_id, self.deadline).await?;
         self.query(Repeat::Read, sql, params).await
     }
 
@@ -172,22 +175,34 @@ impl<'a> Queries<'a> {
 
     /// Like `write`, but returns how many rows the statement changed.
     async fn execute(self, sql: Sql, params: Params<'_>) -> Result<u64> {
-        let Self { database, deadline } = self;
-        let connections = &database.connections;
-        let attempt = || async {
-            let mut lease = connections.acquire(deadline).await?;
-            lease.execute(deadline, sql, params).await
-        };
-        connections.retry(deadline, Repeat::Never, attempt).await
+        let execute =
+            |mut lease: Lease| async move { lease.execute(self.deadline, sql, params).await };
+        self.run(Repeat::Never, execute).await
     }
 
     async fn query(self, repeat: Repeat, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
+        let query = |mut lease: Lease| async move { lease.query(self.deadline, sql, params).await };
+        self.run(repeat, query).await
+    }
+
+    async fn run<T, F: Future<Output = Result<T>>>(
+        self,
+        repeat: Repeat,
+        statements: impl Fn(Lease) -> F,
+    ) -> Result<T> {
         let Self { database, deadline } = self;
         let connections = &database.connections;
-        let attempt = || async {
-            let mut lease = connections.acquire(deadline).await?;
-            lease.query(deadline, sql, params).await
-        };
+        let attempt = || async { statements(connections.acquire(deadline).await?).await };
         connections.retry(deadline, repeat, attempt).await
+    }
+}
+
+/// Reads an account from a row.
+fn user(row: &Row) -> User {
+    User {
+        id: row.get("id"),
+        email: row.get("email"),
+        created_at: Rfc3339(row.get("created_at")),
+        updated_at: Rfc3339(row.get("updated_at")),
     }
 }

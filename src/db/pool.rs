@@ -1,26 +1,23 @@
 //! The connection pool. A new connection prepares every statement, checking one out costs no round
 //! trip, and a connection on which a statement timed out is evicted.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bb8::{ManageConnection, QueueStrategy};
 use futures_util::future::try_join;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::{Client, Statement};
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::sync::CancellationToken;
 
-use super::connect::Endpoint;
 use super::error::error_message;
+use super::health::Health;
 use super::isolation::Isolation;
-use super::statements::{Prepared, Sql};
+use super::sockets::CONNECT_TIMEOUT;
+use super::statements::prepare_all;
 
-/// How long acquiring a connection may take, including connecting and preparing statements.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Less than the 300 s after which Neon suspends an idle database and closes its connections.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(240);
 /// The maximum lifetime of a connection. Each connection gets up to a fifth less, so that
@@ -32,25 +29,16 @@ pub(super) type PooledConnection = bb8::PooledConnection<'static, ConnectionMana
 
 /// A connection and its prepared statements.
 pub(super) struct Connection {
-    client: Client,
-    statements: Prepared,
-    /// Drives the socket. Dropping a `Client` does not close a socket on which responses are
-    /// outstanding; aborting this task does.
-    io_task: AbortHandle,
+    pub(super) client: Client,
+    pub(super) statements: Vec<Statement>,
+    /// Closes the socket. Dropping a `Client` does not if responses are outstanding on it.
+    close: CancellationToken,
     evicted: AtomicBool,
     expires_at: Instant,
     last_response: Mutex<Instant>,
 }
 
 impl Connection {
-    pub(super) fn client(&self) -> &Client {
-        &self.client
-    }
-
-    pub(super) fn statement(&self, sql: Sql) -> &Statement {
-        &self.statements[sql]
-    }
-
     /// Keeps the pool from handing out this connection again; it is closed when it is returned.
     pub(super) fn evict(&self) {
         self.evicted.store(true, Ordering::Release);
@@ -59,83 +47,21 @@ impl Connection {
     pub(super) fn record_response(&self) {
         *self.last_response.lock() = Instant::now();
     }
-
-    fn is_evicted(&self) -> bool {
-        self.evicted.load(Ordering::Acquire)
-    }
-
-    fn is_usable(&self) -> bool {
-        !self.is_evicted() && !self.client.is_closed()
-    }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if self.is_evicted() {
-            self.io_task.abort();
+        if *self.evicted.get_mut() {
+            self.close.cancel();
         }
-    }
-}
-
-/// All open connections, including the one of the health probe.
-pub(super) struct Registry {
-    sockets: Arc<Semaphore>,
-    live: Mutex<Vec<Weak<Connection>>>,
-    /// Cloned by each attempt to connect.
-    connecting: Arc<()>,
-}
-
-impl Registry {
-    pub(super) fn new(max_sockets: u32) -> Self {
-        Self {
-            sockets: Arc::new(Semaphore::new(max_sockets as usize)),
-            live: Mutex::default(),
-            connecting: Arc::default(),
-        }
-    }
-
-    /// Waits for one of the limited number of sockets that the service may have open at a time.
-    pub(super) async fn acquire_socket(&self) -> Option<OwnedSemaphorePermit> {
-        self.sockets.clone().acquire_owned().await.ok()
-    }
-
-    /// Whether the pool is opening connections.
-    pub(super) fn is_connecting(&self) -> bool {
-        Arc::strong_count(&self.connecting) > 1
-    }
-
-    /// Closes every connection of the pool.
-    pub(super) fn evict_all(&self) {
-        for connection in self.live.lock().iter().filter_map(Weak::upgrade) {
-            connection.evict();
-            connection.io_task.abort();
-        }
-    }
-
-    /// Evicts connections that have received no response since the given time.
-    pub(super) fn evict_unresponsive_since(&self, since: Instant) {
-        for connection in self.live.lock().iter().filter_map(Weak::upgrade) {
-            if *connection.last_response.lock() < since {
-                connection.evict();
-            }
-        }
-    }
-
-    fn add(&self, connection: &Arc<Connection>) {
-        let mut live = self.live.lock();
-        live.retain(|connection| connection.strong_count() > 0);
-        live.push(Arc::downgrade(connection));
     }
 }
 
 /// Opens and checks connections for bb8. The manager in bb8-postgres makes a round trip at every
 /// checkout, which costs as much as a read, and cannot abort a connection.
 pub(super) struct ConnectionManager {
-    pub(super) endpoint: Endpoint,
-    pub(super) registry: Arc<Registry>,
+    pub(super) health: Arc<Health>,
     pub(super) isolation: Arc<Isolation>,
-    /// Called with the reason whenever connecting fails.
-    pub(super) on_failure: Box<dyn Fn(String) + Send + Sync>,
 }
 
 impl ManageConnection for ConnectionManager {
@@ -143,48 +69,59 @@ impl ManageConnection for ConnectionManager {
     type Error = ();
 
     async fn connect(&self) -> Result<Arc<Connection>, ()> {
-        let _connecting = self.registry.connecting.clone();
+        let _connecting = self.health.sockets.connecting.clone();
         let result = match timeout(CONNECT_TIMEOUT, self.open()).await {
             Ok(result) => result.map_err(|error| error_message(&error)),
             Err(_) => Err("connecting timed out".into()),
         };
-        result.map_err(&self.on_failure)
+        result.map_err(|reason| self.health.start_probe(reason))
     }
 
     async fn is_valid(&self, connection: &mut Arc<Connection>) -> Result<(), ()> {
-        connection.is_usable().then_some(()).ok_or(())
+        match self.is_usable(connection) {
+            true => Ok(()),
+            false => Err(()),
+        }
     }
 
     /// Called when a connection is returned. Also ends connections that exceed their lifetime,
     /// because no request is waiting at this point.
     fn has_broken(&self, connection: &mut Arc<Connection>) -> bool {
-        !connection.is_usable() || Instant::now() > connection.expires_at
+        !self.is_usable(connection) || Instant::now() > connection.expires_at
     }
 }
 
 impl ConnectionManager {
+    fn is_usable(&self, connection: &Connection) -> bool {
+        if *connection.last_response.lock() < *self.health.sockets.responsive_since.lock() {
+            connection.evict();
+        }
+        !connection.evicted.load(Ordering::Acquire) && !connection.client.is_closed()
+    }
+
     async fn open(&self) -> Result<Arc<Connection>, tokio_postgres::Error> {
+        let close = self.health.sockets.close.lock().child_token();
+        let close_on_error = close.clone().drop_guard();
         // The socket of the previous connection may still be closing.
-        let socket = self.registry.acquire_socket().await;
-        let (client, connection) = self.endpoint.connect().await?;
-        let io_task = AbortOnDropHandle::new(tokio::spawn(async move {
+        let socket = self.health.sockets.acquire().await;
+        let (client, connection) = self.health.endpoint.connect().await?;
+        // Errors are reported to the statements that wait for responses.
+        tokio::spawn(close.clone().run_until_cancelled_owned(async move {
             let _socket = socket;
-            // Errors are reported to the statements that wait for responses.
             connection.await.ok();
         }));
         let isolation = self.isolation.detect(&client);
-        let (statements, ()) = try_join(Prepared::prepare_all(&client), isolation).await?;
+        let (statements, ()) = try_join(prepare_all(&client), isolation).await?;
+        close_on_error.disarm();
         let now = Instant::now();
-        let connection = Arc::new(Connection {
+        Ok(Arc::new(Connection {
             client,
             statements,
-            io_task: io_task.detach().abort_handle(),
+            close,
             evicted: AtomicBool::new(false),
             expires_at: now + MAX_LIFETIME.mul_f64(1.0 - fastrand::f64() / 5.0),
             last_response: Mutex::new(now),
-        });
-        self.registry.add(&connection);
-        Ok(connection)
+        }))
     }
 }
 

@@ -37,7 +37,6 @@ impl Purger {
         true
     }
 
-    /// Purges every table.
     pub(crate) async fn purge(&self, database: &Database) {
         if let Err(error) = purge_all(database).await {
             warn!("purging expired rows failed, the next attempt is in ten minutes: {error:?}");

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use super::connections::Connections;
 use super::deadline::Deadline;
 use super::error::{DbError, Result};
-use super::lease::Connections;
 
 const MIN_BACKOFF: Duration = Duration::from_millis(5);
 const MAX_BACKOFF: Duration = Duration::from_millis(250);
@@ -24,27 +24,16 @@ pub(super) enum Repeat {
     Insert,
 }
 
-/// Exponential backoff with jitter, so that requests that failed together do not retry together.
-struct Backoff(Duration);
-
-impl Backoff {
-    fn next(&mut self) -> Duration {
-        let longest = self.0;
-        self.0 = MAX_BACKOFF.min(longest * 2);
-        longest.mul_f64(0.5 + fastrand::f64() / 2.0)
-    }
-}
-
 impl Connections {
     /// Calls `attempt` until it succeeds or fails permanently, or until the deadline leaves no time
-    /// for another attempt.
+    /// for another attempt. The backoff is exponential.
     pub(super) async fn retry<T, F: Future<Output = Result<T>>>(
         &self,
         deadline: Deadline,
         repeat: Repeat,
         mut attempt: impl FnMut() -> F,
     ) -> Result<T> {
-        let mut backoff = Backoff(MIN_BACKOFF);
+        let mut backoff = MIN_BACKOFF;
         // The error of an insert that may have taken effect.
         let mut unknown = None;
         loop {
@@ -66,27 +55,13 @@ impl Connections {
                 // Waiting is worthwhile, because only another attempt can determine the outcome.
                 Some(_) => self.health.wait_until_up(deadline.at()).await,
             };
-            let pause = backoff.next();
+            // Jitter keeps requests that failed together from retrying together.
+            let pause = backoff.mul_f64(0.5 + fastrand::f64() / 2.0);
+            backoff = MAX_BACKOFF.min(backoff * 2);
             if !is_up || Instant::now() + pause >= deadline.at() {
                 return Err(unknown.unwrap_or(error));
             }
             sleep(pause).await;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn backoff_grows_to_its_maximum_with_jitter() {
-        let mut backoff = Backoff(MIN_BACKOFF);
-        let pauses: Vec<Duration> = (0..20).map(|_| backoff.next()).collect();
-        assert!(pauses[0] <= MIN_BACKOFF);
-        let settled = &pauses[10..];
-        let range = MAX_BACKOFF / 2..=MAX_BACKOFF;
-        assert!(settled.iter().all(|pause| range.contains(pause)));
-        assert!(settled.windows(2).any(|two| two[0] != two[1]));
     }
 }

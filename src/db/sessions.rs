@@ -6,8 +6,7 @@ use uuid::Uuid;
 
 use super::lease::Params;
 use super::statements::Sql;
-use super::users::{NewSession, user};
-use super::{Queries, Result};
+use super::{Queries, Result, user};
 use crate::domain::{Rfc3339, Session, TokenLifetimes, User};
 
 /// The state of a session as encoded in its tokens.
@@ -29,6 +28,27 @@ impl SessionState {
             generation: row.get("generation"),
             epoch: row.get("epoch"),
             expires_in: row.get("expires_in"),
+        }
+    }
+}
+
+pub(crate) struct NewSession {
+    pub(crate) id: Uuid,
+    /// Seconds of inactivity until it expires.
+    pub(crate) idle: f64,
+    pub(crate) user_agent: Option<String>,
+    /// The client's network, to be recorded as one that the account uses.
+    pub(crate) network: String,
+}
+
+impl NewSession {
+    /// The state of the session right after it is created.
+    pub(crate) fn state(&self) -> SessionState {
+        SessionState {
+            id: self.id,
+            generation: 1,
+            epoch: 0,
+            expires_in: self.idle,
         }
     }
 }

@@ -1,13 +1,10 @@
 //! The statements under `sql/`, named after their paths.
 
-use std::ops::Index;
-
 use futures_util::future::try_join_all;
 use tokio_postgres::{Client, Statement};
 
 macro_rules! statements {
     ($($name:ident = $path:literal,)*) => {
-        /// A statement.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Sql { $(#[doc = $path] $name,)* }
 
@@ -53,22 +50,8 @@ statements! {
     UsersSetPassword = "users/set_password.sql",
 }
 
-/// The prepared statements of a connection.
-pub(crate) struct Prepared(Vec<Statement>);
-
-impl Prepared {
-    /// Prepares all statements, pipelined: opening a connection costs one more round trip, not thirty.
-    pub(crate) async fn prepare_all(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        try_join_all(Sql::SOURCES.iter().map(|text| client.prepare(text)))
-            .await
-            .map(Self)
-    }
-}
-
-impl Index<Sql> for Prepared {
-    type Output = Statement;
-
-    fn index(&self, sql: Sql) -> &Statement {
-        &self.0[sql as usize]
-    }
+/// Prepares all statements, which are then indexed by [`Sql`]. They are pipelined: opening a
+/// connection costs one more round trip, not thirty.
+pub(super) async fn prepare_all(client: &Client) -> Result<Vec<Statement>, tokio_postgres::Error> {
+    try_join_all(Sql::SOURCES.iter().map(|text| client.prepare(text))).await
 }

@@ -1,11 +1,14 @@
 //! TLS to the database: how strictly the server's certificate is verified, and with which roots.
 
+use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::crypto::{
+    WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature,
+};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
@@ -29,29 +32,28 @@ pub(super) enum Verification {
 /// completes a sentence that begins with the variable's name.
 pub(super) fn connector(
     verification: Verification,
-    roots: Option<Arc<RootCertStore>>,
+    roots: Option<RootCertStore>,
 ) -> Result<MakeRustlsConnect, String> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .map_err(|error| format!("cannot use TLS: {error}"))?;
-    let chain = if verification == Verification::None {
-        None
-    } else {
-        let roots = match roots {
-            Some(roots) => roots,
-            None => Arc::new(system_roots()?),
-        };
-        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
-            .build()
-            .map_err(|error| format!("cannot verify certificates: {error}"))?;
-        Some(verifier)
+    let chain = match verification {
+        Verification::None => None,
+        Verification::Chain | Verification::Full => {
+            let roots = Arc::new(roots.map_or_else(system_roots, Ok)?);
+            let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider.clone());
+            let verifier = verifier.build();
+            Some(verifier.map_err(|error| format!("cannot verify certificates: {error}"))?)
+        }
     };
     let verifier: Arc<dyn ServerCertVerifier> = match (verification, chain) {
         (Verification::Full, Some(verifier)) => verifier,
-        (_, chain) => Arc::new(RelaxedVerifier { chain, provider }),
+        (_, chain) => Arc::new(RelaxedVerifier {
+            chain,
+            algorithms: provider.signature_verification_algorithms,
+        }),
     };
-    let config = builder
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("cannot use TLS: {error}"))?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_no_client_auth();
@@ -60,37 +62,34 @@ pub(super) fn connector(
 
 /// Reads a file of root certificates. The error completes a sentence.
 pub(crate) fn read_roots(path: &Path) -> Result<RootCertStore, String> {
-    let unusable = |reason: &dyn std::fmt::Display| {
-        format!(
-            "names a file that cannot be used, {}: {reason}",
-            path.display()
-        )
+    let read = || -> Result<RootCertStore, Box<dyn Error>> {
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_file_iter(path)? {
+            roots.add(certificate?)?;
+        }
+        match roots.is_empty() {
+            true => Err("it contains no certificate".into()),
+            false => Ok(roots),
+        }
     };
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unusable(&error))? {
-        let certificate = certificate.map_err(|error| unusable(&error))?;
-        roots.add(certificate).map_err(|error| unusable(&error))?;
-    }
-    if roots.is_empty() {
-        return Err(unusable(&"it contains no certificate"));
-    }
-    Ok(roots)
+    let path = path.display();
+    read().map_err(|error| format!("names a file that cannot be used, {path}: {error}"))
 }
 
 fn system_roots() -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if roots.is_empty() {
-        return Err("requires TLS, but the system has no root certificates: install ca-certificates or set PGSSLROOTCERT".into());
+    match roots.is_empty() {
+        true => Err("requires TLS, but the system has no root certificates: install ca-certificates or set PGSSLROOTCERT".into()),
+        false => Ok(roots),
     }
-    Ok(roots)
 }
 
 /// Skips the verification of the name, or of the whole chain. Signatures are always verified.
 #[derive(Debug)]
 struct RelaxedVerifier {
     chain: Option<Arc<WebPkiServerVerifier>>,
-    provider: Arc<CryptoProvider>,
+    algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ServerCertVerifier for RelaxedVerifier {
@@ -119,8 +118,7 @@ impl ServerCertVerifier for RelaxedVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+        verify_tls12_signature(message, cert, dss, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -129,13 +127,10 @@ impl ServerCertVerifier for RelaxedVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
+        self.algorithms.supported_schemes()
     }
 }

@@ -3,17 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
-use rustls::RootCertStore;
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode};
-use tokio_postgres_rustls::MakeRustlsConnect;
 
+use super::connect::Endpoint;
 use super::tls::{self, Verification};
 
 const EXAMPLE: &str = "must be a URL like postgres://user:password@host/database?sslmode=require";
@@ -34,34 +32,17 @@ const IGNORED: &str = "\
     prepared_statements socket_timeout sslcompression sslsni statement_cache_size supa \
     uselibpqcompat";
 
-/// A parsed `DATABASE_URL`.
-#[derive(Clone)]
-pub struct DatabaseUrl {
-    config: Config,
-    verification: Verification,
-    roots: Option<Arc<RootCertStore>>,
-    sslmode: &'static str,
-}
-
-impl DatabaseUrl {
-    /// Parses the URL; `root_certificates` is `PGSSLROOTCERT`. The error completes a sentence that
-    /// begins with the variable's name, and contains no value of the URL except a file name.
-    pub fn parse(url: &str, root_certificates: Option<&str>) -> Result<Self, String> {
+impl Endpoint {
+    /// The server at `DATABASE_URL`; `root_certificates` is `PGSSLROOTCERT`. The error completes a
+    /// sentence that begins with the variable's name, and contains no value of the URL except a file
+    /// name.
+    pub(crate) fn from_url(url: &str, root_certificates: Option<&str>) -> Result<Self, String> {
         let mut parameters = split(url)?;
         let sslmode = parameters.remove("sslmode");
         let root_certificates = parameters
             .remove("sslrootcert")
             .or(root_certificates.map(str::to_owned));
         let system_roots = root_certificates.as_deref() == Some("system");
-        let roots = match root_certificates {
-            Some(path) if !system_roots => {
-                let roots = tls::read_roots(Path::new(&path));
-                Some(Arc::new(roots.map_err(|reason| {
-                    format!("has an sslrootcert that {reason}")
-                })?))
-            }
-            _ => None,
-        };
         let (sslmode, verification) = match sslmode.as_deref() {
             None if system_roots => ("verify-full", Verification::Full),
             None | Some("prefer") => ("prefer", Verification::None),
@@ -75,6 +56,11 @@ impl DatabaseUrl {
         if system_roots && verification != Verification::Full {
             return Err("has a weak sslmode with sslrootcert=system: use verify-full".into());
         }
+        let roots = root_certificates
+            .filter(|_| !system_roots)
+            .map(|path| tls::read_roots(Path::new(&path)))
+            .transpose()
+            .map_err(|reason| format!("has an sslrootcert that {reason}"))?;
         let mut config = config(parameters)?;
         config.ssl_mode(match sslmode {
             "disable" => SslMode::Disable,
@@ -84,50 +70,28 @@ impl DatabaseUrl {
             _ => SslMode::Require,
         });
         Ok(Self {
+            tls: tls::connector(verification, roots)?,
+            location: location(&config),
+            sslmode: Some(sslmode),
             config,
-            verification,
-            roots,
-            sslmode,
         })
-    }
-
-    /// The servers and the database without credentials: `host:port/database`.
-    pub fn display(&self) -> String {
-        let ports = self.config.get_ports();
-        let hosts = self.config.get_hosts().iter().enumerate().map(|(n, host)| {
-            let port = ports.get(n).or(ports.first()).unwrap_or(&5432);
-            match host {
-                Host::Tcp(name) if name.contains(':') => format!("[{name}]:{port}"),
-                Host::Tcp(name) => format!("{name}:{port}"),
-                #[cfg(unix)]
-                Host::Unix(path) => format!("{}:{port}", path.display()),
-            }
-        });
-        let hosts = hosts.collect::<Vec<_>>().join(",");
-        let database = self.config.get_dbname().or(self.config.get_user());
-        format!("{hosts}/{}", database.unwrap_or_default())
-    }
-
-    /// The `sslmode` of the URL.
-    pub fn sslmode(&self) -> &'static str {
-        self.sslmode
-    }
-
-    /// The configuration for tokio-postgres.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// The TLS configuration. The error completes a sentence about the URL.
-    pub fn tls(&self) -> Result<MakeRustlsConnect, String> {
-        tls::connector(self.verification, self.roots.clone())
     }
 }
 
-impl fmt::Debug for DatabaseUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DatabaseUrl({})", self.display())
-    }
+/// The servers and the database without credentials: `host:port/database`.
+fn location(config: &Config) -> String {
+    let ports = config.get_ports();
+    let hosts = config.get_hosts().iter().enumerate().map(|(n, host)| {
+        let port = ports.get(n).or(ports.first()).unwrap_or(&5432);
+        match host {
+            Host::Tcp(name) if name.contains(':') => format!("[{name}]:{port}"),
+            Host::Tcp(name) => format!("{name}:{port}"),
+            Host::Unix(path) => format!("{}:{port}", path.display()),
+        }
+    });
+    let hosts = hosts.collect::<Vec<_>>().join(",");
+    let database = config.get_dbname().or(config.get_user());
+    format!("{hosts}/{}", database.unwrap_or_default())
 }
 
 /// Splits a URL as libpq's `conninfo_uri_parse_options` does. The last value of a repeated parameter
@@ -162,16 +126,13 @@ fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
         hosts.push(host);
         ports.push(port);
     }
-    let mut parameters = BTreeMap::new();
-    for (name, value) in [
-        ("user", user),
-        ("password", password),
-        ("host", &*hosts.join(",")),
-        ("port", &*ports.join(",")),
-        ("dbname", dbname),
-    ] {
-        parameters.insert(name.to_owned(), decode(value)?);
-    }
+    let mut parameters = BTreeMap::from([
+        ("user".to_owned(), decode(user)?),
+        ("password".to_owned(), decode(password)?),
+        ("host".to_owned(), decode(&hosts.join(","))?),
+        ("port".to_owned(), decode(&ports.join(","))?),
+        ("dbname".to_owned(), decode(dbname)?),
+    ]);
     let mut follows_password = false;
     for pair in query.split_terminator('&') {
         let (name, value) = pair
@@ -254,21 +215,19 @@ fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
         }
     }
     let hosts = config.get_hosts();
-    let is_no_host = |host: &Host| matches!(host, Host::Tcp(name) if name.is_empty());
-    if hosts.is_empty() || hosts.iter().any(is_no_host) {
+    let has_name = |test: fn(&str) -> bool| {
+        let mut hosts = hosts.iter();
+        hosts.any(|host| matches!(host, Host::Tcp(name) if test(name)))
+    };
+    if hosts.is_empty() || has_name(str::is_empty) {
         return Err("names no host".into());
     }
     // Credentials whose separators were encoded, too.
-    if hosts
-        .iter()
-        .any(|host| matches!(host, Host::Tcp(name) if name.contains(['@', '/', '?', '#'])))
-    {
+    if has_name(|name| name.contains(['@', '/', '?', '#'])) {
         return Err(ENCODE.into());
     }
-    let fits = |count: usize| count == hosts.len();
-    if !(config.get_hostaddrs().is_empty() || fits(config.get_hostaddrs().len()))
-        || !(config.get_ports().len() < 2 || fits(config.get_ports().len()))
-    {
+    let (addresses, ports) = (config.get_hostaddrs().len(), config.get_ports().len());
+    if ![0, hosts.len()].contains(&addresses) || ![0, 1, hosts.len()].contains(&ports) {
         return Err("names different numbers of hosts, ports and addresses".into());
     }
     if config.get_ports().contains(&0) {

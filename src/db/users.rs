@@ -5,10 +5,10 @@ use uuid::Uuid;
 
 use super::lease::Params;
 use super::retry::Repeat;
-use super::sessions::SessionState;
+use super::sessions::{NewSession, SessionState};
 use super::statements::Sql;
-use super::{Queries, Result};
-use crate::domain::{Email, Rfc3339, TokenLifetimes, User};
+use super::{Queries, Result, user};
+use crate::domain::{Email, TokenLifetimes, User};
 
 /// What a login needs to know before the password is verified.
 pub(crate) struct LoginRecord {
@@ -50,34 +50,11 @@ impl LockoutKey {
     }
 }
 
-/// The result of a password change.
 pub(crate) struct PasswordChange {
     pub(crate) user: User,
     pub(crate) ended: Vec<Uuid>,
     /// The session that was kept, if any. If it has ended in the meantime, nothing was changed.
     pub(crate) kept: Option<SessionState>,
-}
-
-/// A session to create.
-pub(crate) struct NewSession {
-    pub(crate) id: Uuid,
-    /// Seconds of inactivity until it expires.
-    pub(crate) idle: f64,
-    pub(crate) user_agent: Option<String>,
-    /// The client's network, to be recorded as one that the account uses.
-    pub(crate) network: String,
-}
-
-impl NewSession {
-    /// The state of the session right after it is created.
-    pub(crate) fn state(&self) -> SessionState {
-        SessionState {
-            id: self.id,
-            generation: 1,
-            epoch: 0,
-            expires_in: self.idle,
-        }
-    }
 }
 
 /// Creates an account with its first session. Returns `None` if the address is taken.
@@ -111,7 +88,6 @@ pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>> {
     Ok(rows.first().map(user))
 }
 
-/// Reads the data needed for a login.
 pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord> {
     let params: Params = &[&key.account, &key.network];
     let rows = db.read(Sql::UsersForLogin, params).await?;
@@ -144,7 +120,6 @@ fn retry_after_secs(rows: &[Row]) -> f64 {
     rows.first().map_or(0.0, |row| row.get("retry_after_secs"))
 }
 
-/// Lifts every lockout of an account.
 pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64> {
     db.execute(Sql::LoginFailuresClear, &[&id]).await
 }
@@ -163,36 +138,30 @@ pub(crate) async fn change_password(
     lifetimes: TokenLifetimes,
 ) -> Result<Option<PasswordChange>> {
     let deadline = db.deadline;
-    let connections = &db.database.connections;
-    let attempt = || async {
-        let mut lease = connections.acquire(deadline).await?;
+    db.run(Repeat::Never, |mut lease| async move {
         lease.begin(deadline).await?;
         let params: Params = &[&id, &verified, &hash];
         let changed = lease.query(deadline, Sql::UsersSetPassword, params).await?;
         let Some(user) = changed.first().map(user) else {
-            lease.rollback(deadline).await?;
+            lease.end(deadline, false).await?;
             return Ok(None);
         };
         let idle = lifetimes.refresh_idle.as_secs_f64();
         let max = lifetimes.refresh_max.as_secs_f64();
         let params: Params = &[&id, &keep, &idle, &max];
         let renewed = lease.query(deadline, Sql::SessionsRenew, params).await?;
-        let Some(row) = renewed.first() else {
-            lease.rollback(deadline).await?;
-            return Ok(None);
-        };
-        let kept = match (keep, row.get::<_, Option<i32>>("generation")) {
-            (Some(id), Some(_)) => Some(SessionState::from_row(id, row)),
-            _ => None,
-        };
-        match keep.is_none() || kept.is_some() {
-            true => lease.commit(deadline).await?,
-            false => lease.rollback(deadline).await?,
-        }
-        let ended = row.get("ended_ids");
+        let row = renewed.first();
+        let kept = keep.zip(row).and_then(|(id, row)| {
+            row.get::<_, Option<i32>>("generation")?;
+            Some(SessionState::from_row(id, row))
+        });
+        lease
+            .end(deadline, keep.is_none() || kept.is_some())
+            .await?;
+        let ended = row.map_or_else(Vec::new, |row| row.get("ended_ids"));
         Ok(Some(PasswordChange { user, ended, kept }))
-    };
-    connections.retry(deadline, Repeat::Never, attempt).await
+    })
+    .await
 }
 
 /// Deletes an account and everything that belongs to it. Returns the sessions that ended, or `None`
@@ -200,14 +169,4 @@ pub(crate) async fn change_password(
 pub(crate) async fn delete(db: Queries<'_>, id: Uuid, verified: &str) -> Result<Option<Vec<Uuid>>> {
     let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
     Ok(rows.first().map(|row| row.get("session_ids")))
-}
-
-/// Reads an account from a row.
-pub(super) fn user(row: &Row) -> User {
-    User {
-        id: row.get("id"),
-        email: row.get("email"),
-        created_at: Rfc3339(row.get("created_at")),
-        updated_at: Rfc3339(row.get("updated_at")),
-    }
 }

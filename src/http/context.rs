@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::auth::login_limits::client_network;
-use crate::db::users::NewSession;
+use crate::db::sessions::NewSession;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, Queries, REQUEST_TIMEOUT};
 use crate::domain::Email;
 use crate::error::Error;

@@ -168,50 +168,29 @@ fn strip_control(text: &str) -> Cow<'_, str> {
 /// Logs at most one line per second, so that requests that fail during an outage do not fill the
 /// disk.
 #[derive(Default)]
-pub(crate) struct ThrottledLog(Mutex<ThrottledState>);
-
-#[derive(Default)]
-struct ThrottledState {
-    last: Option<Instant>,
-    /// Lines suppressed since then.
-    suppressed: u64,
-}
+pub(crate) struct ThrottledLog(
+    /// When the last line was logged, and how many have been suppressed since.
+    Mutex<(Option<Instant>, u64)>,
+);
 
 impl ThrottledLog {
     /// Logs the line at WARN unless the last one is too recent. `line` is given the text to append
     /// to it: how many lines were suppressed before.
     pub(crate) fn warn(&self, line: impl FnOnce(&str) -> String) {
         let mut state = self.0.lock();
-        let is_recent = |last: Instant| last.elapsed() < Duration::from_secs(1);
-        if state.last.is_some_and(is_recent) {
-            state.suppressed += 1;
+        if state
+            .0
+            .is_some_and(|last| last.elapsed() < Duration::from_secs(1))
+        {
+            state.1 += 1;
             return;
         }
-        let suppressed = std::mem::take(&mut state.suppressed);
-        state.last = Some(Instant::now());
+        let (_, suppressed) = std::mem::replace(&mut *state, (Some(Instant::now()), 0));
         drop(state);
         let suffix = match suppressed {
             0 => String::new(),
             _ => format!(" suppressed={suppressed}"),
         };
         warn!("{}", line(&suffix));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::logfmt_value;
-
-    #[test]
-    fn values_cannot_forge_fields_or_lines() {
-        assert_eq!(logfmt_value("/api/v1/auth/me"), "/api/v1/auth/me");
-        assert_eq!(logfmt_value("a client=1.2.3.4"), "\"a client=1.2.3.4\"");
-        assert_eq!(logfmt_value("a\" reason=\"b"), "\"a\\\" reason=\\\"b\"");
-        assert_eq!(
-            logfmt_value("a\r\nb\u{2028}c"),
-            "\"a\\u{d}\\u{a}b\\u{2028}c\""
-        );
-        assert_eq!(logfmt_value(""), "\"\"");
-        assert!(logfmt_value(&"x".repeat(10_000)).len() < 300);
     }
 }

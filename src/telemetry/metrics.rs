@@ -13,7 +13,7 @@ use prometheus::{
 use super::labels::{AuthFailure, LoginFailure, RevocationReason, TokenRejection};
 
 /// The metrics of the service; their help texts say what each one means.
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     start_time: f64,
     requests: IntCounterVec,
@@ -42,10 +42,6 @@ const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 const OTHER_METHOD: &str = "other";
 
 impl Metrics {
-    /// Registers all metrics.
-    ///
-    /// # Panics
-    /// If two metrics have the same name.
     pub(crate) fn new() -> Arc<Self> {
         let registry = Registry::new();
         let histogram = |name, help| register(&registry, Histogram::with_opts(buckets(name, help)));

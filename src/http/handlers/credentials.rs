@@ -1,8 +1,8 @@
 //! Verification of e-mail addresses and passwords, with lockout.
 
 use crate::auth::password::{check_length, normalize};
-use crate::db::sessions;
-use crate::db::users::{self, LockoutKey, NewSession};
+use crate::db::sessions::{self, NewSession};
+use crate::db::users::{self, LockoutKey};
 use crate::domain::{Email, User};
 use crate::error::Error;
 use crate::http::context::RequestContext;

@@ -1,4 +1,5 @@
-//! Admission to the pool: first come, first served, with limits on the queue and on searches.
+//! The pool with its admission, health and metrics. Admission is first come, first served, with
+//! limits on the queue and on searches.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,11 +9,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
+use super::connect::Endpoint;
 use super::deadline::Deadline;
 use super::error::{DbError, Result};
-use super::health::{Health, Interrupted};
+use super::health::Health;
+use super::isolation::Isolation;
 use super::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
-use super::pool::{CONNECT_TIMEOUT, Registry, request_capacity};
+use super::pool::{self, ConnectionManager, Pool, request_capacity};
+use super::sockets::{CONNECT_TIMEOUT, Sockets};
 use crate::telemetry::metrics::Metrics;
 
 /// The longest wait for a connection while the queue is short-lived.
@@ -25,45 +29,48 @@ const MAX_SEARCHES: usize = 5;
 /// The same for one user, so that no user delays the searches of all others.
 const MAX_SEARCHES_PER_USER: usize = 2;
 
-pub(super) struct Admission {
+pub(super) struct Connections {
+    pub(super) health: Arc<Health>,
+    pub(super) pool: Pool,
+    pub(super) isolation: Arc<Isolation>,
+    pub(super) metrics: Arc<Metrics>,
     /// One permit per connection. Needed because bb8's own queue is not first come, first served.
-    connections: Arc<Semaphore>,
-    searches: Semaphore,
-    searches_per_user: KeyedSemaphore<Uuid>,
+    permits: Arc<Semaphore>,
     /// When a permit was last available without waiting.
     last_uncontended: Mutex<Instant>,
-    registry: Arc<Registry>,
-    health: Arc<Health>,
-    metrics: Arc<Metrics>,
+    searches: Semaphore,
+    searches_per_user: KeyedSemaphore<Uuid>,
 }
 
-impl Admission {
-    pub(super) fn new(
-        max_sockets: u32,
-        registry: Arc<Registry>,
-        health: Arc<Health>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+impl Connections {
+    pub(super) fn new(endpoint: Endpoint, max_sockets: u32, metrics: Arc<Metrics>) -> Self {
+        let isolation = Arc::<Isolation>::default();
+        let health = Arc::new(Health::new(endpoint, Sockets::new(max_sockets)));
+        let manager = ConnectionManager {
+            health: health.clone(),
+            isolation: isolation.clone(),
+        };
         Self {
-            connections: Arc::new(Semaphore::new(request_capacity(max_sockets) as usize)),
+            pool: pool::build(manager, max_sockets),
+            permits: Arc::new(Semaphore::new(request_capacity(max_sockets) as usize)),
+            last_uncontended: Mutex::new(Instant::now()),
             searches: Semaphore::new(MAX_SEARCHES.min(max_sockets as usize)),
             searches_per_user: KeyedSemaphore::new(MAX_SEARCHES_PER_USER),
-            last_uncontended: Mutex::new(Instant::now()),
-            registry,
             health,
+            isolation,
             metrics,
         }
     }
 
     /// Waits until a connection may be taken from the pool.
-    pub(super) async fn acquire(&self, until: Instant) -> Result<OwnedSemaphorePermit> {
+    pub(super) async fn acquire_permit(&self, until: Instant) -> Result<OwnedSemaphorePermit> {
         let now = Instant::now();
-        if let Ok(permit) = self.connections.clone().try_acquire_owned() {
+        if let Ok(permit) = self.permits.clone().try_acquire_owned() {
             *self.last_uncontended.lock() = now;
             return Ok(permit);
         }
         let _waiting = self.metrics.db_pool_waiter();
-        let limit = if self.registry.is_connecting() {
+        let limit = if self.health.sockets.is_connecting() {
             // Connecting to a remote or suspended database takes longer than requests may otherwise
             // queue.
             CONNECT_TIMEOUT
@@ -72,15 +79,14 @@ impl Admission {
         } else {
             QUEUE_TARGET
         };
-        let permit = self.connections.clone().acquire_owned();
-        match self.health.while_up(until.min(now + limit), permit).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Err(Interrupted::Down) => Err(DbError::Unavailable("the database went down".into())),
+        let permit = self.health.while_up(self.permits.clone().acquire_owned());
+        match timeout_at(until.min(now + limit), permit).await {
+            Ok(Some(Ok(permit))) => Ok(permit),
+            Ok(None) => Err(DbError::Unavailable("the database went down".into())),
             _ => Err(DbError::Overloaded),
         }
     }
 
-    /// Waits until a search of this user may start.
     pub(super) async fn acquire_search(
         &self,
         user_id: Uuid,
