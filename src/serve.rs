@@ -59,7 +59,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), BoxError> {
         tokio::spawn(server::serve_metrics(listener, app.clone()));
     }
     notify(NotifyState::Ready);
-    let watchdog = tokio::spawn(watchdog(app));
+    let watchdog = tokio::spawn(watchdog(app.clone()));
 
     let result = tokio::select! {
         error = wait_for_database(&opened, &addresses) => Err(error),
@@ -74,6 +74,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), BoxError> {
     {
         error!("the server failed during shutdown: {error}");
     }
+    app.refusal_log.end_window();
     if let Some(postgres) = opened.postgres {
         postgres.stop().await;
     }

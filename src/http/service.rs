@@ -19,6 +19,8 @@ use crate::http::context::{REQUEST_ID, RequestContext, check_host};
 use crate::http::response::{self, Response};
 use crate::http::router;
 use crate::http::state::AppState;
+use crate::telemetry::labels::{AuthFailure, LoginFailure};
+use crate::telemetry::log_limiter::Refusal;
 use crate::telemetry::logging::{self, ACCESS, logfmt_value};
 use crate::telemetry::metrics::UNMATCHED_ROUTE;
 
@@ -102,38 +104,59 @@ async fn catch_panic(
 /// Logs an error once: failed authentication and rejected requests at WARN, bugs at ERROR, other
 /// client errors not at all.
 fn log_error(context: &RequestContext<'_>, error: &Error) {
-    let app = context.app;
-    let (method, path, request_id) = request_fields(context);
-    let client = context.client;
-    let request =
-        format_args!("method={method} path={path} client={client} request_id={request_id}");
     if let Some(failure) = error.authentication_failure() {
-        app.metrics.record_auth_failure(failure);
-        let email = context.email.get().map_or(String::new(), |email| {
-            format!(" email={}", logfmt_value(email.as_str()))
-        });
-        let reason = failure.label();
-        warn!("authentication failed reason={reason} {request}{email}");
+        context.app.metrics.record_auth_failure(failure);
+        let line = || {
+            let email = context.email.get().map_or(String::new(), |email| {
+                format!(" email={}", logfmt_value(email.as_str()))
+            });
+            let (reason, request) = (failure.label(), describe_request(context));
+            format!("authentication failed reason={reason} {request}{email}")
+        };
+        match failure {
+            // The rate limit bounds the failed logins, so each has its line (FR-010).
+            AuthFailure::Login(reason) if reason != LoginFailure::RateLimited => {
+                warn!("{}", line());
+            }
+            _ => log_refusal(context, Refusal::Authentication, line),
+        }
         return;
     }
     match error {
-        Error::Internal(cause) => error!("internal error cause={} {request}", logfmt_value(cause)),
-        Error::OutcomeUnknown(cause) => warn!(
-            "request failed reason=outcome_unknown cause={} {request}",
-            logfmt_value(cause)
+        Error::Internal(cause) => error!(
+            "internal error cause={} {}",
+            logfmt_value(cause),
+            describe_request(context)
         ),
-        Error::DatabaseUnavailable(cause) => app.refusal_log.warn(|suppressed| {
-            let cause = logfmt_value(cause);
-            format!(
-                "request refused reason=database_unavailable cause={cause} {request}{suppressed}"
-            )
-        }),
-        Error::Overloaded | Error::Stopping => app.refusal_log.warn(|suppressed| {
-            let reason = error.problem().code;
-            format!("request refused reason={reason} {request}{suppressed}")
-        }),
+        Error::OutcomeUnknown(cause) => warn!(
+            "request failed reason=outcome_unknown cause={} {}",
+            logfmt_value(cause),
+            describe_request(context)
+        ),
+        Error::DatabaseUnavailable(_) | Error::Overloaded | Error::Stopping => {
+            log_refusal(context, Refusal::Capacity, || {
+                let cause = match error {
+                    Error::DatabaseUnavailable(cause) => format!(" cause={}", logfmt_value(cause)),
+                    _ => String::new(),
+                };
+                let (reason, request) = (error.problem().code, describe_request(context));
+                format!("request refused reason={reason}{cause} {request}")
+            });
+        }
         _ => {}
     }
+}
+
+fn log_refusal(context: &RequestContext<'_>, refusal: Refusal, line: impl FnOnce() -> String) {
+    let log = &context.app.refusal_log;
+    log.warn(refusal, context.network(), context.client, line);
+}
+
+/// The log fields that identify a request.
+fn describe_request(context: &RequestContext<'_>) -> String {
+    let (method, path, request_id) = request_fields(context);
+    let client = context.client;
+    format!("method={method} path={path} client={client} request_id={request_id}")
 }
 
 /// Counts a request and writes the access log.

@@ -22,7 +22,7 @@ use crate::db::{Database, Deadline};
 use crate::error::Error;
 use crate::http::cors::Cors;
 use crate::telemetry::labels::RevocationReason;
-use crate::telemetry::logging::ThrottledLog;
+use crate::telemetry::log_limiter::LogLimiter;
 use crate::telemetry::metrics::Metrics;
 
 /// Old rows are purged only if the database responded this recently, so that a suspended database
@@ -46,7 +46,7 @@ pub(crate) struct AppState {
     pub(crate) ip_limiter: IpRateLimiter,
     pub(crate) cors: Cors,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) refusal_log: ThrottledLog,
+    pub(crate) refusal_log: LogLimiter,
     purger: Arc<Purger>,
     large_response_permits: Arc<Semaphore>,
     large_response_permits_per_user: KeyedSemaphore<Uuid>,
@@ -77,7 +77,7 @@ impl AppState {
             account_changes: KeyedSemaphore::new(1),
             ip_limiter: IpRateLimiter::new(config.auth_rate_per_minute),
             cors: Cors::new(&config.cors_origins),
-            refusal_log: ThrottledLog::default(),
+            refusal_log: LogLimiter::default(),
             purger: Arc::default(),
             large_response_permits: Arc::new(Semaphore::new(MAX_LARGE_RESPONSES)),
             large_response_permits_per_user: KeyedSemaphore::new(MAX_LARGE_RESPONSES_PER_USER),

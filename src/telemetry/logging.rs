@@ -9,12 +9,10 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use jiff::fmt::temporal::DateTimePrinter;
-use log::{Level, LevelFilter, Metadata, warn};
-use parking_lot::Mutex;
+use log::{Level, LevelFilter, Metadata};
 
 /// The target of the access log.
 pub(crate) const ACCESS: &str = "access";
@@ -162,35 +160,5 @@ fn strip_control(text: &str) -> Cow<'_, str> {
     match text.contains(char::is_control) {
         true => Cow::Owned(text.replace(char::is_control, " ")),
         false => Cow::Borrowed(text),
-    }
-}
-
-/// Logs at most one line per second, so that requests that fail during an outage do not fill the
-/// disk.
-#[derive(Default)]
-pub(crate) struct ThrottledLog(
-    /// When the last line was logged, and how many have been suppressed since.
-    Mutex<(Option<Instant>, u64)>,
-);
-
-impl ThrottledLog {
-    /// Logs the line at WARN unless the last one is too recent. `line` is given the text to append
-    /// to it: how many lines were suppressed before.
-    pub(crate) fn warn(&self, line: impl FnOnce(&str) -> String) {
-        let mut state = self.0.lock();
-        if state
-            .0
-            .is_some_and(|last| last.elapsed() < Duration::from_secs(1))
-        {
-            state.1 += 1;
-            return;
-        }
-        let (_, suppressed) = std::mem::replace(&mut *state, (Some(Instant::now()), 0));
-        drop(state);
-        let suffix = match suppressed {
-            0 => String::new(),
-            _ => format!(" suppressed={suppressed}"),
-        };
-        warn!("{}", line(&suffix));
     }
 }

@@ -70,7 +70,8 @@ impl Server {
                 ("BCRYPT_COST", "10"),
                 ("AUTH_RATE_PER_MINUTE", "0"),
                 ("DB_POOL_SIZE", "5"),
-                ("RUST_LOG", "info"),
+                // Includes the lines that exceed the limit of lines per second.
+                ("RUST_LOG", "info,todo_api::telemetry::log_limiter=debug"),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
         );

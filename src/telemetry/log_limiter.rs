@@ -1,0 +1,97 @@
+//! Limits the number of log lines about requests that the service refuses, so that a client that
+//! sends many of them does not fill the disk or make the journal drop the lines about others.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::{Level, log, log_enabled, warn};
+use parking_lot::Mutex;
+
+/// How many lines of each kind a client network may cause in each [`WINDOW`].
+const MAX_LINES: u64 = 10;
+const WINDOW: Duration = Duration::from_secs(1);
+/// How many networks are counted separately in each window, at about 100 bytes each. Beyond that,
+/// all others are counted together.
+const MAX_NETWORKS: usize = 1000;
+
+/// What happened to the requests that the lines are about.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Refusal {
+    /// Authentication failed.
+    Authentication,
+    /// The service or its database had no capacity for them. All clients share a limit, because an
+    /// outage affects all of them.
+    Capacity,
+}
+
+/// Writes lines up to a limit, then one line at the end of the window with the number of those that
+/// were suppressed.
+#[derive(Clone, Default)]
+pub(crate) struct LogLimiter(Arc<Mutex<Window>>);
+
+/// The lines of this window by network; `None` stands for several.
+type Window = HashMap<(Refusal, Option<IpAddr>), Lines>;
+
+struct Lines {
+    count: u64,
+    /// The client of the last one.
+    client: IpAddr,
+}
+
+impl LogLimiter {
+    /// Logs a line at WARN, or at DEBUG if it exceeds the limit of the client's network.
+    pub(crate) fn warn(
+        &self,
+        refusal: Refusal,
+        network: IpAddr,
+        client: IpAddr,
+        line: impl FnOnce() -> String,
+    ) {
+        let mut lines = self.0.lock();
+        if lines.is_empty() {
+            let limiter = self.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(WINDOW).await;
+                limiter.end_window();
+            });
+        }
+        let mut key = (
+            refusal,
+            Some(network).filter(|_| refusal == Refusal::Authentication),
+        );
+        if lines.len() >= MAX_NETWORKS && !lines.contains_key(&key) {
+            key = (refusal, None);
+        }
+        let entry = lines.entry(key).or_insert(Lines { count: 0, client });
+        entry.count += 1;
+        entry.client = client;
+        let level = match entry.count <= MAX_LINES {
+            true => Level::Warn,
+            false => Level::Debug,
+        };
+        drop(lines);
+        if log_enabled!(level) {
+            log!(level, "{}", line());
+        }
+    }
+
+    /// Logs how many lines were suppressed in this window, and begins the next one.
+    pub(crate) fn end_window(&self) {
+        let lines = std::mem::take(&mut *self.0.lock());
+        for ((refusal, network), Lines { count, client }) in lines {
+            let suppressed = count.saturating_sub(MAX_LINES);
+            match (refusal, network) {
+                _ if suppressed == 0 => {}
+                (Refusal::Capacity, _) => warn!("refused requests suppressed count={suppressed}"),
+                (Refusal::Authentication, Some(_)) => {
+                    warn!("authentication failures suppressed count={suppressed} client={client}");
+                }
+                (Refusal::Authentication, None) => {
+                    warn!("authentication failures suppressed count={suppressed}");
+                }
+            }
+        }
+    }
+}
