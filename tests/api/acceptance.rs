@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 use futures_util::future::{join, join_all};
 use serde_json::json;
 
-use crate::harness::{Server, Wire, forge, until, wait_for_blocked};
+use crate::harness::{Server, Wire, forge, until};
 
-/// Each requirement, and the test files that show it. The tests there name its number in a comment.
+/// Each requirement, and the files with its tests, which name its number in a comment.
 const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
     (
         "FR-001",
@@ -36,7 +36,7 @@ const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "FR-006",
-        "PostgreSQL over at most 20 connections",
+        "use at most 20 database connections",
         &["faults/overload.rs"],
     ),
     (
@@ -46,7 +46,7 @@ const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "FR-008",
-        "401, 403, 404 and 422 where they belong",
+        "return 401, 403, 404 and 422 as documented",
         &["http.rs", "isolation.rs", "validation.rs"],
     ),
     (
@@ -65,10 +65,10 @@ const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
         "store passwords as bcrypt hashes",
         &["auth.rs", "passwords.rs"],
     ),
-    ("FR-013", "login returns a JWT", &["auth.rs"]),
+    ("FR-013", "return a JWT from login", &["auth.rs"]),
     (
         "FR-014",
-        "users have an id, an e-mail address, a hash and times",
+        "store an id, an e-mail address, a hash and times for each user",
         &["auth.rs", "validation.rs"],
     ),
     (
@@ -76,7 +76,11 @@ const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
         "e-mail addresses are unique",
         &["auth.rs", "validation.rs"],
     ),
-    ("FR-016", "access tokens live for 24 hours", &["auth.rs"]),
+    (
+        "FR-016",
+        "access tokens are valid for 24 hours",
+        &["auth.rs"],
+    ),
     ("FR-017", "refresh tokens extend a session", &["refresh.rs"]),
     (
         "SC-001",
@@ -85,7 +89,7 @@ const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
     ),
     (
         "SC-002",
-        "99.9 % right decisions on tokens and isolation",
+        "99.9 % of decisions on tokens and isolation are correct",
         &["isolation.rs"],
     ),
     (
@@ -101,7 +105,7 @@ const REQUIREMENTS: &[(&str, &str, &[&str])] = &[
 ];
 
 #[test]
-fn every_requirement_is_shown_where_the_index_says() {
+fn every_requirement_has_tests_in_the_indexed_files() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/api");
     let mut sources = BTreeMap::new();
     for (number, description, files) in REQUIREMENTS {
@@ -136,7 +140,7 @@ async fn every_operation_on_a_users_own_tasks_succeeds() {
 
 // FR-004: a token is verified once, when its request arrives.
 #[tokio::test]
-async fn serves_a_request_whose_token_expires_while_it_runs() {
+async fn serves_a_request_whose_token_expires_before_its_body_arrives() {
     let server = Server::shared().await;
     let mut ann = server.user().await;
     let exp = jiff::Timestamp::now().as_second() + 4;
@@ -149,7 +153,7 @@ async fn serves_a_request_whose_token_expires_while_it_runs() {
         }),
     );
 
-    // The 100 shows that the token has been verified and the body is awaited.
+    // The status 100 shows that the token has been verified.
     let mut wire = Wire::open(server).await;
     wire.send(format!(
         "POST {} HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer {}\r\nExpect: 100-continue\r\n\
@@ -199,22 +203,15 @@ async fn returns_503_and_changes_nothing_if_the_database_fails_during_a_write() 
     let path = ann.path_of(&task);
     let change = || ann.patch(&path).json(json!({"title": "after"}));
 
-    let mut holder = server.sql().await;
-    let control = server.sql().await;
-    let lock = holder.transaction().await.unwrap();
-    lock.execute("select 1 from tasks for update", &[])
-        .await
-        .unwrap();
+    let lock = server.lock("select 1 from tasks for update").await;
     let (response, ()) = join(change().send(), async {
-        wait_for_blocked(&control, 1).await;
-        let terminate = "select pg_terminate_backend(pid) from pg_stat_activity
-                         where datname = current_database() and wait_event_type = 'Lock'";
-        control.execute(terminate, &[]).await.unwrap();
+        lock.wait_for_blocked(1).await;
+        lock.terminate_blocked().await;
     })
     .await;
     assert!(!response.header("retry-after").is_empty());
     response.problem(503, "database_unavailable");
-    lock.rollback().await.unwrap();
+    lock.release().await;
 
     assert_eq!(ann.get(&path).await.expect(200).json(), task);
     change().await.expect(200);

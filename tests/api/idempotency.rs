@@ -3,7 +3,7 @@
 use futures_util::future::{join, join_all};
 use serde_json::{Value, json};
 
-use crate::harness::{Response, Server, User, wait_for_blocked};
+use crate::harness::{Response, Server, User};
 
 async fn create(user: &User, key: &str, body: Value) -> Response {
     user.post(user.tasks())
@@ -18,7 +18,7 @@ async fn count(user: &User) -> usize {
     tasks.as_array().unwrap().len()
 }
 
-/// The parts of a response that must be the same for every repetition.
+/// Returns the parts of a response that must be the same for every repetition.
 fn stable_parts(response: &Response) -> (u16, String, String, Value) {
     let header = |name| response.header(name).to_owned();
     (
@@ -67,14 +67,9 @@ async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
     let server = Server::with(&[("DB_POOL_SIZE", "11")]).await;
     let sibling = server.sibling(&[("DB_POOL_SIZE", "11")]).await;
     let ann = server.user().await;
-    let mut holder = server.sql().await;
-    let control = server.sql().await;
     for round in 0..3 {
         let key = format!("round-{round}");
-        let held = holder.transaction().await.unwrap();
-        held.execute("lock table tasks in exclusive mode", &[])
-            .await
-            .unwrap();
+        let lock = server.lock("lock table tasks in exclusive mode").await;
         let copies = (0..20).map(|n| {
             let instance = if n % 2 == 0 { &server } else { &sibling };
             ann.on(instance)
@@ -83,11 +78,7 @@ async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
                 .json(json!({"title": "once", "description": key}))
                 .send()
         });
-        let (responses, ()) = join(join_all(copies), async {
-            wait_for_blocked(&control, 20).await;
-            held.commit().await.unwrap();
-        })
-        .await;
+        let (responses, ()) = join(join_all(copies), lock.release_after(20)).await;
         let responses: Vec<_> = responses
             .into_iter()
             .map(|response| stable_parts(&response.expect(201)))
@@ -101,21 +92,12 @@ async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
 }
 
 #[tokio::test]
-async fn of_concurrent_requests_with_one_key_and_different_values_one_succeeds() {
+async fn one_of_several_concurrent_requests_with_one_key_and_different_values_succeeds() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut holder = server.sql().await;
-    let control = server.sql().await;
-    let held = holder.transaction().await.unwrap();
-    held.execute("lock table tasks in exclusive mode", &[])
-        .await
-        .unwrap();
+    let lock = server.lock("lock table tasks in exclusive mode").await;
     let rivals = (0..4).map(|n| create(&ann, "key", json!({"title": format!("rival {n}")})));
-    let (responses, ()) = join(join_all(rivals), async {
-        wait_for_blocked(&control, 4).await;
-        held.commit().await.unwrap();
-    })
-    .await;
+    let (responses, ()) = join(join_all(rivals), lock.release_after(4)).await;
     let (won, lost): (Vec<_>, Vec<_>) = responses
         .into_iter()
         .partition(|response| response.status == 201);
@@ -182,7 +164,7 @@ async fn rejects_a_key_with_other_values() {
 }
 
 #[tokio::test]
-async fn compares_values_and_not_their_spelling() {
+async fn compares_values_rather_than_json_text() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let bodies = [
@@ -211,12 +193,12 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let visible: String = ('!'..='~').collect();
-    let mut made = 0;
+    let mut created = 0;
     for key in ["k".to_owned(), "x".repeat(255), visible] {
         create(&ann, &key, json!({"title": "a"})).await.expect(201);
         create(&ann, &key, json!({"title": "a"})).await.expect(201);
-        made += 1;
-        assert_eq!(count(&ann).await, made);
+        created += 1;
+        assert_eq!(count(&ann).await, created);
     }
     for key in [
         "".to_owned(),
@@ -238,7 +220,7 @@ async fn accepts_keys_of_1_to_255_visible_ascii_characters() {
         .json(json!({"title": "a"}))
         .await
         .problem(400, "malformed_request");
-    assert_eq!(count(&ann).await, made);
+    assert_eq!(count(&ann).await, created);
     // Keys are case-sensitive.
     create(&ann, "K", json!({"title": "another"}))
         .await
@@ -324,7 +306,7 @@ async fn a_key_expires_after_a_day() {
     let second = create(&ann, "key", other.clone()).await.expect(201).json();
     assert_ne!(second["id"], first["id"]);
     assert_eq!(second["title"], "other");
-    // From now on, it refers to the new task.
+    // The key now refers to the new task.
     assert_eq!(create(&ann, "key", other).await.expect(201).json(), second);
     create(&ann, "key", body)
         .await

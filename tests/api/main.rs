@@ -1,8 +1,7 @@
 //! Integration tests: they run the real program against a real PostgreSQL.
 //!
-//! All tests are one binary and share an embedded PostgreSQL, in which each has a database of its
-//! own. With `TEST_DATABASE_URL` they use that server instead; its user must be able to create
-//! databases.
+//! All tests are one binary and share an embedded PostgreSQL, on which each test has its own database.
+//! With `TEST_DATABASE_URL` they use that server instead; its user must be able to create databases.
 
 #![allow(clippy::unwrap_used)]
 

@@ -11,7 +11,7 @@ use crate::auth::{
 };
 use crate::harness::{PASSWORD, Response, Server, User, claims};
 use crate::log::settled;
-use crate::races::{BOTH, RowLock, race};
+use crate::races::{BOTH, Order, lock_row, race};
 use crate::sessions::{OTHER_USERS_TASKS, assert_revoked, list};
 
 const THIRD_PASSWORD: &str = "quiet marble 77 rivers";
@@ -58,7 +58,7 @@ async fn returns_new_tokens_for_the_same_session() {
 }
 
 #[tokio::test]
-async fn earlier_tokens_can_neither_be_used_nor_end_the_session() {
+async fn earlier_tokens_are_rejected_and_cannot_end_the_session() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.user().await;
@@ -184,10 +184,10 @@ async fn a_concurrent_refresh_does_not_outlive_the_change() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
+        let lock = lock_row(&here, "sessions", &ann.session_id).await;
         let (refreshed, changed) = race(
             order,
-            held,
+            lock,
             refresh(&there, &ann.refresh_token),
             change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
         )
@@ -216,10 +216,10 @@ async fn a_concurrent_logout_comes_before_or_after_the_change() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
+        let lock = lock_row(&here, "sessions", &ann.session_id).await;
         let (logged_out, changed) = race(
             order,
-            held,
+            lock,
             logout(&there, &ann.access_token),
             change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
         )
@@ -241,13 +241,14 @@ async fn one_of_two_concurrent_changes_succeeds() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann: User = here.user().await;
-    let held = RowLock::new(&here, "users", &ann.id).await;
-    let (first, second) = held
-        .race(
-            change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
-            change_password(&there, &ann.access_token, PASSWORD, THIRD_PASSWORD),
-        )
-        .await;
+    let lock = lock_row(&here, "users", &ann.id).await;
+    let (first, second) = race(
+        Order::AsNamed,
+        lock,
+        change_password(&here, &ann.access_token, PASSWORD, ANOTHER_PASSWORD),
+        change_password(&there, &ann.access_token, PASSWORD, THIRD_PASSWORD),
+    )
+    .await;
     second.problem(403, "wrong_password");
     assert_valid([&here, &there], &first.expect(200).json()).await;
     login(&here, &ann.email, ANOTHER_PASSWORD).await.expect(200);
@@ -258,16 +259,12 @@ async fn one_of_two_concurrent_changes_succeeds() {
 async fn retries_after_a_deadlock() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let other = RowLock::new(server, "sessions", &ann.session_id).await;
+    let lock = lock_row(server, "sessions", &ann.session_id).await;
     let deadlock = async {
-        other.waiting(1).await;
-        let lock = format!("select 1 from users where id = '{}' for update", ann.id);
-        other
-            .sql
-            .batch_execute(&lock)
-            .await
-            .expect("a lock on the user");
-        other.sql.batch_execute("commit").await.expect("a commit");
+        lock.wait_for_blocked(1).await;
+        let user = format!("select 1 from users where id = '{}' for update", ann.id);
+        lock.transaction.batch_execute(&user).await.unwrap();
+        lock.release().await;
     };
     let change = change_password(server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD);
     let (changed, ()) = tokio::join!(change, deadlock);

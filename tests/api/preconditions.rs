@@ -7,7 +7,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::harness::{Response, Server, User, wait_for_blocked};
+use crate::harness::{Response, Server, User};
 
 /// Returns the entity tag of a response, and checks that it is strong.
 fn tag_of(response: &Response) -> String {
@@ -23,17 +23,13 @@ fn tag_of(response: &Response) -> String {
     tag
 }
 
-async fn new_task(server: &Server, user: &User) -> (String, String) {
-    let response = server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .json(json!({"title": "a"}))
-        .await
-        .expect(201);
+/// Creates a task and returns its path and entity tag.
+async fn new_task(user: &User) -> (String, String) {
+    let response = user.create(json!({"title": "a"})).await.expect(201);
     (user.path_of(&response.json()), tag_of(&response))
 }
 
-/// The four requests that change a task: method, path, body, and status.
+/// Returns the four requests that change a task: method, path, body, and status.
 fn changes(path: &str) -> Vec<(Method, String, Option<Value>, u16)> {
     vec![
         (
@@ -54,23 +50,19 @@ fn changes(path: &str) -> Vec<(Method, String, Option<Value>, u16)> {
 }
 
 async fn change(
-    server: &Server,
     user: &User,
     change_to: &(Method, String, Option<Value>, u16),
     if_match: &str,
 ) -> Response {
-    change_with(server, user, change_to, &[("if-match", if_match)]).await
+    change_with(user, change_to, &[("if-match", if_match)]).await
 }
 
 async fn change_with(
-    server: &Server,
     user: &User,
     (method, path, body, _): &(Method, String, Option<Value>, u16),
     headers: &[(&str, &str)],
 ) -> Response {
-    let mut request = server
-        .request(method.clone(), path)
-        .bearer(&user.access_token);
+    let mut request = user.request(method.clone(), path);
     for (name, value) in headers {
         request = request.header(name, value);
     }
@@ -84,7 +76,7 @@ async fn change_with(
 async fn every_task_has_a_strong_tag_that_changes_with_the_task() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, created) = new_task(server, &ann).await;
+    let (path, created) = new_task(&ann).await;
     let mut tags = BTreeSet::from([created.clone()]);
     let mut last = created;
     let complete = format!("{path}/complete");
@@ -115,8 +107,8 @@ async fn every_task_has_a_strong_tag_that_changes_with_the_task() {
 async fn returns_304_if_if_none_match_lists_the_version() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, tag) = new_task(server, &ann).await;
-    let ask = |method: Method, known: String| {
+    let (path, tag) = new_task(&ann).await;
+    let get = |method: Method, known: String| {
         ann.request(method, &path)
             .header("if-none-match", &known)
             .send()
@@ -130,7 +122,7 @@ async fn returns_304_if_if_none_match_lists_the_version() {
         format!("\"a,b\" , W/\"c\",,\t{tag}"),
     ] {
         for method in [Method::GET, Method::HEAD] {
-            let response = ask(method.clone(), known.clone()).await;
+            let response = get(method.clone(), known.clone()).await;
             assert_eq!(response.status, 304, "{method} {known}");
             assert_eq!(response.header("etag"), tag);
             assert!(response.body.is_empty());
@@ -153,7 +145,7 @@ async fn returns_304_if_if_none_match_lists_the_version() {
         format!("*, {tag}"),
         format!("\"a b\", {tag}"),
     ] {
-        let response = ask(Method::GET, unknown.clone()).await;
+        let response = get(Method::GET, unknown.clone()).await;
         assert_eq!(response.status, 200, "{unknown}");
     }
     // Two header lines form one list.
@@ -166,7 +158,7 @@ async fn returns_304_if_if_none_match_lists_the_version() {
 
     let body = json!({"title": "b"});
     ann.patch(&path).json(body).await.expect(200);
-    assert_eq!(ask(Method::GET, tag).await.expect(200).json()["title"], "b");
+    assert_eq!(get(Method::GET, tag).await.expect(200).json()["title"], "b");
 }
 
 #[tokio::test]
@@ -174,7 +166,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
     let server = Server::shared().await;
     let ann = server.user().await;
     for n in 0..4 {
-        let (path, tag) = new_task(server, &ann).await;
+        let (path, tag) = new_task(&ann).await;
         let bare = tag.trim_matches('"').to_owned();
         let before = ann.get(&path).await.expect(200).json();
         for stale in [
@@ -196,7 +188,7 @@ async fn returns_412_unless_if_match_lists_the_version() {
             format!("*, {tag}"),
         ] {
             let change_to = &changes(&path)[n];
-            let response = change(server, &ann, change_to, &stale).await;
+            let response = change(&ann, change_to, &stale).await;
             assert_eq!(
                 response.status, 412,
                 "{} {} {stale}",
@@ -208,10 +200,10 @@ async fn returns_412_unless_if_match_lists_the_version() {
         assert_eq!(after, before, "a rejected request changed the task");
 
         for good in ["\"stale\", {tag}", "{tag},\"stale\"", "{tag}", "*"] {
-            let (path, tag) = new_task(server, &ann).await;
+            let (path, tag) = new_task(&ann).await;
             let change_to = &changes(&path)[n];
             let good = good.replace("{tag}", &tag);
-            let response = change(server, &ann, change_to, &good).await;
+            let response = change(&ann, change_to, &good).await;
             assert_eq!(
                 response.status, change_to.3,
                 "{} {} {good}",
@@ -223,9 +215,9 @@ async fn returns_412_unless_if_match_lists_the_version() {
             } else {
                 412
             };
-            assert_eq!(change(server, &ann, change_to, &tag).await.status, expected);
+            assert_eq!(change(&ann, change_to, &tag).await.status, expected);
         }
-        let (path, tag) = new_task(server, &ann).await;
+        let (path, tag) = new_task(&ann).await;
         let (method, at, body, status) = &changes(&path)[n];
         let mut request = ann.request(method.clone(), at);
         request = request
@@ -246,29 +238,25 @@ async fn returns_412_unless_if_match_lists_the_version() {
 async fn the_tag_of_each_response_matches_in_the_next_request() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, mut tag) = new_task(server, &ann).await;
+    let (path, mut tag) = new_task(&ann).await;
     for n in [0, 1, 2, 1, 0, 2] {
-        let response = change(server, &ann, &changes(&path)[n], &tag)
-            .await
-            .expect(200);
+        let response = change(&ann, &changes(&path)[n], &tag).await.expect(200);
         tag = tag_of(&response);
     }
-    change(server, &ann, &changes(&path)[3], &tag)
-        .await
-        .expect(204);
+    change(&ann, &changes(&path)[3], &tag).await.expect(204);
 }
 
 #[tokio::test]
-async fn returns_404_for_a_missing_task_whatever_the_preconditions() {
+async fn returns_404_for_a_missing_task_with_any_precondition() {
     let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let (theirs, tag) = new_task(server, &bob).await;
+    let (theirs, tag) = new_task(&bob).await;
     let theirs = theirs.replace(&bob.id, &ann.id);
     let nowhere = format!("{}/{}", ann.tasks(), Uuid::now_v7());
     for path in [theirs, nowhere, format!("{}/no-uuid", ann.tasks())] {
         for change_to in changes(&path) {
             for expected in ["*", "\"stale\"", &tag, "garbage"] {
-                change(server, &ann, &change_to, expected)
+                change(&ann, &change_to, expected)
                     .await
                     .problem(404, "task_not_found");
             }
@@ -282,13 +270,11 @@ async fn returns_404_for_a_missing_task_whatever_the_preconditions() {
     }
 }
 
-// Both requests have the same tag, and both wait for the row's lock.
+// Both requests have the same tag and wait for the lock on the row.
 #[tokio::test]
-async fn of_two_concurrent_changes_with_the_same_tag_one_succeeds() {
+async fn one_of_two_concurrent_changes_with_the_same_tag_succeeds() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut holder = server.sql().await;
-    let control = server.sql().await;
     for (first, second) in [
         (0, 0),
         (0, 1),
@@ -299,38 +285,31 @@ async fn of_two_concurrent_changes_with_the_same_tag_one_succeeds() {
         (3, 3),
         (2, 3),
     ] {
-        let (path, tag) = new_task(&server, &ann).await;
-        let held = holder.transaction().await.unwrap();
-        held.execute("select 1 from tasks for update", &[])
-            .await
-            .unwrap();
+        let (path, tag) = new_task(&ann).await;
+        let lock = server.lock("select 1 from tasks for update").await;
         let all = changes(&path);
-        let pair = join_all([first, second].map(|n| change(&server, &ann, &all[n], &tag)));
-        let (responses, ()) = join(pair, async {
-            wait_for_blocked(&control, 2).await;
-            held.commit().await.unwrap();
-        })
-        .await;
-        let won: Vec<bool> = responses
+        let pair = join_all([first, second].map(|n| change(&ann, &all[n], &tag)));
+        let (responses, ()) = join(pair, lock.release_after(2)).await;
+        let succeeded: Vec<bool> = responses
             .iter()
             .map(|response| matches!(response.status, 200 | 204))
             .collect();
         assert!(
-            won[0] ^ won[1],
+            succeeded[0] ^ succeeded[1],
             "{first} and {second}: {} {}",
             responses[0].status,
             responses[1].status
         );
-        let loser = responses
+        let failed = responses
             .into_iter()
-            .zip(won)
-            .find(|(_, won)| !won)
+            .zip(succeeded)
+            .find(|(_, succeeded)| !succeeded)
             .unwrap()
             .0;
         // 404 if the other request deleted the task.
-        match loser.status {
-            404 => drop(loser.problem(404, "task_not_found")),
-            _ => drop(loser.problem(412, "precondition_failed")),
+        match failed.status {
+            404 => drop(failed.problem(404, "task_not_found")),
+            _ => drop(failed.problem(412, "precondition_failed")),
         }
     }
 }
@@ -339,12 +318,12 @@ async fn of_two_concurrent_changes_with_the_same_tag_one_succeeds() {
 async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let (path, tag) = new_task(server, &ann).await;
+    let (path, tag) = new_task(&ann).await;
     let read = || ann.get(&path).send();
     let before = read().await.expect(200).json();
     for change_to in &changes(&path) {
         for seen in [&tag, &format!("W/{tag}"), "*", &format!("\"other\", {tag}")] {
-            change_with(server, &ann, change_to, &[("if-none-match", seen)])
+            change_with(&ann, change_to, &[("if-none-match", seen)])
                 .await
                 .problem(412, "precondition_failed");
         }
@@ -352,11 +331,10 @@ async fn returns_412_for_changes_to_a_version_that_if_none_match_lists() {
     assert_eq!(read().await.expect(200).json(), before);
     for n in 0..4 {
         for unseen in ["\"other\"", "W/\"other\"", "garbage", "", "{tag} garbage"] {
-            let (path, tag) = new_task(server, &ann).await;
+            let (path, tag) = new_task(&ann).await;
             let unseen = unseen.replace("{tag}", &tag);
             let change_to = &changes(&path)[n];
-            let response =
-                change_with(server, &ann, change_to, &[("if-none-match", &unseen)]).await;
+            let response = change_with(&ann, change_to, &[("if-none-match", &unseen)]).await;
             assert_eq!(response.status, change_to.3, "{} {unseen}", change_to.0);
         }
     }
@@ -381,7 +359,7 @@ async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
         ("garbage", "*", 412, false),
     ] {
         for n in 0..4 {
-            let (path, tag) = new_task(server, &ann).await;
+            let (path, tag) = new_task(&ann).await;
             let [if_match, if_none_match] =
                 [if_match, if_none_match].map(|value| value.replace("{tag}", &tag));
             let headers = [
@@ -390,11 +368,11 @@ async fn if_match_is_evaluated_before_if_none_match_on_every_method() {
             ];
             for method in [Method::GET, Method::HEAD] {
                 let get = (method.clone(), path.clone(), None, 200);
-                let response = change_with(server, &ann, &get, &headers).await;
+                let response = change_with(&ann, &get, &headers).await;
                 assert_eq!(response.status, read, "{method} {headers:?}");
             }
             let change_to = &changes(&path)[n];
-            let response = change_with(server, &ann, change_to, &headers).await;
+            let response = change_with(&ann, change_to, &headers).await;
             let status = if changed { change_to.3 } else { 412 };
             assert_eq!(response.status, status, "{} {headers:?}", change_to.0);
         }
@@ -407,7 +385,7 @@ async fn accepts_tags_with_the_suffix_of_a_compressing_proxy() {
     let ann = server.user().await;
     for suffix in ["-gzip", "-br", "-zstd", "-gzip-br"] {
         for n in 0..4 {
-            let (path, tag) = new_task(server, &ann).await;
+            let (path, tag) = new_task(&ann).await;
             let suffixed = format!("{}{suffix}\"", tag.trim_end_matches('"'));
             let change_to = &changes(&path)[n];
             for (name, value, read) in [
@@ -417,32 +395,27 @@ async fn accepts_tags_with_the_suffix_of_a_compressing_proxy() {
                 ("if-match", &format!("W/{suffixed}"), 412),
             ] {
                 let get = (Method::GET, path.clone(), None, 200);
-                let response = change_with(server, &ann, &get, &[(name, value)]).await;
+                let response = change_with(&ann, &get, &[(name, value)]).await;
                 assert_eq!(response.status, read, "{name} {value}");
             }
             for (name, value) in [
                 ("if-none-match", &suffixed),
                 ("if-match", &format!("W/{suffixed}")),
             ] {
-                change_with(server, &ann, change_to, &[(name, value)])
+                change_with(&ann, change_to, &[(name, value)])
                     .await
                     .problem(412, "precondition_failed");
             }
-            let response = change(server, &ann, change_to, &suffixed).await;
+            let response = change(&ann, change_to, &suffixed).await;
             assert_eq!(response.status, change_to.3, "{} {suffixed}", change_to.0);
         }
     }
-    let (path, tag) = new_task(server, &ann).await;
+    let (path, tag) = new_task(&ann).await;
     let bare = tag.trim_matches('"');
     for other in ["-deflate", "-gz", "gzip", "-gzip-", "-GZIP"] {
-        change(
-            server,
-            &ann,
-            &changes(&path)[0],
-            &format!("\"{bare}{other}\""),
-        )
-        .await
-        .problem(412, "precondition_failed");
+        change(&ann, &changes(&path)[0], &format!("\"{bare}{other}\""))
+            .await
+            .problem(412, "precondition_failed");
     }
 }
 
@@ -451,23 +424,16 @@ async fn accepts_tags_with_the_suffix_of_a_compressing_proxy() {
 async fn preconditions_are_checked_by_the_statement_that_changes_the_task() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut holder = server.sql().await;
-    let control = server.sql().await;
     for n in 0..4 {
-        let (path, tag) = new_task(&server, &ann).await;
-        let held = holder.transaction().await.unwrap();
+        let (path, tag) = new_task(&ann).await;
         let touch = "update tasks set updated_at = updated_at + interval '1 second'";
-        held.execute(touch, &[]).await.unwrap();
+        let lock = server.lock(touch).await;
         let all = changes(&path);
         let version = i64::from_str_radix(tag.trim_matches('"'), 16).unwrap();
         let next = format!("\"{:x}\"", version + 1_000_000);
         let headers = [("if-none-match", next.as_str())];
-        let waiting = change_with(&server, &ann, &all[n], &headers);
-        let (response, ()) = join(waiting, async {
-            wait_for_blocked(&control, 1).await;
-            held.commit().await.unwrap();
-        })
-        .await;
+        let waiting = change_with(&ann, &all[n], &headers);
+        let (response, ()) = join(waiting, lock.release_after(1)).await;
         response.problem(412, "precondition_failed");
     }
 }

@@ -1,63 +1,44 @@
-//! Two concurrent requests for the same row, in both orders and over two instances. The test holds a
-//! lock on the row until both requests wait for it, so that they overlap.
+//! Two concurrent requests for the same row, in both orders and on two instances. The test holds a lock
+//! on the row until it blocks both requests, so that they overlap.
 
 use std::time::Instant;
 
 use serde_json::json;
 
 use crate::auth::{
-    ANOTHER_PASSWORD, assert_signed_in, change_password, delete_account, login, refresh, text,
+    ANOTHER_PASSWORD, assert_signed_in, change_password, delete_account, login, logout, refresh,
+    text,
 };
-use crate::harness::{PASSWORD, Response, Server, User, wait_for_blocked};
+use crate::harness::{Lock, PASSWORD, Response, Server, User};
 use crate::sessions::assert_revoked;
 
 /// A higher cost than that of the harness's servers.
 const COSTLIER: (&str, &str) = ("BCRYPT_COST", "11");
 
-/// A locked row.
-pub(crate) struct RowLock {
-    pub(crate) sql: tokio_postgres::Client,
-    watch: tokio_postgres::Client,
-}
-
-impl RowLock {
-    /// Locks a row, so that every change of it has to wait.
-    pub(crate) async fn new(server: &Server, table: &str, id: &str) -> RowLock {
-        let sql = server.sql().await;
-        sql.batch_execute(&format!(
-            "begin; select 1 from {table} where id = '{id}' for update"
+/// Locks a row, so that every change of it is blocked.
+pub(crate) async fn lock_row(server: &Server, table: &str, id: &str) -> Lock {
+    server
+        .lock(&format!(
+            "select 1 from {table} where id = '{id}' for update"
         ))
         .await
-        .expect("the row");
-        let watch = server.sql().await;
-        RowLock { sql, watch }
-    }
-
-    /// Waits until this many statements are blocked by a lock.
-    pub(crate) async fn waiting(&self, count: i64) {
-        wait_for_blocked(&self.watch, count).await;
-    }
-
-    /// Sends the first request and then the second, and unlocks the row when both wait for it.
-    pub(crate) async fn race<A, B>(
-        self,
-        first: impl Future<Output = A>,
-        second: impl Future<Output = B>,
-    ) -> (A, B) {
-        let second = async {
-            self.waiting(1).await;
-            second.await
-        };
-        let release = async {
-            self.waiting(2).await;
-            self.sql.batch_execute("commit").await.expect("unlocked");
-        };
-        let (first, second, ()) = tokio::join!(first, second, release);
-        (first, second)
-    }
 }
 
-/// Which request is first.
+/// Sends the second request once the first is blocked, and releases the lock once both are blocked.
+async fn send_in_order(
+    lock: Lock,
+    first: impl Future<Output = Response>,
+    second: impl Future<Output = Response>,
+) -> (Response, Response) {
+    let second = async {
+        lock.wait_for_blocked(1).await;
+        second.await
+    };
+    let (first, second, ()) = tokio::join!(first, second, lock.release_after(2));
+    (first, second)
+}
+
+/// The order in which two requests are sent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Order {
     AsNamed,
@@ -66,27 +47,27 @@ pub(crate) enum Order {
 
 pub(crate) const BOTH: [Order; 2] = [Order::AsNamed, Order::Reversed];
 
-/// Sends two requests for a locked row in this order; returns the responses to `a` and `b`.
+/// Sends two requests for a locked row in this order and returns the responses to `a` and `b`.
 pub(crate) async fn race(
     order: Order,
-    held: RowLock,
+    lock: Lock,
     a: impl Future<Output = Response>,
     b: impl Future<Output = Response>,
 ) -> (Response, Response) {
     match order {
-        Order::AsNamed => held.race(a, b).await,
+        Order::AsNamed => send_in_order(lock, a, b).await,
         Order::Reversed => {
-            let (b, a) = held.race(b, a).await;
+            let (b, a) = send_in_order(lock, b, a).await;
             (a, b)
         }
     }
 }
 
 /// Asserts that a response has this status, or is 200 with tokens that are revoked.
-async fn assert_no_valid_tokens(servers: [&Server; 2], answer: Response, otherwise: u16) {
+async fn assert_no_valid_tokens(servers: [&Server; 2], response: Response, otherwise: u16) {
     let since = Instant::now();
-    if answer.status == 200 {
-        let body = answer.json();
+    if response.status == 200 {
+        let body = response.json();
         for server in servers {
             assert_revoked(server, &text(&body, "access_token"), since).await;
             refresh(server, &text(&body, "refresh_token"))
@@ -94,7 +75,7 @@ async fn assert_no_valid_tokens(servers: [&Server; 2], answer: Response, otherwi
                 .problem(401, "invalid_refresh_token");
         }
     } else {
-        answer.expect(otherwise);
+        response.expect(otherwise);
     }
 }
 
@@ -104,10 +85,10 @@ async fn login_during_password_change(
     order: Order,
 ) -> (User, Response, Response) {
     let ann = here.user().await;
-    let held = RowLock::new(here, "users", &ann.id).await;
+    let lock = lock_row(here, "users", &ann.id).await;
     let (logged_in, changed) = race(
         order,
-        held,
+        lock,
         login(there, &ann.email, &ann.password),
         change_password(here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
     )
@@ -122,10 +103,10 @@ async fn login_during_account_deletion(
     order: Order,
 ) -> (User, Response, Response) {
     let ann = here.user().await;
-    let held = RowLock::new(here, "users", &ann.id).await;
+    let lock = lock_row(here, "users", &ann.id).await;
     let (logged_in, deleted) = race(
         order,
-        held,
+        lock,
         login(there, &ann.email, &ann.password),
         delete_account(here, &ann.access_token, &ann.password),
     )
@@ -187,19 +168,20 @@ async fn a_login_during_account_deletion_leaves_no_valid_token() {
 async fn concurrent_logins_that_replace_an_outdated_hash_both_succeed() {
     let here = Server::start().await;
     let there = here.sibling(&[COSTLIER]).await;
-    let everywhere = here.sibling(&[COSTLIER]).await;
+    let third = here.sibling(&[COSTLIER]).await;
     let ann = here.user().await;
     let old = stored_hash(&here, &ann).await;
     assert!(old.starts_with("$2b$10$"), "{old}");
-    let held = RowLock::new(&here, "users", &ann.id).await;
-    let (first, second) = held
-        .race(
-            login(&there, &ann.email, &ann.password),
-            login(&everywhere, &ann.email, &ann.password),
-        )
-        .await;
-    for answer in [first, second] {
-        let body = answer.expect(200).json();
+    let lock = lock_row(&here, "users", &ann.id).await;
+    let (first, second) = race(
+        Order::AsNamed,
+        lock,
+        login(&there, &ann.email, &ann.password),
+        login(&third, &ann.email, &ann.password),
+    )
+    .await;
+    for response in [first, second] {
+        let body = response.expect(200).json();
         assert_signed_in(&here, &text(&body, "access_token")).await;
         refresh(&here, &text(&body, "refresh_token"))
             .await
@@ -218,7 +200,7 @@ async fn replacing_an_outdated_hash_never_undoes_a_password_change() {
     let there = here.sibling(&[COSTLIER]).await;
     for order in BOTH {
         let (ann, logged_in, changed) = login_during_password_change([&here, &there], order).await;
-        // Succeeds although the login may have replaced the hash that was verified.
+        // Succeeds even if the login has replaced the hash that was verified.
         changed.expect(200);
         assert_no_valid_tokens([&here, &there], logged_in, 401).await;
         let hash = stored_hash(&here, &ann).await;
@@ -246,7 +228,7 @@ async fn account_deletion_succeeds_while_a_login_replaces_the_hash() {
 }
 
 #[tokio::test]
-async fn one_of_two_concurrent_password_changes_wins() {
+async fn one_of_two_concurrent_password_changes_succeeds() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.user().await;
@@ -254,20 +236,21 @@ async fn one_of_two_concurrent_password_changes_wins() {
         .await
         .expect(200)
         .json();
-    let held = RowLock::new(&here, "users", &ann.id).await;
-    let (first, second) = held
-        .race(
-            change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
-            change_password(
-                &there,
-                &text(&other, "access_token"),
-                &ann.password,
-                "quiet marble 77 rivers",
-            ),
-        )
-        .await;
+    let lock = lock_row(&here, "users", &ann.id).await;
+    let (first, second) = race(
+        Order::AsNamed,
+        lock,
+        change_password(&here, &ann.access_token, &ann.password, ANOTHER_PASSWORD),
+        change_password(
+            &there,
+            &text(&other, "access_token"),
+            &ann.password,
+            "quiet marble 77 rivers",
+        ),
+    )
+    .await;
     first.expect(200);
-    // The other's password is no longer current, and its session has ended.
+    // The second request has an outdated password and a revoked session.
     assert!(
         [401, 403].contains(&second.status),
         "{} for the second change",
@@ -287,13 +270,10 @@ async fn a_refresh_during_a_logout_does_not_restore_the_session() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
-        let logout = here
-            .post("/api/v1/auth/logout")
-            .bearer(&ann.access_token)
-            .send();
+        let lock = lock_row(&here, "sessions", &ann.session_id).await;
+        let logout = logout(&here, &ann.access_token);
         let (refreshed, logged_out) =
-            race(order, held, refresh(&there, &ann.refresh_token), logout).await;
+            race(order, lock, refresh(&there, &ann.refresh_token), logout).await;
         println!("{order:?}: {} {}", refreshed.status, logged_out.status);
         logged_out.expect(204);
         let since = Instant::now();
@@ -313,10 +293,10 @@ async fn a_refresh_during_a_password_change_does_not_keep_the_session() {
             .await
             .expect(200)
             .json();
-        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
+        let lock = lock_row(&here, "sessions", &ann.session_id).await;
         let (refreshed, changed) = race(
             order,
-            held,
+            lock,
             refresh(&there, &ann.refresh_token),
             change_password(
                 &here,
@@ -343,10 +323,10 @@ async fn a_refresh_during_account_deletion_leaves_no_valid_token() {
     let there = here.sibling(&[]).await;
     for order in BOTH {
         let ann = here.user().await;
-        let held = RowLock::new(&here, "sessions", &ann.session_id).await;
+        let lock = lock_row(&here, "sessions", &ann.session_id).await;
         let (refreshed, deleted) = race(
             order,
-            held,
+            lock,
             refresh(&there, &ann.refresh_token),
             delete_account(&here, &ann.access_token, &ann.password),
         )
@@ -359,8 +339,8 @@ async fn a_refresh_during_account_deletion_leaves_no_valid_token() {
     }
 }
 
-/// FR-007: no task without an owner. The create succeeds before the deletion or fails with an invalid
-/// token.
+/// FR-007: every task has an owner. The task is created before the deletion, or the request fails with
+/// an invalid token.
 #[tokio::test]
 async fn a_task_created_during_account_deletion_is_not_orphaned() {
     let here = Server::start().await;
@@ -368,15 +348,15 @@ async fn a_task_created_during_account_deletion_is_not_orphaned() {
     for key in [None, Some("the-only-one")] {
         for order in BOTH {
             let ann = here.user().await;
-            let held = RowLock::new(&here, "users", &ann.id).await;
-            let mut create = there.post(ann.tasks()).bearer(&ann.access_token);
+            let lock = lock_row(&here, "users", &ann.id).await;
+            let mut create = ann.on(&there).post(ann.tasks());
             if let Some(key) = key {
                 create = create.header("idempotency-key", key);
             }
             let create = create.json(json!({"title": "water the plants"})).send();
             let (created, deleted) = race(
                 order,
-                held,
+                lock,
                 create,
                 delete_account(&here, &ann.access_token, &ann.password),
             )

@@ -1,12 +1,11 @@
-//! Concurrent reads are batched, and no client notices: each gets its own tasks, whatever happens to
-//! the other reads of its batch.
+//! Concurrent reads are batched: each client gets its own tasks, and the failure of one read does not
+//! affect the others in its batch.
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::time::{Duration, sleep, timeout};
-use tokio_postgres::Client;
 
-use crate::harness::{Request, Response, Server, User, until};
+use crate::harness::{Lock, Request, Response, Server, User, until};
 use crate::metrics::scrape;
 
 /// A user and their tasks, newest first.
@@ -34,13 +33,13 @@ async fn create_accounts(server: &Server) -> Vec<Account> {
 /// A request and the body of its response, or `None` for 404.
 type Case = (Request, Option<Value>);
 
-/// For each user: a request for each of their tasks, for a task of another user, for a task that does
-/// not exist, and for first and later pages.
-fn cases(server: &Server, accounts: &[Account]) -> Vec<Case> {
+/// Returns for each user: a request for each of their tasks, for a task of another user, for a task that
+/// does not exist, and for first and later pages.
+fn cases(accounts: &[Account]) -> Vec<Case> {
     let mut cases = Vec::new();
     for (n, Account { user, tasks }) in accounts.iter().enumerate() {
         let mut add = |path: String, body| {
-            cases.push((server.get(path).bearer(&user.access_token), body));
+            cases.push((user.get(path), body));
         };
         for (at, task) in tasks.iter().enumerate() {
             add(user.path_of(task), Some(task.clone()));
@@ -92,61 +91,27 @@ async fn metric(server: &Server, name: &str) -> usize {
     value.unwrap().parse().unwrap()
 }
 
-/// How many statements the service has run.
+/// Returns the number of statements that the service has executed.
 async fn statement_count(server: &Server) -> usize {
     metric(server, "todo_api_db_query_duration_seconds_count").await
 }
 
-/// Locks the table, so that reads wait until `commit`.
-async fn lock_tasks(server: &Server) -> Client {
-    let sql = server.sql().await;
-    sql.batch_execute("begin; lock table tasks in access exclusive mode")
+/// Locks the table, so that reads are blocked.
+async fn lock_tasks(server: &Server) -> Lock {
+    server
+        .lock("lock table tasks in access exclusive mode")
         .await
-        .unwrap();
-    sql
 }
 
-/// Waits until this many batches wait for the table.
-async fn wait_for_batches(watch: &Client, statements: i64) {
-    let question = "select count(*) from pg_stat_activity
-                    where datname = current_database() and wait_event_type = 'Lock'
-                      and query like '%with ordinality%'";
-    until("reads wait for the tasks", async || {
-        let waiting: i64 = watch.query_one(question, &[]).await.unwrap().get(0);
-        waiting >= statements
-    })
-    .await;
-}
-
-/// Makes the service open connections, which it cannot prepare while the table is locked.
+/// Makes the service open all connections, because it cannot prepare new ones while the table is locked.
 async fn open_connections(server: &Server) {
     let user = server.user().await;
     let task = user.create_task("a").await;
     let path = user.path_of(&task);
-    let (sql, watch) = (server.sql().await, server.sql().await);
-    let row = format!(
-        "begin; select from tasks where id = {} for update",
-        task["id"]
-    );
-    sql.batch_execute(&row.replace('"', "'")).await.unwrap();
-    let change = || {
-        server
-            .patch(&*path)
-            .bearer(&user.access_token)
-            .json(json!({"title": "b"}))
-            .send()
-    };
-    let release = async {
-        let question = "select count(*) from pg_stat_activity
-                        where datname = current_database() and wait_event_type = 'Lock'";
-        until("all connections are open", async || {
-            let waiting: i64 = watch.query_one(question, &[]).await.unwrap().get(0);
-            waiting >= 4
-        })
-        .await;
-        sql.batch_execute("commit").await.unwrap();
-    };
-    let (responses, ()) = tokio::join!(join_all((0..4).map(|_| change())), release);
+    let row = format!("select from tasks where id = {} for update", task["id"]);
+    let lock = server.lock(&row.replace('"', "'")).await;
+    let change = |_| user.patch(&*path).json(json!({"title": "b"})).send();
+    let (responses, ()) = tokio::join!(join_all((0..4).map(change)), lock.release_after(4));
     for response in responses {
         response.expect(200);
     }
@@ -157,28 +122,28 @@ async fn open_connections(server: &Server) {
 async fn batched_reads_return_each_users_own_tasks() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
     let accounts = create_accounts(&server).await;
-    let (requests, expected): (Vec<_>, Vec<_>) = cases(&server, &accounts).into_iter().unzip();
+    let (requests, expected): (Vec<_>, Vec<_>) = cases(&accounts).into_iter().unzip();
     let count = requests.len();
     assert!(count > 60);
     let before = statement_count(&server).await;
-    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
+    let lock = lock_tasks(&server).await;
     let release = async {
-        wait_for_batches(&watch, 3).await;
+        lock.wait_for_blocked(3).await;
         until("all requests have arrived", async || {
             metric(&server, "todo_api_http_open_connections").await >= count
         })
         .await;
-        held.batch_execute("commit").await.unwrap();
+        lock.release().await;
     };
     let sent = join_all(requests.into_iter().map(Request::send));
     let (responses, ()) = tokio::join!(sent, release);
     for (response, expected) in responses.iter().zip(&expected) {
         assert_response(response, expected.as_ref());
     }
-    let made = statement_count(&server).await - before;
+    let executed = statement_count(&server).await - before;
     assert!(
-        made < count,
-        "{made} statements for {count} requests: nothing was batched"
+        executed < count,
+        "{executed} statements for {count} requests: nothing was batched"
     );
 }
 
@@ -186,9 +151,9 @@ async fn batched_reads_return_each_users_own_tasks() {
 async fn a_client_that_disconnects_does_not_affect_its_batch() {
     let server = Server::start().await;
     let accounts = create_accounts(&server).await;
-    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
-    // Every second client disconnects while all requests wait.
-    let cases = cases(&server, &accounts).into_iter().enumerate();
+    let lock = lock_tasks(&server).await;
+    // Every second client disconnects while all requests are blocked.
+    let cases = cases(&accounts).into_iter().enumerate();
     let sent = join_all(cases.map(async |(n, (request, expected))| match n % 2 {
         0 => {
             timeout(Duration::from_millis(100), request.send())
@@ -198,9 +163,9 @@ async fn a_client_that_disconnects_does_not_affect_its_batch() {
         _ => assert_response(&request.await, expected.as_ref()),
     }));
     let release = async {
-        wait_for_batches(&watch, 3).await;
+        lock.wait_for_blocked(3).await;
         sleep(Duration::from_millis(150)).await;
-        held.batch_execute("commit").await.unwrap();
+        lock.release().await;
     };
     tokio::join!(sent, release);
 }
@@ -209,25 +174,22 @@ async fn a_client_that_disconnects_does_not_affect_its_batch() {
 async fn batched_reads_are_retried_if_their_connection_is_lost() {
     let server = Server::start().await;
     let accounts = create_accounts(&server).await;
-    let (requests, expected): (Vec<_>, Vec<_>) = cases(&server, &accounts).into_iter().unzip();
-    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
-    let cut = async {
-        wait_for_batches(&watch, 3).await;
-        let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity
-                   where datname = current_database() and wait_event_type = 'Lock'";
-        let cut: i64 = watch.query_one(cut, &[]).await.unwrap().get(0);
-        assert!(cut >= 3);
-        held.batch_execute("commit").await.unwrap();
+    let (requests, expected): (Vec<_>, Vec<_>) = cases(&accounts).into_iter().unzip();
+    let lock = lock_tasks(&server).await;
+    let terminate = async {
+        lock.wait_for_blocked(3).await;
+        assert!(lock.terminate_blocked().await >= 3);
+        lock.release().await;
     };
     let sent = join_all(requests.into_iter().map(Request::send));
-    let (responses, ()) = tokio::join!(sent, cut);
+    let (responses, ()) = tokio::join!(sent, terminate);
     for (response, expected) in responses.iter().zip(&expected) {
         assert_response(response, expected.as_ref());
     }
 }
 
 #[tokio::test]
-async fn a_stuck_batch_does_not_delay_other_reads() {
+async fn a_blocked_batch_does_not_delay_other_reads() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let mut paths = Vec::new();
@@ -235,28 +197,22 @@ async fn a_stuck_batch_does_not_delay_other_reads() {
         paths.push(user.path_of(&user.create_task("a").await));
     }
     open_connections(&server).await;
-    let (held, watch) = (lock_tasks(&server).await, server.sql().await);
-    let stuck = async {
+    let lock = lock_tasks(&server).await;
+    let blocked = async {
         let read = || async {
             ann.get(&*paths[0]).await.expect(200);
         };
         tokio::join!(read(), async {
-            wait_for_batches(&watch, 1).await;
+            lock.wait_for_blocked(1).await;
             read().await;
         });
     };
     let others = async {
-        // All fast workers are stuck, and a third one starts.
-        wait_for_batches(&watch, 2).await;
+        // Both workers are blocked, so a third one starts.
+        lock.wait_for_blocked(2).await;
         let next = bob.get(&*paths[1]).send();
-        let ((), next) = tokio::join!(
-            async {
-                wait_for_batches(&watch, 3).await;
-                held.batch_execute("commit").await.unwrap();
-            },
-            next
-        );
+        let ((), next) = tokio::join!(lock.release_after(3), next);
         assert_eq!(next.expect(200).json()["title"], json!("a"));
     };
-    tokio::join!(stuck, others);
+    tokio::join!(blocked, others);
 }

@@ -4,9 +4,9 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
-use crate::harness::{Request, Server, User, wait_for_blocked};
+use crate::harness::{Request, Server, User};
 
-/// A row of `task_lists`, and what it has to agree with.
+/// A row of `task_lists`, and the number of the list's tombstones.
 #[derive(Debug, PartialEq)]
 struct List {
     revision: i64,
@@ -107,7 +107,7 @@ async fn each_change_raises_the_revision_once_and_a_request_without_effect_does_
     assert_eq!(List::read(&sql, &bob).await.revision, 1);
 }
 
-/// Concurrent requests wait for the list and then find what the others did.
+/// Concurrent requests wait for the list's lock and then see each other's changes.
 #[tokio::test]
 async fn concurrent_changes_of_one_list_keep_its_revision_and_count() {
     let server = Server::start().await;
@@ -118,10 +118,7 @@ async fn concurrent_changes_of_one_list_keep_its_revision_and_count() {
     let done = json!({"title": "b", "completed": true});
     ann.create(done.clone()).await.expect(201);
     let path = ann.path_of(&task);
-    let held = server.sql().await;
-    held.batch_execute("begin; select from task_lists for update")
-        .await
-        .unwrap();
+    let lock = server.lock("select from task_lists for update").await;
     let here_and_there = [ann.clone(), ann.on(&there)];
     let requests = here_and_there.iter().flat_map(|ann| {
         let completed = format!("{}?completed=true", ann.tasks());
@@ -132,11 +129,8 @@ async fn concurrent_changes_of_one_list_keep_its_revision_and_count() {
             ann.delete(completed),
         ]
     });
-    let release = async {
-        wait_for_blocked(&sql, 8).await;
-        held.batch_execute("commit").await.unwrap();
-    };
-    let (responses, ()) = tokio::join!(join_all(requests.map(Request::send)), release);
+    let sent = join_all(requests.map(Request::send));
+    let (responses, ()) = tokio::join!(sent, lock.release_after(8));
     let statuses: Vec<u16> = responses.iter().map(|response| response.status).collect();
     let count = |status| statuses.iter().filter(|found| **found == status).count();
     assert_eq!((count(201), count(204)), (2, 1), "{statuses:?}");

@@ -1,4 +1,4 @@
-//! An account has a hundred sessions at most.
+//! An account has at most a hundred sessions.
 
 use std::time::Instant;
 
@@ -6,19 +6,19 @@ use futures_util::future::join_all;
 use tokio_postgres::Client;
 
 use crate::auth::{assert_signed_in, login, refresh, text};
-use crate::harness::{Server, User, until};
+use crate::harness::{Server, User};
 use crate::metrics::scrape;
 use crate::purge::age;
 use crate::sessions::{assert_revoked, list};
 
-/// Gives a user this many more sessions, as old as this.
-async fn add_sessions(sql: &Client, user: &User, count: i32, used: &str) {
+/// Adds sessions to a user that were last used this long ago.
+async fn add_sessions(sql: &Client, user: &User, count: i32, age: &str) {
     sql.execute(
         &format!(
             "insert into sessions (id, user_id, generation, rotated_at, created_at, last_used_at,
                                    expires_at)
              select gen_random_uuid(), user_id, 1, used, used, used, used + interval '30 days'
-             from sessions, generate_series(1, $1), cast(now() - interval '{used}' as timestamptz) used
+             from sessions, generate_series(1, $1), cast(now() - interval '{age}' as timestamptz) used
              where sessions.id = '{}'",
             user.session_id
         ),
@@ -34,19 +34,19 @@ async fn count_sessions(sql: &Client) -> i64 {
 }
 
 #[tokio::test]
-async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
+async fn a_login_beyond_the_limit_ends_the_least_recently_used_session() {
     let here = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
     let there = here.sibling(&[]).await;
     let sql = here.sql().await;
     let ann = here.user().await;
-    let bystander = here.user().await;
+    let bob = here.user().await;
     add_sessions(&sql, &ann, 98, "1 hour").await;
-    // Neither alive nor in the way.
+    // Expired sessions do not count.
     add_sessions(&sql, &ann, 5, "30 days 1 hour").await;
     let second = here.login(&ann.email, &ann.password).await;
     assert_eq!(list(&here, &ann.access_token).await.len(), 100);
 
-    // The oldest of all, but it was used since: another one goes.
+    // The oldest session has been used since, so another session ends.
     let condition = format!("id = '{}'", ann.session_id);
     age(&sql, "sessions", "1 day", &condition).await;
     refresh(&here, &ann.refresh_token).await.expect(200);
@@ -58,17 +58,18 @@ async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
     assert_signed_in(&there, &ann.access_token).await;
     let fourth = here.login(&ann.email, &ann.password).await;
     let ended = Instant::now();
-    // At once where it was ended.
-    here.get("/api/v1/auth/me")
-        .bearer(&ann.access_token)
-        .await
-        .problem(401, "invalid_token");
+    // Immediate on the instance that ended it.
+    let me = ann.get("/api/v1/auth/me").await;
+    me.problem(401, "invalid_token");
     assert_revoked(&there, &ann.access_token, ended).await;
     let sessions = list(&there, &fourth.access_token).await;
     assert_eq!(sessions.len(), 100);
     let current = sessions.iter().find(|session| session["current"] == true);
-    assert_eq!(text(current.expect("this one"), "id"), fourth.session_id);
-    for user in [&second, &third, &fourth, &bystander] {
+    assert_eq!(
+        text(current.expect("the current session"), "id"),
+        fourth.session_id
+    );
+    for user in [&second, &third, &fourth, &bob] {
         assert_signed_in(&there, &user.access_token).await;
     }
     let metrics = scrape(&here).await;
@@ -76,9 +77,9 @@ async fn a_login_beyond_a_hundred_sessions_ends_the_one_used_least_recently() {
     assert!(metrics.contains(counted), "{metrics}");
 }
 
-/// As an account may have had before there was a limit.
+/// Accounts may have more sessions from before the limit was introduced.
 #[tokio::test]
-async fn a_list_is_whole_however_long_it_is_and_the_next_login_shortens_it() {
+async fn lists_more_than_a_hundred_sessions_until_the_next_login_ends_the_surplus() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;
@@ -91,30 +92,17 @@ async fn a_list_is_whole_however_long_it_is_and_the_next_login_shortens_it() {
 }
 
 #[tokio::test]
-async fn logins_at_the_same_moment_leave_a_hundred_sessions() {
+async fn concurrent_logins_leave_a_hundred_sessions() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let sql = here.sql().await;
     let ann = here.user().await;
     add_sessions(&sql, &ann, 98, "1 hour").await;
-    // All of them wait for the account, and have begun their statement by then.
-    let lock = here.sql().await;
-    lock.batch_execute("begin; select from users for update")
-        .await
-        .expect("the row");
+    // All logins begin their statement before the first one can proceed.
+    let lock = here.lock("select from users for update").await;
     let logins =
         [&here, &there, &here, &there].map(|server| login(server, &ann.email, &ann.password));
-    let release = async {
-        until("four logins wait for the account", async || {
-            let waiting = "select count(*) from pg_stat_activity
-                           where datname = current_database() and wait_event_type = 'Lock'";
-            let row = sql.query_one(waiting, &[]).await.expect("the activity");
-            row.get::<_, i64>(0) == 4
-        })
-        .await;
-        lock.batch_execute("commit").await.expect("let go");
-    };
-    let (logins, ()) = tokio::join!(join_all(logins), release);
+    let (logins, ()) = tokio::join!(join_all(logins), lock.release_after(4));
     assert_eq!(count_sessions(&sql).await, 100);
     for login in logins {
         let token = text(&login.expect(200).json(), "access_token");

@@ -1,4 +1,4 @@
-//! The PostgreSQL that the tests share, and one database in it for each test.
+//! The PostgreSQL server that the tests share, and one database in it for each test.
 
 use std::{
     env,
@@ -16,11 +16,12 @@ use super::{
     unique, until,
 };
 
-/// The shared PostgreSQL, and the thread that runs statements on it as its superuser.
+/// The shared PostgreSQL server, and the thread that runs statements on it as its superuser.
 struct SharedPostgres {
     url: String,
-    /// Whether this run started it, rather than `TEST_DATABASE_URL` naming it.
-    is_private: bool,
+    /// Whether it is an embedded PostgreSQL of this run rather than the server at
+    /// `TEST_DATABASE_URL`.
+    is_embedded: bool,
     statements: tokio_mpsc::UnboundedSender<Statement>,
 }
 
@@ -33,10 +34,10 @@ impl SharedPostgres {
             let (started, start) = mpsc::channel();
             let (statements, received) = tokio_mpsc::unbounded_channel();
             thread::spawn(|| SharedPostgres::run(started, received));
-            let (url, is_private) = start.recv().expect("no PostgreSQL for the tests");
+            let (url, is_embedded) = start.recv().expect("no PostgreSQL for the tests");
             SharedPostgres {
                 url,
-                is_private,
+                is_embedded,
                 statements,
             }
         })
@@ -55,7 +56,7 @@ impl SharedPostgres {
             Err(_) => {
                 let settings = [
                     ("max_connections", "500"),
-                    // The data is thrown away, so it need not survive a crash.
+                    // The data is temporary and need not survive a crash.
                     ("fsync", "off"),
                     ("full_page_writes", "off"),
                     ("synchronous_commit", "off"),
@@ -75,7 +76,7 @@ impl SharedPostgres {
             let url = url.clone();
             tokio::spawn(async move {
                 let done = connect(&url).await.batch_execute(&statement).await;
-                // The receiver is gone if the test has timed out.
+                // The receiver has been dropped if the test has timed out.
                 let _ = reply.send(done.map_err(|error| format!("{error:?}")));
             });
         }
@@ -89,7 +90,7 @@ impl SharedPostgres {
             .map_err(|error| error.to_string())?
     }
 
-    /// The URL of another database on the same server.
+    /// Returns the URL of another database on the same server.
     fn database_url(&self, name: &str) -> String {
         let (server, options) = self
             .url
@@ -131,11 +132,11 @@ impl Database {
         Database { name }
     }
 
-    /// Creates a database whose schema is current, by cloning one that was migrated once. An
-    /// external server gets no template, because nothing would drop it.
+    /// Creates a database whose schema is current by cloning one that was migrated once. An external
+    /// server gets no template database, because nothing would drop it.
     pub(crate) async fn create_migrated() -> Database {
         static TEMPLATE: OnceCell<()> = OnceCell::const_new();
-        if !is_private().await {
+        if !is_embedded().await {
             return Database::create().await;
         }
         TEMPLATE.get_or_init(create_template).await;
@@ -160,21 +161,21 @@ impl Drop for Database {
     fn drop(&mut self) {
         let shared = SharedPostgres::get();
         let statement = format!("drop database {} with (force)", self.name);
-        if shared.is_private {
-            // Not waited for: the whole cluster is removed at the end.
+        if shared.is_embedded {
+            // Does not wait, because the whole cluster is removed at the end.
             let _ = shared.statements.send((statement, mpsc::channel().0));
             return;
         }
         let dropped = shared.execute(statement);
-        // A second panic would abort the run and hide the first one.
+        // A panic while panicking would abort the run and hide the first one.
         if !thread::panicking() {
             dropped.unwrap();
         }
     }
 }
 
-async fn is_private() -> bool {
-    tokio::task::spawn_blocking(|| SharedPostgres::get().is_private)
+async fn is_embedded() -> bool {
+    tokio::task::spawn_blocking(|| SharedPostgres::get().is_embedded)
         .await
         .unwrap()
 }
@@ -206,11 +207,55 @@ async fn create_template() {
     .await;
 }
 
+/// A transaction that holds a lock, and a connection that observes which statements it blocks.
+pub(crate) struct Lock {
+    pub(crate) transaction: Client,
+    observer: Client,
+}
+
+impl Lock {
+    /// Begins a transaction and executes a statement that acquires the lock.
+    pub(super) async fn acquire(url: &str, statement: &str) -> Lock {
+        let transaction = connect(url).await;
+        let begin = format!("begin; {statement}");
+        transaction.batch_execute(&begin).await.unwrap();
+        let observer = connect(url).await;
+        Lock {
+            transaction,
+            observer,
+        }
+    }
+
+    /// Waits until `count` statements are blocked.
+    pub(crate) async fn wait_for_blocked(&self, count: i64) {
+        wait_for_blocked(&self.observer, count).await;
+    }
+
+    /// Commits the transaction once `count` statements are blocked.
+    pub(crate) async fn release_after(&self, count: i64) {
+        self.wait_for_blocked(count).await;
+        self.release().await;
+    }
+
+    /// Terminates the backends whose statements are blocked. Returns their number.
+    pub(crate) async fn terminate_blocked(&self) -> i64 {
+        let terminate = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+                         where datname = current_database() and wait_event_type = 'Lock'";
+        let row = self.observer.query_one(terminate, &[]).await.unwrap();
+        row.get(0)
+    }
+
+    /// Commits the transaction.
+    pub(crate) async fn release(&self) {
+        self.transaction.batch_execute("commit").await.unwrap();
+    }
+}
+
 /// Waits until `count` statements in this database are blocked by a lock.
 pub(crate) async fn wait_for_blocked(sql: &Client, count: i64) {
     let blocked = "select count(*) from pg_stat_activity
                    where datname = current_database() and wait_event_type = 'Lock'";
-    until(&format!("{count} statements wait for a lock"), async || {
+    until(&format!("{count} statements are blocked"), async || {
         sql.query_one(blocked, &[]).await.unwrap().get::<_, i64>(0) >= count
     })
     .await;

@@ -1,7 +1,7 @@
 //! The test harness: servers, databases, and an HTTP client.
 //!
 //! Servers are child processes of the real binary and listen on ports that the system chooses.
-//! Tests use the shared PostgreSQL and a database of their own, cloned from a migrated template.
+//! Tests share a PostgreSQL server, on which each has its own database, cloned from a migrated template.
 //! Each module depends only on those listed before it.
 
 mod scratch;
@@ -22,7 +22,7 @@ use std::{
 
 use tokio::time::sleep;
 
-pub(crate) use database::{Database, wait_for_blocked};
+pub(crate) use database::{Database, Lock, wait_for_blocked};
 pub(crate) use process::Process;
 pub(crate) use request::{Request, Response};
 pub(crate) use scratch::{DataDir, is_alive};

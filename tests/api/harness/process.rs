@@ -36,7 +36,7 @@ impl Process {
         Process::spawn_in(root(), arguments, variables)
     }
 
-    /// Starts the program in this directory.
+    /// Starts the program in this working directory.
     pub(crate) fn spawn_in(
         directory: &Path,
         arguments: &[&str],
@@ -61,7 +61,7 @@ impl Process {
             .envs(variables.iter().copied());
         let (stderr_reader, stderr_writer) = pipe().unwrap();
         if variables.contains(&("JOURNAL_STREAM", "stderr")) {
-            // What systemd sets when stderr is the journal.
+            // systemd sets this variable if stderr is the journal.
             let stderr = File::from(OwnedFd::from(stderr_writer.try_clone().unwrap()));
             let meta = stderr.metadata().unwrap();
             command.env("JOURNAL_STREAM", format!("{}:{}", meta.dev(), meta.ino()));
@@ -90,12 +90,12 @@ impl Process {
         self.pid
     }
 
-    /// What it has written to stderr so far.
+    /// Returns what the process has written to stderr so far.
     pub(crate) fn log(&self) -> String {
         self.stderr.lock().unwrap().clone()
     }
 
-    /// What it has written to stdout so far.
+    /// Returns what the process has written to stdout so far.
     pub(crate) fn output(&self) -> String {
         self.stdout.lock().unwrap().clone()
     }
@@ -112,7 +112,7 @@ impl Process {
         }
     }
 
-    /// Waits until it listens, and returns the address.
+    /// Waits until the service listens, and returns the address.
     pub(crate) async fn listening(&self) -> SocketAddr {
         let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
@@ -136,7 +136,7 @@ impl Process {
 
     pub(crate) fn signal(&self, signal: Signal) {
         let mut child = self.child.lock().unwrap();
-        // Once it has been waited for, its process id may be reused.
+        // The process id of a child that has been waited for may be reused.
         if child.try_wait().unwrap().is_none() {
             kill_process(self.pid, signal).unwrap();
         }
@@ -146,7 +146,7 @@ impl Process {
         self.child.lock().unwrap().try_wait().unwrap()
     }
 
-    /// Waits until it exits; log and output are complete then.
+    /// Waits until the process exits and its log and output are complete.
     pub(crate) async fn ended(&self) -> ExitStatus {
         let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {

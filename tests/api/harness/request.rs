@@ -66,7 +66,7 @@ impl Request {
             .unwrap_or_else(|error| panic!("{what}: {error}"))
     }
 
-    /// Sends the request to a server that may not be running, or that may stop in the meantime.
+    /// Sends the request to a server that may not be running or may stop before it responds.
     pub(crate) async fn try_send(self) -> Result<Response, BoxError> {
         timeout(WAIT_TIMEOUT, self.exchange()).await?
     }
@@ -105,6 +105,23 @@ impl IntoFuture for Request {
     }
 }
 
+/// Implements a method for each HTTP method in terms of the client's `request`.
+macro_rules! request_methods {
+    ($client:ty) => {
+        request_methods!($client, get GET, post POST, put PUT, patch PATCH, delete DELETE);
+    };
+    ($client:ty, $($name:ident $method:ident),+) => {
+        impl $client {
+            // A client need not use every method.
+            $(#[allow(dead_code)]
+            pub(crate) fn $name(&self, path: impl Into<String>) -> Request {
+                self.request(Method::$method, path)
+            })+
+        }
+    };
+}
+pub(super) use request_methods;
+
 /// A response with its whole body.
 #[derive(Debug)]
 pub(crate) struct Response {
@@ -119,7 +136,7 @@ impl Response {
             .unwrap_or_else(|error| panic!("not JSON ({error}): {} {:?}", self.status, self.body))
     }
 
-    /// The value of a header; panics if it is missing.
+    /// Returns the value of a header; panics if it is missing.
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers
             .get(name)

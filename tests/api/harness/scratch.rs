@@ -17,14 +17,14 @@ use tokio::sync::OnceCell;
 
 use super::{POLL_INTERVAL, WAIT_TIMEOUT, unique};
 
-/// The directory that holds all files of a test run.
+/// The directory with all files of a test run.
 struct Scratch {
     root: PathBuf,
-    /// Closed by the system when this process ends, which starts the cleanup.
+    /// The system closes this pipe when the process ends, which starts the cleanup.
     watcher: Mutex<ChildStdin>,
 }
 
-/// A shell script that reads the process ids of servers until this process ends, however it ends.
+/// A shell script that reads the process ids of servers until this process ends for any reason.
 /// It then kills those servers and every PostgreSQL below the directory, and removes the directory.
 const WATCHER: &str = r#"
 root=$1
@@ -71,7 +71,7 @@ fn scratch() -> &'static Scratch {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // Ctrl-C must not end the watcher together with the tests.
+            // Ctrl-C must not interrupt the watcher.
             .process_group(0)
             .spawn()
             .unwrap();
@@ -80,7 +80,7 @@ fn scratch() -> &'static Scratch {
     })
 }
 
-/// The directory that holds all files of this run.
+/// Returns the directory with all files of this run.
 pub(super) fn root() -> &'static Path {
     &scratch().root
 }
@@ -90,8 +90,8 @@ pub(super) fn kill_at_exit(pid: u32) {
     let _ = writeln!(scratch().watcher.lock().unwrap(), "{pid}");
 }
 
-/// The path of a data directory for an embedded PostgreSQL. The directory does not exist at first.
-/// When this is dropped, a PostgreSQL that runs there is stopped and the directory is removed.
+/// The path of a data directory for an embedded PostgreSQL. The directory does not exist initially.
+/// Dropping this stops a PostgreSQL that runs there and removes the directory.
 pub(crate) struct DataDir(PathBuf);
 
 impl DataDir {
@@ -99,15 +99,15 @@ impl DataDir {
         DataDir::named("data")
     }
 
-    /// Returns a directory with this name, in a parent directory of its own.
+    /// Returns a directory with this name in a new parent directory.
     pub(crate) fn named(name: &str) -> DataDir {
         let parent = root().join(unique().to_string());
         fs::create_dir(&parent).unwrap();
         DataDir(parent.join(name))
     }
 
-    /// Returns a directory with an initialized cluster, copied from one that was created once:
-    /// `initdb` takes much longer than the copy.
+    /// Returns a directory with an initialized cluster. Copies a template, because `initdb` takes much
+    /// longer than a copy.
     pub(crate) async fn initialized() -> DataDir {
         static TEMPLATE: OnceCell<DataDir> = OnceCell::const_new();
         let template = TEMPLATE.get_or_init(async || {
@@ -137,19 +137,19 @@ impl DataDir {
         self.0.parent().unwrap()
     }
 
-    /// The path as the value of an environment variable.
+    /// Returns the path as the value of an environment variable.
     pub(crate) fn text(&self) -> &str {
         self.0.to_str().unwrap()
     }
 
-    /// The process id of the PostgreSQL that runs here, if there is one.
+    /// Returns the process id of the PostgreSQL that runs in this directory, if any.
     pub(crate) fn postgres(&self) -> Option<Pid> {
         let text = fs::read_to_string(self.0.join("cluster/postmaster.pid")).ok()?;
         let pid = Pid::from_raw(text.lines().next()?.parse().ok()?)?;
         is_alive(pid).then_some(pid)
     }
 
-    /// The URL of the PostgreSQL that listens here.
+    /// Returns the URL of the PostgreSQL that runs in this directory.
     pub(crate) fn database_url(&self) -> String {
         socket_url(&self.0.join("socket"))
     }
@@ -168,7 +168,7 @@ impl Drop for DataDir {
     }
 }
 
-/// Whether this process is running. A zombie is not.
+/// Returns whether this process is running. A zombie is not.
 pub(crate) fn is_alive(pid: Pid) -> bool {
     if cfg!(target_os = "linux") {
         fs::read_to_string(format!("/proc/{pid}/stat"))
@@ -178,7 +178,7 @@ pub(crate) fn is_alive(pid: Pid) -> bool {
     }
 }
 
-/// The URL of an embedded PostgreSQL that listens in this directory.
+/// Returns the URL of an embedded PostgreSQL whose socket is in this directory.
 pub(super) fn socket_url(directory: &Path) -> String {
     let host = directory.to_str().unwrap().replace('/', "%2F");
     format!("postgres://todo@{host}/todo")

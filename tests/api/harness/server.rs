@@ -1,4 +1,4 @@
-//! The service as tests use it.
+//! A running instance of the service.
 
 use std::{
     collections::HashMap,
@@ -22,8 +22,13 @@ use tokio_postgres::Client;
 
 use super::{
     Database, PASSWORD, POLL_INTERVAL, Process, Request, SECRET, User, WAIT_TIMEOUT,
-    database::connect, scratch::socket_url, unique,
+    database::{Lock, connect},
+    request::request_methods,
+    scratch::socket_url,
+    unique,
 };
+
+request_methods!(Server);
 
 /// A running server with a database of its own; both are removed when this is dropped.
 pub(crate) struct Server {
@@ -39,22 +44,22 @@ impl Server {
         Server::with(&[]).await
     }
 
-    /// A server with the default settings that tests share. For tests that use only users of their
-    /// own, and look at neither the log, the metrics nor the database.
+    /// Returns a server with the default settings that tests share. For tests that use only their own
+    /// users and do not inspect the log, the metrics or the database.
     pub(crate) async fn shared() -> &'static Server {
         static SHARED: OnceCell<Server> = OnceCell::const_new();
         SHARED.get_or_init(Server::start).await
     }
 
-    /// Starts with these variables in addition to, or instead of, the defaults. No database is
-    /// created if they name one; with `DATA_DIR` the server starts an embedded PostgreSQL.
+    /// Starts a server with these variables, which extend or override the defaults. Creates no
+    /// database if they name one; with `DATA_DIR` the server starts an embedded PostgreSQL.
     pub(crate) async fn with(variables: &[(&str, &str)]) -> Server {
         let server = Server::listening(variables).await;
-        server.ready().await;
+        server.wait_until_ready().await;
         server
     }
 
-    /// Starts a server that listens, but may not be ready yet.
+    /// Starts a server and waits until it listens; it may not be ready yet.
     pub(crate) async fn listening(variables: &[(&str, &str)]) -> Server {
         let names_database = |(name, _): &(&str, &str)| {
             ["DATABASE_URL", "DATABASE_URL_FILE", "DATA_DIR"].contains(name)
@@ -78,7 +83,7 @@ impl Server {
         if let Some(database) = &database {
             all.insert("DATABASE_URL".into(), database.url());
         }
-        // With an embedded PostgreSQL the server creates its own secret too.
+        // With an embedded PostgreSQL, the server also creates its own secret.
         if !variables.iter().any(|(name, _)| *name == "DATA_DIR") {
             all.insert("JWT_SECRET".into(), SECRET.into());
         }
@@ -109,7 +114,7 @@ impl Server {
         }
     }
 
-    async fn ready(&self) {
+    async fn wait_until_ready(&self) {
         let deadline = Instant::now() + WAIT_TIMEOUT;
         while self.get("/readyz").await.status != 200 {
             assert!(Instant::now() < deadline, "not ready:\n{}", self.log());
@@ -120,7 +125,7 @@ impl Server {
     /// Starts a second instance on the same database, with these variables changed.
     pub(crate) async fn sibling(&self, variables: &[(&str, &str)]) -> Server {
         let server = Server::launch(self.database.clone(), self.variables.clone(), variables).await;
-        server.ready().await;
+        server.wait_until_ready().await;
         server
     }
 
@@ -150,7 +155,12 @@ impl Server {
         connect(&self.database_url()).await
     }
 
-    /// What it has written to stderr so far.
+    /// Executes a statement that acquires a lock in this server's database.
+    pub(crate) async fn lock(&self, statement: &str) -> Lock {
+        Lock::acquire(&self.database_url(), statement).await
+    }
+
+    /// Returns what the server has written to stderr so far.
     pub(crate) fn log(&self) -> String {
         self.process.log()
     }
@@ -163,22 +173,22 @@ impl Server {
         self.process.signal(signal);
     }
 
-    /// Waits until it exits.
+    /// Waits until the server exits.
     pub(crate) async fn ended(&self) -> ExitStatus {
         self.process.ended().await
     }
 
-    /// Stops it gracefully, with SIGTERM.
+    /// Stops the server gracefully, with SIGTERM.
     pub(crate) async fn stop(&self) -> ExitStatus {
         self.process.stop().await
     }
 
-    /// Kills it with SIGKILL.
+    /// Kills the server with SIGKILL.
     pub(crate) fn kill(&self) {
         self.process.kill();
     }
 
-    /// Registers this e-mail address with [`PASSWORD`].
+    /// Registers this e-mail address with the password [`PASSWORD`].
     pub(crate) async fn register(&self, email: &str) -> User {
         let response = self
             .post("/api/v1/auth/register")
@@ -208,40 +218,20 @@ impl Server {
         Request::new(self.addr, method, path)
     }
 
-    pub(crate) fn get(&self, path: impl Into<String>) -> Request {
-        self.request(Method::GET, path)
-    }
-
-    pub(crate) fn post(&self, path: impl Into<String>) -> Request {
-        self.request(Method::POST, path)
-    }
-
-    pub(crate) fn put(&self, path: impl Into<String>) -> Request {
-        self.request(Method::PUT, path)
-    }
-
-    pub(crate) fn patch(&self, path: impl Into<String>) -> Request {
-        self.request(Method::PATCH, path)
-    }
-
-    pub(crate) fn delete(&self, path: impl Into<String>) -> Request {
-        self.request(Method::DELETE, path)
-    }
-
-    /// Writes these bytes to a new connection and returns what is received until it closes, for at
-    /// most 5 seconds.
+    /// Writes these bytes to a new connection and returns the bytes that are received until it
+    /// closes, for at most 5 seconds.
     pub(crate) async fn raw(&self, bytes: impl AsRef<[u8]>) -> String {
         let mut stream = TcpStream::connect(self.addr).await.unwrap();
-        let mut answer = Vec::new();
+        let mut response = Vec::new();
         let exchange = async {
             // The server may have responded and closed the connection already.
             let _ = stream.write_all(bytes.as_ref()).await;
-            let mut piece = [0; 4096];
-            while let Ok(length @ 1..) = stream.read(&mut piece).await {
-                answer.extend_from_slice(&piece[..length]);
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = stream.read(&mut buffer).await {
+                response.extend_from_slice(&buffer[..length]);
             }
         };
         let _ = timeout(Duration::from_secs(5), exchange).await;
-        String::from_utf8_lossy(&answer).into_owned()
+        String::from_utf8_lossy(&response).into_owned()
     }
 }

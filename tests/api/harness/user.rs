@@ -6,7 +6,9 @@ use hyper::Method;
 use jsonwebtoken::{Algorithm, EncodingKey, crypto, dangerous};
 use serde_json::{Value, json};
 
-use super::{Request, Server};
+use super::{Request, Server, request::request_methods};
+
+request_methods!(User);
 
 /// A user with a session, and a client that sends their access token.
 #[derive(Clone, Debug)]
@@ -35,17 +37,17 @@ impl User {
         }
     }
 
-    /// The path of this user's tasks.
+    /// Returns the path of this user's tasks.
     pub(crate) fn tasks(&self) -> String {
         format!("/api/v1/{}/tasks", self.id)
     }
 
-    /// The path of one of this user's tasks.
+    /// Returns the path of one of this user's tasks.
     pub(crate) fn path_of(&self, task: &Value) -> String {
         format!("{}/{}", self.tasks(), task["id"].as_str().unwrap())
     }
 
-    /// The same user as a client of another instance.
+    /// Returns the same user as a client of another instance.
     pub(crate) fn on(&self, server: &Server) -> User {
         User {
             addr: server.addr(),
@@ -57,26 +59,6 @@ impl User {
         Request::new(self.addr, method, path).bearer(&self.access_token)
     }
 
-    pub(crate) fn get(&self, path: impl Into<String>) -> Request {
-        self.request(Method::GET, path)
-    }
-
-    pub(crate) fn post(&self, path: impl Into<String>) -> Request {
-        self.request(Method::POST, path)
-    }
-
-    pub(crate) fn put(&self, path: impl Into<String>) -> Request {
-        self.request(Method::PUT, path)
-    }
-
-    pub(crate) fn patch(&self, path: impl Into<String>) -> Request {
-        self.request(Method::PATCH, path)
-    }
-
-    pub(crate) fn delete(&self, path: impl Into<String>) -> Request {
-        self.request(Method::DELETE, path)
-    }
-
     pub(crate) async fn create_task(&self, title: &str) -> Value {
         self.create(json!({"title": title}))
             .await
@@ -84,7 +66,7 @@ impl User {
             .json()
     }
 
-    /// A request that creates a task from this body.
+    /// Builds a request that creates a task from this body.
     pub(crate) fn create(&self, body: Value) -> Request {
         self.post(self.tasks()).json(body)
     }
@@ -116,9 +98,9 @@ pub(crate) fn base64url(bytes: &[u8]) -> String {
             .iter()
             .fold(0, |bits, byte| bits << 8 | u32::from(*byte))
             << (8 * (3 - chunk.len()));
-        for place in 0..=chunk.len() {
+        for position in 0..=chunk.len() {
             text.push(char::from(
-                ALPHABET[(bits >> (18 - 6 * place) & 63) as usize],
+                ALPHABET[(bits >> (18 - 6 * position) & 63) as usize],
             ));
         }
     }
