@@ -1,4 +1,4 @@
-//! Registration, login and the account: the contract's table, row by row.
+//! Registration, login and accounts.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use crate::harness::{PASSWORD, Response, Server, User, claims, forge};
 use crate::sessions::assert_revoked;
 use crate::tokens;
 
-/// A password that no user has before changing to it.
+/// A password to change to, which no user has initially.
 pub(crate) const ANOTHER_PASSWORD: &str = "violet tugboat 41 sings";
 
 pub(crate) async fn login(server: &Server, email: &str, password: &str) -> Response {
@@ -74,7 +74,7 @@ pub(crate) async fn logout(server: &Server, access_token: &str) -> Response {
         .await
 }
 
-/// A string member of a body.
+/// Returns a string member of a body.
 pub(crate) fn text(body: &Value, member: &str) -> String {
     body[member]
         .as_str()
@@ -82,13 +82,13 @@ pub(crate) fn text(body: &Value, member: &str) -> String {
         .to_owned()
 }
 
-/// The names of an object's members.
+/// Returns the names of an object's members.
 pub(crate) fn members(body: &Value) -> BTreeSet<&str> {
     let members = body.as_object().expect("an object");
     members.keys().map(String::as_str).collect()
 }
 
-/// The pointers to the invalid fields of a 422 response.
+/// Returns the pointers to the invalid fields of a 422 response.
 pub(crate) fn pointers(problem: &Value) -> BTreeSet<String> {
     problem["errors"]
         .as_array()
@@ -102,7 +102,7 @@ pub(crate) fn pointers(problem: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-/// Asserts that a body is exactly the contract's token response for this address.
+/// Asserts that a body has exactly the members of a token response, for this address.
 pub(crate) fn assert_tokens(response: &Response, email: &str) -> Value {
     let body = response.json();
     let expected = [
@@ -122,7 +122,7 @@ pub(crate) fn assert_tokens(response: &Response, email: &str) -> Value {
     body
 }
 
-/// Asserts that a value is exactly the contract's user, and thus contains no hash.
+/// Asserts that a value has exactly the members of a user, and so contains no hash.
 fn assert_user(user: &Value, email: &str) {
     let expected = ["id", "email", "created_at", "updated_at"];
     assert_eq!(members(user), BTreeSet::from(expected));
@@ -130,16 +130,12 @@ fn assert_user(user: &Value, email: &str) {
     let id = text(user, "id");
     let parsed = uuid::Uuid::parse_str(&id).expect("a UUID");
     assert_eq!(parsed.get_version_num(), 7);
-    assert_eq!(
-        parsed.hyphenated().to_string(),
-        id,
-        "the canonical spelling"
-    );
+    assert_eq!(parsed.hyphenated().to_string(), id, "the canonical form");
     assert_time(&text(user, "created_at"));
     assert_time(&text(user, "updated_at"));
 }
 
-/// Asserts that a time has the contract's format, `2026-02-05T09:30:00.123456Z`.
+/// Asserts that a time has the format `2026-02-05T09:30:00.123456Z`.
 pub(crate) fn assert_time(time: &str) {
     let shape: String = time
         .chars()
@@ -150,16 +146,11 @@ pub(crate) fn assert_time(time: &str) {
 
 /// Counts a user's rows in a table.
 async fn count_rows(sql: &tokio_postgres::Client, table: &str, column: &str, user: &User) -> i64 {
-    sql.query_one(
-        &format!(
-            "select count(*) from {table} where {column} = '{}'",
-            user.id
-        ),
-        &[],
-    )
-    .await
-    .expect("a count")
-    .get(0)
+    let count = format!(
+        "select count(*) from {table} where {column} = '{}'",
+        user.id
+    );
+    sql.query_one(&count, &[]).await.expect("a count").get(0)
 }
 
 /// FR-011, FR-014.
@@ -172,11 +163,8 @@ async fn registration_creates_an_account_and_returns_tokens() {
     assert_eq!(response.header("location"), "/api/v1/auth/me");
     let body = assert_tokens(&response, "ann@example.com");
 
-    let me = server
-        .get("/api/v1/auth/me")
-        .bearer(&text(&body, "access_token"))
-        .await
-        .expect(200);
+    let me = server.get("/api/v1/auth/me");
+    let me = me.bearer(&text(&body, "access_token")).await.expect(200);
     assert_eq!(me.header("cache-control"), "no-store");
     assert_user(&me.json(), "ann@example.com");
     assert_eq!(me.json(), body["user"]);
@@ -196,11 +184,11 @@ async fn login_returns_tokens_of_a_new_session() {
         claims(&text(&body, "access_token"))["sid"],
         ann.session_id.as_str()
     );
-    // The session of the registration continues.
+    // The session from the registration is still valid.
     assert_signed_in(&server, &ann.access_token).await;
 }
 
-/// FR-001, FR-002, FR-016. Decoded without the library that encoded it.
+/// FR-001, FR-002, FR-016. Decodes the token without the library that encoded it.
 #[tokio::test]
 async fn access_tokens_identify_the_user_and_expire_after_a_day() {
     let server = Server::start().await;
@@ -251,11 +239,11 @@ async fn passwords_are_stored_as_bcrypt_hashes_of_the_configured_cost() {
     let server = Server::with(&[("BCRYPT_COST", "11")]).await;
     let ann = server.register("ann@example.com").await;
     let sql = server.sql().await;
-    let hash: String = sql
-        .query_one("select password_hash from users", &[])
-        .await
-        .expect("the user")
-        .get(0);
+    let stored_hash = async || -> String {
+        let row = sql.query_one("select password_hash from users", &[]).await;
+        row.expect("the user").get(0)
+    };
+    let hash = stored_hash().await;
     assert!(hash.starts_with("$2b$11$"), "{hash}");
     assert_eq!(hash.len(), 60);
     assert!(bcrypt::verify(&ann.password, &hash).expect("a hash"));
@@ -263,11 +251,7 @@ async fn passwords_are_stored_as_bcrypt_hashes_of_the_configured_cost() {
     change_password(&server, &ann.access_token, PASSWORD, ANOTHER_PASSWORD)
         .await
         .expect(200);
-    let hash: String = sql
-        .query_one("select password_hash from users", &[])
-        .await
-        .expect("the user")
-        .get(0);
+    let hash = stored_hash().await;
     assert!(hash.starts_with("$2b$11$"), "{hash}");
     assert!(bcrypt::verify(ANOTHER_PASSWORD, &hash).expect("a hash"));
 }
@@ -536,7 +520,7 @@ async fn rejects_invalid_bodies_and_reports_all_invalid_fields() {
 
 /// FR-015.
 #[tokio::test]
-async fn one_of_thirty_concurrent_registrations_of_an_address_succeeds() {
+async fn one_of_thirty_concurrent_registrations_with_one_address_succeeds() {
     let server = Server::start().await;
     let other = server.sibling(&[]).await;
     let statuses = join_all((0..30).map(|n| {
@@ -561,21 +545,14 @@ async fn one_of_thirty_concurrent_registrations_of_an_address_succeeds() {
     let taken = statuses.iter().filter(|&&status| status == 409).count();
     assert_eq!((created, taken), (1, 29), "{statuses:?}");
     let sql = server.sql().await;
-    let counts: (i64, i64) = {
-        let row = sql
-            .query_one(
-                "select (select count(*) from users), (select count(*) from sessions)",
-                &[],
-            )
-            .await
-            .expect("counts");
-        (row.get(0), row.get(1))
-    };
+    let counts = "select (select count(*) from users), (select count(*) from sessions)";
+    let row = sql.query_one(counts, &[]).await.expect("counts");
+    let counts: (i64, i64) = (row.get(0), row.get(1));
     assert_eq!(counts, (1, 1), "users and sessions");
 }
 
 #[tokio::test]
-async fn a_wrong_password_and_an_unknown_account_get_401() {
+async fn returns_401_for_a_wrong_password_or_an_unknown_account() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     for (email, password) in [

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server};
 use serde_json::json;
 
-/// Runs a command with this standard input, and with these variables alone in its environment.
+/// Runs a command with this standard input and only these environment variables.
 fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_todo-api"))
         .args(arguments)
@@ -18,14 +18,14 @@ fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("the binary starts");
+        .expect("the program starts");
     child
         .stdin
         .take()
         .expect("a standard input")
         .write_all(input.as_bytes())
         .ok();
-    child.wait_with_output().expect("the binary ends")
+    child.wait_with_output().expect("the program exits")
 }
 
 fn stdout(output: &Output) -> String {
@@ -36,7 +36,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// With combining accents, as some terminals send it.
+/// Contains combining accents, which some terminals send.
 const NEW_PASSWORD: &str = "seven Co\u{308}pper ke\u{301}ttles";
 
 fn set_password(email: &str, password: &str, variables: &[(&str, &str)]) -> Output {
@@ -45,7 +45,7 @@ fn set_password(email: &str, password: &str, variables: &[(&str, &str)]) -> Outp
 }
 
 #[tokio::test]
-async fn set_password_lifts_lockouts_and_revokes_sessions() {
+async fn set_password_clears_lockouts_and_revokes_sessions() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let ben = server.user().await;
@@ -79,7 +79,7 @@ async fn set_password_lifts_lockouts_and_revokes_sessions() {
         .json(json!({"refresh_token": ann.refresh_token}))
         .await
         .problem(401, "invalid_refresh_token");
-    // No lockout of the account is left, and other users are not affected.
+    // Only the lockouts of the two other accounts are left.
     let left = "select count(distinct account) from login_failures";
     let left: i64 = sql.query_one(left, &[]).await.expect("a count").get(0);
     assert_eq!(left, 2);
@@ -98,7 +98,7 @@ async fn set_password_lifts_lockouts_and_revokes_sessions() {
 }
 
 #[tokio::test]
-async fn set_password_and_check_work_beside_a_running_service() {
+async fn set_password_and_check_work_while_the_service_runs() {
     let data = DataDir::new();
     let service = Process::spawn(
         &[],
@@ -138,10 +138,10 @@ async fn only_serve_creates_a_database() {
         let output = run(arguments, &variables, &format!("{NEW_PASSWORD}\n"));
         assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
         if code == 1 {
-            let said = stderr(&output);
+            let error = stderr(&output);
             assert!(
-                said.contains("no database") && said.contains(data.text()),
-                "{said}"
+                error.contains("no database") && error.contains(data.text()),
+                "{error}"
             );
         }
         assert!(!data.path().exists(), "{arguments:?} created a directory");
@@ -167,7 +167,7 @@ async fn commands_start_a_stopped_embedded_postgres_and_stop_it_again() {
 }
 
 #[tokio::test]
-async fn errors_of_set_password_name_the_database() {
+async fn set_password_errors_name_the_database() {
     let server = Server::start().await;
     let url = server.database_url();
     let variables = [("DATABASE_URL", url.as_str()), ("JWT_SECRET", SECRET)];
@@ -177,7 +177,7 @@ async fn errors_of_set_password_name_the_database() {
 }
 
 #[test]
-fn closed_and_full_output_streams_cause_no_panic() {
+fn does_not_panic_if_an_output_stream_is_closed_or_full() {
     let data = DataDir::new();
     let run = |command: &str, stdout: Stdio, stderr: Stdio| {
         Command::new(env!("CARGO_BIN_EXE_todo-api"))
@@ -187,10 +187,10 @@ fn closed_and_full_output_streams_cause_no_panic() {
             .stderr(stderr)
             .spawn()
             .and_then(|child| child.wait_with_output())
-            .expect("the binary ends")
+            .expect("the program exits")
     };
     for command in ["--help", "--version", "check"] {
-        // A closed pipe, as `| head -1` leaves it.
+        // A closed pipe, as in `todo-api --help | head -1`.
         let (reader, writer) = std::io::pipe().expect("a pipe");
         drop(reader);
         let output = run(command, writer.into(), Stdio::piped());
@@ -204,17 +204,17 @@ fn closed_and_full_output_streams_cause_no_panic() {
                 Stdio::piped(),
             );
             assert_eq!(output.status.code(), Some(1), "{command}");
-            let said = stderr(&output);
+            let error = stderr(&output);
             assert!(
-                said.contains("cannot write to standard output"),
-                "{command}: {said}"
+                error.contains("cannot write to standard output"),
+                "{command}: {error}"
             );
-            assert_eq!(said.lines().count(), 1, "{command}: {said}");
+            assert_eq!(error.lines().count(), 1, "{command}: {error}");
             let also_full = full.try_clone().expect("a file").into();
             assert_eq!(run(command, full.into(), also_full).status.code(), Some(1));
         }
     }
-    // stderr, where errors go, may be closed as well.
+    // stderr may be closed as well.
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
     assert_eq!(
@@ -258,14 +258,14 @@ async fn check_prints_each_setting_and_its_source_but_no_secret() {
     ] {
         assert!(output.contains(line), "{line} is not in {output}");
     }
-    // It fits on one screen.
+    // The help text fits on one screen.
     assert!(
         help.lines().count() <= 40 && help.lines().all(|line| line.len() <= 100),
         "{help}"
     );
 }
 
-/// The names and defaults of all settings, as `check` prints them; `None` for no default.
+/// Returns the names and defaults of all settings, as `check` prints them; `None` for no default.
 fn settings() -> Vec<(String, Option<String>)> {
     let data = DataDir::new();
     let output = run(&["check"], &[("DATA_DIR", data.text())], "");
@@ -302,7 +302,7 @@ fn help_readme_and_example_file_agree_with_the_settings() {
             .unwrap_or_else(|| panic!("README.md has no row for {name}"));
         let cells: Vec<&str> = row.split('|').collect();
         assert!(cells[2].contains(default), "{row} lacks {default}");
-        // The unit sets the directory, the socket the address; secrets are credentials.
+        // The units set the data directory and the address, and pass secrets as credentials.
         if !["DATABASE_URL", "DATA_DIR", "LISTEN_ADDR"].contains(&&**name)
             && !name.starts_with("JWT_")
         {
@@ -318,10 +318,10 @@ fn help_readme_and_example_file_agree_with_the_settings() {
             );
         }
     }
-    let known = |name: &str| settings.iter().any(|(known, _)| known == name);
+    let is_known = |name: &str| settings.iter().any(|(known, _)| known == name);
     for line in example.lines().filter_map(|line| line.strip_prefix('#')) {
         if let Some((name, _)) = line.split_once('=').filter(|(name, _)| !name.contains(' ')) {
-            assert!(known(name), "the example file has an unknown {name}");
+            assert!(is_known(name), "the example file has an unknown {name}");
         }
     }
 }
@@ -335,16 +335,6 @@ async fn check_fails_fast_if_the_database_is_unreachable() {
     let output = run(&["check"], &variables, "");
     assert_eq!(output.status.code(), Some(1));
     assert!(stdout(&output).contains("cannot be used"));
-}
-
-#[tokio::test]
-async fn registration_can_be_closed() {
-    let server = Server::with(&[("REGISTRATION", "closed")]).await;
-    server
-        .post("/api/v1/auth/register")
-        .json(json!({"email": "ann@example.com", "password": PASSWORD}))
-        .await
-        .problem(403, "registration_closed");
 }
 
 #[tokio::test]

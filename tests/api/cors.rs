@@ -1,4 +1,4 @@
-//! Cross-origin requests: pages of the configured origins can use the API, all others cannot.
+//! Cross-origin requests: pages of configured origins can use the API, pages of other origins cannot.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::harness::{Response, Server, User};
 const ALLOWED: &str = "https://todo.example";
 const ALSO_ALLOWED: &str = "http://localhost:5173";
 
-/// Origins that are not allowed, though some resemble an allowed one.
+/// Origins that are not allowed; some resemble an allowed one.
 const OTHER_ORIGINS: [&str; 11] = [
     "https://evil.example",
     "https://todo.example.evil.example",
@@ -209,7 +209,7 @@ async fn a_preflight_from_an_allowed_origin_returns_204_for_any_path_without_aut
         !server.log().contains("authentication failed"),
         "a preflight is not a failed authentication"
     );
-    // Neither of these is a preflight from an allowed origin.
+    // These are not preflights from an allowed origin.
     let other = server
         .request(Method::OPTIONS, "/nowhere")
         .header("origin", OTHER_ORIGINS[0])
@@ -256,7 +256,7 @@ async fn origins_are_normalized() {
     }
 }
 
-/// Requests that need no token, which a page of any origin could send.
+/// Returns the requests that need no token, so that a page of any origin could send them.
 fn bodies(user: &User) -> Vec<(&'static str, Value)> {
     let credentials = json!({"email": user.email, "password": user.password});
     let refresh = json!({"refresh_token": user.refresh_token});
@@ -296,8 +296,8 @@ async fn rejects_a_body_without_content_type_from_another_origin() {
                 .await
                 .problem(415, "unsupported_media_type");
         }
-        let elsewhere = Some(("x-forwarded-host", "other.example"));
-        send("https://own.example", elsewhere)
+        let other_host = Some(("x-forwarded-host", "other.example"));
+        send("https://own.example", other_host)
             .await
             .problem(415, "unsupported_media_type");
     }

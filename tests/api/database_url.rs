@@ -1,6 +1,6 @@
 //! `DATABASE_URL` is parsed as libpq does, or rejected without revealing any part of the password.
 //!
-//! `psql`, which uses libpq, and the service connect to a server that records what they send.
+//! `psql`, which uses libpq, and the service connect to a server that records their messages.
 
 use std::{collections::BTreeMap, env, fs};
 
@@ -14,7 +14,7 @@ use tokio::{
 
 use crate::harness::{DataDir, Process, SECRET};
 
-/// What a client sent before it was rejected.
+/// The messages of a client before it was rejected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Startup {
     transport: &'static str,
@@ -36,7 +36,7 @@ impl Listener {
         let (sender, received) = mpsc::unbounded_channel();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        // Fails if the port is in use or there is no IPv6.
+        // Fails if the port is in use or IPv6 is unavailable.
         let second = TcpListener::bind(("::1", port)).await.ok();
         let directory = DataDir::new();
         let path = directory.parent().join(format!(".s.PGSQL.{port}"));
@@ -91,7 +91,7 @@ impl Listener {
         process.output() + &process.log()
     }
 
-    /// What a client sent; it may arrive after the client has exited.
+    /// Returns the messages of a client, which may arrive after it has exited.
     async fn received(&mut self) -> Option<Startup> {
         timeout(Duration::from_secs(10), self.received.recv())
             .await
@@ -135,7 +135,7 @@ async fn read_startup(
         .chunks_exact(2)
         .map(|pair| (pair[0].clone(), pair[1].clone()))
         .collect();
-    // Requests a clear-text password.
+    // AuthenticationCleartextPassword
     stream.write_all(b"R\0\0\0\x08\0\0\0\x03").await?;
     if stream.read_u8().await? == b'p' {
         let packet = read_packet(stream).await?;
@@ -156,7 +156,7 @@ async fn read_packet(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<V
     Ok(packet)
 }
 
-/// What has to be equal: without the clients' own names, and with the defaults filled in.
+/// Removes the parameters that may differ between the clients, and fills in defaults.
 fn comparable(startup: Option<Startup>, url: &str) -> Option<Startup> {
     let mut startup = startup?;
     let parameters = &mut startup.parameters;
@@ -260,17 +260,25 @@ async fn accepts_parameters_of_other_tools() {
     assert_eq!(received.password.as_deref(), Some("hunter2"), "{output}");
 }
 
-/// A URL that is rejected, and a part of the error. `libpq` is whether libpq rejects it, too.
+/// A URL that is rejected.
 struct Rejected {
     url: &'static str,
-    says: &'static str,
+    /// Part of the error message.
+    message: &'static str,
+    /// Whether libpq rejects it as well.
     libpq: bool,
 }
 
 #[tokio::test]
 async fn rejects_ambiguous_urls_without_revealing_the_password() {
     const ENCODE: &str = "percent-encode the password";
-    let rejected = |says, libpq| move |url| Rejected { url, says, libpq };
+    let rejected = |message, libpq| {
+        move |url| Rejected {
+            url,
+            message,
+            libpq,
+        }
+    };
     let encode = [
         "postgres://ann:hun/ter2@127.0.0.1:PORT/todo",
         "postgres://ann:hun%ter2@127.0.0.1:PORT/todo",
@@ -283,7 +291,7 @@ async fn rejects_ambiguous_urls_without_revealing_the_password() {
         "postgres://ann@127.0.0.1:PORT/todo?password=hun&ter2=x",
         "postgres://ann@127.0.0.1:PORT/todo?password=hun=ter2",
     ];
-    // libpq, or an older libpq, would take part of these passwords for something else.
+    // libpq, or an older version of it, misinterprets these passwords.
     let service_only = [
         "postgres://ann:hun@ter2@127.0.0.1:PORT/todo",
         "postgres://ann:hunter2@@127.0.0.1:PORT/todo",
@@ -388,30 +396,30 @@ async fn rejects_ambiguous_urls_without_revealing_the_password() {
         .map(rejected(ENCODE, true))
         .into_iter()
         .chain(service_only.map(rejected(ENCODE, false)))
-        .chain(others.map(|(url, says, libpq)| Rejected { url, says, libpq }));
-    let tried = cases.map(async |case| {
+        .chain(others.map(|(url, message, libpq)| rejected(message, libpq)(url)));
+    let results = cases.map(async |case| {
         let mut listener = Listener::start().await;
         let url = listener.url(case.url);
         let variables = [("DATABASE_URL", &*url), ("JWT_SECRET", SECRET)];
         let process = Process::spawn(&["check"], &variables);
         let code = process.ended().await.code();
         let output = process.output() + &process.log();
-        let shows = |part: &str| output.contains(part);
+        let contains = |part: &str| output.contains(part);
         if case.libpq {
             listener.psql(&url).await;
         }
         sleep(Duration::from_millis(100)).await;
         let received = listener.received.try_recv().ok();
-        let is_right = code == Some(1)
+        let is_expected = code == Some(1)
             && received.is_none()
             && output.lines().count() == 1
-            && shows("DATABASE_URL")
-            && shows(case.says)
-            && !["hun", "ter2", "80"].into_iter().any(shows);
-        (!is_right).then(|| format!("{}: {code:?} {received:?} {output}", case.url))
+            && contains("DATABASE_URL")
+            && contains(case.message)
+            && !["hun", "ter2", "80"].into_iter().any(contains);
+        (!is_expected).then(|| format!("{}: {code:?} {received:?} {output}", case.url))
     });
-    let wrong: Vec<String> = join_all(tried).await.into_iter().flatten().collect();
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let failures: Vec<String> = join_all(results).await.into_iter().flatten().collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The embedded PostgreSQL: no acknowledged write is lost, whichever process is killed.
+//! The embedded PostgreSQL: its lifecycle, durability and file permissions.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ async fn serve(directory: &DataDir) -> Server {
     Server::with(&[("DATA_DIR", directory.text())]).await
 }
 
-/// A server with one user, who has one task.
+/// Starts a server and creates a user with one task.
 async fn start_with_a_task(directory: &DataDir) -> (Server, User, Value) {
     let server = serve(directory).await;
     let user = server.user().await;
@@ -28,14 +28,10 @@ async fn start_with_a_task(directory: &DataDir) -> (Server, User, Value) {
     (server, user, task)
 }
 
-/// The old token is valid, the task is unchanged, and another one can be created.
+/// Asserts that the user's token is still valid, that the task is unchanged, and that another task can
+/// be created.
 async fn assert_data_kept(server: &Server, user: &User, task: &Value) {
-    let list = server
-        .get(user.tasks())
-        .bearer(&user.access_token)
-        .await
-        .expect(200)
-        .json();
+    let list = user.on(server).get(user.tasks()).await.expect(200).json();
     assert_eq!(list, Value::Array(vec![task.clone()]));
     let login = server.login(&user.email, &user.password).await;
     assert_eq!(login.id, user.id);
@@ -43,7 +39,7 @@ async fn assert_data_kept(server: &Server, user: &User, task: &Value) {
     assert_eq!(second["user_id"], *user.id);
 }
 
-/// Starts the service without waiting for it.
+/// Starts the service without waiting until it is ready.
 fn spawn(directory: &DataDir) -> Process {
     let listen = ("LISTEN_ADDR", "127.0.0.1:0");
     Process::spawn(&[], &[("DATA_DIR", directory.text()), listen])
@@ -60,7 +56,7 @@ fn running_postgres(directory: &DataDir) -> Pid {
 }
 
 #[tokio::test]
-async fn needs_only_a_data_directory() {
+async fn requires_only_a_data_directory() {
     let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     assert_data_kept(&server, &user, &task).await;
@@ -88,7 +84,7 @@ async fn data_survives_a_restart() {
     assert_data_kept(&serve(&directory).await, &user, &task).await;
 }
 
-/// The number of processes whose working directory is the cluster: the postmaster and its children.
+/// Counts the processes whose working directory is the cluster: the postmaster and its children.
 fn postgres_processes(directory: &DataDir) -> usize {
     let cluster = directory.path().join("cluster");
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -98,7 +94,7 @@ fn postgres_processes(directory: &DataDir) -> usize {
 }
 
 #[tokio::test]
-async fn postgres_ends_when_the_service_is_killed() {
+async fn postgres_exits_when_the_service_is_killed() {
     let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let postgres = running_postgres(&directory);
@@ -118,7 +114,7 @@ async fn stops_a_stale_postgres_before_starting_another() {
     let (server, user, task) = start_with_a_task(&directory).await;
     let programs = programs(&directory);
     assert_eq!(server.stop().await.code(), Some(0));
-    // As on systems without a parent-death signal.
+    // Systems without a parent-death signal leave such a process behind.
     let cluster = directory.path().join("cluster");
     let mut command = as_owner_of(&cluster, programs.join("postgres"));
     let mut stale = command
@@ -128,7 +124,7 @@ async fn stops_a_stale_postgres_before_starting_another() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    until("it runs", async || directory.postgres().is_some()).await;
+    until("PostgreSQL runs", async || directory.postgres().is_some()).await;
     let server = serve(&directory).await;
     assert!(
         !is_alive(Pid::from_child(&stale)),
@@ -138,13 +134,13 @@ async fn stops_a_stale_postgres_before_starting_another() {
     assert_data_kept(&server, &user, &task).await;
 }
 
-/// The directory of the programs of the running PostgreSQL.
+/// Returns the directory of the running PostgreSQL's programs.
 fn programs(directory: &DataDir) -> PathBuf {
     let postgres = fs::read_link(format!("/proc/{}/exe", running_postgres(directory))).unwrap();
     postgres.parent().unwrap().to_owned()
 }
 
-/// A command that runs as the owner of this file.
+/// Builds a command that runs as the owner of this file.
 fn as_owner_of(path: &Path, program: PathBuf) -> Command {
     let mut command = Command::new(program);
     command.current_dir("/");
@@ -166,12 +162,7 @@ async fn restarts_a_killed_postgres() {
             directory
                 .postgres()
                 .is_some_and(|postgres| postgres != killed)
-                && server
-                    .get(user.tasks())
-                    .bearer(&user.access_token)
-                    .await
-                    .status
-                    == 200
+                && user.get(user.tasks()).await.status == 200
         })
         .await;
     }
@@ -249,7 +240,7 @@ async fn recovers_from_an_interrupted_initdb() {
 }
 
 #[tokio::test]
-async fn a_second_service_on_one_directory_exits() {
+async fn exits_if_another_service_uses_the_directory() {
     let directory = DataDir::initialized().await;
     let (server, user, task) = start_with_a_task(&directory).await;
     let second = spawn(&directory);
@@ -285,7 +276,7 @@ async fn other_users_cannot_access_private_files() {
     ] {
         assert_eq!(mode(name), expected, "{name}");
     }
-    // If root runs the service, PostgreSQL's user may traverse the directory; no user may list it.
+    // If root runs the service, PostgreSQL's user may traverse the directory, but no other user may list it.
     assert_eq!(mode("") & 0o066, 0);
     assert_eq!(server.stop().await.code(), Some(0));
 }
@@ -379,7 +370,7 @@ fn rejects_a_secret_that_is_readable_by_others_or_too_short() {
 }
 
 #[tokio::test]
-async fn supports_paths_that_are_too_long_for_a_socket() {
+async fn supports_data_directories_whose_path_is_too_long_for_a_socket() {
     let directory = DataDir::named(&"x".repeat(100));
     let parent = directory.parent();
     let elsewhere = || {
@@ -413,13 +404,13 @@ async fn supports_special_characters_in_the_path() {
 }
 
 #[tokio::test]
-async fn ignores_a_lock_file_with_a_reused_pid() {
+async fn ignores_a_lock_file_whose_pid_was_reused() {
     let other = DataDir::new();
     let other_postgres = Postgres::start(other.path()).await.unwrap();
     let directory = DataDir::new();
     create_cluster(&directory).await;
-    // As after a crash, if another process has the pid since. PostgreSQL would take that process for
-    // a server on this cluster, because the same user runs it.
+    // After a crash, another process may get the pid. PostgreSQL would assume that this process serves
+    // the cluster, because the same user runs it.
     let pid = running_postgres(&other);
     for file in ["cluster/postmaster.pid", "socket/.s.PGSQL.5432.lock"] {
         fs::write(directory.path().join(file), format!("{pid}\n")).unwrap();
@@ -458,11 +449,11 @@ async fn reports_why_postgres_cannot_start() {
 #[tokio::test]
 async fn only_root_and_the_service_user_can_connect() {
     if !geteuid().is_root() {
-        // Other users cannot enter the socket directory, and PostgreSQL runs as this user.
+        // PostgreSQL runs as the same user, and other users cannot enter the socket directory.
         return;
     }
     let directory = DataDir::new();
-    // A cluster as earlier versions created it, with rules that trust every local user.
+    // Earlier versions created clusters that trust every local user.
     create_cluster(&directory).await;
     let rules = directory.path().join("cluster/pg_hba.conf");
     fs::write(&rules, "local all all trust\n").unwrap();
@@ -509,19 +500,19 @@ async fn rejects_another_users_directory_link_or_secret() {
         error.contains(directory.text()) && error.contains("another user"),
         "{error}"
     );
-    // Nor is a symbolic link that another user has created.
+    // A symbolic link that another user has created.
     let link = directory.parent().join("link");
     symlink(directory.path(), &link).unwrap();
     chown(directory.path(), Some(0), None).unwrap();
     std::os::unix::fs::lchown(&link, Some(OTHER_USER), None).unwrap();
     assert!(start_error(&link).await.contains("another user"));
-    // Nor is another user's secret in a directory of this user.
+    // Another user's secret in a directory of this user.
     chown(&secret, Some(OTHER_USER), None).unwrap();
     let error = embedded_postgres::jwt_secret(directory.path())
         .unwrap_err()
         .to_string();
     assert!(error.contains("another user"), "{error}");
-    // Nor another user's cluster, whose owner would otherwise run PostgreSQL.
+    // Another user's cluster, whose owner would run PostgreSQL.
     let cluster = directory.path().join("cluster");
     fs::create_dir(&cluster).unwrap();
     chown(&cluster, Some(12_345), None).unwrap();
@@ -585,7 +576,7 @@ async fn does_not_follow_symbolic_links() {
 }
 
 #[tokio::test]
-async fn names_a_directory_that_cannot_be_created() {
+async fn reports_a_directory_that_cannot_be_created() {
     let directory = DataDir::new();
     let file = directory.parent().join("file");
     fs::write(&file, "").unwrap();
@@ -644,13 +635,13 @@ async fn a_failed_first_start_on_a_full_disk_leaves_no_files() {
     let log = process.log();
     let line = log.lines().last().unwrap_or_default();
     assert!(line.contains("No space left on device"), "{log}");
-    assert_eq!(process.output(), "", "files are left");
+    assert_eq!(process.output(), "", "files were left");
 }
 
 #[tokio::test]
-async fn names_a_directory_that_postgres_cannot_reach() {
+async fn reports_a_directory_that_postgres_cannot_access() {
     if !geteuid().is_root() {
-        // Other users run PostgreSQL as themselves.
+        // PostgreSQL runs as the same user.
         return;
     }
     let directory = DataDir::new();
@@ -675,7 +666,7 @@ async fn assert_responds(postgres: &Postgres) {
     assert_eq!(name, "todo");
 }
 
-/// Starts PostgreSQL in this directory, which must fail, and returns the error.
+/// Asserts that PostgreSQL cannot be started in this directory, and returns the error.
 async fn start_error(directory: &Path) -> String {
     let error = match Postgres::start(directory).await {
         Ok(_) => panic!("PostgreSQL has started"),

@@ -1,8 +1,7 @@
-//! Fuzz tests: the service responds to whatever a client sends. No 500, no connection that closes
-//! without a response, no crash. proptest generates the cases around what the parsers read: path,
-//! query, headers, JSON, tokens, and the bytes of HTTP itself.
+//! Fuzz tests: the service responds to any input, without a 500, a connection that closes without a
+//! response, or a crash. proptest generates paths, queries, headers, JSON, tokens and raw HTTP.
 //!
-//! A few thousand cases by default; `FUZZ_CASES=1000000` runs a million of each kind.
+//! By default 500 cases of each kind; `FUZZ_CASES` sets the number.
 
 use std::{cell::RefCell, env, net::SocketAddr};
 
@@ -28,7 +27,7 @@ const CLOSED: &str = "closed without a response";
 struct FuzzClient {
     address: SocketAddr,
     connection: Option<Wire>,
-    /// Whether each case has a connection of its own, because it may not be exactly one request.
+    /// Whether each case uses a new connection, because it may not be exactly one request.
     one_shot: bool,
 }
 
@@ -129,7 +128,7 @@ fn method() -> impl Strategy<Value = String> {
     .prop_filter("CONNECT opens a tunnel", |method| method != "CONNECT")
 }
 
-/// Unusual text. Callers percent-encode it where it becomes part of a target.
+/// Generates unusual text, which callers percent-encode if it becomes part of a target.
 fn unusual_text() -> impl Strategy<Value = String> {
     prop_oneof![
         "[ -~]{0,20}",
@@ -146,7 +145,7 @@ fn encoded(text: &str) -> String {
     percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
-/// A path segment: part of a route, an id, encoded text, or bytes that are not UTF-8.
+/// Generates path segments: parts of routes, ids, encoded text, and bytes that are not UTF-8.
 fn segment(user: &User) -> impl Strategy<Value = String> + use<> {
     prop_oneof![
         3 => prop::sample::select(vec![
@@ -162,7 +161,7 @@ fn segment(user: &User) -> impl Strategy<Value = String> + use<> {
     ]
 }
 
-/// A path close to a route, or an arbitrary one.
+/// Generates routes, similar paths and arbitrary ones.
 fn path(user: &User) -> impl Strategy<Value = String> + use<> {
     let tasks = user.tasks();
     let routes = vec![
@@ -238,7 +237,7 @@ async fn responds_to_any_path_and_query() {
     .await;
 }
 
-/// JSON values of every type, including almost valid ones.
+/// Generates JSON values of every type, including almost valid ones.
 fn value() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -487,7 +486,7 @@ async fn responds_to_any_bytes() {
                     _ => bytes[at] = byte,
                 }
             }
-            // Terminate the head, and provide the bytes that a Content-Length may announce.
+            // Terminate the head, and send the number of bytes that a Content-Length may have promised.
             bytes.extend(b"\r\n\r\n");
             bytes.extend([b'0'; 64]);
             bytes.extend(b"\r\n\r\n");

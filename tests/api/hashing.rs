@@ -3,22 +3,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::future::join_all;
-use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::auth::{login, register};
+use crate::faults::raise_file_limit;
 use crate::harness::{PASSWORD, Server};
-
-/// Raises the limit on open files to the maximum, because every concurrent login has a socket.
-fn raise_file_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).expect("a higher limit");
-}
 
 #[tokio::test]
 async fn sheds_logins_when_the_hash_queue_is_full_while_reads_continue() {
     raise_file_limit();
-    // More than the queue holds; its capacity grows with the number of cores.
+    // More than the capacity of the queue, which grows with the number of cores.
     let clients = 200 * std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let server = Server::with(&[("BCRYPT_COST", "11")]).await;
     let ann = server.user().await;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Server, User, Wire, WireResponse, head};
 
-/// A path of every route, with the methods of the route.
+/// Returns a path for every route, with the methods of the route.
 fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
     let session = format!("/api/v1/auth/sessions/{}", user.session_id);
     let complete = format!("{}/complete", user.path_of(task));
@@ -32,7 +32,7 @@ fn routes(user: &User, task: &Value) -> Vec<(String, Vec<&'static str>)> {
     ]
 }
 
-/// The methods that `Allow` must list for a route with these methods.
+/// Returns the methods that `Allow` must list for a route with these methods.
 fn allow(methods: &[&'static str]) -> BTreeSet<String> {
     let mut all: BTreeSet<_> = methods.iter().map(|method| method.to_string()).collect();
     all.insert("OPTIONS".into());
@@ -298,7 +298,7 @@ async fn accepts_a_target_in_absolute_form() {
 }
 
 #[tokio::test]
-async fn decodes_each_segment_of_a_path_by_itself() {
+async fn decodes_each_path_segment_separately() {
     let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let first = format!("%{:02X}", ann.id.as_bytes()[0]);
@@ -409,7 +409,7 @@ async fn responds_to_pipelined_requests_in_order() {
 }
 
 #[tokio::test]
-async fn finds_the_next_request_however_the_stream_is_split() {
+async fn finds_each_request_wherever_the_stream_is_split() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
@@ -479,7 +479,7 @@ async fn serves_the_request_after_a_rejected_one_or_closes_the_connection() {
 }
 
 #[tokio::test]
-async fn closes_the_connection_if_the_client_says_so() {
+async fn closes_the_connection_if_the_client_requests_it() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let token = Some(ann.access_token.as_str());
@@ -552,20 +552,20 @@ async fn rejects_a_missing_duplicate_or_malformed_host() {
 async fn returns_and_logs_a_valid_request_id() {
     let server = Server::start().await;
     let ann = server.user().await;
-    for sane in ["a", "Client-7.request_9", &"x".repeat(128)] {
-        let response = server.get(ann.tasks()).header("x-request-id", sane).await;
-        assert_eq!(response.header("x-request-id"), sane);
+    for valid in ["a", "Client-7.request_9", &"x".repeat(128)] {
+        let response = server.get(ann.tasks()).header("x-request-id", valid).await;
+        assert_eq!(response.header("x-request-id"), valid);
         response.problem(401, "missing_token");
-        server.wait_for_log(&format!("request_id={sane}")).await;
+        server.wait_for_log(&format!("request_id={valid}")).await;
     }
 }
 
 #[tokio::test]
-async fn replaces_an_invalid_request_id_by_a_unique_one() {
+async fn replaces_an_invalid_request_id_with_a_unique_one() {
     let server = Server::shared().await;
     let mut seen = BTreeSet::new();
     let long = "x".repeat(129);
-    for insane in [
+    for invalid in [
         "", " ", "a b", "a\"b", "a\tb", "a=b", "é", "a,b", "../x", &long,
     ] {
         let mut wire = Wire::open(server).await;
@@ -573,7 +573,7 @@ async fn replaces_an_invalid_request_id_by_a_unique_one() {
             "GET",
             "/nowhere",
             None,
-            &format!("X-Request-Id: {insane}\r\n"),
+            &format!("X-Request-Id: {invalid}\r\n"),
         ))
         .await;
         let response = wire.response().await;
@@ -581,7 +581,7 @@ async fn replaces_an_invalid_request_id_by_a_unique_one() {
             .header("x-request-id")
             .expect("X-Request-Id")
             .to_owned();
-        assert_ne!(id, insane);
+        assert_ne!(id, invalid);
         assert!(
             !id.is_empty()
                 && id
@@ -624,7 +624,7 @@ async fn every_response_has_a_request_id_and_nosniff() {
 }
 
 #[tokio::test]
-async fn responses_of_the_api_are_not_cached() {
+async fn api_responses_must_not_be_cached() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
@@ -655,7 +655,7 @@ async fn responses_of_the_api_are_not_cached() {
     ] {
         assert_eq!(response.header("cache-control"), "no-store");
     }
-    // The same for encoded paths.
+    // Percent-encoded paths.
     for path in [
         ann.tasks().replace("/api", "/%61pi"),
         ann.tasks().replace("/v1", "/v%31"),
@@ -665,7 +665,7 @@ async fn responses_of_the_api_are_not_cached() {
     }
 }
 
-// One test, so that the waits overlap. The timeouts are 10 s for a head and 20 s for a body.
+// A single test, so that the timeouts run concurrently: 10 s for a head, 20 s for a body.
 #[tokio::test]
 async fn closes_connections_of_stalled_and_slow_clients() {
     let server = Server::shared().await;
@@ -731,7 +731,7 @@ async fn closes_connections_of_stalled_and_slow_clients() {
     ann.get(ann.tasks()).await.expect(200);
 }
 
-/// Sends `bytes` again and again until the server responds or closes the connection.
+/// Sends `bytes` repeatedly until the server responds or closes the connection.
 async fn trickle(wire: &mut Wire, bytes: &str) -> Option<WireResponse> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {

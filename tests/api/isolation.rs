@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::harness::{Response, Server, User};
 
-/// Every operation below `/api/v1/{user_id}`: method, path and body.
+/// Returns every operation below `/api/v1/{user_id}`: method, path and body.
 fn operations(tasks: &str, id: &str) -> Vec<(Method, String, Option<Value>)> {
     let task = format!("{tasks}/{id}");
     let complete = format!("{task}/complete");
@@ -40,20 +40,16 @@ fn operations(tasks: &str, id: &str) -> Vec<(Method, String, Option<Value>)> {
     ]
 }
 
-async fn send(
-    server: &Server,
-    token: &str,
-    (method, path, body): &(Method, String, Option<Value>),
-) -> Response {
-    let request = server.request(method.clone(), path).bearer(token);
+async fn send(user: &User, (method, path, body): &(Method, String, Option<Value>)) -> Response {
+    let request = user.request(method.clone(), path);
     match body {
         Some(body) => request.json(body.clone()).await,
         None => request.await,
     }
 }
 
-/// Every row of `user`, with its `ctid` and `xmin`, so that an update that changes no value is
-/// detected as well.
+/// Returns every row of a user with its `ctid` and `xmin`, which also reveal an update that changes no
+/// value.
 async fn rows_of(server: &Server, user: &User) -> Vec<String> {
     let rows = "select r.ctid || ' ' || r.xmin || ' ' || r::text from users r where r.id = $1
                 union all
@@ -71,18 +67,12 @@ async fn rows_of(server: &Server, user: &User) -> Vec<String> {
 }
 
 /// Creates a user with two tasks, one of them completed and created with an idempotency key.
-async fn bob_and_his_tasks(server: &Server) -> (User, Value, Value) {
+async fn create_user_with_tasks(server: &Server) -> (User, Value, Value) {
     let bob = server.user().await;
     let open = bob.create_task("secret").await;
     let body = json!({"title": "secret, done", "completed": true});
-    let done = server
-        .post(bob.tasks())
-        .bearer(&bob.access_token)
-        .header("idempotency-key", "k")
-        .json(body)
-        .await
-        .expect(201)
-        .json();
+    let create = bob.create(body).header("idempotency-key", "k");
+    let done = create.await.expect(201).json();
     (bob, open, done)
 }
 
@@ -90,7 +80,7 @@ async fn bob_and_his_tasks(server: &Server) -> (User, Value, Value) {
 #[tokio::test]
 async fn returns_403_for_another_users_paths_and_changes_nothing() {
     let server = Server::shared().await;
-    let (bob, open, done) = bob_and_his_tasks(server).await;
+    let (bob, open, done) = create_user_with_tasks(server).await;
     let ann = server.user().await;
     let mine = ann.create_task("mine").await;
     let before = rows_of(server, &bob).await;
@@ -100,9 +90,7 @@ async fn returns_403_for_another_users_paths_and_changes_nothing() {
     let ids = [&open, &done, &mine].map(|task| task["id"].as_str().unwrap());
     for id in ids.into_iter().chain([unknown.as_str(), "no-uuid"]) {
         for operation in operations(&bob.tasks(), id) {
-            let problem = send(server, &ann.access_token, &operation)
-                .await
-                .problem(403, "forbidden");
+            let problem = send(&ann, &operation).await.problem(403, "forbidden");
             let text = problem.to_string();
             assert!(
                 !text.contains("secret") && !text.contains(&bob.email),
@@ -113,7 +101,7 @@ async fn returns_403_for_another_users_paths_and_changes_nothing() {
     assert_eq!(rows_of(server, &bob).await, before);
 }
 
-// FR-003: every other value, well-formed or not.
+// FR-003, for well-formed and malformed ids.
 #[tokio::test]
 async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
     let server = Server::shared().await;
@@ -140,7 +128,7 @@ async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
     ];
     for other in others {
         for operation in operations(&format!("/api/v1/{other}/tasks"), "x") {
-            let response = send(server, &ann.access_token, &operation).await;
+            let response = send(&ann, &operation).await;
             assert_eq!(response.status, 403, "{} {}", operation.0, operation.1);
             response.problem(403, "forbidden");
         }
@@ -151,7 +139,7 @@ async fn returns_403_unless_the_path_has_the_users_id_in_canonical_form() {
 #[tokio::test]
 async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
     let server = Server::shared().await;
-    let (bob, open, done) = bob_and_his_tasks(server).await;
+    let (bob, open, done) = create_user_with_tasks(server).await;
     let ann = server.user().await;
     ann.create_task("mine").await;
     let before = rows_of(server, &bob).await;
@@ -201,7 +189,7 @@ async fn returns_the_same_404_for_another_users_task_as_for_an_unknown_one() {
 #[tokio::test]
 async fn operations_on_lists_affect_only_the_users_own_tasks() {
     let server = Server::shared().await;
-    let (bob, ..) = bob_and_his_tasks(server).await;
+    let (bob, ..) = create_user_with_tasks(server).await;
     let ann = server.user().await;
     let before = rows_of(server, &bob).await;
 
@@ -228,12 +216,9 @@ async fn operations_on_lists_affect_only_the_users_own_tasks() {
     assert_eq!(cleared.json(), json!({"deleted": 0}));
     // Bob's idempotency key and the cursor of his list have no meaning for Ann.
     let mine = ann
-        .post(ann.tasks())
-        .header("idempotency-key", "k")
-        .json(json!({"title": "mine"}))
-        .await
-        .expect(201)
-        .json();
+        .create(json!({"title": "mine"}))
+        .header("idempotency-key", "k");
+    let mine = mine.await.expect(201).json();
     let page = bob.get(format!("{}?limit=1", bob.tasks())).await;
     let link = page.header("link");
     let query = link[link.find('?').unwrap()..].split('>').next().unwrap();
@@ -269,7 +254,7 @@ async fn sessions_of_another_user_cannot_be_listed_or_revoked() {
 #[tokio::test]
 async fn no_header_or_body_selects_another_user() {
     let server = Server::shared().await;
-    let (bob, open, _) = bob_and_his_tasks(server).await;
+    let (bob, open, _) = create_user_with_tasks(server).await;
     let ann = server.user().await;
     let mine = ann.create_task("mine").await;
     let before = rows_of(server, &bob).await;

@@ -13,7 +13,7 @@ async fn server() -> Server {
     Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await
 }
 
-/// The n-th address of a botnet. Each address is in a network of its own.
+/// Returns the n-th address of a botnet, in which each address has its own network.
 fn unknown_client(n: usize) -> String {
     if n.is_multiple_of(2) {
         format!("198.51.100.{}", n / 2)
@@ -38,7 +38,7 @@ async fn refresh_from(server: &Server, client: &str, token: &str) -> Response {
         .await
 }
 
-/// Makes consecutive failed login attempts, each of which is verified.
+/// Makes consecutive login attempts with a wrong password, each of which is verified.
 async fn fail_logins(server: &Server, client: &str, email: &str, times: usize) {
     for _ in 0..times {
         login_from(server, client, email, ANOTHER_PASSWORD)
@@ -66,7 +66,7 @@ async fn register_ann(server: &Server) -> User {
     server.register("ann@example.com").await
 }
 
-/// The home network: the address from which the test itself connects.
+/// The address from which the test itself connects.
 const HOME: &str = "127.0.0.1";
 
 #[tokio::test]
@@ -174,7 +174,7 @@ async fn a_network_unused_for_30_days_becomes_unknown() {
     fail_logins(&server, HOME, &ann.email, 1).await;
     wait_of(login_from(&server, HOME, &ann.email, &ann.password).await);
 
-    // A refresh counts as a use, too.
+    // A refresh also counts as a use.
     refresh_from(&server, HOME, &ann.refresh_token)
         .await
         .expect(200);
@@ -226,8 +226,8 @@ async fn keeps_the_hundred_most_recently_used_networks_of_an_account() {
     assert_eq!(networks().await.0, 100);
 }
 
-/// Every attempt gets the same response, whatever the owner does elsewhere in the meantime. A
-/// deleted account is indistinguishable from one that never existed.
+/// Every attempt gets the same response, regardless of the owner's logins. A deleted account is
+/// indistinguishable from one that never existed.
 #[tokio::test]
 async fn lockouts_do_not_reveal_whether_an_account_exists() {
     let server = server().await;
@@ -257,7 +257,7 @@ async fn lockouts_do_not_reveal_whether_an_account_exists() {
     }
     for n in 0..7 {
         if n == 3 {
-            // From a network that the account had not used before.
+            // This network was not used before.
             login_from(&server, "203.0.113.99", &ann.email, &ann.password)
                 .await
                 .expect(200);

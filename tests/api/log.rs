@@ -1,5 +1,5 @@
-//! Log lines about failed authentication: one WARN line each, without secrets, and without input
-//! that could pass for a field or a line.
+//! Log lines about failed authentication: one WARN line each, without secrets, and without input that
+//! could be mistaken for a field or a line.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -11,12 +11,12 @@ use crate::auth::{ANOTHER_PASSWORD, change_password, login, logout, refresh, tex
 use crate::harness::{PASSWORD, Request, SECRET, Server, Wire, claims, forge, until};
 use crate::purge::age;
 
-/// A unique request id, to find the lines of a request.
+/// Returns a unique request id, to find the lines of a request.
 pub(crate) fn unique_id() -> String {
     format!("test-{}", uuid::Uuid::now_v7().simple())
 }
 
-/// Returns the log once it contains a request that is sent now, and so all earlier ones.
+/// Sends a request and returns the log once it contains that request, and so all earlier ones.
 pub(crate) async fn settled(server: &Server) -> String {
     let id = unique_id();
     server
@@ -28,8 +28,8 @@ pub(crate) async fn settled(server: &Server) -> String {
     server.log()
 }
 
-/// The WARN lines about a request, and those that exceed the limit of lines per second, which test
-/// servers write at DEBUG. Without `slow request`, which any request may be on a busy machine.
+/// Returns the WARN lines about a request, and those beyond the limit of lines per second, which test
+/// servers log at DEBUG. Omits `slow request`, which a busy machine can cause.
 pub(crate) fn warnings<'a>(log: &'a str, request_id: &str) -> Vec<&'a str> {
     log.lines()
         .filter(|line| line.contains(" WARN ") || line.contains(" DEBUG authentication failed"))
@@ -38,7 +38,7 @@ pub(crate) fn warnings<'a>(log: &'a str, request_id: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// The value of an unquoted `key=value` field.
+/// Returns the value of an unquoted `key=value` field.
 fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
     line.split(' ')
         .filter_map(|word| word.split_once('='))
@@ -48,11 +48,10 @@ fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
 
 /// The `failregex` for fail2ban in docs/operations.md. It matches lines of the journal
 /// (`host todo-api[pid]: …`) and of a file. It lists every field up to the address, and none of
-/// them can contain white space, so that no value can pass for another field.
+/// them can contain white space, so that no value can be mistaken for another field.
 const FAIL_REGEX: &str = r"^\s*(?:\S+ todo-api\[\d+\]:\s+|\S*\s*WARN\s+)authentication (?:failed reason=\S+ method=\S+ path=\S+|failures suppressed count=\d+) client=<HOST>(?:\s|$)";
 
-/// The addresses that fail2ban would ban. PostgreSQL evaluates the expression, so that the test does
-/// not depend on one regular expression engine.
+/// Returns the addresses that fail2ban would ban, according to PostgreSQL's regular expression engine.
 async fn banned_addresses(server: &Server, log: &str) -> BTreeSet<String> {
     let regex = FAIL_REGEX.replace("<HOST>", "([0-9A-Fa-f:.]+)");
     let lines: Vec<&str> = log.lines().collect();
@@ -275,7 +274,7 @@ async fn each_failed_authentication_logs_one_warning() {
     }
     assert!(
         !log.contains("invalid address"),
-        "an invalid address may be a password"
+        "an invalid address is logged, which may be a password"
     );
 }
 
@@ -397,34 +396,28 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
         .expect(400);
 
     // Tasks.
+    let body = json!({"title": "a title of ann's", "description": "a description of ann's"});
     let task = ann
-        .post(ann.tasks())
+        .create(body.clone())
         .header("idempotency-key", "k")
-        .json(json!({"title": "a title of ann's", "description": "a description of ann's"}))
         .await
         .expect(201)
         .json();
     let path = format!("{}/{}", ann.tasks(), text(&task, "id"));
     for request in [
-        server.get(&path),
-        server.get(ann.tasks()),
-        server.get(format!("{}?q=searched-for-by-ann", ann.tasks())),
-        server
-            .put(&path)
-            .json(json!({"title": "a title of ann's", "description": "a description of ann's"})),
-        server
-            .patch(&path)
-            .json(json!({"title": "a title of ann's"})),
-        server.patch(format!("{path}/complete")),
-        server
-            .post(ann.tasks())
-            .json(json!({"title": "a title of ann's\0"})),
-        server.delete(&path),
-        server.delete(format!("{}?completed=true", ann.tasks())),
-        server.get("/api/v1/auth/sessions"),
-        server.delete("/api/v1/auth/sessions"),
+        ann.get(&path),
+        ann.get(ann.tasks()),
+        ann.get(format!("{}?q=searched-for-by-ann", ann.tasks())),
+        ann.put(&path).json(body),
+        ann.patch(&path).json(json!({"title": "a title of ann's"})),
+        ann.patch(format!("{path}/complete")),
+        ann.create(json!({"title": "a title of ann's\0"})),
+        ann.delete(&path),
+        ann.delete(format!("{}?completed=true", ann.tasks())),
+        ann.get("/api/v1/auth/sessions"),
+        ann.delete("/api/v1/auth/sessions"),
     ] {
-        let status = request.bearer(token).await.status;
+        let status = request.await.status;
         assert!([200, 204, 422].contains(&status), "{status}");
     }
 
@@ -461,7 +454,7 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
             let line = log.lines().find(|line| line.contains(secret.as_str()));
             assert!(line.is_none(), "{secret:?} in {line:?}");
         }
-        // Signatures alone would be enough to complete a token.
+        // A signature alone is enough to complete a token.
         let tokens = secrets.iter().filter(|secret| secret.starts_with("eyJ"));
         for signature in tokens.filter_map(|token| token.split('.').nth(2)) {
             assert!(!log.contains(signature), "{signature}");
@@ -473,10 +466,10 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
 const FORGED_LINE: &str = "2026-02-05T09:30:00.000Z WARN  authentication failed \
                            reason=expired_token method=GET path=/ client=6.6.6.6 request_id=x";
 
-/// Sends line breaks, escape sequences and forged fields in everything that a client controls.
+/// Sends line breaks, escape sequences and forged fields in every input.
 #[tokio::test]
 async fn no_input_can_forge_a_log_line() {
-    // With a trusted proxy, `X-Forwarded-For` is logged, too.
+    // With a trusted proxy, `X-Forwarded-For` is logged as well.
     let server = Server::with(&[("RUST_LOG", "debug"), ("TRUSTED_PROXIES", "127.0.0.1")]).await;
     let ann = server.register("ann@example.com").await;
     let breaks = [
@@ -614,7 +607,7 @@ async fn no_input_can_forge_a_log_line() {
 }
 
 #[tokio::test]
-async fn the_fail2ban_filter_finds_clients_behind_a_proxy_in_files_and_in_the_journal() {
+async fn the_fail2ban_filter_matches_clients_behind_a_proxy_in_files_and_in_the_journal() {
     let file = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1")]).await;
     let journal = file.sibling(&[("JOURNAL_STREAM", "stderr")]).await;
     for server in [&file, &journal] {
@@ -644,7 +637,7 @@ async fn the_fail2ban_filter_finds_clients_behind_a_proxy_in_files_and_in_the_jo
     assert_eq!(banned_addresses(&journal, &lines).await, found);
 }
 
-/// The sum of the counts of suppressed lines, and how many lines have one.
+/// Returns the sum of the counts of suppressed lines, and the number of lines with a count.
 fn suppressed(log: &str, text: &str) -> (usize, usize) {
     let lines = log.lines().filter(|line| line.contains(text));
     let counts: Vec<usize> = lines
@@ -655,7 +648,7 @@ fn suppressed(log: &str, text: &str) -> (usize, usize) {
 
 // FR-010
 #[tokio::test]
-async fn a_flood_of_refused_requests_is_counted_and_each_failed_login_logged() {
+async fn many_rejected_requests_are_counted_while_each_failed_login_is_logged() {
     const ROUNDS: usize = 9;
     let server = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1"), ("RUST_LOG", "info")]).await;
     let mut wire = Wire::open(&server).await;
@@ -671,7 +664,7 @@ async fn a_flood_of_refused_requests_is_counted_and_each_failed_login_logged() {
         fail_login_from(&server, "203.0.113.8").await;
     }
     let seconds = start.elapsed().as_secs() as usize;
-    // The last count is logged although no request follows.
+    // The last count is logged without a further request.
     let failures = |log: &str| log.matches("path=/api/v1/%00/tasks").count();
     let suppressed_failures = |log: &str| suppressed(log, "authentication failures suppressed");
     until("all refused requests are logged or counted", async || {
@@ -693,7 +686,7 @@ async fn a_flood_of_refused_requests_is_counted_and_each_failed_login_logged() {
         BTreeSet::from(["203.0.113.7".to_owned()])
     );
 
-    // Nor is anything lost when the service stops.
+    // The count is complete when the service stops.
     wire.send(request.repeat(200)).await;
     for _ in 0..200 {
         wire.response().await;
@@ -705,7 +698,7 @@ async fn a_flood_of_refused_requests_is_counted_and_each_failed_login_logged() {
 }
 
 #[tokio::test]
-async fn requests_that_an_outage_refuses_are_counted() {
+async fn requests_rejected_during_an_outage_are_counted() {
     let variables = [
         ("DATABASE_URL", "postgres://nobody@127.0.0.1:9/none"),
         ("JWT_SECRET", SECRET),
@@ -728,7 +721,7 @@ async fn requests_that_an_outage_refuses_are_counted() {
     assert!(lines < 100, "every line was written");
 }
 
-/// Fails to log in from an address, through a proxy.
+/// Sends a login with a wrong password from an address behind a proxy.
 async fn fail_login_from(server: &Server, client: &str) {
     server
         .post("/api/v1/auth/login")

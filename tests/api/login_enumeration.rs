@@ -1,4 +1,4 @@
-//! A failed login does not reveal whether an account exists: not by its body, headers or duration.
+//! A failed login does not reveal by its body, headers or duration whether an account exists.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::auth::{ANOTHER_PASSWORD, login};
 use crate::harness::{Response, Server};
 
-/// The status, headers and body of a response, except for the date.
+/// Returns the status, headers and body of a response, without the date.
 fn contents(response: &Response) -> (u16, Vec<(String, String)>, String) {
     let headers = response.headers.iter().filter(|(name, _)| *name != "date");
     let mut headers: Vec<(String, String)> = headers
@@ -44,7 +44,7 @@ async fn known_and_unknown_addresses_get_the_same_response() {
 }
 
 #[tokio::test]
-async fn known_and_unknown_addresses_are_locked_out_alike() {
+async fn known_and_unknown_addresses_are_locked_out_after_equally_many_failures() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     for n in 0..12 {
@@ -74,8 +74,8 @@ fn median(mut times: Vec<Duration>) -> f64 {
     times[times.len() / 2].as_secs_f64()
 }
 
-/// The median duration of a failed login at a known address, divided by that at unknown ones.
-/// The attempts alternate, so that other load affects both alike.
+/// Returns the median duration of failed logins with a known address, divided by that with unknown
+/// addresses. The attempts alternate, so that other load affects both equally.
 async fn duration_ratio(server: &Server, known: &str, rounds: usize) -> f64 {
     let sql = server.sql().await;
     let mut times = [Vec::new(), Vec::new()];

@@ -31,14 +31,14 @@ pub(crate) async fn scrape(server: &Server) -> String {
     response
 }
 
-/// All values of a label.
+/// Returns all values of a label.
 fn values<'a>(text: &'a str, label: &str) -> BTreeSet<&'a str> {
     let start = format!("{label}=\"");
     let values = text.split(&start).skip(1);
     values.filter_map(|rest| rest.split('"').next()).collect()
 }
 
-/// The series whose line begins with `name`, each with its count.
+/// Returns the series whose line begins with `name`, each with its count.
 fn series<'a>(text: &'a str, name: &str) -> Vec<(&'a str, u64)> {
     let lines = text.lines().filter(|line| line.starts_with(name));
     lines

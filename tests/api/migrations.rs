@@ -1,5 +1,5 @@
-//! The schema is migrated, however long that takes, by one of the instances that start, without harm to
-//! the data or to an instance of the previous release.
+//! Migrations: one of several starting instances applies them, without a timeout, without data loss, and
+//! without breaking an instance of the previous release.
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -29,7 +29,7 @@ const V1_INSERTS: &str = "
     values ('00000000-0000-7000-8000-00000000000N', 'a key', '00000000-0000-7000-8000-0000000000aN',
             'an old task', null, false, now())";
 
-/// Its other statements, shortened.
+/// The other statements of the first release, shortened.
 const V1_CHANGES: &str = "
     update tasks set title = 'changed', updated_at = now()
     where user_id = '00000000-0000-7000-8000-00000000000N';
@@ -53,8 +53,8 @@ const LISTS: &str = "
     select row(revision, tasks, (select array_agg(revision) from deleted_tasks d where d.user_id = l.user_id))::text
     from task_lists l order by user_id";
 
-/// A database with the schema of the first release.
-async fn database_of_version_1() -> (Database, Client) {
+/// Creates a database with the schema of the first release.
+async fn create_version_1_database() -> (Database, Client) {
     let database = Database::create().await;
     let sql = database.sql().await;
     sql.batch_execute(V1).await.unwrap();
@@ -108,7 +108,7 @@ async fn rows_of(sql: &Client, table: &str, columns: &[String]) -> Vec<String> {
 
 #[tokio::test]
 async fn an_older_schema_is_migrated_and_the_previous_release_still_runs() {
-    let (database, sql) = database_of_version_1().await;
+    let (database, sql) = create_version_1_database().await;
     let hash = bcrypt::hash(PASSWORD, 10).unwrap();
     let with = |text: &str, user: &str| text.replace('N', user).replace("HASH", &hash);
     sql.batch_execute(&with(V1_INSERTS, "1")).await.unwrap();
@@ -164,7 +164,7 @@ async fn an_older_schema_is_migrated_and_the_previous_release_still_runs() {
 
 #[tokio::test]
 async fn a_missing_earlier_migration_is_still_applied() {
-    let (database, sql) = database_of_version_1().await;
+    let (database, sql) = create_version_1_database().await;
     sql.batch_execute("insert into migrations (version, name) values (999, 'of_a_newer_service')")
         .await
         .unwrap();
@@ -178,10 +178,10 @@ async fn a_missing_earlier_migration_is_still_applied() {
     assert_eq!(list.json().as_array().map(Vec::len), Some(1));
 }
 
-/// In the full form, the migration takes longer than any other timeout. In the short form, the
-/// database's default timeouts would end it.
+/// In the full form, the migration takes longer than any timeout of the service; in the short form,
+/// longer than the database's default timeouts.
 #[tokio::test]
-async fn one_of_two_instances_that_start_together_migrates_however_long_it_takes() {
+async fn one_of_two_instances_that_start_together_applies_a_slow_migration() {
     let seconds = short_or_full(3, 70);
     let database = Database::create().await;
     let sql = database.sql().await;
@@ -225,7 +225,7 @@ async fn one_of_two_instances_that_start_together_migrates_however_long_it_takes
     );
     assert!(started.elapsed() >= Duration::from_secs(seconds.into()));
     let user = one.user().await;
-    user.on(&two).create_task("made by the other").await;
+    user.on(&two).create_task("created by the other").await;
 }
 
 #[tokio::test]
@@ -245,7 +245,7 @@ async fn stopping_during_a_migration_is_immediate_and_rolls_it_back() {
         until("the migration is running", async || is_sleeping(&sql).await).await;
         process.signal(signal);
         process.ended().await;
-        // A server before version 14 notices only when its statement ends.
+        // PostgreSQL 13 detects the lost connection only when the statement ends.
         until("the transaction is rolled back", async || {
             !is_sleeping(&sql).await
         })
@@ -259,8 +259,8 @@ async fn stopping_during_a_migration_is_immediate_and_rolls_it_back() {
 }
 
 #[tokio::test]
-async fn a_migration_waits_briefly_for_a_table_and_is_retried() {
-    let (database, sql) = database_of_version_1().await;
+async fn a_migration_that_needs_a_locked_table_is_retried() {
+    let (database, sql) = create_version_1_database().await;
     // Blocks the migration but not reads.
     sql.batch_execute("begin; lock table migrations in share mode")
         .await
@@ -271,7 +271,7 @@ async fn a_migration_waits_briefly_for_a_table_and_is_retried() {
         .await;
     server.get("/readyz").await.expect(503);
     sql.batch_execute("rollback").await.unwrap();
-    until("it is migrated", async || {
+    until("the migration is applied", async || {
         server.get("/readyz").await.status == 200
     })
     .await;
@@ -336,7 +336,7 @@ async fn reports_a_server_on_which_search_is_case_sensitive() {
         check.output()
     };
     assert!(check().await.contains("search ignores case"));
-    // As the migration creates it without ICU and UTF-8 locales.
+    // The function that the migration creates without ICU and UTF-8 locales.
     let sql = server.sql().await;
     sql.batch_execute(
         "create or replace function fold_case(text) returns text language sql immutable parallel safe

@@ -10,34 +10,31 @@ use crate::harness::{PASSWORD, Server};
 /// A strong password of 71 bytes.
 const BYTES_71: &str = "kV7#pQ2mXz9!rT4wLb8@nY6cJd3$hF5gSa1%eU0iOo^vBx&uKq*tMw(zNr)yPl_jGk+DsEf";
 
-/// 18 code points of 4 bytes each.
-const EIGHTEEN_CRABS: &str = "🦀🐙🦑🐚🐡🐠🐟🐬🐳🐋🦈🐊🐅🐆🦓🦍🦧🐘";
+/// A password of 18 code points with 4 bytes each.
+const ANIMALS: &str = "🦀🐙🦑🐚🐡🐠🐟🐬🐳🐋🦈🐊🐅🐆🦓🦍🦧🐘";
 
 #[tokio::test]
 async fn passwords_have_at_least_8_characters_and_at_most_72_bytes() {
     assert_eq!(BYTES_71.len(), 71);
-    assert_eq!(
-        (EIGHTEEN_CRABS.len(), EIGHTEEN_CRABS.chars().count()),
-        (72, 18)
-    );
+    assert_eq!((ANIMALS.len(), ANIMALS.chars().count()), (72, 18));
     let server = Server::start().await;
     let bytes_72 = format!("{BYTES_71}Z");
     let bytes_73 = format!("{BYTES_71}ZZ");
-    let crabs_and_one = format!("{EIGHTEEN_CRABS}x");
-    let seven_crabs: String = EIGHTEEN_CRABS.chars().take(7).collect();
-    let eight_crabs: String = EIGHTEEN_CRABS.chars().take(8).collect();
+    let too_long = format!("{ANIMALS}x");
+    let seven_animals: String = ANIMALS.chars().take(7).collect();
+    let eight_animals: String = ANIMALS.chars().take(8).collect();
 
     for (n, (password, is_valid)) in [
         ("", false),
         ("kV7#pQ2", false),
         ("kV7#pQ2m", true),
         // 28 bytes, but only 7 code points.
-        (&seven_crabs, false),
-        (&eight_crabs, true),
+        (&seven_animals, false),
+        (&eight_animals, true),
         (&bytes_72, true),
         (&bytes_73, false),
-        (EIGHTEEN_CRABS, true),
-        (&crabs_and_one, false),
+        (ANIMALS, true),
+        (&too_long, false),
         ("kV7#pQ2m\0Xz9!rT4w", false),
         // No required character classes, no trimming, no case folding.
         ("verdant walrus umbrella", true),

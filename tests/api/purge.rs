@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::auth::{ANOTHER_PASSWORD, login, refresh};
-use crate::harness::Server;
+use crate::harness::{Response, Server, User};
 
-/// Moves all timestamps of the matching rows into the past, as if that time had passed. Finds the
-/// columns by itself, so that it includes columns that are added later.
+/// Moves all timestamps of the matching rows into the past, as if that time had passed. Reads the names
+/// of the columns from the schema, so that it includes new columns.
 pub(crate) async fn age(
     sql: &tokio_postgres::Client,
     table: &str,
@@ -41,8 +41,8 @@ pub(crate) async fn age(
             &[],
         )
         .await
-        .expect("older rows");
-    assert!(changed > 0, "nothing in {table} where {condition}");
+        .expect("an update");
+    assert!(changed > 0, "no rows in {table} where {condition}");
 }
 
 /// The tables whose rows expire.
@@ -67,8 +67,14 @@ async fn counts(sql: &tokio_postgres::Client) -> [i64; 6] {
     counts
 }
 
+/// Creates a task with an idempotency key.
+async fn create_with_key(user: &User) -> Response {
+    let create = user.create(json!({"title": "water the plants"}));
+    create.header("idempotency-key", "the-only-one").await
+}
+
 /// Creates a row in each of these tables with requests of a new user.
-async fn create_rows(server: &Server) -> crate::harness::User {
+async fn create_rows(server: &Server) -> User {
     let user = server.user().await;
     let second = login(server, &user.email, &user.password)
         .await
@@ -82,13 +88,7 @@ async fn create_rows(server: &Server) -> crate::harness::User {
     login(server, &user.email, ANOTHER_PASSWORD)
         .await
         .problem(401, "invalid_credentials");
-    server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .header("idempotency-key", "the-only-one")
-        .json(json!({"title": "water the plants"}))
-        .await
-        .expect(201);
+    create_with_key(&user).await.expect(201);
     let task = user.create_task("a").await;
     user.delete(user.path_of(&task)).await.expect(204);
     user
@@ -98,16 +98,16 @@ async fn create_rows(server: &Server) -> crate::harness::User {
 async fn expired_rows_are_purged_after_requests() {
     let first = Server::start().await;
     let sql = first.sql().await;
-    let _expired = create_rows(&first).await;
-    let _expired_too = create_rows(&first).await;
+    create_rows(&first).await;
+    create_rows(&first).await;
     for table in PURGED {
         age(&sql, table, "91 days", "true").await;
     }
     let live = create_rows(&first).await;
     assert_eq!(counts(&sql).await, [3; 6]);
 
-    // An idle instance sends no queries, so that its database can suspend. (The test does not wait for
-    // it to be ready, because that would be a request.)
+    // An idle instance sends no queries, so that its database can suspend. Waiting until it is ready
+    // would send a request.
     let second = Server::listening(&[("DATABASE_URL", &first.database_url())]).await;
     let until = Instant::now() + Duration::from_millis(1500);
     while Instant::now() < until {
@@ -122,24 +122,14 @@ async fn expired_rows_are_purged_after_requests() {
             "{:?} rows are left in {PURGED:?}",
             counts(&sql).await
         );
-        let status = second
-            .get(live.tasks())
-            .bearer(&live.access_token)
-            .await
-            .status;
+        let status = live.on(&second).get(live.tasks()).await.status;
         // 503 until the instance is connected.
         assert!([200, 503].contains(&status), "{status}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
-    // The current rows still work: the session and the key.
-    let again = second
-        .post(live.tasks())
-        .bearer(&live.access_token)
-        .header("idempotency-key", "the-only-one")
-        .json(json!({"title": "water the plants"}))
-        .await
-        .expect(201);
+    // The live session and key still work.
+    let again = create_with_key(&live.on(&second)).await.expect(201);
     assert_eq!(again.json()["title"], "water the plants");
     let tasks: i64 = sql
         .query_one(
@@ -153,7 +143,6 @@ async fn expired_rows_are_purged_after_requests() {
     refresh(&second, &live.refresh_token).await.expect(200);
 }
 
-/// Many expired rows are purged while requests continue.
 #[tokio::test]
 async fn requests_continue_while_many_rows_are_purged() {
     let first = Server::start().await;

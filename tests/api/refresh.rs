@@ -68,7 +68,7 @@ async fn refreshing_continues_the_session() {
     assert_signed_in(server, &ann.access_token).await;
 }
 
-/// For example from two tabs, or after a lost response.
+/// Clients send it again from a second tab or after a lost response.
 #[tokio::test]
 async fn a_repeat_within_the_grace_period_returns_the_same_successor() {
     let server = Server::start().await;
@@ -94,7 +94,7 @@ async fn a_repeat_within_the_grace_period_returns_the_same_successor() {
 }
 
 #[tokio::test]
-async fn a_later_repeat_revokes_the_session_and_is_logged_once() {
+async fn a_repeat_after_the_grace_period_revokes_the_session_and_is_logged_once() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;
@@ -204,7 +204,7 @@ async fn access_and_refresh_tokens_are_not_interchangeable() {
     );
     response.problem(401, "invalid_token");
 
-    // The header and claims of a refresh token, signed with the access tokens' key.
+    // The header and claims of a refresh token, signed with the key for access tokens.
     let mut parts = ann.refresh_token.split('.').map(tokens::from_base64url);
     let (head, claims) = (parts.next(), parts.next());
     if let (Some(head), Some(claims)) = (head, claims)
@@ -264,7 +264,7 @@ async fn malformed_refresh_tokens_are_rejected_without_effect() {
     refresh(server, token).await.expect(200);
 }
 
-/// Its last access token remains valid until it expires.
+/// The last access token of an expired session remains valid until it expires itself.
 #[tokio::test]
 async fn a_session_expires_after_30_idle_days() {
     let server = Server::start().await;

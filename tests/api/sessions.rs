@@ -17,7 +17,7 @@ use crate::purge::age;
 /// only query is the one for revocations.
 pub(crate) const OTHER_USERS_TASKS: &str = "/api/v1/00000000-0000-7000-8000-000000000000/tasks";
 
-/// Asserts that requests with this token are rejected from one second after `ended` at the latest.
+/// Asserts that requests with this token are rejected no later than one second after `ended`.
 pub(crate) async fn assert_revoked(server: &Server, token: &str, ended: Instant) {
     loop {
         let sent = Instant::now();
@@ -152,7 +152,7 @@ async fn accepts_any_user_agent_at_login() {
         let sessions = list(&server, &text(&body, "access_token")).await;
         assert_eq!(sessions[0]["user_agent"].as_str(), kept);
     }
-    // Not UTF-8, not printable, or empty.
+    // Invalid UTF-8, unprintable, or empty.
     for bytes in [&b"\xff\xfe\xc0\x80"[..], b"tab\there", b""] {
         let body = login_as(&server, &ann, bytes).await;
         let sessions = list(&server, &text(&body, "access_token")).await;
@@ -332,10 +332,10 @@ const ALL_CAUSES: [Cause; 7] = [
 async fn a_revocation_takes_effect_on_every_instance_within_a_second() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
-    let witness = here.user().await;
+    let other = here.user().await;
     for cause in ALL_CAUSES {
-        // The other instance has just refreshed its revocations, so its next refresh is a second away.
-        assert_signed_in(&there, &witness.access_token).await;
+        // The other instance has just refreshed its revocations; its next refresh is in one second.
+        assert_signed_in(&there, &other.access_token).await;
         let (token, ended) = revoke(&here, cause).await;
         println!("{cause:?}");
         join_all([
@@ -343,12 +343,12 @@ async fn a_revocation_takes_effect_on_every_instance_within_a_second() {
             assert_revoked(&here, &token, ended),
         ])
         .await;
-        assert_signed_in(&there, &witness.access_token).await;
+        assert_signed_in(&there, &other.access_token).await;
     }
 }
 
 #[tokio::test]
-async fn an_instance_that_starts_later_knows_earlier_revocations() {
+async fn an_instance_that_starts_later_applies_earlier_revocations() {
     let here = Server::start().await;
     let mut tokens = Vec::new();
     for cause in ALL_CAUSES {
@@ -423,8 +423,8 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
         seen: BTreeSet::new(),
     };
     // The first requests after a start send more queries.
-    let warm = Instant::now();
-    while warm.elapsed() < Duration::from_secs(2) {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(2) {
         ann.get(OTHER_USERS_TASKS).await.expect(403);
     }
 
@@ -478,9 +478,9 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
     }
 }
 
-/// Without the database, revocations are unknown.
+/// Revocations cannot be read while the database is down.
 #[tokio::test]
-async fn while_the_database_is_down_valid_tokens_get_503() {
+async fn returns_503_for_valid_tokens_while_the_database_is_down() {
     let server = Server::start().await;
     let ann = server.user().await;
     let forged = format!("{}x", ann.access_token);

@@ -1,13 +1,12 @@
-//! Request smuggling: requests whose end a proxy and the service could see at different places.
-//! The service rejects each of them, or responds and closes the connection; it never serves a
-//! request hidden behind them.
+//! Request smuggling: requests on whose end a proxy and the service could disagree. The service rejects
+//! each of them, or responds and closes the connection; it never serves a request hidden behind them.
 
 use futures_util::future::join_all;
 use tokio_postgres::Client;
 
 use crate::harness::{Server, User, Wire, head};
 
-/// A request that is sent behind an ambiguous one and must not be served.
+/// Returns a request that is sent behind an ambiguous one and must not be served.
 fn hidden_request(user: &User) -> String {
     let body = r#"{"title":"smuggled"}"#;
     let more = format!("Content-Length: {}\r\n", body.len());
@@ -36,8 +35,8 @@ async fn assert_not_served(server: &Server, attacks: impl IntoIterator<Item = Ve
     server.get("/healthz").await.expect(200);
 }
 
-/// A request that creates a task, with these framing headers and this body, followed by the hidden
-/// request.
+/// Returns a request that creates a task, with these framing headers and this body, followed by the
+/// hidden request.
 fn attack(user: &User, framing: &str, body: &str) -> Vec<u8> {
     let head = head("POST", &user.tasks(), Some(&user.access_token), framing);
     (head + body + &hidden_request(user)).into_bytes()
@@ -46,7 +45,7 @@ fn attack(user: &User, framing: &str, body: &str) -> Vec<u8> {
 const CHUNKED: &str = "d\r\n{\"title\":\"a\"}\r\n0\r\n\r\n";
 const PLAIN: &str = r#"{"title":"a"}"#;
 
-// Checks the test itself: after a well-formed request the hidden one is served.
+// Verifies the test itself: the request behind a well-formed one is served.
 #[tokio::test]
 async fn serves_a_request_behind_a_well_formed_one() {
     let server = Server::start().await;

@@ -43,7 +43,7 @@ fn sql() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("sql")
 }
 
-/// Every file under `sql/`: its path there and its text.
+/// Returns every file under `sql/`: its path there and its text.
 pub(crate) fn files() -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut folders = vec![sql()];
@@ -69,7 +69,8 @@ pub(crate) fn files() -> Vec<(String, String)> {
     found
 }
 
-/// The statement without comments, with empty literals and function bodies and single spaces.
+/// Returns the statement without comments, with empty literals and function bodies, and with single
+/// spaces.
 fn bare(text: &str) -> String {
     let mut bare = String::new();
     let mut rest = text;
@@ -93,7 +94,7 @@ fn bare(text: &str) -> String {
     bare.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The tokens of a statement; `t.user_id` and `$1` are one token each.
+/// Returns the tokens of a statement; `t.user_id` and `$1` are one token each.
 fn words(bare: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
@@ -113,8 +114,8 @@ fn words(bare: &str) -> Vec<String> {
     words
 }
 
-/// Whether every read, update and delete of `table` is in a query that requires `user_id = $1`, and
-/// every insert takes `user_id` from `$1`. In a batch, `user_id` has to equal the request's. A query in
+/// Returns whether every read, update and delete of `table` is in a query that requires `user_id = $1`,
+/// and every insert takes `user_id` from `$1`. In a batch, `user_id` must equal the request's. A query in
 /// parentheses is checked separately.
 fn is_scoped(statement: &str, table: &str) -> bool {
     // A batch: $1 contains one owner per request.
@@ -184,7 +185,7 @@ fn query_is_scoped(query: &[String], table: &str, owners: &[&str]) -> bool {
     true
 }
 
-/// Whether `( user_id , … ) values ( $1 , … )` or `( user_id , … ) select $1 , …` has `$1` as the owner.
+/// Returns whether `( user_id , … ) values ( $1 , … )` or `( user_id , … ) select $1 , …` has `$1` as the owner.
 fn insertion_is_scoped(words: &[String]) -> bool {
     let list = |words: &[String]| -> Vec<String> {
         let ends = ["from", ")"];

@@ -1,4 +1,5 @@
-//! Startup and shutdown: the log, invalid settings, and a database that is unavailable or unusable.
+//! Startup and shutdown: the log, invalid settings, and a database that is unavailable or rejects the
+//! service.
 
 use std::{
     fs,
@@ -18,7 +19,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::harness::{DataDir, Database, Process, SECRET, Server, until};
 
-/// Starts the service, which must fail, and returns the only line that it prints.
+/// Asserts that the service fails to start, and returns the only line that it prints.
 async fn startup_error(variables: &[(&str, &str)]) -> String {
     let process = Process::spawn(&[], variables);
     let status = process.ended().await;
@@ -32,7 +33,7 @@ async fn startup_error(variables: &[(&str, &str)]) -> String {
     log.trim_end().to_owned()
 }
 
-/// Starts the service, which must fail after it has begun to log, and returns the last line.
+/// Asserts that the service fails to start, and returns the last line that it prints.
 async fn last_error(variables: &[(&str, &str)]) -> String {
     let process = Process::spawn(&[], variables);
     let status = process.ended().await;
@@ -75,7 +76,7 @@ async fn startup_logs_contain_no_secret() {
 }
 
 #[tokio::test]
-async fn names_a_port_in_use() {
+async fn reports_a_port_in_use() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = taken.local_addr().unwrap().to_string();
     let database = Database::create().await;
@@ -89,7 +90,7 @@ async fn names_a_port_in_use() {
 }
 
 #[tokio::test]
-async fn names_an_invalid_variable() {
+async fn reports_the_name_of_an_invalid_variable() {
     let secret = "thirty-one bytes, one too few!!";
     assert_eq!(secret.len(), 31);
     let nowhere = "/nowhere/at-all";
@@ -161,7 +162,7 @@ async fn names_an_invalid_variable() {
     let runs = cases.map(|(name, value)| {
         let directory = directory.text();
         async move {
-            // The last value of a variable applies.
+            // The last value overrides an earlier one of the same name.
             let variables = [
                 ("LISTEN_ADDR", "127.0.0.1:0"),
                 ("DATA_DIR", directory),
@@ -297,7 +298,7 @@ async fn exits_if_the_database_rejects_the_password() {
         .unwrap();
     let url = directory.database_url().replace("todo@", "ann:hunter2@");
     // The postmaster reloads asynchronously.
-    until("the rules are in force", async || {
+    until("the rules are in effect", async || {
         let refused = tokio_postgres::connect(&url, tokio_postgres::NoTls).await;
         refused.is_err_and(|error| error.code() == Some(&SqlState::INVALID_PASSWORD))
     })
@@ -364,7 +365,7 @@ async fn exits_if_the_database_lacks_the_required_tls() {
 #[tokio::test]
 async fn waits_for_an_unavailable_database() {
     let directory = DataDir::new();
-    // Creates the cluster, so that the database exists as soon as its server runs.
+    // Creates the database, which is then stopped.
     Postgres::start(directory.path())
         .await
         .unwrap()
@@ -380,7 +381,7 @@ async fn waits_for_an_unavailable_database() {
     early.await.problem(503, "database_unavailable");
 
     let postgres = Postgres::start(directory.path()).await.unwrap();
-    until("it is ready", async || {
+    until("the service is ready", async || {
         server.get("/readyz").await.status == 200
     })
     .await;
@@ -399,7 +400,7 @@ async fn stops_while_waiting_for_the_database() {
 }
 
 #[tokio::test]
-async fn five_instances_can_start_at_once_on_an_empty_database() {
+async fn five_instances_can_start_concurrently_on_an_empty_database() {
     let database = Database::create().await;
     let url = database.url();
     let variables = [("DATABASE_URL", url.as_str())];
@@ -408,11 +409,7 @@ async fn five_instances_can_start_at_once_on_an_empty_database() {
     for server in &servers {
         user.on(server).create_task("one of five").await;
     }
-    let list = servers[4]
-        .get(user.tasks())
-        .bearer(&user.access_token)
-        .await
-        .expect(200);
+    let list = user.on(&servers[4]).get(user.tasks()).await.expect(200);
     assert_eq!(list.json().as_array().map(Vec::len), Some(5));
 }
 
@@ -423,11 +420,7 @@ async fn a_restart_keeps_the_data() {
     let task = user.create_task("still here").await;
     assert_eq!(server.stop().await.code(), Some(0));
     let server = server.sibling(&[]).await;
-    let list = server
-        .get(user.tasks())
-        .bearer(&user.access_token)
-        .await
-        .expect(200);
+    let list = user.on(&server).get(user.tasks()).await.expect(200);
     assert_eq!(list.json(), serde_json::json!([task]));
 }
 
@@ -463,7 +456,7 @@ async fn survives_sighup_under_nohup() {
     let status = fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
-    assert_eq!(ignored & 1, 1, "SIGHUP is not ignored any more");
+    assert_eq!(ignored & 1, 1, "SIGHUP is no longer ignored");
     process.signal(Signal::HUP);
     assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
 }
@@ -477,7 +470,7 @@ async fn an_idle_connection_does_not_delay_shutdown() {
         .unwrap();
     let mut response = [0; 1024];
     assert!(idle.read(&mut response).await.unwrap() > 0);
-    // Running requests would have ten seconds; here there are none.
+    // Running requests would be given ten seconds.
     timeout(Duration::from_secs(9), server.stop())
         .await
         .expect("shutdown waited for an idle connection");

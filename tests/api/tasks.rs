@@ -1,4 +1,4 @@
-//! The operations on tasks: what each changes, what it keeps, and how it responds.
+//! The operations on tasks: their effects and responses.
 
 use futures_util::future::join_all;
 use hyper::Method;
@@ -8,21 +8,16 @@ use uuid::Uuid;
 use crate::harness::{Server, User};
 
 /// Lists tasks with `query` and returns their titles in order.
-async fn titles(server: &Server, user: &User, query: &str) -> Vec<String> {
+async fn titles(user: &User, query: &str) -> Vec<String> {
     let path = format!("{}{query}", user.tasks());
-    let tasks = server
-        .get(&path)
-        .bearer(&user.access_token)
-        .await
-        .expect(200)
-        .json();
+    let tasks = user.get(&path).await.expect(200).json();
     let tasks = tasks.as_array().expect("a list").iter();
     tasks
         .map(|task| task["title"].as_str().unwrap().to_owned())
         .collect()
 }
 
-/// Creates a task, and checks that the response matches what was stored.
+/// Creates a task, and asserts that the response equals the stored task.
 async fn create(user: &User, body: Value) -> Value {
     let task = user.create(body).await.expect(201).json();
     let request = user.get(user.path_of(&task));
@@ -87,7 +82,7 @@ async fn keeps_an_empty_description() {
     let mut task = create(&ann, json!({"title": "a", "description": ""})).await;
     assert_eq!(task["description"], "");
     let path = ann.path_of(&task);
-    for description in ["  kept as it is  ", ""] {
+    for description in ["  not trimmed  ", ""] {
         let body = json!({"description": description});
         let request = ann.put(&path).json(body);
         task = request.await.expect(200).json();
@@ -100,16 +95,16 @@ async fn keeps_an_empty_description() {
 async fn ignores_the_id_owner_and_times_that_a_client_sends() {
     let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let wish = Uuid::now_v7().to_string();
+    let chosen_id = Uuid::now_v7().to_string();
     let body = json!({
-        "title": "a", "id": wish, "user_id": bob.id,
+        "title": "a", "id": chosen_id, "user_id": bob.id,
         "created_at": "2001-01-01T00:00:00.000000Z", "updated_at": "2001-01-01T00:00:00.000000Z",
     });
     let task = create(&ann, body).await;
-    assert_ne!(task["id"], json!(wish));
+    assert_ne!(task["id"], json!(chosen_id));
     assert_eq!(task["user_id"], json!(ann.id));
     assert!(task["created_at"].as_str().unwrap() > "2002");
-    let body = json!({"title": "b", "user_id": bob.id, "id": wish});
+    let body = json!({"title": "b", "user_id": bob.id, "id": chosen_id});
     let changed = ann
         .patch(ann.path_of(&task))
         .json(body)
@@ -135,7 +130,7 @@ async fn ids_are_lower_case_uuids_of_version_7() {
 }
 
 #[tokio::test]
-async fn rejects_other_spellings_of_an_id() {
+async fn returns_404_for_other_forms_of_an_id() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
@@ -174,7 +169,7 @@ async fn times_are_utc_with_six_fractional_digits() {
 }
 
 #[tokio::test]
-async fn order_matches_created_at_for_concurrently_created_tasks() {
+async fn concurrently_created_tasks_are_listed_in_the_order_of_created_at() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let create = async |n: i32| {
@@ -183,12 +178,12 @@ async fn order_matches_created_at_for_concurrently_created_tasks() {
             .await
     };
     let responses = join_all((0..50).map(create)).await;
-    // A slow machine may reject some as overloaded.
-    let made = responses
+    // A slow machine may reject some requests as overloaded.
+    let created = responses
         .iter()
         .filter(|response| response.status == 201)
         .count();
-    assert!(made > 1, "{responses:?}");
+    assert!(created > 1, "{responses:?}");
     for (query, newest_first) in [
         ("", true),
         ("?sort=-created_at", true),
@@ -202,7 +197,7 @@ async fn order_matches_created_at_for_concurrently_created_tasks() {
             .iter()
             .map(|t| t["created_at"].as_str().unwrap())
             .collect();
-        assert_eq!(times.len(), made);
+        assert_eq!(times.len(), created);
         let mut sorted = times.clone();
         sorted.sort_unstable();
         if newest_first {
@@ -224,7 +219,7 @@ async fn put_and_patch_change_only_the_given_fields() {
             json!({"completed": true}),
             json!({"completed": false, "title": "newer"}),
             json!({"title": "a", "description": "b", "completed": true}),
-            json!({"title": "  cut at the ends \u{3000}", "unknown": 1}),
+            json!({"title": "  trimmed \u{3000}", "unknown": 1}),
         ];
         let mut task = create(&ann, json!({"title": "old", "description": "it"})).await;
         let path = ann.path_of(&task);
@@ -283,7 +278,7 @@ async fn updated_at_increases_with_every_change() {
     let task = ann.create_task("a").await;
     let path = ann.path_of(&task);
     let sql = server.sql().await;
-    // As if a clock had been wrong: the task was updated in the future.
+    // The last update is in the future, as after a clock was set back.
     let ahead = "update tasks set updated_at = now() + interval '1 day' returning to_json(updated_at)::text";
     sql.query_one(ahead, &[]).await.unwrap();
     let read = ann.get(&path).await.expect(200).json();
@@ -314,7 +309,7 @@ async fn updated_at_increases_with_every_change() {
 
 // FR-009
 #[tokio::test]
-async fn complete_toggles_without_a_value_and_sets_a_given_one() {
+async fn complete_toggles_a_task_or_sets_the_given_value() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let task = ann.create_task("a").await;
@@ -405,7 +400,7 @@ async fn delete_completed_returns_how_many_tasks_it_deleted() {
     for deleted in [2, 0] {
         let response = ann.delete(&clear).await.expect(200);
         assert_eq!(response.json(), json!({"deleted": deleted}));
-        assert_eq!(titles(server, &ann, "").await, ["d", "b"]);
+        assert_eq!(titles(&ann, "").await, ["d", "b"]);
     }
 }
 
@@ -416,13 +411,13 @@ async fn filters_by_completed() {
     for (title, completed) in [("a", true), ("b", false), ("c", true)] {
         create(&ann, json!({"title": title, "completed": completed})).await;
     }
-    assert_eq!(titles(server, &ann, "?completed=true").await, ["c", "a"]);
-    assert_eq!(titles(server, &ann, "?completed=false").await, ["b"]);
+    assert_eq!(titles(&ann, "?completed=true").await, ["c", "a"]);
+    assert_eq!(titles(&ann, "?completed=false").await, ["b"]);
     assert_eq!(
-        titles(server, &ann, "?completed=true&sort=created_at").await,
+        titles(&ann, "?completed=true&sort=created_at").await,
         ["a", "c"]
     );
-    assert_eq!(titles(server, &ann, "").await, ["c", "b", "a"]);
+    assert_eq!(titles(&ann, "").await, ["c", "b", "a"]);
 }
 
 #[tokio::test]
@@ -463,13 +458,13 @@ async fn search_matches_a_literal_substring_case_insensitively() {
         ("no+such+thing", vec![]),
     ] {
         assert_eq!(
-            titles(server, &ann, &format!("?q={query}")).await,
+            titles(&ann, &format!("?q={query}")).await,
             expected,
             "q={query}"
         );
     }
     assert_eq!(
-        titles(server, &ann, "?q=c&completed=true").await,
+        titles(&ann, "?q=c&completed=true").await,
         Vec::<String>::new()
     );
 }
@@ -489,12 +484,12 @@ async fn ignores_an_empty_search_and_unknown_parameters() {
         "?=1",
         "?user_id=x&%FF=1",
     ] {
-        assert_eq!(titles(server, &ann, query).await, ["a"], "{query}");
+        assert_eq!(titles(&ann, query).await, ["a"], "{query}");
     }
 }
 
 #[tokio::test]
-async fn a_page_has_limit_tasks_and_1000_by_default() {
+async fn a_page_has_at_most_limit_tasks_which_is_1000_by_default() {
     let server = Server::start().await;
     let ann = server.user().await;
     fill(&server, &ann, 1001, "t").await;
@@ -529,7 +524,7 @@ async fn a_page_has_limit_tasks_and_1000_by_default() {
     );
 }
 
-/// Inserts `count` tasks with this description into the table, oldest first.
+/// Inserts `count` tasks with this description, oldest first.
 pub(crate) async fn fill(server: &Server, user: &User, count: usize, description: &str) {
     let ids: Vec<Uuid> = (0..count).map(|_| Uuid::now_v7()).collect();
     let statement =

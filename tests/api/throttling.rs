@@ -1,5 +1,5 @@
-//! Login rate limiting: failures are counted per account in the database, requests per address in
-//! memory.
+//! Login rate limiting: failed logins are counted per account in the database, requests per client
+//! network in memory.
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -10,7 +10,7 @@ use crate::auth::{
 use crate::harness::{PASSWORD, Response, Server};
 use crate::purge::age;
 
-/// Asserts that the response is a 429 from the service and returns its `Retry-After` in seconds.
+/// Asserts that the response is a 429, and returns its `Retry-After` in seconds.
 pub(crate) fn wait_of(response: Response) -> u32 {
     let seconds = response
         .header("retry-after")
@@ -20,8 +20,8 @@ pub(crate) fn wait_of(response: Response) -> u32 {
     seconds
 }
 
-/// Makes ten consecutive failed attempts, each of which is verified.
-async fn ten_wrong(server: &Server, email: &str) {
+/// Makes ten consecutive login attempts with a wrong password, each of which is verified.
+async fn fail_ten_logins(server: &Server, email: &str) {
     for _ in 0..10 {
         login(server, email, ANOTHER_PASSWORD)
             .await
@@ -35,17 +35,17 @@ pub(crate) async fn pass(server: &Server, interval: &str) {
     age(&sql, "login_failures", interval, "true").await;
 }
 
-/// The lockout starts at 30 s and doubles up to an hour. During a lockout the correct password is
-/// rejected as well. Addresses without an account are treated the same.
+/// The first lockout lasts 30 s, later ones up to an hour. During a lockout the correct password is
+/// rejected as well. Addresses without an account are treated equally.
 #[tokio::test]
-async fn after_ten_wrong_passwords_each_further_one_doubles_the_wait() {
+async fn each_failure_after_the_tenth_doubles_the_lockout() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     for (email, password) in [
         (ann.email.as_str(), ann.password.as_str()),
         ("nobody@example.com", PASSWORD),
     ] {
-        ten_wrong(&server, email).await;
+        fail_ten_logins(&server, email).await;
         for (round, wait) in [30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
             .into_iter()
             .enumerate()
@@ -55,7 +55,7 @@ async fn after_ten_wrong_passwords_each_further_one_doubles_the_wait() {
                 longest <= wait && longest > wait - 10,
                 "{longest} of {wait} s in round {round}"
             );
-            // Attempts during the lockout are not verified and do not extend it.
+            // Attempts during a lockout are not verified and do not extend it.
             for password in [password, ANOTHER_PASSWORD, ""] {
                 let left = wait_of(login(&server, email, password).await);
                 assert!(left <= longest);
@@ -69,7 +69,7 @@ async fn after_ten_wrong_passwords_each_further_one_doubles_the_wait() {
 }
 
 #[tokio::test]
-async fn a_success_sets_the_count_to_nothing() {
+async fn a_successful_login_resets_the_count() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     for _ in 0..9 {
@@ -78,24 +78,24 @@ async fn a_success_sets_the_count_to_nothing() {
             .expect(401);
     }
     login(&server, &ann.email, &ann.password).await.expect(200);
-    ten_wrong(&server, &ann.email).await;
+    fail_ten_logins(&server, &ann.email).await;
     wait_of(login(&server, &ann.email, &ann.password).await);
     pass(&server, "31 seconds").await;
     login(&server, &ann.email, &ann.password).await.expect(200);
-    ten_wrong(&server, &ann.email).await;
+    fail_ten_logins(&server, &ann.email).await;
     let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
-    assert!(wait <= 30, "the wait begins anew: {wait}");
+    assert!(wait <= 30, "the count was not reset: {wait} s");
 }
 
 #[tokio::test]
-async fn a_day_after_the_last_wrong_password_the_count_is_nothing() {
+async fn the_count_resets_a_day_after_the_last_failure() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
-    ten_wrong(&server, &ann.email).await;
+    fail_ten_logins(&server, &ann.email).await;
     pass(&server, "24 hours 1 second").await;
-    ten_wrong(&server, &ann.email).await;
+    fail_ten_logins(&server, &ann.email).await;
     let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
-    assert!(wait <= 30, "the wait begins anew: {wait}");
+    assert!(wait <= 30, "the count was not reset: {wait} s");
 
     // Within a day of the last failure, the count continues.
     pass(&server, "23 hours").await;
@@ -106,9 +106,8 @@ async fn a_day_after_the_last_wrong_password_the_count_is_nothing() {
     assert!(wait > 30, "{wait}");
 }
 
-/// All spellings of an e-mail address share one count.
 #[tokio::test]
-async fn other_spellings_of_an_address_are_no_way_around() {
+async fn all_spellings_of_an_address_share_one_count() {
     let server = Server::start().await;
     server.register("ann@example.com").await;
     for n in 0..10 {
@@ -121,7 +120,7 @@ async fn other_spellings_of_an_address_are_no_way_around() {
 }
 
 #[tokio::test]
-async fn instances_agree_on_who_is_slowed_down() {
+async fn instances_share_lockouts() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.register("ann@example.com").await;
@@ -137,9 +136,9 @@ async fn instances_agree_on_who_is_slowed_down() {
     wait_of(login(&later, &ann.email, &ann.password).await);
 }
 
-/// Sends 40 attempts at once to two instances. A 401 means that the password was verified.
+/// Sends 40 concurrent attempts to two instances. A 401 means that the password was verified.
 #[tokio::test]
-async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
+async fn at_most_ten_of_forty_concurrent_logins_are_verified() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.register("ann@example.com").await;
@@ -151,7 +150,7 @@ async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
                 let status = response.status;
                 match status {
                     401 => drop(response.problem(401, "invalid_credentials")),
-                    // Not verified either: a busy machine had no time for it.
+                    // A busy machine may reject a login without verifying it.
                     503 => drop(response.problem(503, "overloaded")),
                     _ => assert!(wait_of(response) >= 1),
                 }
@@ -159,10 +158,10 @@ async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
             }
         }))
         .await;
-        let checked = statuses.iter().filter(|&&status| status == 401).count();
-        assert!((1..=10).contains(&checked), "{checked} of 40 for {email}");
-        // Whatever the 40 attempts returned, the account is locked after ten failures.
-        for _ in checked..10 {
+        let verified = statuses.iter().filter(|&&status| status == 401).count();
+        assert!((1..=10).contains(&verified), "{verified} of 40 for {email}");
+        // The account is locked after ten failures in all.
+        for _ in verified..10 {
             login(&here, email, ANOTHER_PASSWORD).await.expect(401);
         }
         wait_of(login(&here, email, PASSWORD).await);
@@ -170,13 +169,12 @@ async fn of_forty_guesses_at_once_no_more_than_ten_get_a_verdict() {
     }
 }
 
-/// Failed logins on an account affect only logins to that account.
 #[tokio::test]
-async fn nobody_else_and_no_session_in_use_is_slowed_down() {
+async fn a_lockout_affects_no_other_user_and_no_existing_session() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     let bob = server.register("bob@example.com").await;
-    ten_wrong(&server, &ann.email).await;
+    fail_ten_logins(&server, &ann.email).await;
     wait_of(login(&server, &ann.email, &ann.password).await);
 
     ann.create_task("water the plants").await;
@@ -192,13 +190,13 @@ async fn nobody_else_and_no_session_in_use_is_slowed_down() {
     logout(&server, &ann.access_token).await.expect(204);
 }
 
-/// A stolen token does not help to guess the password and does not lock the owner out of logging
-/// in. Failed logins do not prevent the owner from changing the password, either.
+/// A thief cannot use a stolen token to guess the password or to lock out the owner's logins. Failed
+/// logins do not prevent the owner from changing the password.
 #[tokio::test]
-async fn wrong_passwords_of_somebody_signed_in_have_a_count_of_their_own() {
+async fn failed_password_confirmations_are_counted_separately_from_failed_logins() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
-    ten_wrong(&server, &ann.email).await;
+    fail_ten_logins(&server, &ann.email).await;
     for _ in 0..5 {
         change_password(&server, &ann.access_token, "wrong", ANOTHER_PASSWORD)
             .await
@@ -247,9 +245,9 @@ async fn wrong_passwords_of_somebody_signed_in_have_a_count_of_their_own() {
         .expect(204);
 }
 
-/// Sends 40 attempts at once to the two endpoints that ask for the password.
+/// Sends 40 concurrent requests to the two endpoints that require the password.
 #[tokio::test]
-async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_ten_get_a_verdict() {
+async fn at_most_ten_of_forty_concurrent_password_confirmations_are_verified() {
     let here = Server::start().await;
     let there = here.sibling(&[]).await;
     let ann = here.register("ann@example.com").await;
@@ -268,17 +266,17 @@ async fn of_forty_guesses_at_once_by_a_stolen_token_no_more_than_ten_get_a_verdi
         }
     }))
     .await;
-    let checked = statuses.iter().filter(|&&status| status == 403).count();
-    let refused = statuses
+    let verified = statuses.iter().filter(|&&status| status == 403).count();
+    let rejected = statuses
         .iter()
         .filter(|&&status| [429, 503].contains(&status))
         .count();
-    assert_eq!(checked + refused, 40, "{statuses:?}");
-    assert!(checked <= 10, "{checked} of 40 were checked");
+    assert_eq!(verified + rejected, 40, "{statuses:?}");
+    assert!(verified <= 10, "{verified} of 40 were verified");
 }
 
-/// Sends an invalid refresh token, the cheapest request that the rate limiter counts.
-async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
+/// Sends an invalid refresh token, the cheapest request that the rate limit counts.
+async fn limited_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     let mut request = server.post("/api/v1/auth/refresh");
     for value in forwarded_for {
         request = request.header("x-forwarded-for", *value);
@@ -295,7 +293,7 @@ async fn login_status(server: &Server, forwarded_for: &[&str]) -> u16 {
 
 /// Registration, login, refresh, password changes and account deletion share one rate limit.
 #[tokio::test]
-async fn from_one_address_only_so_many_attempts_a_minute() {
+async fn limits_the_attempts_per_minute_from_one_address() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "3")]).await;
     let ann = register(&server, "ann@example.com", PASSWORD)
         .await
@@ -325,22 +323,22 @@ async fn from_one_address_only_so_many_attempts_a_minute() {
 }
 
 #[tokio::test]
-async fn with_a_rate_of_nothing_there_is_no_brake() {
+async fn a_rate_of_0_disables_the_rate_limit() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "0")]).await;
-    let statuses = join_all((0..400).map(|_| login_status(&server, &[]))).await;
+    let statuses = join_all((0..400).map(|_| limited_status(&server, &[]))).await;
     assert!(statuses.iter().all(|&status| status == 401));
 }
 
-/// Any client can send the header, so it is ignored unless trusted proxies are configured.
+/// Any client can send the header.
 #[tokio::test]
-async fn a_forwarded_address_is_not_believed_from_a_stranger() {
+async fn ignores_x_forwarded_for_unless_a_trusted_proxy_sent_it() {
     for trusted in ["", "192.0.2.1,10.0.0.0/8,::2"] {
         let server =
             Server::with(&[("AUTH_RATE_PER_MINUTE", "1"), ("TRUSTED_PROXIES", trusted)]).await;
-        assert_eq!(login_status(&server, &["203.0.113.2"]).await, 401);
-        assert_eq!(login_status(&server, &["203.0.113.3"]).await, 429);
+        assert_eq!(limited_status(&server, &["203.0.113.2"]).await, 401);
+        assert_eq!(limited_status(&server, &["203.0.113.3"]).await, 429);
         assert_eq!(
-            login_status(&server, &["127.0.0.1, 203.0.113.4"]).await,
+            limited_status(&server, &["127.0.0.1, 203.0.113.4"]).await,
             429
         );
         let log = crate::log::settled(&server).await;
@@ -349,9 +347,8 @@ async fn a_forwarded_address_is_not_believed_from_a_stranger() {
     }
 }
 
-/// Behind trusted proxies, the client is the last hop that is not a trusted proxy.
 #[tokio::test]
-async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
+async fn behind_trusted_proxies_the_last_untrusted_hop_is_the_client() {
     let server = Server::with(&[
         ("AUTH_RATE_PER_MINUTE", "1"),
         (
@@ -360,14 +357,14 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         ),
     ])
     .await;
-    let used_up = async |forwarded_for: &[&str]| {
-        assert_eq!(login_status(&server, forwarded_for).await, 401);
+    let use_up = async |forwarded_for: &[&str]| {
+        assert_eq!(limited_status(&server, forwarded_for).await, 401);
     };
 
-    used_up(&["203.0.113.9"]).await;
+    use_up(&["203.0.113.9"]).await;
     for same in [
         &["203.0.113.9"][..],
-        // Entries that the client itself added in front are not trusted.
+        // The client itself may have sent the preceding entries.
         &["198.51.100.1, 203.0.113.9"],
         &["198.51.100.2,203.0.113.9"],
         &["unknown, 203.0.113.9"],
@@ -377,30 +374,38 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         &["203.0.113.9, 10.1.2.3, 2001:db8:ffff::7, 127.0.0.1"],
         &["198.51.100.4", "203.0.113.9"],
         &["203.0.113.9", "10.1.2.3"],
-        // Some proxies include the port.
+        // Some proxies append the port.
         &["203.0.113.9:41234"],
     ] {
-        assert_eq!(login_status(&server, same).await, 429, "{same:?}");
+        assert_eq!(limited_status(&server, same).await, 429, "{same:?}");
     }
-    assert_eq!(login_status(&server, &["203.0.113.10"]).await, 401);
+    assert_eq!(limited_status(&server, &["203.0.113.10"]).await, 401);
     assert_eq!(
-        login_status(&server, &["203.0.113.9, 203.0.113.11"]).await,
+        limited_status(&server, &["203.0.113.9, 203.0.113.11"]).await,
         401
     );
 
-    // An IPv6 /64 counts as one client, as does an IPv4 address however it is written.
-    used_up(&["2001:db8:1:2::1"]).await;
-    assert_eq!(login_status(&server, &["2001:db8:1:2:ffff::9"]).await, 429);
-    assert_eq!(login_status(&server, &["2001:DB8:1:2:0:0:0:3"]).await, 429);
-    assert_eq!(login_status(&server, &["[2001:db8:1:2::7]:443"]).await, 429);
-    assert_eq!(login_status(&server, &["2001:db8:1:3::1"]).await, 401);
-    used_up(&["::ffff:203.0.113.50"]).await;
-    assert_eq!(login_status(&server, &["203.0.113.50"]).await, 429);
-    assert_eq!(login_status(&server, &["::ffff:203.0.113.51"]).await, 401);
+    // All addresses of an IPv6 /64 count as one client, as do both forms of an IPv4 address.
+    use_up(&["2001:db8:1:2::1"]).await;
+    assert_eq!(
+        limited_status(&server, &["2001:db8:1:2:ffff::9"]).await,
+        429
+    );
+    assert_eq!(
+        limited_status(&server, &["2001:DB8:1:2:0:0:0:3"]).await,
+        429
+    );
+    assert_eq!(
+        limited_status(&server, &["[2001:db8:1:2::7]:443"]).await,
+        429
+    );
+    assert_eq!(limited_status(&server, &["2001:db8:1:3::1"]).await, 401);
+    use_up(&["::ffff:203.0.113.50"]).await;
+    assert_eq!(limited_status(&server, &["203.0.113.50"]).await, 429);
+    assert_eq!(limited_status(&server, &["::ffff:203.0.113.51"]).await, 401);
 
-    // If the entry is not an address, the proxy itself is the client, and no other client's quota
-    // is used.
-    used_up(&["nonsense"]).await;
+    // If the entry is not an address, the proxy itself counts as the client.
+    use_up(&["nonsense"]).await;
     for nonsense in [
         "",
         "203.0.113.256",
@@ -409,10 +414,10 @@ async fn behind_a_trusted_proxy_the_last_untrusted_hop_is_the_client() {
         "\"203.0.113.10\"",
     ] {
         assert_eq!(
-            login_status(&server, &[nonsense]).await,
+            limited_status(&server, &[nonsense]).await,
             429,
             "{nonsense:?}"
         );
     }
-    assert_eq!(login_status(&server, &["203.0.113.12"]).await, 401);
+    assert_eq!(limited_status(&server, &["203.0.113.12"]).await, 401);
 }

@@ -39,7 +39,7 @@ pub(crate) fn from_base64url(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// The header of the service's own access tokens.
+/// Returns the header of the service's own access tokens.
 fn own_header() -> Value {
     json!({"alg": "HS256", "typ": "JWT"})
 }
@@ -77,7 +77,7 @@ impl Attacks {
     }
 }
 
-/// Unsigned tokens: `alg` none and missing or malformed `alg`.
+/// Returns unsigned tokens: `alg` none, and missing or malformed `alg`.
 fn unsigned(user: &User) -> Attacks {
     let payload = user.access_token.split('.').nth(1).expect("a payload");
     let signature = user.access_token.split('.').nth(2).expect("a signature");
@@ -108,7 +108,7 @@ fn unsigned(user: &User) -> Attacks {
     attacks
 }
 
-/// Tokens whose header names another algorithm.
+/// Returns tokens whose header names another algorithm.
 fn other_algorithms(secret: &str, user: &User) -> Attacks {
     let payload = claims(&user.access_token).to_string();
     let key = EncodingKey::from_secret(secret.as_bytes());
@@ -145,7 +145,7 @@ const ATTACKER_KEY: &str = "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg1RXz
 const ATTACKER_X: &str = "GgN41_LTi-qIg4QGCY4HbeQZkyHc8dgC39KUKO_0x3E";
 const ATTACKER_Y: &str = "IIc_f1OidjFTNJT9GCS_PQ62tk89eF0okE6Z0G3_JKY";
 
-/// Tokens signed with an attacker's key or with a weak secret; most headers refer to that key.
+/// Returns tokens signed with an attacker's key or with a weak secret; most headers refer to that key.
 fn attacker_keys(user: &User) -> Attacks {
     let payload = claims(&user.access_token).to_string();
     let mut attacks = Attacks::default();
@@ -229,7 +229,7 @@ fn attacker_keys(user: &User) -> Attacks {
     attacks
 }
 
-/// A valid token with a part modified, missing or added.
+/// Returns variants of a valid token with a part modified, missing or added.
 fn modified(secret: &str, user: &User, other: &User) -> Attacks {
     let token = user.access_token.as_str();
     let parts: Vec<&str> = token.split('.').collect();
@@ -361,8 +361,8 @@ fn modified(secret: &str, user: &User, other: &User) -> Attacks {
     attacks
 }
 
-/// Correctly signed tokens with invalid claims or headers, as another service with the same secret
-/// could issue them.
+/// Returns correctly signed tokens with invalid claims or headers, which another service with the same
+/// secret could issue.
 fn wrong_claims(secret: &str, user: &User, other: &User) -> Attacks {
     let valid = claims(&user.access_token);
     let now = jiff::Timestamp::now().as_second();
@@ -444,8 +444,8 @@ fn wrong_claims(secret: &str, user: &User, other: &User) -> Attacks {
     attacks
 }
 
-/// Asserts that every token is rejected by a route that writes, with 401 `invalid_token`, without
-/// an effect, and with one WARN line.
+/// Asserts that a route that writes rejects every token with 401 `invalid_token`, without an effect, and
+/// with one WARN line.
 async fn assert_all_rejected(server: &Server, user: &User, attacks: Attacks) {
     let mut ids = Vec::new();
     let mut accepted = Vec::new();
@@ -522,7 +522,7 @@ async fn rejects_modified_tokens() {
     assert_all_rejected(server, &ann, attacks).await;
 }
 
-/// FR-004 among others: an expired token.
+/// FR-004: the claims include `exp`.
 #[tokio::test]
 async fn rejects_signed_tokens_with_invalid_claims() {
     let server = Server::shared().await;
@@ -557,8 +557,8 @@ async fn logs_that_a_rejected_token_has_expired() {
     assert_signed_in(server, &expired_for(-60)).await;
 }
 
-/// Revocations are kept for a day, so no token may be valid for longer, even if it was signed
-/// elsewhere with the right secret.
+/// Revocations are kept for a day, so no token may be valid for longer, even if another program signed it
+/// with the right secret.
 #[tokio::test]
 async fn rejects_access_tokens_valid_for_more_than_a_day() {
     let before = Server::start().await;
@@ -616,7 +616,7 @@ async fn ignores_unknown_claims_and_accepts_a_past_nbf() {
     }
 }
 
-/// The status of a raw response.
+/// Returns the status of a raw response.
 fn status(response: &str) -> u16 {
     let status = response
         .strip_prefix("HTTP/1.1 ")
@@ -721,7 +721,7 @@ async fn accepts_a_token_only_in_a_single_bearer_header() {
     assert_eq!(ann.get(ann.tasks()).await.expect(200).json(), json!([]));
 }
 
-/// Scripts send such values before the user has signed in.
+/// Scripts send such values before the user has logged in.
 #[tokio::test]
 async fn treats_an_empty_or_null_bearer_token_as_missing() {
     let server = Server::shared().await;
@@ -827,7 +827,7 @@ async fn verifies_the_token_before_reading_the_body() {
             .await
             .problem(401, "invalid_token");
     }
-    // The body is announced but never sent.
+    // The body is never sent.
     let response = server
         .raw(format!(
             "POST {} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer forged\r\n\
@@ -841,7 +841,7 @@ async fn verifies_the_token_before_reading_the_body() {
 const NEW_SECRET: &str = "another test secret of more than 32 bytes";
 
 #[tokio::test]
-async fn rotating_the_secret_keeps_users_signed_in_while_the_previous_one_is_set() {
+async fn rotating_the_secret_keeps_sessions_while_the_previous_secret_is_set() {
     let before = Server::start().await;
     let (ann, bob) = (before.user().await, before.user().await);
     let during = before

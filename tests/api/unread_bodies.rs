@@ -1,5 +1,5 @@
-//! An early response, and what it leaves of its request: the connection stays usable, or the
-//! response says that it closes.
+//! Responses that are sent before the request's body has been read: the connection stays usable, or the
+//! response has `Connection: close`.
 
 use std::time::{Duration, Instant};
 
@@ -13,20 +13,20 @@ const LENGTH: &str = "Content-Length: 13\r\n";
 const CHUNKED: &str = "Transfer-Encoding: chunked\r\n";
 const CHUNKS: &str = "4\r\n{\"ti\r\n9\r\ntle\":\"a\"}\r\n0\r\n\r\n";
 
-/// A request whose body the service does not want, and the status of its response.
-struct Refused {
+/// A request whose body the service does not read, and the status of its response.
+struct EarlyResponse {
     method: &'static str,
     head: String,
     body: String,
     status: u16,
 }
 
-/// One request for each way to respond without having read the body.
-fn refused(ann: &User, bob: &User) -> Vec<Refused> {
+/// Returns a request for each reason to respond without reading the body.
+fn early_responses(ann: &User, bob: &User) -> Vec<EarlyResponse> {
     let own = Some(ann.access_token.as_str());
     let tasks = ann.tasks();
     let unknown = format!("{tasks}/no-such-task");
-    let one = |method, target: &str, token, more: &str, status| Refused {
+    let one = |method, target: &str, token, more: &str, status| EarlyResponse {
         method,
         head: head(method, target, token, &format!("{LENGTH}{more}")),
         body: BODY.into(),
@@ -48,19 +48,19 @@ fn refused(ann: &User, bob: &User) -> Vec<Refused> {
         one("GET", "/openapi.json", None, "", 200),
         one("DELETE", &unknown, own, "", 404),
         one("OPTIONS", &tasks, None, "", 204),
-        Refused {
+        EarlyResponse {
             method: "POST",
             head: head("POST", &tasks, own, "Content-Length: 20000\r\n"),
             body: large,
             status: 413,
         },
-        Refused {
+        EarlyResponse {
             method: "POST",
             head: head("POST", &tasks, None, CHUNKED),
             body: CHUNKS.into(),
             status: 401,
         },
-        Refused {
+        EarlyResponse {
             method: "GET",
             head: head("GET", "/healthz", None, CHUNKED),
             body: CHUNKS.into(),
@@ -84,7 +84,7 @@ const ARRIVALS: [Arrival; 4] = [
     Arrival::InParts,
 ];
 
-impl Refused {
+impl EarlyResponse {
     async fn send(&self, wire: &mut Wire, arrival: Arrival) -> WireResponse {
         match arrival {
             Arrival::Together => wire.send(format!("{}{}", self.head, self.body)).await,
@@ -102,54 +102,52 @@ impl Refused {
                 }
             }
         }
-        let answer = match self.method {
+        let response = match self.method {
             "HEAD" => wire.response_to_head().await,
             _ => wire.response().await,
         };
-        assert_eq!(answer.status, self.status, "{arrival:?} {}", self.head);
-        answer
+        assert_eq!(response.status, self.status, "{arrival:?} {}", self.head);
+        response
     }
 
-    /// Sends it again and again with a good request behind each, all on one connection.
-    async fn is_followed_by(&self, server: &Server, good: &str, status: u16, arrival: Arrival) {
+    /// Asserts that the connection stays usable: repeats this request, each time followed by a valid one.
+    async fn assert_connection_stays_usable(&self, server: &Server, arrival: Arrival) {
         let mut wire = Wire::open(server).await;
         for _ in 0..10 {
-            let answer = self.send(&mut wire, arrival).await;
-            assert_eq!(answer.header("connection"), None, "{}", self.head);
-            wire.send(good).await;
+            let response = self.send(&mut wire, arrival).await;
+            assert_eq!(response.header("connection"), None, "{}", self.head);
+            wire.send(head("GET", "/healthz", None, "")).await;
             let next = wire.response_or_close().await;
-            let next = next.unwrap_or_else(|| panic!("lost after {arrival:?} {}", self.head));
-            assert_eq!(next.status, status, "{arrival:?} {}", self.head);
+            let next = next.unwrap_or_else(|| panic!("closed after {arrival:?} {}", self.head));
+            assert_eq!(next.status, 200, "{arrival:?} {}", self.head);
         }
     }
 }
 
 #[tokio::test]
-async fn a_request_that_follows_an_early_response_on_its_connection_is_answered() {
+async fn serves_the_next_request_after_an_early_response() {
     let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
-    let good = head("GET", "/healthz", None, "");
-    let refused = refused(&ann, &bob);
-    let all = refused
+    let all = early_responses(&ann, &bob);
+    let all = all
         .iter()
-        .flat_map(|refused| ARRIVALS.map(|arrival| (refused, arrival)));
-    join_all(all.map(|(refused, arrival)| refused.is_followed_by(server, &good, 200, arrival)))
+        .flat_map(|early| ARRIVALS.map(|arrival| (early, arrival)));
+    join_all(all.map(|(early, arrival)| early.assert_connection_stays_usable(server, arrival)))
         .await;
 }
 
 #[tokio::test]
-async fn a_refusal_for_too_many_logins_leaves_its_connection_usable() {
+async fn a_429_leaves_the_connection_usable() {
     let server = Server::with(&[("AUTH_RATE_PER_MINUTE", "1")]).await;
     server.user().await;
-    let refused = Refused {
+    let early = EarlyResponse {
         method: "POST",
         head: head("POST", "/api/v1/auth/login", None, LENGTH),
         body: BODY.into(),
         status: 429,
     };
-    let good = head("GET", "/healthz", None, "");
     for arrival in ARRIVALS {
-        refused.is_followed_by(&server, &good, 200, arrival).await;
+        early.assert_connection_stays_usable(&server, arrival).await;
     }
 }
 
@@ -158,29 +156,26 @@ async fn a_database_outage_leaves_connections_usable() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let nowhere = "postgres://todo@127.0.0.1:1/todo?sslmode=disable";
-    let away = Server::listening(&[("DATABASE_URL", nowhere)]).await;
-    let refused = Refused {
+    let offline = Server::listening(&[("DATABASE_URL", nowhere)]).await;
+    let early = EarlyResponse {
         method: "POST",
         head: head("POST", &ann.tasks(), Some(&ann.access_token), LENGTH),
         body: BODY.into(),
         status: 503,
     };
-    let good = head("GET", "/healthz", None, "");
-    join_all(ARRIVALS.map(|arrival| refused.is_followed_by(&away, &good, 200, arrival))).await;
+    join_all(ARRIVALS.map(|arrival| early.assert_connection_stays_usable(&offline, arrival))).await;
 }
 
 #[tokio::test]
-async fn requests_pipelined_behind_an_unread_body_are_answered_in_order() {
+async fn serves_requests_pipelined_behind_an_unread_body_in_order() {
     let server = Server::shared().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let good = head("GET", "/healthz", None, "");
-    let refused: Vec<_> = refused(&ann, &bob)
-        .into_iter()
-        .filter(|refused| refused.method != "HEAD")
-        .collect();
-    let stream: String = refused
+    let mut all = early_responses(&ann, &bob);
+    all.retain(|early| early.method != "HEAD");
+    let stream: String = all
         .iter()
-        .map(|refused| format!("{}{}{good}", refused.head, refused.body))
+        .map(|early| format!("{}{}{good}", early.head, early.body))
         .collect();
     for piece in [stream.len(), 8191, 500] {
         let mut wire = Wire::open(server).await;
@@ -188,42 +183,37 @@ async fn requests_pipelined_behind_an_unread_body_are_answered_in_order() {
             wire.send(bytes).await;
             tokio::task::yield_now().await;
         }
-        for refused in &refused {
-            assert_eq!(
-                wire.response().await.status,
-                refused.status,
-                "{}",
-                refused.head
-            );
-            assert_eq!(wire.response().await.status, 200, "after {}", refused.head);
+        for early in &all {
+            assert_eq!(wire.response().await.status, early.status, "{}", early.head);
+            assert_eq!(wire.response().await.status, 200, "after {}", early.head);
         }
     }
 }
 
-/// A response that says that it closes, then nothing more.
-async fn announces_its_close(wire: &mut Wire, status: u16) {
-    let answer = wire.response().await;
+/// Asserts that the response has `Connection: close` and is the last one on the connection.
+async fn assert_last_response(wire: &mut Wire, status: u16) {
+    let response = wire.response().await;
     assert_eq!(
-        (answer.status, answer.header("connection")),
+        (response.status, response.header("connection")),
         (status, Some("close")),
         "{}",
-        answer.head
+        response.head
     );
     wire.send(head("GET", "/healthz", None, "")).await;
     assert!(
         wire.is_closed().await,
-        "a response after an announced close"
+        "a response after `Connection: close`"
     );
 }
 
 #[tokio::test]
-async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_says_so() {
+async fn sends_connection_close_if_the_rest_of_the_body_is_not_awaited() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let own = Some(ann.access_token.as_str());
     let post = |token, more: &str| head("POST", &ann.tasks(), token, more);
     let expects = "Expect: 100-continue\r\n";
-    let at_once = [
+    let immediate = [
         // Too long to be drained.
         (post(None, "Content-Length: 70000\r\n"), 401),
         (post(own, "Content-Length: 70000\r\n"), 413),
@@ -231,22 +221,22 @@ async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_sa
             head("GET", "/healthz", None, "Content-Length: 70000\r\n"),
             200,
         ),
-        // The client may send the body after this response, or leave it out (RFC 9110 10.1.1).
+        // The client may send the body after this response or omit it (RFC 9110 section 10.1.1).
         (post(None, &format!("{expects}{LENGTH}")), 401),
         (post(None, &format!("{expects}{CHUNKED}")), 401),
         (
             head("POST", "/nowhere", None, &format!("{expects}{LENGTH}")),
             404,
         ),
-        // Where the body ends is in doubt.
+        // The end of the body is ambiguous.
         (post(own, "Host: b.example\r\nContent-Length: 13\r\n"), 400),
     ];
-    join_all(at_once.map(async |(request, status)| {
-        let asked = Instant::now();
+    join_all(immediate.map(async |(request, status)| {
+        let sent = Instant::now();
         let mut wire = Wire::open(server).await;
         wire.send(request).await;
-        announces_its_close(&mut wire, status).await;
-        assert!(asked.elapsed() < Duration::from_secs(5));
+        assert_last_response(&mut wire, status).await;
+        assert!(sent.elapsed() < Duration::from_secs(5));
     }))
     .await;
 
@@ -262,12 +252,12 @@ async fn a_body_that_is_not_waited_for_closes_its_connection_and_the_response_sa
     join_all(unfinished.map(async |request| {
         let mut wire = Wire::open(server).await;
         wire.send(request).await;
-        announces_its_close(&mut wire, 401).await;
+        assert_last_response(&mut wire, 401).await;
     }))
     .await;
 }
 
-// A client that sends everything before it reads must find its response.
+// Some clients send the whole body before they read the response.
 #[tokio::test]
 async fn an_early_response_is_not_lost_to_a_reset() {
     let server = Server::shared().await;
@@ -285,7 +275,7 @@ async fn an_early_response_is_not_lost_to_a_reset() {
                 wire.send(part).await;
                 sleep(Duration::from_millis(1)).await;
             }
-            announces_its_close(&mut wire, status).await;
+            assert_last_response(&mut wire, status).await;
         }
     }
 }

@@ -1,25 +1,18 @@
-//! Which values are accepted and which are rejected, at every limit.
+//! Accepted and rejected values, at every limit.
 
 use hyper::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::harness::{Server, User, Wire, head};
+use crate::harness::{Response, Server, User, Wire, WireResponse, head};
 
 /// One code point, four bytes in UTF-8.
 const ASTRAL: &str = "😀";
 
 /// Creates a task from a raw body.
-async fn create_raw(
-    server: &Server,
-    user: &User,
-    body: impl AsRef<[u8]>,
-) -> crate::harness::Response {
-    server
-        .post(user.tasks())
-        .bearer(&user.access_token)
-        .body(body.as_ref().to_vec(), "application/json")
-        .await
+async fn create_raw(user: &User, body: impl AsRef<[u8]>) -> Response {
+    let body = body.as_ref().to_vec();
+    user.post(user.tasks()).body(body, "application/json").await
 }
 
 /// Returns the pointer and the code of each error in a problem.
@@ -131,7 +124,7 @@ async fn accepts_descriptions_of_up_to_1000_code_points() {
 async fn updates_have_the_same_limits_as_creation() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let task = ann.create_task("as it was").await;
+    let task = ann.create_task("unchanged").await;
     let path = ann.path_of(&task);
     for method in [Method::PUT, Method::PATCH] {
         for (body, pointer, code) in [
@@ -164,7 +157,7 @@ async fn updates_have_the_same_limits_as_creation() {
         }
         for (title, description) in [
             ("x".repeat(200), ASTRAL.repeat(1000)),
-            ("as it was".into(), String::new()),
+            ("unchanged".into(), String::new()),
         ] {
             let body = json!({"title": title, "description": description});
             ann.request(method.clone(), &path)
@@ -191,15 +184,15 @@ async fn rejects_nul_in_title_and_description() {
         );
     }
     // All other characters are allowed.
-    let odd = "\u{1}\u{7f}\u{202e}\u{fffe}\u{10ffff}\"\\/</script>'; drop table tasks; --";
+    let unusual = "\u{1}\u{7f}\u{202e}\u{fffe}\u{10ffff}\"\\/</script>'; drop table tasks; --";
     let task = ann
-        .create(json!({"title": odd, "description": odd}))
+        .create(json!({"title": unusual, "description": unusual}))
         .await
         .expect(201)
         .json();
     assert_eq!(
         (&task["title"], &task["description"]),
-        (&json!(odd), &json!(odd))
+        (&json!(unusual), &json!(unusual))
     );
 }
 
@@ -344,7 +337,7 @@ async fn returns_400_for_malformed_json() {
         b"title=a",
     ];
     for body in bodies {
-        let response = create_raw(server, &ann, body).await;
+        let response = create_raw(&ann, body).await;
         assert_eq!(response.status, 400, "{}", String::from_utf8_lossy(body));
         response.problem(400, "malformed_json");
     }
@@ -384,7 +377,7 @@ async fn returns_422_for_json_that_is_not_an_object() {
         "[\"a\",null,false]",
         " [ ] ",
     ] {
-        let problem = create_raw(server, &ann, body)
+        let problem = create_raw(&ann, body)
             .await
             .problem(422, "validation_failed");
         assert_eq!(errors(&problem), [("", "wrong_type")], "{body}");
@@ -408,7 +401,7 @@ async fn accepts_unusual_json_and_never_returns_500() {
         (r#"{"title":"a","n":123456789012345678901234567890}"#, "a"),
         (r#"{"title":"a","n":-0.0e-99999}"#, "a"),
     ] {
-        let response = create_raw(server, &ann, body).await;
+        let response = create_raw(&ann, body).await;
         assert_eq!(response.expect(201).json()["title"], json!(title), "{body}");
     }
     // RFC 8259 section 6 leaves the range of numbers to the implementation.
@@ -416,22 +409,22 @@ async fn accepts_unusual_json_and_never_returns_500() {
         (r#"{"title":1e999}"#, [400, 422]),
         (r#"{"title":"a","n":1e999}"#, [400, 201]),
     ] {
-        let huge = create_raw(server, &ann, body).await;
+        let huge = create_raw(&ann, body).await;
         assert!(statuses.contains(&huge.status), "{body}: {}", huge.status);
     }
     // Nested as deeply as the body size allows: rejected or ignored, but no crash.
     for (open, close) in [("[", "]"), ("{\"x\":", "}")] {
         let depth = 16_000 / (open.len() + close.len());
         let nested = open.repeat(depth) + "1" + &close.repeat(depth);
-        let status = create_raw(server, &ann, format!(r#"{{"title":"deep","x":{nested}}}"#))
+        let status = create_raw(&ann, format!(r#"{{"title":"deep","x":{nested}}}"#))
             .await
             .status;
         assert!(matches!(status, 201 | 400), "{status}");
-        let status = create_raw(server, &ann, format!(r#"{{"title":{nested}}}"#))
+        let status = create_raw(&ann, format!(r#"{{"title":{nested}}}"#))
             .await
             .status;
         assert!(matches!(status, 400 | 422), "{status}");
-        let status = create_raw(server, &ann, open.repeat(16_000 / open.len()))
+        let status = create_raw(&ann, open.repeat(16_000 / open.len()))
             .await
             .status;
         assert!(matches!(status, 400 | 422), "{status}");
@@ -442,7 +435,7 @@ async fn accepts_unusual_json_and_never_returns_500() {
 async fn a_duplicate_field_creates_at_most_one_task() {
     let server = Server::shared().await;
     let ann = server.user().await;
-    let response = create_raw(server, &ann, r#"{"title":"a","title":"b"}"#).await;
+    let response = create_raw(&ann, r#"{"title":"a","title":"b"}"#).await;
     assert!(
         matches!(response.status, 201 | 400 | 422),
         "{}",
@@ -518,16 +511,16 @@ async fn requires_a_json_content_type_or_none() {
         assert_eq!(
             wire.response().await.status,
             good,
-            "{method} {at} without a type"
+            "{method} {at} without a content type"
         );
-        // Contradictory types are rejected.
+        // Two different types are rejected.
         let more = format!("{more}Content-Type: text/plain\r\nContent-Type: application/json\r\n");
         wire.send(head(method.as_str(), at, Some(&ann.access_token), &more))
             .await;
         wire.send(&body).await;
         assert!(
             matches!(wire.response().await.status, 400 | 415),
-            "{method} {at} two types"
+            "{method} {at} with two content types"
         );
     }
     // The type is ignored if there is no body and none is required.
@@ -600,7 +593,7 @@ async fn accepts_bodies_of_up_to_16_kib() {
     for (length, status) in [(16 * 1024, 201), (16 * 1024 + 1, 413)] {
         let body = format!(r#"{{"title":"a","x":"{}"}}"#, "x".repeat(length - frame));
         assert_eq!(body.len(), length);
-        assert_eq!(create_raw(server, &ann, &body).await.status, status);
+        assert_eq!(create_raw(&ann, &body).await.status, status);
         let mut wire = Wire::open(server).await;
         wire.send(head(
             "POST",
@@ -624,7 +617,7 @@ async fn a_client_that_sends_a_megabyte_receives_the_413() {
     let server = Server::shared().await;
     let ann = server.user().await;
     let body = vec![b' '; 1 << 20];
-    let assert_rejected = |response: crate::harness::WireResponse| {
+    let assert_rejected = |response: WireResponse| {
         assert_eq!(response.status, 413);
         assert_eq!(response.json()["code"], "body_too_large");
         assert_eq!(
@@ -912,7 +905,7 @@ async fn delete_completed_requires_completed_true() {
 
 // FR-005, FR-014, FR-015
 #[tokio::test]
-async fn the_schema_rejects_invalid_rows() {
+async fn the_database_schema_rejects_invalid_rows() {
     let server = Server::start().await;
     let ann = server.user().await;
     ann.create_task("a").await;
@@ -977,10 +970,10 @@ async fn the_schema_rejects_invalid_rows() {
         let error = rejected.expect_err(&bad);
         let class = error
             .code()
-            .expect("an error of the server")
+            .expect("an error from PostgreSQL")
             .code()
             .to_owned();
-        // A constraint (23…) or the length (22001) rejects it, and not a mistake in this test.
+        // Any error other than a constraint (23…) or a length (22001) is a mistake in this test.
         assert!(
             class.starts_with("23") || class == "22001",
             "{class}: {bad}"

@@ -1,10 +1,10 @@
 //! Fault tolerance: faults of the database, the network and the service, overload, and several
 //! instances.
 //!
-//! Each test asserts how much must be served during a fault and after it, so that rejecting
-//! everything does not pass. It prints its counts, which `--nocapture` shows. The short form of a
-//! test takes seconds; `FAULTS=full` in the environment runs more rounds with more clients, for
-//! longer. Time limits leave room for a busy machine.
+//! Each test asserts how many requests are served during and after a fault, so that a service that
+//! rejects everything fails. Each prints its counts, which `--nocapture` shows. The short form of a
+//! test takes seconds; the environment variable `FAULTS=full` selects longer tests with more clients.
+//! The timeouts allow for a busy machine.
 
 mod conflicts;
 mod fair_logins;
@@ -36,9 +36,9 @@ use crate::harness::{DataDir, SECRET, Server, User, until};
 use load::{Addresses, Credentials, Load, RequestLog, Work, percentile, summary};
 use proxy::Proxy;
 
-/// The service's limit for database work is 5 s; the rest is for a busy machine.
+/// The service's deadline for database work is 5 s; the rest allows for a busy machine.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(8);
-/// The service recovers within 5 s of the database; likewise.
+/// The service recovers within 5 s of the database; the rest allows for a busy machine.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Selects a parameter for the short form or the full form of the tests.
@@ -55,12 +55,12 @@ const CONCURRENT_LOADS: u32 = 3;
 
 static LOADS: Semaphore = Semaphore::const_new(CONCURRENT_LOADS as usize);
 
-/// Waits until a test that mostly waits under a light load may run.
+/// Waits until a test with a light load may run.
 async fn start_light_load() -> SemaphorePermit<'static> {
     LOADS.acquire().await.unwrap()
 }
 
-/// Waits until a test whose load takes the whole machine may run, and makes the others wait.
+/// Waits until a test whose load uses the whole machine may run alone.
 async fn start_heavy_load() -> SemaphorePermit<'static> {
     LOADS.acquire_many(CONCURRENT_LOADS).await.unwrap()
 }
@@ -69,7 +69,7 @@ fn report(test: &str, counts: impl AsRef<str>) {
     println!("faults: {test}: {}", counts.as_ref());
 }
 
-/// A server and a PostgreSQL of its own, optionally with a [`Proxy`] between them.
+/// A server with a PostgreSQL of its own, optionally with a [`Proxy`] between them.
 struct Cluster {
     server: Server,
     user: User,
@@ -81,12 +81,12 @@ struct Cluster {
 }
 
 impl Cluster {
-    /// A server that connects to the Unix socket of its PostgreSQL.
+    /// Starts a server that connects to the Unix socket of its PostgreSQL.
     async fn direct(variables: &[(&str, &str)]) -> Cluster {
         Cluster::build(false, variables).await
     }
 
-    /// A server that connects through a proxy.
+    /// Starts a server that connects through a proxy.
     async fn proxied(variables: &[(&str, &str)]) -> Cluster {
         Cluster::build(true, variables).await
     }
@@ -106,7 +106,7 @@ impl Cluster {
         all.extend(variables);
         let server = Server::with(&all).await;
         let user = server.user().await;
-        let task = user.create_task("there from the beginning").await;
+        let task = user.create_task("created at the start").await;
         Cluster {
             server,
             user,
@@ -168,7 +168,7 @@ async fn connect_when_ready(postgres: &Postgres) -> Sql {
     sql.unwrap()
 }
 
-/// The process ids of the service's backends.
+/// Returns the process ids of the service's backends.
 async fn backends(sql: &Sql) -> Vec<i32> {
     let rows = sql
         .query(
@@ -181,7 +181,7 @@ async fn backends(sql: &Sql) -> Vec<i32> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// Waits until this many reads and writes have succeeded from now on.
+/// Waits until this many reads and writes succeed.
 async fn until_served(requests: &RequestLog, reads: usize, writes: usize) {
     let start = Instant::now();
     until("requests are served", async || {
@@ -203,8 +203,8 @@ async fn until_recovered(requests: &RequestLog, since: Instant, limit: Duration)
     recovered
 }
 
-/// Makes the database unreachable under load and restores it. Asserts that the service notices,
-/// then rejects requests at once, and recovers. Returns a summary.
+/// Makes the database unreachable under load and restores it. Asserts that the service detects the
+/// outage, then rejects requests immediately, and recovers. Returns a summary.
 async fn assert_outage_is_survived(
     cluster: &Cluster,
     requests: &RequestLog,
@@ -215,21 +215,21 @@ async fn assert_outage_is_survived(
     let losses_before = losses();
     let start = Instant::now();
     start_outage();
-    until("the outage is noticed", async || losses() > losses_before).await;
-    let noticed = start.elapsed();
-    assert!(noticed < RESPONSE_TIMEOUT, "noticed after {noticed:?}");
+    until("the outage is detected", async || losses() > losses_before).await;
+    let detected = start.elapsed();
+    assert!(detected < RESPONSE_TIMEOUT, "detected after {detected:?}");
 
-    let known = Instant::now();
+    let detected_at = Instant::now();
     sleep(short_or_full(
         Duration::from_secs(1),
         Duration::from_secs(10),
     ))
     .await;
-    cluster.server.get("/healthz").send().await.expect(200);
-    let unready = cluster.server.get("/readyz").send().await;
+    cluster.server.get("/healthz").await.expect(200);
+    let unready = cluster.server.get("/readyz").await;
     unready.problem(503, "database_unavailable");
     unready.header("retry-after");
-    let during = requests.sent_between(known, Instant::now());
+    let during = requests.sent_between(detected_at, Instant::now());
     let counts = summary(&during);
     assert!(during.len() > 50, "too few requests: {counts}");
     assert!(
@@ -239,16 +239,16 @@ async fn assert_outage_is_survived(
         "{counts}"
     );
     let p95 = percentile(&during, 95);
-    assert!(p95 < Duration::from_secs(1), "not at once: {counts}");
+    assert!(p95 < Duration::from_secs(1), "slow rejections: {counts}");
 
     let end = Instant::now();
     end_outage();
     let recovered = until_recovered(requests, end, RECOVERY_TIMEOUT).await;
-    format!("noticed after {noticed:.1?}; during: {counts}; recovered after {recovered:.1?}")
+    format!("detected after {detected:.1?}; during: {counts}; recovered after {recovered:.1?}")
 }
 
-/// A process and its children, the parent first. PostgreSQL's backends lead process groups of their
-/// own, so a signal to the postmaster's group does not reach them.
+/// Returns a process and its children, the parent first. Each PostgreSQL backend leads its own process
+/// group, so a signal to the postmaster's group does not reach it.
 pub(crate) fn process_and_children(parent: Pid) -> Vec<Pid> {
     let parent_of = |entry: fs::DirEntry| {
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
@@ -274,7 +274,7 @@ fn signal_all(processes: &[Pid], signal: Signal) {
     }
 }
 
-/// The current and the peak resident memory of a process, in KiB.
+/// Returns the current and the peak resident memory of a process, in KiB.
 fn memory(pid: u32) -> (u64, u64) {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let field = |name: &str| {
@@ -285,7 +285,7 @@ fn memory(pid: u32) -> (u64, u64) {
 }
 
 /// Raises the limit on open files to the maximum, for tests with thousands of connections.
-fn raise_file_limit() {
+pub(crate) fn raise_file_limit() {
     static RAISED: OnceLock<()> = OnceLock::new();
     RAISED.get_or_init(|| {
         use rustix::process::{Resource, getrlimit, setrlimit};
