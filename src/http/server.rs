@@ -15,7 +15,7 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use log::{debug, error, info, warn};
 use rustix::process::{Resource, getrlimit, setrlimit};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,7 @@ use crate::http::connection_table::{ConnectionPermit, ConnectionTable};
 use crate::http::response;
 use crate::http::service;
 use crate::http::state::AppState;
-use crate::http::timeout_io::TimeoutStream;
+use crate::http::timeout_io::{ClientSocket, TimeoutStream};
 
 /// hyper responds with 431 to longer heads.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -42,6 +42,14 @@ const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long shutdown waits for connections to end. With the grace time, it stays below the 10 s
 /// after which container runtimes kill a process.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
+/// How many unsent bytes of a response the kernel holds. The rest stays with the service, where the
+/// limits on large responses apply to it.
+#[cfg(target_os = "linux")]
+const MAX_UNSENT_BYTES: u32 = 64 * 1024;
+/// How long the kernel holds data that the client does not accept, after the connection was closed
+/// too.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long one scrape of the metrics may take.
 const METRICS_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -51,6 +59,11 @@ pub(crate) async fn serve(
     app: Arc<AppState>,
     shutdown: CancellationToken,
 ) {
+    for listener in &listeners {
+        if let Err(error) = limit_send_queue(listener) {
+            warn!("cannot limit the send queues of connections: {error}");
+        }
+    }
     let acceptor = Acceptor {
         app: app.clone(),
         table: ConnectionTable::new(connection_limit()),
@@ -73,6 +86,19 @@ pub(crate) async fn serve(
         let count = acceptor.connections.len();
         warn!("closing connections that are still open after the drain timeout: count={count}");
     }
+}
+
+/// Limits what the kernel holds for each client. Accepted sockets inherit the options.
+#[cfg(target_os = "linux")]
+fn limit_send_queue(listener: &TcpListener) -> io::Result<()> {
+    let socket = socket2::SockRef::from(listener);
+    socket.set_tcp_notsent_lowat(MAX_UNSENT_BYTES)?;
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_TIMEOUT))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn limit_send_queue(_: &TcpListener) -> io::Result<()> {
+    Ok(())
 }
 
 /// Accepts connections and spawns a task for each.
@@ -134,7 +160,7 @@ impl Acceptor {
 /// done: with `half_close`, hyper does not treat the end of the client's stream as a disconnect,
 /// and a client that sent its last request still gets its response.
 async fn serve_connection(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
+    stream: impl ClientSocket,
     peer: IpAddr,
     app: &Arc<AppState>,
     state: Arc<ConnectionState>,

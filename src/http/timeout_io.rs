@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use log::debug;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::http::connection_state::ConnectionState;
@@ -21,11 +23,31 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// nginx and most load balancers 60 s), so that they never send a request into a closing
 /// connection.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(150);
-/// The time to finish a response, measured from the first write that the socket does not accept.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// While the socket does not accept all of a response, it must accept [`MIN_WRITE_BYTES`] within
+/// this time, or the rest of the response: 16 KiB/s. Slow mobile connections reach that, even with
+/// a stall of a few seconds.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+const MIN_WRITE_BYTES: usize = 160 * 1024;
 /// How long, and how much, a client may still send after the service has closed its side.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
 const LINGER_BYTES: usize = 8 * 1024 * 1024;
+
+/// The socket of a client.
+pub(crate) trait ClientSocket: AsyncRead + AsyncWrite + Unpin {
+    /// Makes closing the socket reset the connection, so that the kernel discards unread data at
+    /// once.
+    fn reset_on_close(&self) {}
+}
+
+impl ClientSocket for UnixStream {}
+
+impl ClientSocket for TcpStream {
+    fn reset_on_close(&self) {
+        if let Err(error) = self.set_zero_linger() {
+            debug!("cannot set SO_LINGER: {error}");
+        }
+    }
+}
 
 /// A socket with timeouts.
 pub(crate) struct TimeoutStream<S> {
@@ -38,12 +60,13 @@ pub(crate) struct TimeoutStream<S> {
     /// When a head must be complete or, on an idle connection, must have started.
     read_deadline: Instant,
     write_timer: DeadlineTimer,
-    write_deadline: Option<Instant>,
+    /// While a write waits for the client: the next deadline, and the bytes accepted before it.
+    write_progress: Option<(Instant, usize)>,
     /// The deadline and the remaining bytes for reading after the service has closed its side.
     linger: Option<(Instant, usize)>,
 }
 
-impl<S> TimeoutStream<S> {
+impl<S: ClientSocket> TimeoutStream<S> {
     pub(crate) fn new(stream: S, connection: Arc<ConnectionState>) -> Self {
         connection.set_idle(true);
         Self {
@@ -54,7 +77,7 @@ impl<S> TimeoutStream<S> {
             read_timer: DeadlineTimer::default(),
             read_deadline: Instant::now() + HEAD_TIMEOUT,
             write_timer: DeadlineTimer::default(),
-            write_deadline: None,
+            write_progress: None,
             linger: None,
         }
     }
@@ -67,7 +90,7 @@ impl<S> TimeoutStream<S> {
     }
 
     fn on_flushed(&mut self) {
-        self.write_deadline = None;
+        self.write_progress = None;
         if self.connection.on_flushed() {
             let timeout = match self.framer.is_in_head() {
                 true => HEAD_TIMEOUT,
@@ -93,19 +116,24 @@ impl<S> TimeoutStream<S> {
         Poll::Pending
     }
 
-    /// Fails if the client has not read the response for too long.
+    /// Fails if the client reads the response too slowly.
     fn poll_write_timeout<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
-        let deadline = *self
-            .write_deadline
-            .get_or_insert_with(|| Instant::now() + WRITE_TIMEOUT);
-        if self.write_timer.poll_expired(deadline, context) {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        loop {
+            let start = || (Instant::now() + WRITE_TIMEOUT, 0);
+            let (deadline, accepted) = *self.write_progress.get_or_insert_with(start);
+            if !self.write_timer.poll_expired(deadline, context) {
+                return Poll::Pending;
+            }
+            if accepted < MIN_WRITE_BYTES {
+                self.stream.reset_on_close();
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            self.write_progress = None;
         }
-        Poll::Pending
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for TimeoutStream<S> {
+impl<S: ClientSocket> AsyncRead for TimeoutStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -137,7 +165,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for TimeoutStream<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
+impl<S: ClientSocket> AsyncWrite for TimeoutStream<S> {
     fn poll_write(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -151,10 +179,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TimeoutStream<S> {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match Pin::new(&mut self.stream).poll_write_vectored(context, slices) {
-            Poll::Pending => self.poll_write_timeout(context),
-            ready => ready,
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        match (&written, &mut self.write_progress) {
+            (Poll::Pending, _) => return self.poll_write_timeout(context),
+            (Poll::Ready(Ok(count)), Some((_, accepted))) => *accepted += count,
+            _ => {}
         }
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -224,6 +255,8 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     use super::*;
+
+    impl ClientSocket for tokio::io::Empty {}
 
     #[tokio::test]
     async fn an_idle_connection_outlasts_the_idle_timeout_of_proxies() {
