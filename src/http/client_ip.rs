@@ -10,11 +10,10 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// Returns the peer's address or, if the peer is a trusted proxy, the last address in
 /// `X-Forwarded-For` that is not a trusted proxy.
 pub(crate) fn client_ip(headers: &HeaderMap, peer: IpAddr, trusted: &[IpNet]) -> IpAddr {
-    let is_trusted = |address: &IpAddr| trusted.iter().any(|network| network.contains(address));
     let mut client = peer.to_canonical();
     let values = headers.get_all(FORWARDED_FOR).iter().rev();
     for hop in values.flat_map(|value| value.to_str().unwrap_or_default().rsplit(',')) {
-        if !is_trusted(&client) {
+        if !is_trusted(client, trusted) {
             break;
         }
         // A trusted proxy appends valid addresses only, so anything else ends the chain.
@@ -24,6 +23,11 @@ pub(crate) fn client_ip(headers: &HeaderMap, peer: IpAddr, trusted: &[IpNet]) ->
         client = address;
     }
     client
+}
+
+/// Whether the address belongs to a trusted proxy.
+pub(crate) fn is_trusted(address: IpAddr, trusted: &[IpNet]) -> bool {
+    trusted.iter().any(|network| network.contains(&address))
 }
 
 /// Parses an address as proxies write it: bare, with a port, or in brackets.

@@ -17,16 +17,20 @@ use log::{debug, error, info, warn};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::auth::login_limits::client_network;
+use crate::http::client_ip::is_trusted;
 use crate::http::connection_state::ConnectionState;
-use crate::http::connection_table::{ConnectionPermit, ConnectionTable};
+use crate::http::connection_table::ConnectionTable;
 use crate::http::response;
 use crate::http::service;
 use crate::http::state::AppState;
 use crate::http::timeout_io::{ClientSocket, TimeoutStream};
+use crate::telemetry::log_limiter::Refusal;
 
 /// hyper responds with 431 to longer heads.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -140,14 +144,24 @@ impl Acceptor {
         }
     }
 
-    fn spawn_connection(&self, stream: TcpStream, peer: SocketAddr, permit: ConnectionPermit) {
+    /// Serves a connection, or closes it if its network has used up its share.
+    fn spawn_connection(&self, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
         let (app, closing) = (self.app.clone(), self.closing.clone());
+        let peer = peer.ip().to_canonical();
+        let network = client_network(peer);
+        let is_proxy = is_trusted(peer, &app.config.trusted_proxies);
+        let Some(permit) = self.table.register(permit, (!is_proxy).then_some(network)) else {
+            app.refusal_log.warn(Refusal::Capacity, network, peer, || {
+                format!("connection refused reason=too_many_of_network client={peer}")
+            });
+            return;
+        };
         self.connections.spawn(async move {
             if let Err(error) = stream.set_nodelay(true) {
                 debug!("cannot set TCP_NODELAY: {error}");
             }
             app.metrics.open_connections.inc();
-            serve_connection(stream, peer.ip(), &app, permit.state.clone(), closing).await;
+            serve_connection(stream, peer, &app, permit.state.clone(), closing).await;
             app.metrics.open_connections.dec();
             drop(permit);
         });

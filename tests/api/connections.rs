@@ -103,6 +103,9 @@ async fn start_with_40_connections(variables: &[(&str, &str)]) -> (Process, Sock
     (process, address)
 }
 
+/// Makes this machine a proxy, which may use the whole table.
+const TRUSTED: (&str, &str) = ("TRUSTED_PROXIES", "127.0.0.1");
+
 /// A connection whose request is not complete yet.
 async fn open_busy(address: SocketAddr) -> Wire {
     let mut wire = Wire::connect(address).await;
@@ -114,7 +117,7 @@ async fn open_busy(address: SocketAddr) -> Wire {
 
 #[tokio::test]
 async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_longest() {
-    let (process, address) = start_with_40_connections(&[]).await;
+    let (process, address) = start_with_40_connections(&[TRUSTED]).await;
     let mut busy = Vec::new();
     for _ in 0..5 {
         busy.push(open_busy(address).await);
@@ -168,6 +171,52 @@ async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_l
 }
 
 #[tokio::test]
+async fn one_network_gets_half_of_the_connections() {
+    let (process, address) = start_with_40_connections(&[]).await;
+    let mut idle = Wire::connect(address).await;
+    assert_eq!(health(&mut idle).await, 200);
+    let mut busy = Vec::new();
+    for _ in 0..19 {
+        busy.push(open_busy(address).await);
+    }
+    // As soon as it has been idle for a second, the idle one makes room.
+    until("a new connection finds room", async || {
+        let mut wire = Wire::connect(address).await;
+        wire.send(head("GET", "/healthz", None, "")).await;
+        let served = wire.response_or_close().await.is_some();
+        if served {
+            busy.push(wire);
+        }
+        served
+    })
+    .await;
+    assert!(idle.is_closed().await, "the idle connection stays open");
+    // The last one becomes busy again.
+    let form = "Content-Length: 2\r\n";
+    let last = busy.last_mut().unwrap();
+    last.send(head("POST", "/api/v1/auth/login", None, form) + "{")
+        .await;
+    assert!(!last.is_readable(Duration::from_millis(100)).await);
+    for _ in 0..10 {
+        let mut refused = Wire::connect(address).await;
+        assert!(refused.is_closed().await, "the share is used up");
+    }
+    process.wait_for_log("reason=too_many_of_network").await;
+
+    let mut others = Vec::new();
+    for _ in 0..18 {
+        let mut wire = Wire::connect_from([127, 0, 0, 2], address).await;
+        assert_eq!(health(&mut wire).await, 200, "another network is shut out");
+        others.push(wire);
+    }
+    for mut wire in busy {
+        wire.send("}").await;
+        assert_eq!(wire.response().await.status, 422);
+    }
+    assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
+}
+
+#[tokio::test]
 async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
     let directory = DataDir::new();
     let path = directory.parent().join("notify");
@@ -176,6 +225,7 @@ async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
     let variables = [
         ("NOTIFY_SOCKET", path.to_str().unwrap()),
         ("WATCHDOG_USEC", "1000000"),
+        TRUSTED,
     ];
     let (process, address) = start_with_40_connections(&variables).await;
     let mut busy = Vec::new();

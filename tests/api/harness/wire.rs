@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     time::timeout,
 };
 
@@ -45,7 +45,17 @@ impl Wire {
     }
 
     pub(crate) async fn connect(address: SocketAddr) -> Wire {
-        let stream = TcpStream::connect(address).await.expect("a connection");
+        Wire::over(TcpStream::connect(address).await.expect("a connection"))
+    }
+
+    /// Connects from this address of the machine.
+    pub(crate) async fn connect_from(source: [u8; 4], address: SocketAddr) -> Wire {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind((source, 0).into()).expect("an address");
+        Wire::over(socket.connect(address).await.expect("a connection"))
+    }
+
+    fn over(stream: TcpStream) -> Wire {
         stream.set_nodelay(true).expect("a socket option");
         Wire {
             stream,
