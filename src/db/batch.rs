@@ -41,8 +41,12 @@ const QUEUE_CAPACITY: usize = 1024;
 
 /// A query that can share a statement with others of its kind.
 pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
-    /// The maximum number of queries in one statement.
-    const MAX_BATCH: usize;
+    /// The maximum number of rows that one statement returns, which bounds its memory.
+    const MAX_ROWS: usize;
+
+    /// The maximum number of rows that the query returns, or more if a statement should have fewer
+    /// queries than rows.
+    fn max_rows(&self) -> usize;
 
     /// The user whose rows the query reads.
     fn user_id(&self) -> Uuid;
@@ -143,7 +147,7 @@ async fn dispatch<Q: BatchQuery>(
             Ok(lease) => {
                 // Queries that arrived while the connection was acquired join the batch.
                 receive(&mut queue, &mut waiting);
-                let batch = waiting.drain(..waiting.len().min(Q::MAX_BATCH)).collect();
+                let batch = waiting.drain(..batch_size(&waiting)).collect();
                 let permits = (fast_permit, permit);
                 tokio::spawn(run_batch(connections.clone(), lease, batch, permits));
             }
@@ -158,6 +162,15 @@ fn receive<Q>(queue: &mut mpsc::Receiver<Pending<Q>>, waiting: &mut Vec<Pending<
     let room = QUEUE_CAPACITY.saturating_sub(waiting.len());
     waiting.extend(std::iter::from_fn(|| queue.try_recv().ok()).take(room));
     waiting.retain(|pending| !pending.reply.is_closed());
+}
+
+/// How many of the waiting queries fit into one statement.
+fn batch_size<Q: BatchQuery>(waiting: &[Pending<Q>]) -> usize {
+    let rows = waiting.iter().scan(0, |rows, pending| {
+        *rows += pending.query.max_rows();
+        Some(*rows)
+    });
+    rows.take_while(|rows| *rows <= Q::MAX_ROWS).count()
 }
 
 fn latest_deadline<Q>(batch: &[Pending<Q>]) -> Option<Deadline> {

@@ -35,6 +35,24 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
 
     /// Waits for a permit until the deadline.
     pub(crate) async fn acquire(&self, key: K, deadline: Deadline) -> Result<KeyedPermit<K>> {
+        let (semaphore, mut keyed) = self.request(key);
+        match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
+            Ok(Ok(permit)) => keyed.permit = Some(permit),
+            _ => return Err(DbError::Overloaded),
+        }
+        Ok(keyed)
+    }
+
+    /// Returns a permit if one is available.
+    pub(crate) fn try_acquire(&self, key: K) -> Option<KeyedPermit<K>> {
+        let (semaphore, mut keyed) = self.request(key);
+        keyed.permit = Some(semaphore.try_acquire_owned().ok()?);
+        Some(keyed)
+    }
+
+    /// Returns the semaphore of a key, and a permit yet to be acquired. Its drop removes an unused
+    /// semaphore in any case.
+    fn request(&self, key: K) -> (Arc<Semaphore>, KeyedPermit<K>) {
         let new = || Arc::new(Semaphore::new(self.permits_per_key));
         let semaphore = self
             .semaphores
@@ -42,17 +60,12 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
             .entry(key.clone())
             .or_insert_with(new)
             .clone();
-        // Created before waiting, so that its drop removes an unused semaphore after a timeout too.
-        let mut keyed = KeyedPermit {
+        let keyed = KeyedPermit {
             semaphores: self.semaphores.clone(),
             key,
             permit: None,
         };
-        match timeout_at(deadline.at(), semaphore.acquire_owned()).await {
-            Ok(Ok(permit)) => keyed.permit = Some(permit),
-            _ => return Err(DbError::Overloaded),
-        }
-        Ok(keyed)
+        (semaphore, keyed)
     }
 }
 

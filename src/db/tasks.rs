@@ -133,13 +133,15 @@ pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Opti
     Ok(rows.first().map(task))
 }
 
-/// Reads a page of a user's tasks: up to `limit` tasks that follow the task `after`.
+/// Reads a page of a user's tasks: up to `limit` tasks that follow the task `after`. A long page
+/// ends early, at least one task after the first ones whose JSON exceeds `max_bytes`.
 pub(crate) async fn list(
     db: Queries<'_>,
     user_id: Uuid,
     filter: &Filter,
     after: Option<Uuid>,
     limit: i64,
+    max_bytes: usize,
 ) -> Result<Vec<Task>> {
     let is_search = filter.text.is_some() || filter.completed.is_some();
     if !is_search && !filter.oldest_first && limit <= ListNewest::MAX_LIMIT {
@@ -158,7 +160,14 @@ pub(crate) async fn list(
         true => Sql::TasksListOldest,
         false => Sql::TasksListNewest,
     };
-    let params: Params = &[&user_id, &filter.completed, &filter.text, &after, &limit];
+    let params: Params = &[
+        &user_id,
+        &filter.completed,
+        &filter.text,
+        &after,
+        &limit,
+        &(max_bytes as i64),
+    ];
     let rows = match is_search {
         true => db.search(user_id, sql, params).await?,
         false => db.read(sql, params).await?,
@@ -180,7 +189,11 @@ struct GetTask {
 }
 
 impl BatchQuery for GetTask {
-    const MAX_BATCH: usize = 64;
+    const MAX_ROWS: usize = 64;
+
+    fn max_rows(&self) -> usize {
+        1
+    }
 
     fn user_id(&self) -> Uuid {
         self.user_id
@@ -208,7 +221,12 @@ impl ListNewest {
 }
 
 impl BatchQuery for ListNewest {
-    const MAX_BATCH: usize = 32;
+    /// 32 pages of 20 tasks, or 6 of 100.
+    const MAX_ROWS: usize = 672;
+
+    fn max_rows(&self) -> usize {
+        self.limit.max(21) as usize
+    }
 
     fn user_id(&self) -> Uuid {
         self.user_id

@@ -10,6 +10,7 @@ pub(crate) mod cors;
 mod framing;
 pub(crate) mod handlers;
 mod json_fields;
+mod large_responses;
 mod middleware;
 mod query;
 pub(crate) mod response;

@@ -13,7 +13,7 @@ use crate::domain::Task;
 use crate::error::{Error, FieldError, UnsupportedBody};
 use crate::http::body::ACCEPT_PATCH;
 use crate::http::conditional::entity_tag;
-use crate::http::state::LargeResponsePermit;
+use crate::http::large_responses::LargeResponsePermit;
 
 pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
@@ -40,28 +40,24 @@ pub(crate) fn bytes(
     response
 }
 
-/// Responds with a page of tasks. The permit of a large page is held until the page has been sent or
-/// dropped: clients that request pages without reading them must not exhaust the memory.
-pub(crate) fn task_page(
-    mut body: Vec<u8>,
-    permit: Option<LargeResponsePermit>,
-    next: Option<String>,
-    total: Option<i64>,
-) -> Response {
-    struct PermitBody(Vec<u8>, #[expect(dead_code)] LargeResponsePermit);
-    impl AsRef<[u8]> for PermitBody {
-        fn as_ref(&self) -> &[u8] {
-            &self.0
-        }
-    }
+/// Responds with JSON that was serialized under the limits on large responses.
+pub(crate) fn json_with_permit(mut body: Vec<u8>, permit: Option<LargeResponsePermit>) -> Response {
     let body = match permit {
         Some(permit) => {
             body.shrink_to_fit();
-            Bytes::from_owner(PermitBody(body, permit))
+            permit.attach(body)
         }
         None => body.into(),
     };
-    let mut response = bytes(StatusCode::OK, "application/json", body);
+    bytes(StatusCode::OK, "application/json", body)
+}
+
+/// Adds to a page of tasks the link to the next one, and the number of tasks on all pages.
+pub(crate) fn with_page_headers(
+    mut response: Response,
+    next: Option<String>,
+    total: Option<i64>,
+) -> Response {
     if let Some(next) = next {
         response = with_header(response, LINK, format!("<{next}>; rel=\"next\""));
     }

@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::cors::ALL_METHODS;
-use crate::http::handlers::{account, auth, meta, sessions, tasks};
+use crate::http::handlers::{account, auth, meta, sessions, static_files, tasks};
 use crate::http::middleware::{authenticate, require_owner};
 use crate::http::response::{self, Response};
 
@@ -85,9 +85,9 @@ routes! { |context, body|
     [/] { GET => Ok(response::redirect("docs")) }
     [/healthz] { GET => meta::healthz() }
     [/readyz] { GET => meta::readyz(context).await }
-    [/"openapi.json"] { GET => Ok(meta::openapi()) }
+    [/"openapi.json"] { GET => static_files::openapi(context).await }
     [/docs] { GET => Ok(meta::docs(context)) }
-    [/docs/{file}] { GET => meta::docs_file(file) }
+    [/docs/{file}] { GET => static_files::docs_file(context, file).await }
     [/problems/{code}] { GET => meta::problem(context, code) }
     [/api/v1/auth/register] { POST => auth::register(context, body).await }
     [/api/v1/auth/login] { POST => auth::login(context, body).await }

@@ -5,8 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use secrecy::SecretString;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout_at;
 use uuid::Uuid;
 
 use crate::auth::hasher::PasswordHasher;
@@ -14,13 +12,13 @@ use crate::auth::login_limits::{IpRateLimiter, MAX_CONCURRENT_LOGINS};
 use crate::auth::revocations::Revocations;
 use crate::auth::token::TokenIssuer;
 use crate::config::Config;
-use crate::db::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
+use crate::db::Database;
+use crate::db::keyed_semaphore::KeyedSemaphore;
 use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
 use crate::db::users::LockoutKey;
-use crate::db::{Database, Deadline};
-use crate::error::Error;
 use crate::http::cors::Cors;
+use crate::http::large_responses::LargeResponses;
 use crate::telemetry::labels::RevocationReason;
 use crate::telemetry::log_limiter::LogLimiter;
 use crate::telemetry::metrics::Metrics;
@@ -28,10 +26,6 @@ use crate::telemetry::metrics::Metrics;
 /// Old rows are purged only if the database responded this recently, so that a suspended database
 /// is not woken up.
 const RECENTLY_RESPONDED: Duration = Duration::from_secs(1);
-
-/// How many large responses may be sent at the same time. Each takes up to 1 MiB of memory.
-const MAX_LARGE_RESPONSES: usize = 128;
-const MAX_LARGE_RESPONSES_PER_USER: usize = 4;
 
 /// The state shared by all handlers.
 pub(crate) struct AppState {
@@ -45,16 +39,12 @@ pub(crate) struct AppState {
     pub(crate) account_changes: KeyedSemaphore<Uuid>,
     pub(crate) ip_limiter: IpRateLimiter,
     pub(crate) cors: Cors,
+    pub(crate) large_responses: LargeResponses,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) refusal_log: LogLimiter,
     purger: Arc<Purger>,
-    large_response_permits: Arc<Semaphore>,
-    large_response_permits_per_user: KeyedSemaphore<Uuid>,
     shutting_down: AtomicBool,
 }
-
-/// Permission to send one large response: one of the service's permits and one of the user's.
-pub(crate) type LargeResponsePermit = (OwnedSemaphorePermit, KeyedPermit<Uuid>);
 
 impl AppState {
     /// Creates the state. Errors are a single line for the operator.
@@ -79,8 +69,7 @@ impl AppState {
             cors: Cors::new(&config.cors_origins),
             refusal_log: LogLimiter::default(),
             purger: Arc::default(),
-            large_response_permits: Arc::new(Semaphore::new(MAX_LARGE_RESPONSES)),
-            large_response_permits_per_user: KeyedSemaphore::new(MAX_LARGE_RESPONSES_PER_USER),
+            large_responses: LargeResponses::new(),
             shutting_down: AtomicBool::new(false),
             database,
             metrics,
@@ -96,23 +85,6 @@ impl AppState {
 
     pub(crate) fn is_shutting_down(&self) -> bool {
         self.shutting_down.load(Ordering::Relaxed)
-    }
-
-    /// Waits until another large response may be sent to this user.
-    pub(crate) async fn acquire_large_response(
-        &self,
-        user_id: Uuid,
-        deadline: Deadline,
-    ) -> Result<LargeResponsePermit, Error> {
-        let of_user = self
-            .large_response_permits_per_user
-            .acquire(user_id, deadline)
-            .await?;
-        let of_service = self.large_response_permits.clone().acquire_owned();
-        match timeout_at(deadline.at(), of_service).await {
-            Ok(Ok(of_service)) => Ok((of_service, of_user)),
-            _ => Err(Error::Overloaded),
-        }
     }
 
     /// Records sessions that this instance has revoked, so that it rejects their access tokens at

@@ -331,26 +331,26 @@ cases! {
             => rows 2, pages 3 * A_ROW;
     }
     "tasks/list_newest.sql" {
-        "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
-        "a middle page": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
-        "the last page": "nth(7), null, null, nth(3006), 51" => rows 30, pages FIFTY_ONE;
-        "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
-        "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
-        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, rows_discarded 1;
+        "the first page": "nth(7), null, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE;
+        "a middle page": "nth(7), null, null, nth(50006), 51, 1048577" => rows 51, pages FIFTY_ONE;
+        "the last page": "nth(7), null, null, nth(3006), 51, 1048577" => rows 30, pages FIFTY_ONE;
+        "all": "nth(7), null, null, null, 1001, 1048577" => rows 1000, pages THOUSAND;
+        "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 0, pages A_ROW;
+        "the first open": "nth(7), false, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE, rows_discarded 1;
         // A filter with few matches reads all tasks of the user.
-        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, rows_discarded 975;
-        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, rows_discarded 990;
+        "the completed": "nth(7), true, null, null, 51, 1048577" => rows 25, pages THOUSAND, rows_discarded 975;
+        "a search": "nth(7), null, 'PLANTS', null, 51, 1048577" => rows 10, pages THOUSAND, rows_discarded 990;
     }
     "tasks/list_oldest.sql" {
-        "the first page": "nth(7), null, null, null, 51" => rows 51, pages FIFTY_ONE;
-        "a middle page": "nth(7), null, null, nth(50006), 51" => rows 51, pages FIFTY_ONE;
-        "the last page": "nth(7), null, null, nth(96906), 51" => rows 30, pages FIFTY_ONE;
-        "all": "nth(7), null, null, null, 1001" => rows 1000, pages THOUSAND;
-        "no tasks": "nth(4000), null, null, null, 1001" => rows 0, pages A_ROW;
-        "the first open": "nth(7), false, null, null, 51" => rows 51, pages FIFTY_ONE, rows_discarded 2;
+        "the first page": "nth(7), null, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE;
+        "a middle page": "nth(7), null, null, nth(50006), 51, 1048577" => rows 51, pages FIFTY_ONE;
+        "the last page": "nth(7), null, null, nth(96906), 51, 1048577" => rows 30, pages FIFTY_ONE;
+        "all": "nth(7), null, null, null, 1001, 1048577" => rows 1000, pages THOUSAND;
+        "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 0, pages A_ROW;
+        "the first open": "nth(7), false, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE, rows_discarded 2;
         // As above.
-        "the completed": "nth(7), true, null, null, 51" => rows 25, pages THOUSAND, rows_discarded 975;
-        "a search": "nth(7), null, 'PLANTS', null, 51" => rows 10, pages THOUSAND, rows_discarded 990;
+        "the completed": "nth(7), true, null, null, 51, 1048577" => rows 25, pages THOUSAND, rows_discarded 975;
+        "a search": "nth(7), null, 'PLANTS', null, 51, 1048577" => rows 10, pages THOUSAND, rows_discarded 990;
     }
     "tasks/list_newest_batch.sql" {
         "the first page": "array[nth(7)], array[null]::uuid[], array[51]" => rows 51, pages FIFTY_ONE;
@@ -632,8 +632,14 @@ async fn a_late_page_costs_no_more_than_the_first() {
     let (_server, sql) = filled_database().await;
     let statements = statements();
     for (file, with) in [
-        ("tasks/list_newest.sql", "nth(7), null, null, AFTER, 51"),
-        ("tasks/list_oldest.sql", "nth(7), null, null, AFTER, 51"),
+        (
+            "tasks/list_newest.sql",
+            "nth(7), null, null, AFTER, 51, 1048577",
+        ),
+        (
+            "tasks/list_oldest.sql",
+            "nth(7), null, null, AFTER, 51, 1048577",
+        ),
         (
             "tasks/list_newest_batch.sql",
             "array[nth(7)], array[AFTER]::uuid[], array[51]",

@@ -1,8 +1,11 @@
 //! HTTP semantics, tested on the wire.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::time::{Duration, Instant};
 
+use flate2::read::GzDecoder;
+use hyper::Method;
 use serde_json::{Value, json};
 
 use crate::harness::{Server, User, Wire, WireResponse, head};
@@ -793,6 +796,63 @@ async fn pages_have_a_strict_content_security_policy() {
             "{page} loads from another origin"
         );
     }
+}
+
+#[tokio::test]
+async fn files_are_compressed_for_clients_that_accept_gzip() {
+    let server = Server::start().await;
+    let plain = server.get("/docs/swagger-ui.css").await.expect(200);
+    assert_eq!(plain.header("vary"), "Accept-Encoding");
+    let file = |method, accepted| {
+        let request = server.request(method, "/docs/swagger-ui.css");
+        request.header("accept-encoding", accepted)
+    };
+    for accepted in [
+        "gzip, deflate, br",
+        "x-gzip",
+        "br;q=1.0, GZIP;q=0.001",
+        "*",
+        "*;q=0.5, br;q=0",
+    ] {
+        let response = file(Method::GET, accepted).await.expect(200);
+        assert_eq!(response.header("content-encoding"), "gzip", "{accepted}");
+        assert_eq!(response.header("vary"), "Accept-Encoding");
+        assert_eq!(
+            response.header("content-type"),
+            plain.header("content-type")
+        );
+        assert!(response.body.len() < plain.body.len() / 4);
+        let mut text = Vec::new();
+        let decoded = GzDecoder::new(&response.body[..]).read_to_end(&mut text);
+        assert!(decoded.is_ok() && text == plain.body);
+        let head = file(Method::HEAD, accepted).await.expect(200);
+        assert_eq!(head.header("content-encoding"), "gzip", "{accepted}");
+        let length = response.body.len().to_string();
+        assert_eq!(head.header("content-length"), length);
+    }
+    for accepted in [
+        "",
+        "br",
+        "gzip;q=0",
+        "gzip; q=0.000, *",
+        "*;q=0",
+        "identity, gzip;q=x",
+    ] {
+        let response = file(Method::GET, accepted).await.expect(200);
+        assert!(
+            !response.headers.contains_key("content-encoding"),
+            "{accepted}"
+        );
+        assert!(response.body == plain.body, "{accepted}");
+        assert_eq!(response.header("vary"), "Accept-Encoding");
+    }
+    let document = server
+        .get("/openapi.json")
+        .header("accept-encoding", "gzip");
+    assert_eq!(
+        document.await.expect(200).header("content-encoding"),
+        "gzip"
+    );
 }
 
 /// Resolves a relative reference of the page at `base`.

@@ -1,26 +1,17 @@
-//! Health checks and documentation: everything outside `/api`.
+//! Health checks and the pages of the documentation.
 
-use std::collections::HashMap;
-use std::sync::LazyLock;
-
-use bytes::Bytes;
 use hyper::StatusCode;
-use hyper::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, HeaderName, HeaderValue, REFERRER_POLICY,
-};
+use hyper::header::{CONTENT_SECURITY_POLICY, HeaderName, HeaderValue, REFERRER_POLICY};
 use serde_json::Value;
-use swagger_ui_redist::SwaggerUi;
 
 use crate::error::Error;
 use crate::http::context::RequestContext;
+use crate::http::handlers::static_files::OPENAPI;
 use crate::http::response::{self, Response};
 use crate::problem::find_problem;
 use crate::telemetry::metrics::Metrics;
 
-const OPENAPI: &str = include_str!("../../openapi.json");
 const DOCS: &str = include_str!("../../docs/index.html");
-const INIT: &str = include_str!("../../docs/init.js");
-const STYLE: &str = include_str!("../../docs/docs.css");
 const PROBLEM: &str = include_str!("../../docs/problem.html");
 
 /// Allows resources of this origin only, no inline scripts, and no framing.
@@ -45,11 +36,6 @@ pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response, Err
     response::json(StatusCode::OK, &serde_json::json!({ "status": "ready" }))
 }
 
-/// `GET /openapi.json`
-pub(crate) fn openapi() -> Response {
-    response::bytes(StatusCode::OK, "application/json", OPENAPI)
-}
-
 /// Initializes the metrics of every documented response to zero.
 pub(crate) fn declare_responses(metrics: &Metrics) -> Result<(), serde_json::Error> {
     let document: Value = serde_json::from_str(OPENAPI)?;
@@ -67,36 +53,6 @@ pub(crate) fn declare_responses(metrics: &Metrics) -> Result<(), serde_json::Err
 /// `GET /docs`
 pub(crate) fn docs(context: &RequestContext<'_>) -> Response {
     page(context, DOCS)
-}
-
-/// `GET /docs/{file}`: the files of Swagger UI, and this page's own script and style.
-pub(crate) fn docs_file(file: &str) -> Result<Response, Error> {
-    static FILES: LazyLock<HashMap<&'static str, (&'static str, Bytes)>> = LazyLock::new(|| {
-        let own = [("init.js", INIT.as_bytes()), ("docs.css", STYLE.as_bytes())];
-        let swagger_ui = SwaggerUi::static_files().iter();
-        own.into_iter()
-            .chain(swagger_ui.map(|(file, data)| (file.file_name(), &data[..])))
-            .filter_map(|(name, data)| {
-                Some((name, (content_type(name)?, Bytes::from_static(data))))
-            })
-            .collect()
-    });
-    let (content_type, data) = FILES.get(file).ok_or(Error::NotFound)?;
-    let mut response = response::bytes(StatusCode::OK, content_type, data.clone());
-    response
-        .headers_mut()
-        .insert(CACHE_CONTROL, HeaderValue::from_static("max-age=3600"));
-    Ok(response)
-}
-
-fn content_type(file: &str) -> Option<&'static str> {
-    match file.rsplit('.').next()? {
-        "css" => Some("text/css; charset=utf-8"),
-        "html" => Some(HTML),
-        "js" => Some("text/javascript; charset=utf-8"),
-        "png" => Some("image/png"),
-        _ => None,
-    }
 }
 
 /// `GET /problems/{code}`: what a type of problem means and what to do about it.

@@ -6,4 +6,5 @@ mod credentials;
 pub(crate) mod meta;
 mod page;
 pub(crate) mod sessions;
+pub(crate) mod static_files;
 pub(crate) mod tasks;

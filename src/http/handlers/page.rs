@@ -91,25 +91,57 @@ fn parse_cursor(text: &str) -> Option<Uuid> {
     (id.simple().to_string() == text).then_some(id)
 }
 
-/// Writes up to `limit` tasks as a JSON array, or fewer if they are large. Also returns the ID of
-/// the last task written if there are more in `found`.
-pub(super) fn write_page(found: &[Task], limit: usize) -> Result<(Vec<u8>, Option<Uuid>), Error> {
-    let estimate = found.len() * ESTIMATED_TASK_BYTES;
-    let mut body = Vec::with_capacity(estimate.min(MAX_PAGE_BYTES / 16));
-    let mut written = 0;
-    body.push(b'[');
-    for task in found.iter().take(limit) {
-        if body.len() > MAX_PAGE_BYTES {
-            break;
+/// A page of tasks, as far as it has been written.
+#[derive(Default)]
+pub(super) struct Page {
+    /// A JSON array without its closing bracket.
+    json: Vec<u8>,
+    last: Option<Uuid>,
+    has_more: bool,
+}
+
+impl Page {
+    /// Appends up to `limit` tasks, or fewer if they are large. `found` has one more if there are
+    /// more.
+    pub(super) fn append(&mut self, found: &[Task], limit: i64) -> Result<(), Error> {
+        let estimate = found.len() * ESTIMATED_TASK_BYTES;
+        self.json.reserve(estimate.min(MAX_PAGE_BYTES / 16));
+        let mut written = 0;
+        for task in found.iter().take(limit as usize) {
+            if self.room() == 0 {
+                break;
+            }
+            self.json
+                .push(if self.json.is_empty() { b'[' } else { b',' });
+            serde_json::to_writer(&mut self.json, task).map_err(Error::serialize)?;
+            self.last = Some(task.id);
+            written += 1;
         }
-        if written > 0 {
-            body.push(b',');
-        }
-        serde_json::to_writer(&mut body, task).map_err(Error::serialize)?;
-        written += 1;
+        self.has_more = written < found.len();
+        Ok(())
     }
-    body.push(b']');
-    let has_more = written < found.len();
-    let last = found[..written].last().filter(|_| has_more);
-    Ok((body, last.map(|task| task.id)))
+
+    /// The size up to which tasks are appended.
+    pub(super) fn room(&self) -> usize {
+        (MAX_PAGE_BYTES + 1).saturating_sub(self.json.len())
+    }
+
+    /// The ID of the last task, if there are more.
+    pub(super) fn next(&self) -> Option<Uuid> {
+        self.last.filter(|_| self.has_more)
+    }
+
+    pub(super) fn into_json(mut self) -> Vec<u8> {
+        if self.json.is_empty() {
+            self.json.push(b'[');
+        }
+        self.json.push(b']');
+        self.json
+    }
+}
+
+impl AsRef<[u8]> for Page {
+    fn as_ref(&self) -> &[u8] {
+        &self.json
+    }
 }

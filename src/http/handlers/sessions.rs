@@ -1,7 +1,5 @@
 //! `/api/v1/auth/sessions`: the signed-in user's sessions.
 
-use hyper::StatusCode;
-
 use crate::db::sessions::{self, ALL_EPOCHS};
 use crate::domain::parse_id;
 use crate::error::Error;
@@ -15,8 +13,13 @@ pub(crate) async fn list(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
-    let sessions = sessions::list(context.queries(), user.id, user.session).await?;
-    response::json(StatusCode::OK, &sessions)
+    let read = || async {
+        let sessions = sessions::list(context.queries(), user.id, user.session).await?;
+        serde_json::to_vec(&sessions).map_err(Error::serialize)
+    };
+    let large_responses = &context.app.large_responses;
+    let (body, permit) = large_responses.read(context, user.id, read).await?;
+    Ok(response::json_with_permit(body, permit))
 }
 
 /// `DELETE /api/v1/auth/sessions/{id}`

@@ -8,14 +8,11 @@ use crate::error::{Error, FieldError};
 use crate::http::body::Body;
 use crate::http::conditional::Preconditions;
 use crate::http::context::RequestContext;
-use crate::http::handlers::page::{ListParams, write_page};
+use crate::http::handlers::page::{ListParams, Page};
 use crate::http::json_fields::JsonFields;
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
 use crate::telemetry::labels::TokenRejection;
-
-/// A response larger than this needs a permit until it is sent.
-const LARGE_RESPONSE: usize = 64 * 1024;
 
 /// `GET /api/v1/{user_id}/tasks`
 pub(crate) async fn list(
@@ -23,27 +20,35 @@ pub(crate) async fn list(
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
     let params = ListParams::parse(context)?;
-    let (app, db) = (context.app, context.queries());
-    let mut permit = None;
-    // A long page is probably large, so its permit is acquired before it takes up memory.
-    if params.limit > tasks::MAX_BATCHED_LIMIT {
-        permit = Some(app.acquire_large_response(user.id, db.deadline()).await?);
-    }
+    let db = context.queries();
     let mut total = None;
     if params.total {
         total = Some(tasks::count(db, user.id, &params.filter).await?);
     }
-    // One task beyond the limit shows that there is another page.
-    let (filter, limit) = (&params.filter, params.limit + 1);
-    let found = tasks::list(db, user.id, filter, params.after, limit).await?;
-    let (body, last) = write_page(&found, params.limit as usize)?;
-    if body.len() <= LARGE_RESPONSE {
-        permit = None;
-    } else if permit.is_none() {
-        permit = Some(app.acquire_large_response(user.id, db.deadline()).await?);
+    // One task beyond the limit shows that there are more.
+    let append = async |page: &mut Page, after, limit: i64| {
+        let room = page.room();
+        let found = tasks::list(db, user.id, &params.filter, after, limit + 1, room).await?;
+        page.append(&found, limit)
+    };
+    // The limit says little about the size: most clients do not set it.
+    let first = params.limit.min(tasks::MAX_BATCHED_LIMIT);
+    let read = || async {
+        let mut page = Page::default();
+        append(&mut page, params.after, first).await?;
+        Ok(page)
+    };
+    let large_responses = &context.app.large_responses;
+    let (mut page, permit) = large_responses.read(context, user.id, read).await?;
+    if let Some(last) = page.next()
+        && params.limit > first
+        && page.room() > 0
+    {
+        append(&mut page, Some(last), params.limit - first).await?;
     }
-    let next = last.map(|last| params.next_link(user.id, last));
-    Ok(response::task_page(body, permit, next, total))
+    let next = page.next().map(|last| params.next_link(user.id, last));
+    let response = response::json_with_permit(page.into_json(), permit);
+    Ok(response::with_page_headers(response, next, total))
 }
 
 /// `POST /api/v1/{user_id}/tasks`

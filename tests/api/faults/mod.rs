@@ -8,6 +8,7 @@
 
 mod conflicts;
 mod fair_logins;
+mod fairness;
 mod load;
 mod neon;
 mod network;

@@ -12,8 +12,7 @@ use std::{
 
 use tokio::{
     io::AsyncWriteExt,
-    net::{TcpSocket, TcpStream},
-    sync::Semaphore,
+    net::TcpStream,
     task::JoinSet,
     time::{interval, sleep, sleep_until},
 };
@@ -21,12 +20,13 @@ use tokio_postgres::Client as Sql;
 
 use super::{
     Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, backends,
+    fairness::{BUNDLE, insert_large_tasks, request_without_reading},
     load::{Addresses, Client, Credentials, Load, RequestLog, RequestRecord, percentile, summary},
     memory,
     proxy::NetworkCondition,
     raise_file_limit, report, short_or_full, start_heavy_load, start_light_load, until_served,
 };
-use crate::harness::{Server, User, until};
+use crate::harness::{Server, User};
 
 /// Samples the number of backends continuously; returns the maximum so far.
 fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
@@ -217,21 +217,10 @@ enum AbusiveClient {
 }
 
 impl AbusiveClient {
-    /// The path that a client requests without reading the response.
-    fn unread_path(self, tasks: &str) -> &str {
-        match self {
-            AbusiveClient::NeverReadsDocs => "/docs/swagger-ui-bundle.js",
-            _ => tasks,
-        }
-    }
-
     /// Runs until the server closes the connection. Clients that never read cannot notice that, and
     /// return once the response has begun.
-    async fn run(self, address: SocketAddr, user: Arc<User>, permits: Arc<Semaphore>) -> TcpStream {
-        let socket = TcpSocket::new_v4().unwrap();
-        // A small buffer, because the server counts what the kernel has received as read.
-        socket.set_recv_buffer_size(4096).unwrap();
-        let mut stream = socket.connect(address).await.unwrap();
+    async fn run(self, address: SocketAddr, user: Arc<User>) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.unwrap();
         let (tasks, token) = (user.tasks(), &user.access_token);
         let credentials = format!("Host: a\r\nAuthorization: Bearer {token}\r\n");
         let trickled = match self {
@@ -247,16 +236,11 @@ impl AbusiveClient {
                 stream.write_all(head.as_bytes()).await.unwrap();
                 format!("{:400}", r#"{"title": "slowly"}"#)
             }
-            AbusiveClient::NeverReads | AbusiveClient::NeverReadsDocs => {
-                let _permit = permits.acquire().await.unwrap();
-                // The kernels' buffers absorb the first few megabytes.
-                let get = format!(
-                    "GET {} HTTP/1.1\r\n{credentials}\r\n",
-                    self.unread_path(&tasks)
-                );
-                stream.write_all(get.repeat(8).as_bytes()).await.unwrap();
-                stream.readable().await.unwrap();
-                return stream;
+            AbusiveClient::NeverReads => {
+                return request_without_reading(address, &tasks, Some(token)).await;
+            }
+            AbusiveClient::NeverReadsDocs => {
+                return request_without_reading(address, BUNDLE, None).await;
             }
         };
         for byte in trickled.as_bytes() {
@@ -282,22 +266,6 @@ fn open_connections(address: SocketAddr) -> usize {
     table.lines().skip(1).filter(is_open).count()
 }
 
-/// How many tasks make a list of slightly more than one megabyte.
-const LARGE_LIST: usize = 260;
-
-async fn insert_large_list(sql: &Sql, user: &User) {
-    let inserted = sql
-        .execute(
-            "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
-             select $1::text::uuid, gen_random_uuid(), 'leaf', repeat('🌿', 1000), false, now(), now()
-             from generate_series(1, $2::bigint)",
-            &[&user.id, &(LARGE_LIST as i64)],
-        )
-        .await
-        .unwrap();
-    assert_eq!(inserted, LARGE_LIST as u64);
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abusive_clients_are_disconnected_without_affecting_others() {
     raise_file_limit();
@@ -305,7 +273,7 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let user = Arc::new(server.user().await);
     let sql = server.sql().await;
-    insert_large_list(&sql, &user).await;
+    insert_large_tasks(&sql, &user, 260).await;
     let polite = server.user().await;
     let task = polite.create_task("read me").await;
     let load = Load::new(&Addresses::new(&[server.addr()]))
@@ -317,7 +285,6 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
     let pid = server.pid();
     let (before, idle) = (open_connections(server.addr()), memory(pid).0);
     let count = short_or_full(160, 1000);
-    let permits = Arc::new(Semaphore::new(2));
     let start = Instant::now();
     let mut abusive = JoinSet::new();
     for number in 0..count {
@@ -329,7 +296,7 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
             _ if number < 8 => AbusiveClient::NeverReads,
             _ => AbusiveClient::NeverReadsDocs,
         };
-        abusive.spawn(client.run(server.addr(), user.clone(), permits.clone()));
+        abusive.spawn(client.run(server.addr(), user.clone()));
     }
     // Streams that are never read stay open until the end of the test.
     let mut streams = Vec::new();
@@ -382,52 +349,5 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
     // The limit for unread responses, plus the connections themselves.
     let grown = peak.saturating_sub(idle);
     assert!(grown < 256 * 1024 + 64 * count as u64, "{grown} KiB more");
-    assert_eq!(server.stop().await.code(), Some(0));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unread_responses_of_one_user_are_limited_and_do_not_delay_other_users() {
-    raise_file_limit();
-    let _guard = start_light_load().await;
-    let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
-    let (user, other) = (Arc::new(server.user().await), server.user().await);
-    let sql = server.sql().await;
-    insert_large_list(&sql, &user).await;
-    insert_large_list(&sql, &other).await;
-    let list = async |user: &User| user.get(user.tasks()).send().await;
-    let whole = list(&user).await.expect(200).body.len();
-    assert!(whole > 1024 * 1024, "{whole} bytes");
-
-    let idle = memory(server.pid()).0;
-    let clients = short_or_full(40, 500);
-    let permits = Arc::new(Semaphore::new(clients));
-    let mut abusive = JoinSet::new();
-    for _ in 0..clients {
-        let client = AbusiveClient::NeverReads;
-        abusive.spawn(client.run(server.addr(), user.clone(), permits.clone()));
-    }
-    let streams = abusive.join_all().await;
-    let mut slowest = Duration::ZERO;
-    for _ in 0..short_or_full(5, 50) {
-        let sent_at = Instant::now();
-        let length = list(&other).await.expect(200).body.len();
-        assert!(length > 1024 * 1024, "{length} bytes");
-        slowest = slowest.max(sent_at.elapsed());
-    }
-    assert!(slowest < RESPONSE_TIMEOUT, "{slowest:?}");
-    let peak = memory(server.pid()).1;
-    drop(streams);
-    until("the user's lists are served again", async || {
-        list(&user).await.status == 200
-    })
-    .await;
-    report(
-        "unread lists",
-        format!(
-            "{clients} clients of one user with 8 MiB each unread; resident memory {idle} KiB before, {peak} KiB at most; another user's list took {slowest:.1?} at most",
-        ),
-    );
-    let grown = peak.saturating_sub(idle);
-    assert!(grown < 96 * 1024 + 128 * clients as u64, "{grown} KiB more");
     assert_eq!(server.stop().await.code(), Some(0));
 }
