@@ -1,9 +1,8 @@
 //! The signals that shut the service down.
 
-use std::future::poll_fn;
 use std::io;
-use std::task::Poll;
 
+use futures_util::future::select_all;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// SIGINT, SIGTERM, SIGHUP and SIGQUIT, received from the creation of this value on.
@@ -25,14 +24,7 @@ impl ShutdownSignals {
 
     /// Waits for the first of the signals.
     pub(crate) async fn recv(&mut self) {
-        poll_fn(|context| {
-            let received = |signal: &mut Signal| signal.poll_recv(context).is_ready();
-            match self.0.iter_mut().any(received) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            }
-        })
-        .await;
+        select_all(self.0.iter_mut().map(|signal| Box::pin(signal.recv()))).await;
     }
 }
 

@@ -18,19 +18,12 @@ pub(crate) const AUTHENTICATION_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Deadline(Instant);
 
 impl Deadline {
-    /// A deadline that is this far in the future.
     pub(crate) fn after(timeout: Duration) -> Self {
         Self(Instant::now() + timeout)
     }
 
-    /// The deadline as an instant.
     pub(crate) fn at(self) -> Instant {
         self.0
-    }
-
-    /// Whether it is too late to send a statement.
-    pub(crate) fn has_passed(self) -> bool {
-        Instant::now() >= self.0
     }
 }
 

@@ -46,20 +46,21 @@ impl Endpoint {
             if migrates && info.migrations_due > 0 {
                 info.migrations_applied = migrate(&mut client).await?;
                 info.migrations_due = 0;
-                info.search_ignores_case = search_ignores_case(&client).await?;
+            }
+            if info.migrations_due == 0 {
+                const SQL: &str = "select fold_case('äбσς') = 'ÄБΣΣ' as works";
+                let row = with_timeout(client.query_typed_one(SQL, &[])).await?;
+                info.search_ignores_case = row.get("works");
             }
             Ok(info)
         };
-        let location = &self.location;
-        info.await.map_err(|error| match (error, self.sslmode) {
-            (ConnectError::Fatal(reason), Some(_)) => {
-                ConnectError::Fatal(format!("DATABASE_URL ({location}): {reason}"))
-            }
-            (ConnectError::Fatal(reason), None) => {
-                let subject = format!("the embedded PostgreSQL in {location}");
-                ConnectError::Fatal(format!("{subject}: {reason}"))
-            }
-            (transient, _) => transient,
+        let subject = match self.sslmode {
+            Some(_) => format!("DATABASE_URL ({})", self.location),
+            None => format!("the embedded PostgreSQL in {}", self.location),
+        };
+        info.await.map_err(|error| match error {
+            ConnectError::Fatal(reason) => ConnectError::Fatal(format!("{subject}: {reason}")),
+            transient => transient,
         })
     }
 }
@@ -94,7 +95,7 @@ async fn inspect_server(endpoint: &Endpoint, client: &Client) -> Result<ServerIn
         clock_difference: row.get::<_, f64>("now") - now,
         migrations_due,
         migrations_applied: 0,
-        search_ignores_case: migrations_due > 0 || search_ignores_case(client).await?,
+        search_ignores_case: true,
         has_pooler: endpoint.sslmode.is_some() && detect_pooler(endpoint, client).await?,
     })
 }
@@ -152,9 +153,4 @@ async fn migrate(client: &mut Client) -> Result<usize, ConnectError> {
         }
         applied => Ok(applied?),
     }
-}
-
-async fn search_ignores_case(client: &Client) -> Result<bool, ConnectError> {
-    let query = client.query_typed_one("select fold_case('äбσς') = 'ÄБΣΣ' as works", &[]);
-    Ok(with_timeout(query).await?.get("works"))
 }

@@ -1,12 +1,10 @@
-//! Runs every statement in READ COMMITTED, regardless of the default of the server, database or
-//! role.
+//! Runs every statement in READ COMMITTED. If the server, database or role has another default, each
+//! statement is sent between BEGIN and COMMIT, pipelined, because a session setting would not survive
+//! a transaction pooler.
 //!
-//! If READ COMMITTED is the default, as it almost always is, statements are sent unchanged.
-//! Otherwise each one is sent between BEGIN and COMMIT, pipelined, because a session setting would
-//! not survive a transaction pooler. The default is read when a connection is opened, while its
-//! statements are being prepared. If it changes later, or differs between the backends of a pooler,
-//! a statement fails with a serialization failure, which cannot occur in READ COMMITTED, and is
-//! retried inside a transaction.
+//! The default is read when a connection is opened. If it changes later, or differs between the
+//! backends of a pooler, a statement fails with a serialization failure, which cannot occur in READ
+//! COMMITTED, and is retried inside a transaction.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

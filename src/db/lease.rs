@@ -140,7 +140,7 @@ impl Lease {
         deadline: Deadline,
         statement: impl Future<Output = Result<T, Error>>,
     ) -> Result<T> {
-        if deadline.has_passed() {
+        if Instant::now() >= deadline.at() {
             return Err(DbError::Unavailable("the deadline has passed".into()));
         }
         let was_in_flight = std::mem::replace(&mut self.in_flight, true);

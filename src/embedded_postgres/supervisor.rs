@@ -19,34 +19,34 @@ const BACKOFF_RESET: Duration = Duration::from_secs(60);
 pub(super) async fn supervise(
     cluster: Cluster,
     mut server: Server,
-    mut stop: oneshot::Receiver<()>,
+    stop: oneshot::Receiver<()>,
     _lock: File,
 ) {
-    let mut backoff = MIN_BACKOFF;
-    loop {
-        let started = Instant::now();
-        let status = tokio::select! {
-            _ = &mut stop => break,
-            status = server.wait() => status,
-        };
-        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-        error!("embedded PostgreSQL ended unexpectedly ({status}), restarting it");
-        if started.elapsed() > BACKOFF_RESET {
-            backoff = MIN_BACKOFF;
-        }
-        server = tokio::select! {
-            server = relaunch(&cluster, &mut backoff) => server,
-            _ = &mut stop => {
-                // Waits for the end of a server that the abandoned launch has signalled to stop.
-                if let Err(error) = cluster.stop_stale_server().await {
-                    warn!("{error}");
-                }
-                return cluster.remove_external_socket_dir();
+    let restart = async {
+        let mut backoff = MIN_BACKOFF;
+        loop {
+            let started = Instant::now();
+            let status = match server.wait().await {
+                Ok(status) => status.to_string(),
+                Err(error) => error.to_string(),
+            };
+            error!("embedded PostgreSQL ended unexpectedly ({status}), restarting it");
+            if started.elapsed() > BACKOFF_RESET {
+                backoff = MIN_BACKOFF;
             }
-        };
-        info!("embedded PostgreSQL is running again");
+            server = relaunch(&cluster, &mut backoff).await;
+            info!("embedded PostgreSQL is running again");
+        }
+    };
+    tokio::select! {
+        () = restart => {}
+        _ = stop => {}
     }
     server.shut_down().await;
+    // Waits for a server that an abandoned launch has signalled to stop.
+    if let Err(error) = cluster.stop_stale_server().await {
+        warn!("{error}");
+    }
     cluster.remove_external_socket_dir();
 }
 
