@@ -40,7 +40,6 @@ impl FieldError {
         }
     }
 
-    /// An invalid query parameter.
     pub(crate) fn parameter(name: &'static str, code: &'static str, detail: &'static str) -> Self {
         Self {
             location: ErrorLocation::Parameter(name),
@@ -49,7 +48,6 @@ impl FieldError {
         }
     }
 
-    /// The human-readable description.
     pub(crate) fn detail(&self) -> &str {
         &self.detail
     }
@@ -62,7 +60,6 @@ pub(crate) enum Error {
     MalformedJson(String),
     /// A part of the request other than its JSON is malformed.
     MalformedRequest(&'static str),
-    /// The request has no bearer token.
     MissingToken,
     /// The bearer token was rejected. The reason is only logged.
     InvalidToken(TokenRejection),
@@ -72,16 +69,13 @@ pub(crate) enum Error {
     InvalidCredentials(LoginFailure),
     /// The user in the path is not the user of the token.
     Forbidden,
-    /// The password that confirms a change is wrong.
     WrongPassword,
-    /// The operator does not accept new accounts.
     RegistrationClosed,
     NotFound,
     TaskNotFound,
     SessionNotFound,
     /// The route supports only these methods.
     MethodNotAllowed(&'static str),
-    /// The body did not arrive in time.
     RequestTimeout,
     EmailTaken,
     /// The condition in `If-Match` or `If-None-Match` is not met.
@@ -94,7 +88,6 @@ pub(crate) enum Error {
     },
     /// The invalid fields or parameters of the request.
     Validation(Vec<FieldError>),
-    /// The idempotency key was already used with different values.
     IdempotencyKeyReused,
     TooManyAttempts {
         /// Seconds, at least 1.
@@ -111,7 +104,6 @@ pub(crate) enum Error {
     OutcomeUnknown(String),
     /// The service has more work than it can finish in time.
     Overloaded,
-    /// The service is shutting down.
     Stopping,
 }
 

@@ -31,7 +31,7 @@ pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) const CASE_SENSITIVE: &str = "search is case-sensitive beyond ASCII: this server has neither ICU nor \
     a UTF-8 locale whose rules the function fold_case could use";
 
-/// How long the log lines about addresses wait for the database, to be the last ones.
+/// How long to wait for the database before logging the addresses, which should come last.
 const QUICK_START: Duration = Duration::from_secs(1);
 
 /// Serves the API until a signal arrives or the database turns out to be unusable.

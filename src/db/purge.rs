@@ -1,7 +1,6 @@
 //! Deletes expired rows in small batches after requests, so that an idle service lets its database
 //! suspend.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use log::{debug, warn};
@@ -17,54 +16,49 @@ const BATCH: u64 = 500;
 /// Between batches, so that a purge does not slow down requests.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// When the last purge started, and whether it is still running.
+/// When the last batch was purged.
 #[derive(Default)]
-pub(crate) struct Purger {
-    last: Mutex<Option<Instant>>,
-    running: AtomicBool,
-}
+pub(crate) struct Purger(Mutex<Option<Instant>>);
 
 impl Purger {
     /// Whether a purge is due. If so, the caller has to call `purge`.
     pub(crate) fn is_due(&self) -> bool {
-        let mut last = self.last.lock();
-        if last.is_some_and(|last| last.elapsed() < INTERVAL)
-            || self.running.swap(true, Ordering::AcqRel)
-        {
-            return false;
+        let mut last = self.0.lock();
+        let is_due = last.is_none_or(|last| last.elapsed() > INTERVAL);
+        if is_due {
+            *last = Some(Instant::now());
         }
-        *last = Some(Instant::now());
-        true
+        is_due
     }
 
     pub(crate) async fn purge(&self, database: &Database) {
-        if let Err(error) = purge_all(database).await {
+        if let Err(error) = self.purge_all(database).await {
             warn!("purging expired rows failed, the next attempt is in ten minutes: {error:?}");
         }
-        self.running.store(false, Ordering::Release);
     }
-}
 
-async fn purge_all(database: &Database) -> Result<()> {
-    for sql in [
-        Sql::SessionsPurge,
-        Sql::RevocationsPurge,
-        Sql::LoginFailuresPurge,
-        Sql::LoginNetworksPurge,
-        Sql::IdempotencyKeysPurge,
-        Sql::DeletedTasksPurge,
-    ] {
-        loop {
-            let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
-            let deleted = db.execute(sql, &[]).await?;
-            if deleted > 0 {
-                debug!("purged {deleted} rows: {sql:?}");
+    async fn purge_all(&self, database: &Database) -> Result<()> {
+        for sql in [
+            Sql::SessionsPurge,
+            Sql::RevocationsPurge,
+            Sql::LoginFailuresPurge,
+            Sql::LoginNetworksPurge,
+            Sql::IdempotencyKeysPurge,
+            Sql::DeletedTasksPurge,
+        ] {
+            loop {
+                *self.0.lock() = Some(Instant::now());
+                let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
+                let deleted = db.execute(sql, &[]).await?;
+                if deleted > 0 {
+                    debug!("purged {deleted} rows: {sql:?}");
+                }
+                if deleted < BATCH {
+                    break;
+                }
+                sleep(PAUSE).await;
             }
-            if deleted < BATCH {
-                break;
-            }
-            sleep(PAUSE).await;
         }
+        Ok(())
     }
-    Ok(())
 }

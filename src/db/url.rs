@@ -15,7 +15,7 @@ use super::connect::Endpoint;
 use super::tls::{self, Verification};
 
 const EXAMPLE: &str = "must be a URL like postgres://user:password@host/database?sslmode=require";
-/// The error where a part of the URL may be a part of the password.
+/// The error if part of the URL may belong to the password.
 const ENCODE: &str = "cannot be read reliably: percent-encode the password and other parts with special characters \
     (@ is %40, / is %2F, ? is %3F, : is %3A, & is %26, = is %3D, % is %25, a space is %20)";
 /// The parameters that have an effect, all of them libpq's.
@@ -133,6 +133,7 @@ fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
         ("port".to_owned(), decode(&ports.join(","))?),
         ("dbname".to_owned(), decode(dbname)?),
     ]);
+    let has_word = |words: &str, word: &str| words.split(' ').any(|known| known == word);
     let mut follows_password = false;
     for pair in query.split_terminator('&') {
         let (name, value) = pair
@@ -155,10 +156,6 @@ fn split(url: &str) -> Result<BTreeMap<String, String>, String> {
         parameters.insert(name.to_owned(), value.to_owned());
     }
     Ok(parameters)
-}
-
-fn has_word(words: &str, word: &str) -> bool {
-    words.split(' ').any(|known| known == word)
 }
 
 fn decode(text: &str) -> Result<String, String> {
@@ -222,7 +219,7 @@ fn config(parameters: BTreeMap<String, String>) -> Result<Config, String> {
     if hosts.is_empty() || has_name(str::is_empty) {
         return Err("names no host".into());
     }
-    // Credentials whose separators were encoded, too.
+    // The separators of the credentials were encoded as well.
     if has_name(|name| name.contains(['@', '/', '?', '#'])) {
         return Err(ENCODE.into());
     }

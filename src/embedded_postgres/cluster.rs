@@ -14,7 +14,7 @@ use tokio::process::Command;
 use super::{
     Error, Installation, OsUser, SUPERUSER, access, child,
     data_dir::{create_private_dir, create_socket_dir},
-    path_error, run, socket_config,
+    path_error, run,
 };
 
 /// Includes writing about 40 MB to a slow disk.
@@ -138,10 +138,6 @@ impl Cluster {
             command.uid(user.uid).gid(user.gid);
         }
         command
-    }
-
-    pub(super) fn config(&self, database: &str) -> tokio_postgres::Config {
-        socket_config(&self.socket_dir, database)
     }
 
     /// Removes the socket directory if it is outside of `DATA_DIR`.

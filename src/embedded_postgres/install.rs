@@ -13,8 +13,8 @@ use super::{Error, file, path_error, run};
 const MIN_MAJOR: u32 = 13;
 const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where distributions install PostgreSQL: a directory, and the prefix of those of its
-/// subdirectories that have the programs in `bin`.
+/// Where distributions install PostgreSQL: a parent directory, and the prefix of the subdirectories
+/// whose `bin` contains the programs.
 const SEARCH_PATHS: [(&str, &str); 8] = [
     ("/usr/lib/postgresql", ""),
     ("/usr", "pgsql-"),

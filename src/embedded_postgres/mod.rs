@@ -93,7 +93,7 @@ impl Postgres {
 
     /// The configuration of a connection through the socket, without a password.
     pub fn config(&self) -> tokio_postgres::Config {
-        self.cluster.config(DATABASE)
+        socket_config(&self.cluster.socket_dir, DATABASE)
     }
 
     /// The directory of the socket.

@@ -22,7 +22,7 @@ use super::{
     cluster::first_error_line,
     data_dir::SOCKET_NAME,
     file::{self, open_own},
-    path_error, run,
+    path_error, run, socket_config,
 };
 
 /// A log longer than this is rotated at the next start; one previous log is kept.
@@ -190,12 +190,17 @@ impl Cluster {
 
     /// Creates the service's database if it is missing.
     async fn create_database(&self) -> Result<(), tokio_postgres::Error> {
-        match self.config(DATABASE).connect(NoTls).await {
+        match socket_config(&self.socket_dir, DATABASE)
+            .connect(NoTls)
+            .await
+        {
             Ok(_) => return Ok(()),
             Err(error) if error.code() == Some(&SqlState::INVALID_CATALOG_NAME) => {}
             Err(error) => return Err(error),
         }
-        let (client, connection) = self.config("postgres").connect(NoTls).await?;
+        let (client, connection) = socket_config(&self.socket_dir, "postgres")
+            .connect(NoTls)
+            .await?;
         let connection = tokio::spawn(connection);
         let created = client
             .batch_execute(&format!("create database {DATABASE}"))

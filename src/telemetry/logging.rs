@@ -28,8 +28,8 @@ static IS_JOURNAL: LazyLock<bool> = LazyLock::new(|| {
     stderr.is_ok_and(|meta| named == format!("{}:{}", meta.dev(), meta.ino()))
 });
 
-/// Checks a filter in `RUST_LOG` syntax more strictly than env_logger, for which a misspelled level
-/// is a target: all else, errors of the service included, would then be off.
+/// Checks a filter in `RUST_LOG` syntax. env_logger would take a misspelled level for a target, and
+/// turn off everything else, including the errors of the service.
 pub(crate) fn check_filter(filter: &str) -> Result<(), String> {
     let mut parsed = env_filter::Builder::new();
     parsed

@@ -35,7 +35,7 @@ const SECONDS: &[f64] = &[
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
 
-/// The route of a path that matches none.
+/// The route label of an unmatched path.
 pub(crate) const UNMATCHED_ROUTE: &str = "none";
 const LOGIN_SUCCESS: &str = "success";
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
@@ -82,8 +82,8 @@ impl Metrics {
             open_connections: gauge("http_open_connections", "Open client connections"),
             registry,
         };
-        // A series that appears with its first event has no rate, and sums leave it out: create
-        // all of them at zero.
+        // Creates all series at zero: one that appears with its first event has no rate, and is
+        // missing from sums.
         for method in METHODS.into_iter().chain([OTHER_METHOD]) {
             metrics.declare_response(UNMATCHED_ROUTE, method, "404");
         }
