@@ -5,7 +5,7 @@
 //   k6 run -e VUS=50 -e DURATION=5m k6/load.js
 //
 // All logins come from one address. With many virtual users, start the service with
-// AUTH_RATE_PER_MINUTE=0. For an HTML report: K6_WEB_DASHBOARD=true K6_WEB_DASHBOARD_EXPORT=load.html
+// AUTH_RATE_PER_MINUTE=0 and WRITES_PER_MINUTE=0. For an HTML report: K6_WEB_DASHBOARD=true K6_WEB_DASHBOARD_EXPORT=load.html
 
 import { registerUsers, thresholds, trendStats } from './lib/api.js';
 import { ENDPOINTS, userJourney } from './lib/user_journey.js';

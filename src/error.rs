@@ -95,6 +95,13 @@ pub(crate) enum Error {
         /// Whether the account or the network is rate limited; only logged.
         reason: LoginFailure,
     },
+    /// The user changes tasks too fast.
+    TooManyRequests {
+        /// Seconds, at least 1.
+        retry_after: u64,
+    },
+    /// The user has as many tasks as one user can have.
+    QuotaExceeded,
     /// A bug. The cause is only logged.
     Internal(String),
     /// The database is unreachable. The cause is only logged.
@@ -153,6 +160,8 @@ impl Error {
             Self::Validation(_) => &problem::VALIDATION_FAILED,
             Self::IdempotencyKeyReused => &problem::IDEMPOTENCY_KEY_REUSED,
             Self::TooManyAttempts { .. } => &problem::TOO_MANY_ATTEMPTS,
+            Self::TooManyRequests { .. } => &problem::TOO_MANY_REQUESTS,
+            Self::QuotaExceeded => &problem::QUOTA_EXCEEDED,
             Self::Internal(_) | Self::OutcomeUnknown(_) => &problem::INTERNAL,
             Self::DatabaseUnavailable(_) => &problem::DATABASE_UNAVAILABLE,
             Self::Overloaded => &problem::OVERLOADED,
@@ -207,7 +216,9 @@ impl Error {
     /// The number of seconds after which the client should retry.
     pub(crate) fn retry_after(&self) -> Option<u64> {
         match self {
-            Self::TooManyAttempts { retry_after, .. } => Some(*retry_after),
+            Self::TooManyAttempts { retry_after, .. } | Self::TooManyRequests { retry_after } => {
+                Some(*retry_after)
+            }
             Self::DatabaseUnavailable(_) | Self::Overloaded | Self::Stopping => Some(1),
             _ => None,
         }

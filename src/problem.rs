@@ -56,6 +56,9 @@ problems! {
     REGISTRATION_CLOSED = 403 "registration_closed" "Registration is closed"
         "The operator of this service does not accept new accounts."
         "Ask the operator for an account.";
+    QUOTA_EXCEEDED = 403 "quota_exceeded" "Quota exceeded"
+        "You have as many tasks as one user can have. Nothing was created."
+        "Delete tasks that you no longer need, for example the completed ones.";
     NOT_FOUND = 404 "not_found" "Not found"
         "This path does not exist."
         "Look up the path in the API documentation.";
@@ -92,6 +95,9 @@ problems! {
     TOO_MANY_ATTEMPTS = 429 "too_many_attempts" "Too many attempts"
         "Too many wrong passwords were entered for one account, or too many sign-in requests came from your network."
         "Wait for the number of seconds in the Retry-After header. Until then, attempts are rejected without being checked.";
+    TOO_MANY_REQUESTS = 429 "too_many_requests" "Too many requests"
+        "You change tasks faster than one user may. Nothing was changed."
+        "Wait for the number of seconds in the Retry-After header, and send changes less often.";
     INTERNAL = 500 "internal" "Internal error"
         "There is a bug in the service, or the database did not confirm a change. The operator can find the cause in the log by the request ID."
         "Report the request ID. Before you repeat a change, check whether it was made. Repeating it with the same Idempotency-Key is safe.";

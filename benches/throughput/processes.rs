@@ -193,6 +193,8 @@ pub(crate) fn start_server(
         .env("JWT_SECRET", SECRET)
         .env("LISTEN_ADDR", address.to_string())
         .env("AUTH_RATE_PER_MINUTE", "0")
+        .env("WRITES_PER_MINUTE", "0")
+        .env("MAX_TASKS_PER_USER", "1000000000")
         .env("BCRYPT_COST", BCRYPT_COST.to_string())
         .stdin(Stdio::null())
         .stderr(log);

@@ -1,72 +1,39 @@
-//! The request rate limit for each client network. Failed logins are counted in the database, where
+//! The limits on logins of each client network. Failed logins are counted in the database, where
 //! all instances see them; this limit and [`MAX_CONCURRENT_LOGINS`] apply to one instance.
 
 use std::net::IpAddr;
-use std::num::NonZeroU32;
-use std::time::{Duration, Instant};
 
-use governor::clock::{Clock, DefaultClock};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use ipnet::IpNet;
-use parking_lot::Mutex;
 
+use crate::auth::rate_limiter::RateLimiter;
 use crate::error::Error;
 use crate::telemetry::labels::LoginFailure;
 
 /// The maximum number of concurrent login attempts on one account from one network. Prevents them
 /// from filling the hash queue.
 pub(crate) const MAX_CONCURRENT_LOGINS: usize = 5;
-/// How many networks are counted separately, at about 100 bytes each. Beyond that, larger networks
-/// share a limit.
-const MAX_NETWORKS: usize = 50_000;
 
 /// Limits the number of requests per minute from each network.
-pub(crate) struct IpRateLimiter {
-    limiter: Option<DefaultKeyedRateLimiter<IpAddr>>,
-    clock: DefaultClock,
-    last_pruned: Mutex<Option<Instant>>,
-}
+pub(crate) struct IpRateLimiter(RateLimiter<IpAddr>);
 
 impl IpRateLimiter {
     /// A rate of 0 disables the limit.
     pub(crate) fn new(per_minute: u32) -> Self {
-        let quota = NonZeroU32::new(per_minute).map(Quota::per_minute);
-        Self {
-            limiter: quota.map(RateLimiter::keyed),
-            clock: DefaultClock::default(),
-            last_pruned: Mutex::default(),
-        }
+        Self(RateLimiter::new(per_minute, per_minute))
     }
 
     /// Counts a request. Fails if it exceeds the limit.
     pub(crate) fn check(&self, client: IpAddr) -> Result<(), Error> {
-        let Some(limiter) = &self.limiter else {
-            return Ok(());
+        let network = match self.0.is_full() {
+            true => prefix(client, 16, 32),
+            false => client_network(client),
         };
-        if limiter.len() >= MAX_NETWORKS {
-            self.prune(limiter);
-        }
-        let key = if limiter.len() >= MAX_NETWORKS {
-            prefix(client, 16, 32)
-        } else {
-            client_network(client)
-        };
-        limiter
-            .check_key(&key)
-            .map_err(|until| Error::TooManyAttempts {
-                retry_after: until.wait_time_from(self.clock.now()).as_secs() + 1,
+        self.0
+            .check(&network)
+            .map_err(|retry_after| Error::TooManyAttempts {
+                retry_after,
                 reason: LoginFailure::RateLimited,
             })
-    }
-
-    /// Removes networks whose quota is full again. Runs at most once a second because it visits
-    /// every network.
-    fn prune(&self, limiter: &DefaultKeyedRateLimiter<IpAddr>) {
-        let mut last_pruned = self.last_pruned.lock();
-        if last_pruned.is_none_or(|last_pruned| last_pruned.elapsed() > Duration::from_secs(1)) {
-            limiter.retain_recent();
-            *last_pruned = Some(Instant::now());
-        }
     }
 }
 
@@ -89,6 +56,7 @@ mod tests {
     use std::net::Ipv6Addr;
 
     use super::*;
+    use crate::auth::rate_limiter::MAX_KEYS;
 
     #[test]
     fn an_ipv6_network_counts_as_one_client() {
@@ -101,11 +69,11 @@ mod tests {
     #[test]
     fn limits_the_number_of_networks() {
         let limiter = IpRateLimiter::new(1);
-        for number in 0..u32::try_from(MAX_NETWORKS).unwrap() * 2 {
+        for number in 0..u32::try_from(MAX_KEYS).unwrap() * 2 {
             let client = Ipv6Addr::from_bits(u128::from(number) << 64);
             limiter.check(client.into()).ok();
         }
-        assert!(limiter.limiter.as_ref().unwrap().len() <= MAX_NETWORKS + 1);
+        assert!(limiter.0.len() <= MAX_KEYS + 1);
         // A client outside the shared network still has its own quota.
         assert!(limiter.check("192.0.2.1".parse().unwrap()).is_ok());
     }

@@ -3,5 +3,6 @@
 pub(crate) mod hasher;
 pub(crate) mod login_limits;
 pub(crate) mod password;
+pub(crate) mod rate_limiter;
 pub(crate) mod revocations;
 pub(crate) mod token;

@@ -36,6 +36,8 @@ pub(crate) struct Config {
     pub(crate) registration_open: bool,
     pub(crate) auth_rate_per_minute: u32,
     pub(crate) bcrypt_cost: u32,
+    pub(crate) writes_per_minute: u32,
+    pub(crate) max_tasks_per_user: i32,
     pub(crate) lifetimes: TokenLifetimes,
     pub(crate) log_filter: String,
     /// One line per setting, with its value and source; secrets are hidden.
@@ -84,6 +86,8 @@ impl Config {
             registration_open: env.parsed::<String>("REGISTRATION")? == "open",
             auth_rate_per_minute: env.parsed_or("AUTH_RATE_PER_MINUTE", default_auth_rate)?,
             bcrypt_cost: env.parsed("BCRYPT_COST")?,
+            writes_per_minute: env.parsed("WRITES_PER_MINUTE")?,
+            max_tasks_per_user: env.parsed("MAX_TASKS_PER_USER")?,
             lifetimes,
             log_filter: env.parsed("RUST_LOG")?,
             report: env.report,

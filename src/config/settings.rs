@@ -35,7 +35,7 @@ const YEAR: u32 = 31_536_000;
 /// All settings, in the order used by `--help` and `check`. Tests compare README.md and
 /// systemd/todo-api.env.example with this table.
 #[rustfmt::skip]
-const SETTINGS: [Setting; 18] = [
+const SETTINGS: [Setting; 20] = [
     ("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
     ("DATA_DIR", ".todo-api", Text, "directory of the embedded PostgreSQL"),
     ("PGSSLROOTCERT", "", Text, "file with the CA certificates for DATABASE_URL"),
@@ -49,6 +49,8 @@ const SETTINGS: [Setting; 18] = [
     ("REGISTRATION", "open", OneOf(&["open", "closed"]), "whether new accounts can be registered"),
     ("AUTH_RATE_PER_MINUTE", "100 per core", Integer(0..=1_000_000), "logins from one network; 0: off"),
     ("BCRYPT_COST", "12", Integer(10..=16), "each step doubles the time of a login"),
+    ("WRITES_PER_MINUTE", "7200", Integer(0..=1_000_000), "changes of tasks by one user; 0: off"),
+    ("MAX_TASKS_PER_USER", "100000", Integer(1..=1_000_000_000), "tasks that one user can have"),
     ("ACCESS_TOKEN_TTL", "86400", Integer(1..=MAX_ACCESS_TTL.as_secs() as u32), "seconds an access token is valid"),
     ("REFRESH_TOKEN_IDLE_TTL", "2592000", Integer(1..=YEAR), "seconds a session lasts without a refresh"),
     ("REFRESH_TOKEN_MAX_TTL", "7776000", Integer(1..=YEAR), "seconds a session lasts in all"),

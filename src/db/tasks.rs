@@ -68,6 +68,8 @@ pub(crate) enum CreateOutcome {
     Task(Task),
     /// An earlier request used the same key for a task with different values.
     KeyReused,
+    /// The user has the maximum number of tasks.
+    QuotaExceeded,
     /// The account has been deleted.
     NoSuchUser,
 }
@@ -78,6 +80,7 @@ pub(crate) async fn create(
     user_id: Uuid,
     new: NewTask,
     key: Option<&str>,
+    max_tasks: i32,
 ) -> Result<CreateOutcome> {
     let (id, created_at) = NewTask::new_id();
     let title = new.title.as_str();
@@ -89,7 +92,10 @@ pub(crate) async fn create(
         &description,
         &new.completed,
         &created_at.0,
+        &max_tasks,
         &key,
+        // Trims the user's keys now and then, at a hundredth of the cost.
+        &(fastrand::u8(..100) == 0),
     ];
     let created = || Task {
         id,
@@ -101,7 +107,7 @@ pub(crate) async fn create(
         updated_at: created_at,
     };
     let (sql, params) = match key {
-        None => (Sql::TasksCreate, &params[..6]),
+        None => (Sql::TasksCreate, &params[..7]),
         Some(_) => (Sql::TasksCreateIdempotent, params),
     };
     let rows = match db.insert(sql, params).await {
@@ -113,7 +119,11 @@ pub(crate) async fn create(
         rows => rows?,
     };
     let Some(row) = rows.first() else {
-        return Ok(CreateOutcome::NoSuchUser);
+        let user = db.read(Sql::UsersGet, &[&user_id]).await?;
+        return Ok(match user.is_empty() {
+            true => CreateOutcome::NoSuchUser,
+            false => CreateOutcome::QuotaExceeded,
+        });
     };
     if key.is_none() {
         return Ok(CreateOutcome::Task(created()));

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::auth::hasher::PasswordHasher;
 use crate::auth::login_limits::{IpRateLimiter, MAX_CONCURRENT_LOGINS};
+use crate::auth::rate_limiter::RateLimiter;
 use crate::auth::revocations::Revocations;
 use crate::auth::token::TokenIssuer;
 use crate::config::Config;
@@ -17,6 +18,7 @@ use crate::db::keyed_semaphore::KeyedSemaphore;
 use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
 use crate::db::users::LockoutKey;
+use crate::error::Error;
 use crate::http::cors::Cors;
 use crate::http::large_responses::LargeResponses;
 use crate::telemetry::labels::RevocationReason;
@@ -38,6 +40,7 @@ pub(crate) struct AppState {
     /// Password changes and account deletions of a user run one after another.
     pub(crate) account_changes: KeyedSemaphore<Uuid>,
     pub(crate) ip_limiter: IpRateLimiter,
+    write_limiter: RateLimiter<Uuid>,
     pub(crate) cors: Cors,
     pub(crate) large_responses: LargeResponses,
     pub(crate) metrics: Arc<Metrics>,
@@ -66,6 +69,11 @@ impl AppState {
             login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
             account_changes: KeyedSemaphore::new(1),
             ip_limiter: IpRateLimiter::new(config.auth_rate_per_minute),
+            // A burst of five seconds' worth.
+            write_limiter: RateLimiter::new(
+                config.writes_per_minute,
+                config.writes_per_minute / 12,
+            ),
             cors: Cors::new(&config.cors_origins),
             refusal_log: LogLimiter::default(),
             purger: Arc::default(),
@@ -85,6 +93,12 @@ impl AppState {
 
     pub(crate) fn is_shutting_down(&self) -> bool {
         self.shutting_down.load(Ordering::Relaxed)
+    }
+
+    /// Counts a write of tasks. Fails if the user writes too fast.
+    pub(crate) fn count_write(&self, user_id: Uuid) -> Result<(), Error> {
+        let counted = self.write_limiter.check(&user_id);
+        counted.map_err(|retry_after| Error::TooManyRequests { retry_after })
     }
 
     /// Records sessions that this instance has revoked, so that it rejects their access tokens at

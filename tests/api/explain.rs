@@ -293,15 +293,17 @@ cases! {
         "a search": "nth(7), null, 'PLANTS'" => rows 1, pages THOUSAND, rows_discarded 990;
     }
     "tasks/create.sql" {
-        "a task": "nth(7), nth(500000), 'dust the shelf', null, false, moment(500000)" =>
+        "a task": "nth(7), nth(500000), 'dust the shelf', null, false, moment(500000), 5000000" =>
             rows 1, pages A_WRITE;
     }
     "tasks/create_idempotent.sql" {
-        "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'new'" =>
+        "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', false" =>
             rows 1, pages 2 * A_WRITE;
-        "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'key 6'" =>
+        "a new key, and old ones to delete": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', true" =>
+            rows 1, pages 2 * A_WRITE, rows_discarded 2, sorted 2;
+        "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6', false" =>
             rows 1, pages A_WRITE, rows_discarded 1;
-        "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 'key 6'" =>
+        "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6', false" =>
             rows 1, pages 2 * A_WRITE,
             given "update idempotency_keys set created_at = now() - interval '2 days'
                    where user_id = nth(7)";

@@ -26,6 +26,7 @@ mod metrics;
 mod openapi;
 mod pages;
 mod preconditions;
+mod quotas;
 mod read_batching;
 mod revisions;
 mod smuggling;

@@ -742,6 +742,30 @@ async fn rate_limits(coverage: &mut Coverage, server: &Server) {
         )
         .await;
 
+    let limits = [("WRITES_PER_MINUTE", "1"), ("MAX_TASKS_PER_USER", "1")];
+    let limited = server.sibling(&limits).await;
+    let writer = limited.user().await.on(&limited);
+    let task = writer.create_task("the only write of this minute").await;
+    let this: &[(&str, &str)] = &[
+        ("user_id", &writer.id),
+        ("id", task["id"].as_str().unwrap()),
+    ];
+    for id in [
+        "createTask",
+        "updateTaskWithPut",
+        "updateTask",
+        "setTaskCompletion",
+        "deleteTask",
+    ] {
+        let request = coverage
+            .request(&limited, id, this)
+            .bearer(&writer.access_token)
+            .json(json!({"title": "x"}));
+        coverage.expect(id, request, 429).await;
+    }
+    let request = writer.delete(format!("{}?completed=true", writer.tasks()));
+    coverage.expect("deleteCompletedTasks", request, 429).await;
+
     let limited = server.sibling(&[("AUTH_RATE_PER_MINUTE", "1")]).await;
     let credentials = json!({"email": user.email, "password": user.password});
     // The first request of the minute is not limited by the network.

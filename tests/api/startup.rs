@@ -150,6 +150,8 @@ async fn reports_the_name_of_an_invalid_variable() {
         ("DB_POOL_SIZE", "many"),
         ("REGISTRATION", "ajar"),
         ("AUTH_RATE_PER_MINUTE", "-1"),
+        ("WRITES_PER_MINUTE", "2.5"),
+        ("MAX_TASKS_PER_USER", "0"),
         ("BCRYPT_COST", "9"),
         ("BCRYPT_COST", "17"),
         ("ACCESS_TOKEN_TTL", "0"),

@@ -60,7 +60,9 @@ pub(crate) async fn create(
     let fields = body.json_object().await?;
     let key = context.idempotency_key()?;
     let new = parse_new_task(fields)?;
-    let created = tasks::create(context.queries(), user.id, new, key).await;
+    context.app.count_write(user.id)?;
+    let max_tasks = context.app.config.max_tasks_per_user;
+    let created = tasks::create(context.queries(), user.id, new, key, max_tasks).await;
     let convert_error = match key {
         Some(_) => Error::from,
         None => Error::from_non_idempotent,
@@ -72,6 +74,7 @@ pub(crate) async fn create(
             Ok(response::with_location(response, path))
         }
         CreateOutcome::KeyReused => Err(Error::IdempotencyKeyReused),
+        CreateOutcome::QuotaExceeded => Err(Error::QuotaExceeded),
         CreateOutcome::NoSuchUser => Err(Error::InvalidToken(TokenRejection::NoSuchUser)),
     }
 }
@@ -127,6 +130,7 @@ pub(crate) async fn delete(
 ) -> Result<Response, Error> {
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
     let versions = Preconditions::parse(&context.head.headers).into_versions();
+    context.app.count_write(user.id)?;
     let deleted = tasks::delete(context.queries(), user.id, id, &versions).await?;
     into_result(deleted).map(|()| response::no_content())
 }
@@ -141,6 +145,7 @@ pub(crate) async fn delete_completed(
     query.require("completed", rule);
     query.parameter("completed", rule, |text| (text == "true").then_some(()));
     query.finish()?;
+    context.app.count_write(user.id)?;
     let deleted = tasks::delete_completed(context.queries(), user.id).await?;
     response::json(StatusCode::OK, &serde_json::json!({ "deleted": deleted }))
 }
@@ -153,6 +158,7 @@ async fn update_task(
 ) -> Result<Response, Error> {
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
     let versions = Preconditions::parse(&context.head.headers).into_versions();
+    context.app.count_write(user.id)?;
     let updated = tasks::update(context.queries(), user.id, id, change, &versions).await;
     // A repeated toggle undoes the first one, unless If-Match prevents that.
     let is_toggle = change.completed == Some(Completion::Toggle);

@@ -241,6 +241,7 @@ async fn a_full_disk_loses_no_acknowledged_task() {
             ("LISTEN_ADDR", "127.0.0.1:0"),
             ("BCRYPT_COST", "10"),
             ("AUTH_RATE_PER_MINUTE", "0"),
+            ("WRITES_PER_MINUTE", "0"),
         ],
     );
     let address = process.listening().await;

@@ -74,6 +74,7 @@ impl Server {
                 ("LISTEN_ADDR", "127.0.0.1:0"),
                 ("BCRYPT_COST", "10"),
                 ("AUTH_RATE_PER_MINUTE", "0"),
+                ("WRITES_PER_MINUTE", "0"),
                 ("DB_POOL_SIZE", "5"),
                 // Includes the lines that exceed the limit of lines per second.
                 ("RUST_LOG", "info,todo_api::telemetry::log_limiter=debug"),

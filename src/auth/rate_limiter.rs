@@ -1,0 +1,70 @@
+//! A rate limit for each key, for example for each client network.
+
+use std::hash::Hash;
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
+
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota};
+use parking_lot::Mutex;
+
+/// How many keys are expected to be in use at a time. Each takes about 100 bytes; beyond this number,
+/// those whose quota is full again are removed.
+pub(crate) const MAX_KEYS: usize = 50_000;
+
+/// Limits the number of requests per minute of each key, on this instance.
+pub(crate) struct RateLimiter<K: Clone + Eq + Hash> {
+    limiter: Option<DefaultKeyedRateLimiter<K>>,
+    clock: DefaultClock,
+    last_pruned: Mutex<Option<Instant>>,
+}
+
+impl<K: Clone + Eq + Hash> RateLimiter<K> {
+    /// Allows `burst` requests at once. A rate of 0 disables the limit.
+    pub(crate) fn new(per_minute: u32, burst: u32) -> Self {
+        let burst = NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN);
+        let rate = NonZeroU32::new(per_minute).map(Quota::per_minute);
+        let quota = rate.map(|rate| rate.allow_burst(burst));
+        Self {
+            limiter: quota.map(governor::RateLimiter::keyed),
+            clock: DefaultClock::default(),
+            last_pruned: Mutex::default(),
+        }
+    }
+
+    /// Counts a request. Fails with the number of seconds to wait if it exceeds the limit.
+    pub(crate) fn check(&self, key: &K) -> Result<(), u64> {
+        let Some(limiter) = &self.limiter else {
+            return Ok(());
+        };
+        self.prune_if_full();
+        limiter
+            .check_key(key)
+            .map_err(|until| until.wait_time_from(self.clock.now()).as_secs() + 1)
+    }
+
+    /// Whether [`MAX_KEYS`] keys are in use.
+    pub(crate) fn is_full(&self) -> bool {
+        self.prune_if_full();
+        self.len() >= MAX_KEYS
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.limiter
+            .as_ref()
+            .map_or(0, DefaultKeyedRateLimiter::len)
+    }
+
+    /// Removes keys whose quota is full again. Runs at most once a second because it visits every
+    /// key.
+    fn prune_if_full(&self) {
+        let Some(limiter) = self.limiter.as_ref().filter(|_| self.len() >= MAX_KEYS) else {
+            return;
+        };
+        let mut last_pruned = self.last_pruned.lock();
+        if last_pruned.is_none_or(|last_pruned| last_pruned.elapsed() > Duration::from_secs(1)) {
+            limiter.retain_recent();
+            *last_pruned = Some(Instant::now());
+        }
+    }
+}
