@@ -1,4 +1,4 @@
-//! Connections: how long they may be idle, how many there may be, and the sockets that accept them.
+//! Idle connections, the limits on connections, and sockets passed by systemd.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -25,7 +25,7 @@ pub(crate) fn start_with_sockets(
     command
         .args([
             "-c",
-            // The process id stays what it is over exec.
+            // exec keeps the process id.
             r#"LISTEN_PID=$$ LISTEN_FDS=2 exec "$0" 3<&0 4<&1 0</dev/null 1>/dev/null"#,
             env!("CARGO_BIN_EXE_todo-api"),
         ])
@@ -40,14 +40,14 @@ pub(crate) fn listening_socket() -> TcpListener {
     socket.listen(1024).unwrap().into_std().unwrap()
 }
 
-/// The status of `GET /healthz` on a connection, which stays open.
-async fn health(wire: &mut Wire) -> u16 {
+/// Sends `GET /healthz` on an open connection and returns the status.
+async fn get_health(wire: &mut Wire) -> u16 {
     wire.send(head("GET", "/healthz", None, "")).await;
     wire.response().await.status
 }
 
 #[tokio::test]
-async fn every_socket_that_systemd_passes_is_served_and_postgresql_inherits_none() {
+async fn serves_every_socket_that_systemd_passes_and_passes_none_to_postgres() {
     let sockets = [listening_socket(), listening_socket()];
     let directory = DataDir::new();
     let process = start_with_sockets(&sockets, &[("DATA_DIR", directory.text())]);
@@ -56,10 +56,10 @@ async fn every_socket_that_systemd_passes_is_served_and_postgresql_inherits_none
         let address = socket.local_addr().unwrap();
         let line = format!("listening on http://{address}");
         process.wait_for_log(&line).await;
-        assert_eq!(health(&mut Wire::connect(address).await).await, 200);
+        assert_eq!(get_health(&mut Wire::connect(address).await).await, 200);
     }
     if cfg!(target_os = "linux") {
-        let opened = |descriptors: &str| -> Vec<_> {
+        let open_files = |descriptors: &str| -> Vec<_> {
             let descriptors = fs::read_dir(descriptors).unwrap().flatten();
             descriptors
                 .map(|entry| fs::read_link(entry.path()).ok())
@@ -68,9 +68,9 @@ async fn every_socket_that_systemd_passes_is_served_and_postgresql_inherits_none
         for socket in &sockets {
             let socket = format!("/proc/self/fd/{}", socket.as_raw_fd());
             let socket = Some(fs::read_link(socket).unwrap());
-            assert!(opened(&format!("/proc/{}/fd", process.pid())).contains(&socket));
+            assert!(open_files(&format!("/proc/{}/fd", process.pid())).contains(&socket));
             for backend in process_and_children(directory.postgres().unwrap()) {
-                let inherited = opened(&format!("/proc/{backend}/fd")).contains(&socket);
+                let inherited = open_files(&format!("/proc/{backend}/fd")).contains(&socket);
                 assert!(!inherited, "{backend} has {socket:?}");
             }
         }
@@ -78,7 +78,8 @@ async fn every_socket_that_systemd_passes_is_served_and_postgresql_inherits_none
     assert_eq!(process.stop().await.code(), Some(0), "{}", process.log());
 }
 
-/// A service that can have 40 connections, and that needs no database here.
+/// Starts a service with a limit of 40 connections. Its database is unreachable, which these requests do
+/// not need.
 async fn start_with_40_connections(variables: &[(&str, &str)]) -> (Process, SocketAddr) {
     let mut command = Command::new("sh");
     command
@@ -103,10 +104,10 @@ async fn start_with_40_connections(variables: &[(&str, &str)]) -> (Process, Sock
     (process, address)
 }
 
-/// Makes this machine a proxy, which may use the whole table.
+/// Makes this machine a trusted proxy, which has no share of its own.
 const TRUSTED: (&str, &str) = ("TRUSTED_PROXIES", "127.0.0.1");
 
-/// A connection whose request is not complete yet.
+/// Opens a connection and sends an incomplete request.
 async fn open_busy(address: SocketAddr) -> Wire {
     let mut wire = Wire::connect(address).await;
     let form = "Content-Length: 2\r\n";
@@ -116,7 +117,7 @@ async fn open_busy(address: SocketAddr) -> Wire {
 }
 
 #[tokio::test]
-async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_longest() {
+async fn closes_the_longest_idle_connections_at_the_connection_limit() {
     let (process, address) = start_with_40_connections(&[TRUSTED]).await;
     let mut busy = Vec::new();
     for _ in 0..5 {
@@ -124,25 +125,29 @@ async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_l
     }
     let mut idle = Vec::new();
     for number in 0..35 {
-        // Some have not had a request yet.
+        // Some connections have not sent a request yet.
         let mut wire = Wire::connect(address).await;
         if number % 4 > 0 {
-            assert_eq!(health(&mut wire).await, 200);
+            assert_eq!(get_health(&mut wire).await, 200);
         }
         idle.push(wire);
     }
-    // The oldest is not idle any more.
-    assert_eq!(health(&mut idle[1]).await, 200);
+    // This makes the oldest connection the newest.
+    assert_eq!(get_health(&mut idle[1]).await, 200);
     let active = idle.remove(1);
 
     let mut new = Vec::new();
     for _ in 0..10 {
         let mut wire = Wire::connect(address).await;
-        assert_eq!(health(&mut wire).await, 200, "a new connection finds room");
+        assert_eq!(
+            get_health(&mut wire).await,
+            200,
+            "a new connection is served"
+        );
         new.push(wire);
     }
-    // At most one more is closed than was opened. A connection without a request is idle once the
-    // server handles it, which can be later than the next connection's first response.
+    // Their order can differ slightly: a connection without a request is idle once the server handles it,
+    // which can be after the first response to the next connection.
     let mut closed = 0;
     for wire in &mut idle[..12] {
         let readable = wire.is_readable(Duration::from_millis(200)).await;
@@ -154,7 +159,7 @@ async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_l
     );
     for mut wire in idle.drain(12..).chain(new).chain([active]) {
         assert_eq!(
-            health(&mut wire).await,
+            get_health(&mut wire).await,
             200,
             "a younger connection was closed"
         );
@@ -171,16 +176,16 @@ async fn a_full_table_of_connections_makes_room_by_closing_those_that_are_idle_l
 }
 
 #[tokio::test]
-async fn one_network_gets_half_of_the_connections() {
+async fn limits_a_network_to_half_of_the_connections() {
     let (process, address) = start_with_40_connections(&[]).await;
     let mut idle = Wire::connect(address).await;
-    assert_eq!(health(&mut idle).await, 200);
+    assert_eq!(get_health(&mut idle).await, 200);
     let mut busy = Vec::new();
     for _ in 0..19 {
         busy.push(open_busy(address).await);
     }
-    // As soon as it has been idle for a second, the idle one makes room.
-    until("a new connection finds room", async || {
+    // The server closes the idle connection once it has been idle for a second.
+    until("a new connection is served", async || {
         let mut wire = Wire::connect(address).await;
         wire.send(head("GET", "/healthz", None, "")).await;
         let served = wire.response_or_close().await.is_some();
@@ -191,22 +196,26 @@ async fn one_network_gets_half_of_the_connections() {
     })
     .await;
     assert!(idle.is_closed().await, "the idle connection stays open");
-    // The last one becomes busy again.
+    // Send an incomplete request on the last connection.
     let form = "Content-Length: 2\r\n";
     let last = busy.last_mut().unwrap();
     last.send(head("POST", "/api/v1/auth/login", None, form) + "{")
         .await;
     assert!(!last.is_readable(Duration::from_millis(100)).await);
     for _ in 0..10 {
-        let mut refused = Wire::connect(address).await;
-        assert!(refused.is_closed().await, "the share is used up");
+        let mut rejected = Wire::connect(address).await;
+        assert!(rejected.is_closed().await, "the network exceeds its share");
     }
     process.wait_for_log("reason=too_many_of_network").await;
 
     let mut others = Vec::new();
     for _ in 0..18 {
         let mut wire = Wire::connect_from([127, 0, 0, 2], address).await;
-        assert_eq!(health(&mut wire).await, 200, "another network is shut out");
+        assert_eq!(
+            get_health(&mut wire).await,
+            200,
+            "a client of another network is not served"
+        );
         others.push(wire);
     }
     for mut wire in busy {
@@ -217,7 +226,7 @@ async fn one_network_gets_half_of_the_connections() {
 }
 
 #[tokio::test]
-async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
+async fn notifies_the_watchdog_at_the_connection_limit() {
     let directory = DataDir::new();
     let path = directory.parent().join("notify");
     let notified = UnixDatagram::bind(&path).unwrap();
@@ -232,38 +241,38 @@ async fn the_watchdog_is_fed_while_the_table_of_connections_is_full() {
     for _ in 0..40 {
         busy.push(open_busy(address).await);
     }
-    let mut shut_out = Wire::connect(address).await;
-    let waiting = timeout(Duration::from_secs(1), health(&mut shut_out));
-    assert!(waiting.await.is_err(), "the table is not full");
+    let mut excess = Wire::connect(address).await;
+    let waiting = timeout(Duration::from_secs(1), get_health(&mut excess));
+    assert!(waiting.await.is_err(), "the limit is not reached");
 
     let mut message = [0; 64];
     while notified.recv(&mut message).is_ok() {}
-    let mut fed = 0;
-    until("the watchdog is fed", async || {
+    let mut notifications = 0;
+    until("the watchdog is notified", async || {
         while let Ok(length) = notified.recv(&mut message) {
-            fed += usize::from(message[..length].starts_with(b"WATCHDOG=1"));
+            notifications += usize::from(message[..length].starts_with(b"WATCHDOG=1"));
         }
-        fed >= 4
+        notifications >= 4
     })
     .await;
     assert!(!process.log().contains("health check"), "{}", process.log());
-    // As soon as there is room, the client that waited is served.
+    // The waiting client is served once another connection closes.
     drop(busy.pop());
-    assert_eq!(shut_out.response().await.status, 200);
+    assert_eq!(excess.response().await.status, 200);
 }
 
-// Caddy keeps an idle connection to its upstream for 120 seconds, others less.
+// Caddy keeps idle connections to its upstreams for 120 seconds, other proxies for less.
 #[tokio::test]
-async fn an_idle_connection_outlives_the_idle_time_of_the_usual_proxies() {
+async fn keeps_idle_connections_longer_than_common_proxies_do() {
     let server = Server::shared().await;
     let mut wire = Wire::open(server).await;
     for _ in 0..2 {
-        assert_eq!(health(&mut wire).await, 200);
+        assert_eq!(get_health(&mut wire).await, 200);
         sleep(short_or_full(
             Duration::from_millis(10),
             Duration::from_secs(125),
         ))
         .await;
     }
-    assert_eq!(health(&mut wire).await, 200);
+    assert_eq!(get_health(&mut wire).await, 200);
 }

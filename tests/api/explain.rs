@@ -1,5 +1,5 @@
-//! The cost of the statements under `sql/` on large tables: each reads little more than it returns,
-//! with a generic plan as well as with a custom one.
+//! The cost of the statements under `sql/` on large tables: with generic and with custom plans, each
+//! statement reads little more than it returns.
 
 use std::collections::BTreeSet;
 
@@ -169,14 +169,14 @@ cases! {
                    where account ~ '^user'";
     }
     "login_failures/record.sql" {
-        "the first": "'new@example.com', '192.0.2.9'" => rows 1, pages 2 * A_WRITE;
-        "one more at an unknown address": "'nobody7@example.com', '192.0.2.7'" =>
+        "the first failure": "'new@example.com', '192.0.2.9'" => rows 1, pages 2 * A_WRITE;
+        "a failure for an unknown address": "'nobody7@example.com', '192.0.2.7'" =>
             rows 1, pages 2 * A_WRITE;
-        "one more from an unused network": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_WRITE;
-        "one more from a known network": "'user7@example.com', '192.0.2.2'" =>
+        "a failure from an unused network": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_WRITE;
+        "a failure from a known network": "'user7@example.com', '192.0.2.2'" =>
             rows 1, pages 2 * A_WRITE;
-        "one more while authenticated": "nth(7)::text, 'session'" => rows 1, pages A_WRITE;
-        "one while blocked": "'user7@example.com', '192.0.2.7'" =>
+        "a failed confirmation": "nth(7)::text, 'session'" => rows 1, pages A_WRITE;
+        "a failure during a lockout": "'user7@example.com', '192.0.2.7'" =>
             rows 1, pages 2 * A_WRITE, rows_discarded 1,
             given "update login_failures set blocked_until = now() + interval '1 hour'
                    where account = 'user7@example.com'";
@@ -212,11 +212,11 @@ cases! {
     }
     "sessions/end.sql" {
         "own session": "nth(7), nth(6), 0" => rows 1, pages A_WRITE;
-        "somebody else's": "nth(7), nth(7), 0" => rows 0, pages A_ROW;
+        "another user's": "nth(7), nth(7), 0" => rows 0, pages A_ROW;
     }
     "sessions/end_by_refresh_token.sql" {
-        "alive": "nth(6), 3" => rows 1, pages A_WRITE;
-        "gone": "nth(500000), 3" => rows 0, pages A_ROW;
+        "an active session": "nth(6), 3" => rows 1, pages A_WRITE;
+        "an ended session": "nth(500000), 3" => rows 0, pages A_ROW;
     }
     "sessions/end_others.sql" {
         "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, rows_discarded 1;
@@ -226,14 +226,14 @@ cases! {
     "sessions/end_reused.sql" {
         "a used token": "nth(6), 2" => rows 1, pages A_WRITE;
         "an unused token": "nth(6), 3" => rows 0, pages A_ROW, rows_discarded 1;
-        "gone": "nth(500000), 2" => rows 0, pages A_ROW;
+        "an ended session": "nth(500000), 2" => rows 0, pages A_ROW;
     }
     "sessions/list.sql" {
         "two": "nth(7)" => rows 2, pages A_ROW, sorted 2;
         "a hundred": "nth(5000)" => rows 100, pages 130, sorted 100;
     }
     "sessions/refresh.sql" {
-        // Writes a new version of the row with entries in three indexes.
+        // Writes a new version of the row, with entries in three indexes.
         "the newest token": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
         "within the hour": "nth(6), 3, 1e6, 1e6, 1e7, '192.0.2.1'" =>
             rows 1, pages 40, rows_discarded 1,
@@ -241,14 +241,14 @@ cases! {
         // Reads all networks of the user to find the oldest.
         "from one network too many": "nth(7), 3, 1e6, 1e6, 1e7, '192.0.2.200'" =>
             rows 1, pages 90, rows_discarded 99;
-        "the one before": "nth(6), 2, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
-        "an older one": "nth(6), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW, rows_discarded 1;
-        "gone": "nth(500000), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW;
+        "the previous token": "nth(6), 2, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 1, pages 60, rows_discarded 3;
+        "an older token": "nth(6), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW, rows_discarded 1;
+        "an ended session": "nth(500000), 1, 1e6, 1e6, 1e7, '192.0.2.1'" => rows 0, pages A_ROW;
     }
     "sessions/renew.sql" {
         "one other": "nth(7), nth(6), 1e6, 1e7" => rows 1, pages 3 * A_WRITE, rows_discarded 1;
         "the session is over": "nth(7), nth(500000), 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
-        "none to keep": "nth(7), null, 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
+        "no session to keep": "nth(7), null, 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
     }
     "sessions/login.sql" {
         "after wrong attempts":
@@ -264,7 +264,7 @@ cases! {
         "beyond a hundred sessions":
             "nth(5000), hash(5000), hash(5000), nth(500000), 1e6, 'Firefox', '192.0.2.1'" =>
             rows 1, pages 130 + 4 * A_WRITE, rows_discarded 3;
-        "while blocked":
+        "during a lockout":
             "nth(7), hash(7), hash(7), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
             rows 0, pages 2 * A_ROW, rows_discarded 1,
             given "update login_failures set blocked_until = now() + interval '1 hour'
@@ -272,7 +272,7 @@ cases! {
         "the password was changed":
             "nth(7), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
             rows 0, pages A_ROW, rows_discarded 1;
-        "nobody": "nth(500000), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
+        "an unknown user": "nth(500000), hash(8), hash(8), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
             rows 0, pages A_ROW;
     }
     "sessions/purge.sql" {
@@ -317,7 +317,7 @@ cases! {
             rows 1, pages 2 * A_ROW, rows_discarded 1;
         "any but another": "nth(7), nth(50006), array[moment(1)], false" =>
             rows 1, pages 3 * A_WRITE;
-        "somebody else's": "nth(7), nth(50007), array[moment(50007)], true" =>
+        "another user's": "nth(7), nth(50007), array[moment(50007)], true" =>
             rows 1, pages 2 * A_ROW;
     }
     "tasks/delete_completed.sql" {
@@ -328,7 +328,7 @@ cases! {
     "tasks/get_batch.sql" {
         "a task": "array[nth(7)], array[nth(50006)]" => rows 1, pages A_ROW;
         "none": "array[nth(7)], array[nth(500000)]" => rows 0, pages A_ROW;
-        "somebody else's": "array[nth(7)], array[nth(50007)]" => rows 0, pages A_ROW;
+        "another user's": "array[nth(7)], array[nth(50007)]" => rows 0, pages A_ROW;
         "three at once": "array[nth(7), nth(8), nth(9)], array[nth(50006), nth(50006), nth(50008)]"
             => rows 2, pages 3 * A_ROW;
     }
@@ -375,7 +375,7 @@ cases! {
         "any but another":
             "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], false" =>
             rows 1, pages A_WRITE;
-        "somebody else's":
+        "another user's":
             "nth(7), nth(50007), 'dust', true, null, false, true, array[moment(50007)], true" =>
             rows 1, pages 2 * A_ROW;
     }
@@ -387,18 +387,18 @@ cases! {
         "the password was changed": "nth(7), hash(8)" => rows 0, pages 2 * A_ROW, rows_discarded 2;
     }
     "users/for_password_check.sql" {
-        "somebody": "nth(7)" => rows 1, pages 2 * A_ROW;
-        "nobody": "nth(500000)" => rows 0, pages A_ROW;
+        "a user": "nth(7)" => rows 1, pages 2 * A_ROW;
+        "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
     }
     "users/for_login.sql" {
         "from a known network": "'user7@example.com', '192.0.2.1'" =>
             rows 1, pages 2 * A_ROW, rows_discarded 2;
         "from an unused network": "'user7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
-        "nobody": "'nobody7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
+        "an unknown user": "'nobody7@example.com', '192.0.2.7'" => rows 1, pages 2 * A_ROW;
     }
     "users/get.sql" {
-        "somebody": "nth(7)" => rows 1, pages A_ROW;
-        "nobody": "nth(500000)" => rows 0, pages A_ROW;
+        "a user": "nth(7)" => rows 1, pages A_ROW;
+        "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
     }
     "users/register.sql" {
         "a new address":
@@ -409,14 +409,14 @@ cases! {
             rows 0, pages A_ROW;
     }
     "users/set_password.sql" {
-        "as verified": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE, rows_discarded 1;
-        "changed meanwhile": "nth(7), hash(8), hash(70000)" => rows 0, pages A_ROW, rows_discarded 2;
+        "the verified hash": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE, rows_discarded 1;
+        "another hash": "nth(7), hash(8), hash(70000)" => rows 0, pages A_ROW, rows_discarded 2;
     }
 }
 
 const READS_ALL: &str = "scans a whole table";
 
-/// What a statement cost.
+/// The measured cost of a statement.
 struct PlanStats {
     /// Whether the plan was generic.
     generic: bool,
@@ -426,14 +426,14 @@ struct PlanStats {
     removed: u64,
     /// The most rows that were sorted.
     sorted: u64,
-    /// How many sequential scans there were.
+    /// The number of sequential scans.
     scans: u64,
     /// A short description of each node of the plan.
     plan: Vec<String>,
 }
 
 impl PlanStats {
-    /// Lists where this exceeds what the case allows.
+    /// Returns the limits of the case that this cost exceeds.
     fn violations(&self, case: &Case) -> Vec<String> {
         let mut violations = Vec::new();
         if self.rows != case.rows {
@@ -493,8 +493,8 @@ impl PlanStats {
     }
 }
 
-/// A database with the service's schema and these rows.
-async fn filled_database() -> (Server, Client) {
+/// Creates a database with the service's schema and these rows.
+async fn create_filled_database() -> (Server, Client) {
     let server = Server::start().await;
     let sql = server.sql().await;
     sql.batch_execute(ROWS).await.expect("rows");
@@ -531,7 +531,7 @@ async fn measure(sql: &Client, plan: &str, text: &str, given: &str, with: &str) 
 
     let explained: Value = serde_json::from_str(&explained[0]).expect("JSON");
     let explained = &explained[0];
-    // The planner reads pages, too: it looks at both ends of an index to correct its statistics.
+    // The planner also reads pages: both ends of an index, to correct its statistics.
     let planning = ["Shared Hit Blocks", "Shared Read Blocks"]
         .map(|kind| explained["Planning"][kind].as_u64().unwrap_or(0));
     let mut stats = PlanStats {
@@ -547,7 +547,7 @@ async fn measure(sql: &Client, plan: &str, text: &str, given: &str, with: &str) 
     stats
 }
 
-/// What this transaction has accessed, without the system catalog.
+/// The accesses of this transaction, without those to the system catalog.
 struct Counters {
     pages: u64,
     scans: u64,
@@ -581,7 +581,7 @@ async fn row(sql: &Client, query: &str) -> Vec<String> {
     (0..row.len()).map(text).collect()
 }
 
-/// Every statement: its path under `sql/` and its text.
+/// Returns every statement: its path under `sql/` and its text.
 fn statements() -> Vec<(String, String)> {
     let mut files = files();
     files.retain(|(name, _)| !name.starts_with("migrations/"));
@@ -605,7 +605,7 @@ fn every_statement_has_cases() {
 
 #[tokio::test]
 async fn statements_read_little_more_than_they_return() {
-    let (_server, sql) = filled_database().await;
+    let (_server, sql) = create_filled_database().await;
     let statements = statements();
     let mut violations = Vec::new();
     for case in CASES {
@@ -631,7 +631,7 @@ async fn statements_read_little_more_than_they_return() {
 
 #[tokio::test]
 async fn a_late_page_costs_no_more_than_the_first() {
-    let (_server, sql) = filled_database().await;
+    let (_server, sql) = create_filled_database().await;
     let statements = statements();
     for (file, with) in [
         (
@@ -658,7 +658,7 @@ async fn a_late_page_costs_no_more_than_the_first() {
             let first = page("null").await;
             for depth in (10_000..=90_000).step_by(10_000) {
                 let pages = page(&format!("nth({depth} + 6)")).await;
-                // It may start and end elsewhere within the pages of the index.
+                // Its start and end can be on other pages of the index.
                 assert!(
                     pages <= first + 4,
                     "sql/{file} after {depth}: {pages} pages, the first has {first} ({plan})"
@@ -668,10 +668,10 @@ async fn a_late_page_costs_no_more_than_the_first() {
     }
 }
 
-// Also shows that the cases detect a missing index.
+// Also verifies that the cases detect a missing index.
 #[tokio::test]
-async fn every_index_saves_a_statement_from_a_sequential_scan() {
-    let (_server, sql) = filled_database().await;
+async fn every_index_prevents_a_sequential_scan() {
+    let (_server, sql) = create_filled_database().await;
     let statements = statements();
     let indexes = row(
         &sql,
@@ -697,7 +697,7 @@ async fn every_index_saves_a_statement_from_a_sequential_scan() {
 
 #[tokio::test]
 async fn detects_statements_that_read_too_much() {
-    let (_server, sql) = filled_database().await;
+    let (_server, sql) = create_filled_database().await;
     let statements = statements();
     let case = Case {
         rows: 10,
@@ -724,7 +724,7 @@ async fn detects_statements_that_read_too_much() {
         }
     }
 
-    // A cascade to a table without an index, which the plan does not show.
+    // The plan does not include a cascade to a table without an index.
     let given = "alter table idempotency_keys drop constraint idempotency_keys_pkey";
     let text = text(&statements, "users/delete.sql");
     for plan in PLANS {

@@ -799,7 +799,7 @@ async fn pages_have_a_strict_content_security_policy() {
 }
 
 #[tokio::test]
-async fn files_are_compressed_for_clients_that_accept_gzip() {
+async fn compresses_files_for_clients_that_accept_gzip() {
     let server = Server::start().await;
     let plain = server.get("/docs/swagger-ui.css").await.expect(200);
     assert_eq!(plain.header("vary"), "Accept-Encoding");

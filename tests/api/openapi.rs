@@ -1,5 +1,5 @@
-//! The OpenAPI document matches the service. That every response fits its schema is tested with
-//! schemathesis (`.ci/openapi`).
+//! The OpenAPI document matches the service. `.ci/openapi` tests the responses against their schemas
+//! with schemathesis.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -125,7 +125,7 @@ impl Operation<'_> {
     fn needs_a_token(&self) -> bool {
         self.spec["security"]
             .as_array()
-            .is_none_or(|ways| ways.iter().any(|way| way["bearer"].is_array()))
+            .is_none_or(|schemes| schemes.iter().any(|scheme| scheme["bearer"].is_array()))
     }
 
     fn takes_a_body(&self) -> bool {
@@ -271,13 +271,9 @@ async fn every_example_of_an_invalid_value_matches_the_response() {
     let mut count = 0;
     for (_, example) in examples {
         let response = match example["errors"][0]["pointer"].as_str() {
-            Some("/title") => server
-                .post(user.tasks())
-                .json(json!({"title": "x".repeat(201)})),
-            _ => server.get(format!("{}?limit=1001", user.tasks())),
-        }
-        .bearer(&user.access_token)
-        .await;
+            Some("/title") => user.create(json!({"title": "x".repeat(201)})).await,
+            _ => user.get(format!("{}?limit=1001", user.tasks())).await,
+        };
         let problem = response.problem(422, "validation_failed");
         for member in ["errors", "detail", "title"] {
             assert_eq!(example[member], problem[member]);
@@ -304,19 +300,69 @@ async fn register(server: &Server, email: &str) -> User {
     server.login(email, EXAMPLE_PASSWORD).await
 }
 
-/// Sends requests and compares each response with its documentation. Records what it has seen.
+/// Sends requests, compares each response with its documentation, and records the statuses.
 struct Coverage {
     document: Document,
     seen: BTreeSet<(String, u16)>,
 }
 
+/// The server, the token and the path parameters of requests.
+#[derive(Clone, Copy)]
+struct Client<'a> {
+    server: &'a Server,
+    token: Option<&'a str>,
+    values: &'a [(&'a str, &'a str)],
+}
+
+impl<'a> Client<'a> {
+    fn anonymous(server: &'a Server) -> Client<'a> {
+        Client {
+            server,
+            token: None,
+            values: &[],
+        }
+    }
+
+    fn new(server: &'a Server, user: &'a User, values: &'a [(&'a str, &'a str)]) -> Client<'a> {
+        Client {
+            server,
+            token: Some(&user.access_token),
+            values,
+        }
+    }
+}
+
 impl Coverage {
     fn request(&self, server: &Server, id: &str, values: &[(&str, &str)]) -> Request {
         let operation = self.document.operation(id);
-        server.request(
-            operation.method(),
-            self.document.fill_path(operation.path, values),
-        )
+        let path = self.document.fill_path(operation.path, values);
+        server.request(operation.method(), path)
+    }
+
+    /// Sends a request for this operation and expects this status.
+    async fn check(&mut self, client: &Client<'_>, id: &str, status: u16) -> Response {
+        self.check_with(client, id, status, |request| request).await
+    }
+
+    /// Like [`Coverage::check`], with this body.
+    async fn check_json(&mut self, client: &Client<'_>, id: &str, status: u16, body: Value) {
+        self.check_with(client, id, status, |request| request.json(body))
+            .await;
+    }
+
+    /// Like [`Coverage::check`], after a change to the request.
+    async fn check_with(
+        &mut self,
+        client: &Client<'_>,
+        id: &str,
+        status: u16,
+        change: impl FnOnce(Request) -> Request,
+    ) -> Response {
+        let mut request = self.request(client.server, id, client.values);
+        if let Some(token) = client.token {
+            request = request.bearer(token);
+        }
+        self.expect(id, change(request), status).await
     }
 
     async fn expect(&mut self, id: &str, request: Request, status: u16) -> Response {
@@ -386,27 +432,29 @@ async fn every_documented_status_occurs_and_no_other() {
             documented.insert((operation.id.to_owned(), status.parse::<u16>().unwrap()));
         }
     }
-    // These need a slow client, a bug, and an outage of the database.
+    // These require a slow client, a bug, and a database outage.
     documented.retain(|(_, status)| ![408, 500, 503].contains(status));
     let missing: Vec<_> = documented.difference(&coverage.seen).collect();
     assert!(missing.is_empty(), "documented, but not seen: {missing:?}");
 }
 
-/// Errors that many operations have in common.
+/// Checks the errors that many operations have in common.
 async fn common_errors(coverage: &mut Coverage, server: &Server, user: &User, other: &User) {
     let document = Document::read();
     let methods = document.methods();
     let own: &[(&str, &str)] = &[("user_id", &user.id)];
+    let anonymous = Client {
+        values: own,
+        ..Client::anonymous(server)
+    };
     for operation in document.operations() {
         let id = operation.id;
-        let signed_in = |request: Request| match operation.needs_a_token() && id != "logout" {
-            true => request.bearer(&user.access_token),
-            false => request,
+        let client = match operation.needs_a_token() && id != "logout" {
+            true => Client::new(server, user, own),
+            false => anonymous,
         };
-        let two_hosts = coverage
-            .request(server, id, own)
-            .header("host", "elsewhere.example");
-        coverage.expect(id, two_hosts, 400).await;
+        let two_hosts = |request: Request| request.header("host", "elsewhere.example");
+        coverage.check_with(&anonymous, id, 400, two_hosts).await;
         let path = document.fill_path(operation.path, own);
         let unsupported = [Method::PUT, Method::POST, Method::DELETE, Method::TRACE]
             .into_iter()
@@ -416,331 +464,181 @@ async fn common_errors(coverage: &mut Coverage, server: &Server, user: &User, ot
             .expect(id, server.request(unsupported, path), 405)
             .await;
         if operation.needs_a_token() {
-            coverage
-                .expect(id, coverage.request(server, id, own), 401)
-                .await;
-            coverage
-                .expect(id, coverage.request(server, id, own).bearer("forged"), 401)
-                .await;
+            let token = Some("forged");
+            let forged = Client { token, ..anonymous };
+            coverage.check(&anonymous, id, 401).await;
+            coverage.check(&forged, id, 401).await;
         }
         if operation.path.contains("{user_id}") {
-            let not_owner = coverage.request(server, id, &[("user_id", &other.id)]);
-            coverage
-                .expect(id, not_owner.bearer(&user.access_token), 403)
-                .await;
+            let values = [("user_id", other.id.as_str())];
+            let not_owner = Client::new(server, user, &values);
+            coverage.check(&not_owner, id, 403).await;
         }
         if operation.takes_a_body() {
-            let text = signed_in(coverage.request(server, id, own)).body("title=x", "text/plain");
-            coverage.expect(id, text, 415).await;
-            let large =
-                signed_in(coverage.request(server, id, own)).json("x".repeat(20_000).into());
-            coverage.expect(id, large, 413).await;
-            let broken = signed_in(coverage.request(server, id, own)).body("{", "application/json");
-            coverage.expect(id, broken, 400).await;
-            let array = signed_in(coverage.request(server, id, own)).json(json!([]));
-            coverage.expect(id, array, 422).await;
+            let text = |request: Request| request.body("title=x", "text/plain");
+            let broken = |request: Request| request.body("{", "application/json");
+            let large = "x".repeat(20_000).into();
+            coverage.check_with(&client, id, 415, text).await;
+            coverage.check_json(&client, id, 413, large).await;
+            coverage.check_with(&client, id, 400, broken).await;
+            coverage.check_json(&client, id, 422, json!([])).await;
         }
     }
 }
 
 async fn successes(coverage: &mut Coverage, server: &Server) {
+    let anonymous = Client::anonymous(server);
     let credentials = json!({"email": "ann@example.com", "password": EXAMPLE_PASSWORD});
-    coverage
-        .expect(
-            "register",
-            coverage
-                .request(server, "register", &[])
-                .json(credentials.clone()),
-            201,
-        )
-        .await;
+    for (id, status) in [("register", 201), ("register", 409), ("login", 200)] {
+        let credentials = credentials.clone();
+        coverage
+            .check_json(&anonymous, id, status, credentials)
+            .await;
+    }
     let ann = server.login("ann@example.com", EXAMPLE_PASSWORD).await;
-    coverage
-        .expect(
-            "register",
-            coverage
-                .request(server, "register", &[])
-                .json(credentials.clone()),
-            409,
-        )
-        .await;
-    coverage
-        .expect(
-            "login",
-            coverage
-                .request(server, "login", &[])
-                .json(credentials.clone()),
-            200,
-        )
-        .await;
     let refresh = json!({"refresh_token": ann.refresh_token});
     coverage
-        .expect(
-            "refresh",
-            coverage.request(server, "refresh", &[]).json(refresh),
-            200,
-        )
+        .check_json(&anonymous, "refresh", 200, refresh)
         .await;
-    coverage
-        .expect(
-            "getMe",
-            coverage
-                .request(server, "getMe", &[])
-                .bearer(&ann.access_token),
-            200,
-        )
-        .await;
-    coverage
-        .expect(
-            "listSessions",
-            coverage
-                .request(server, "listSessions", &[])
-                .bearer(&ann.access_token),
-            200,
-        )
-        .await;
-
     let own: &[(&str, &str)] = &[("user_id", &ann.id)];
-    let create = coverage
-        .request(server, "createTask", own)
-        .bearer(&ann.access_token);
+    let client = Client::new(server, &ann, own);
+    coverage.check(&client, "getMe", 200).await;
+    coverage.check(&client, "listSessions", 200).await;
+
     let body = json!({"title": "Buy milk", "description": "Two bottles, the green ones"});
     let created = coverage
-        .expect(
-            "createTask",
-            create.header("idempotency-key", "milk").json(body),
-            201,
-        )
+        .check_with(&client, "createTask", 201, |request| {
+            request.header("idempotency-key", "milk").json(body)
+        })
         .await;
-    let (task, tag) = (
-        created.json()["id"].as_str().unwrap().to_owned(),
-        created.header("etag").to_owned(),
-    );
-    let list = coverage
-        .request(server, "listTasks", own)
-        .bearer(&ann.access_token);
-    coverage.expect("listTasks", list, 200).await;
-    let reused = coverage
-        .request(server, "createTask", own)
-        .bearer(&ann.access_token);
-    let reused = reused
-        .header("idempotency-key", "milk")
-        .json(json!({"title": "Buy oat milk"}));
-    coverage.expect("createTask", reused, 422).await;
+    let task = created.json()["id"].as_str().unwrap().to_owned();
+    let tag = created.header("etag").to_owned();
+    coverage.check(&client, "listTasks", 200).await;
+    let reused = json!({"title": "Buy oat milk"});
+    coverage
+        .check_with(&client, "createTask", 422, |request| {
+            request.header("idempotency-key", "milk").json(reused)
+        })
+        .await;
 
     let this: &[(&str, &str)] = &[("user_id", &ann.id), ("id", &task)];
-    let signed_in = |coverage: &Coverage, id: &str| {
-        coverage.request(server, id, this).bearer(&ann.access_token)
-    };
+    let client = Client::new(server, &ann, this);
+    let if_match = |request: Request| request.header("if-match", &tag);
+    coverage.check(&client, "getTask", 200).await;
     coverage
-        .expect("getTask", signed_in(coverage, "getTask"), 200)
+        .check_with(&client, "getTask", 304, |request| {
+            request.header("if-none-match", &tag)
+        })
         .await;
-    coverage
-        .expect(
-            "getTask",
-            signed_in(coverage, "getTask").header("if-none-match", &tag),
-            304,
-        )
-        .await;
-    for id in ["updateTaskWithPut", "updateTask", "setTaskCompletion"] {
-        coverage
-            .expect(
-                id,
-                signed_in(coverage, id).json(json!({"completed": true})),
-                200,
-            )
-            .await;
+    for id in CHANGES {
+        let change = json!({"completed": true});
+        coverage.check_json(&client, id, 200, change).await;
     }
-    for id in ["updateTaskWithPut", "updateTask", "setTaskCompletion"] {
-        let stale = signed_in(coverage, id)
-            .header("if-match", &tag)
-            .json(json!({"completed": false}));
-        coverage.expect(id, stale, 412).await;
+    for id in CHANGES {
+        let change = json!({"completed": false});
+        coverage
+            .check_with(&client, id, 412, |request| if_match(request).json(change))
+            .await;
     }
     for id in ["getTask", "deleteTask"] {
-        coverage
-            .expect(id, signed_in(coverage, id).header("if-match", &tag), 412)
-            .await;
+        coverage.check_with(&client, id, 412, if_match).await;
     }
-    coverage
-        .expect("deleteTask", signed_in(coverage, "deleteTask"), 204)
-        .await;
-    let path = format!("{}?completed=true", ann.tasks());
-    coverage
-        .expect(
-            "deleteCompletedTasks",
-            server.delete(path).bearer(&ann.access_token),
-            200,
-        )
-        .await;
+    coverage.check(&client, "deleteTask", 204).await;
+    let delete = ann.delete(format!("{}?completed=true", ann.tasks()));
+    coverage.expect("deleteCompletedTasks", delete, 200).await;
 
     let login = server.login(&ann.email, EXAMPLE_PASSWORD).await;
-    let session = coverage.request(server, "endSession", &[("id", &login.session_id)]);
-    coverage
-        .expect("endSession", session.bearer(&ann.access_token), 204)
+    let session = [("id", login.session_id.as_str())];
+    let client = Client::new(server, &ann, &session);
+    coverage.check(&client, "endSession", 204).await;
+    coverage.check(&client, "endOtherSessions", 204).await;
+    let new = "green kettle hums at noon";
+    let change = json!({"current_password": EXAMPLE_PASSWORD, "new_password": new});
+    let changed = coverage
+        .check_with(&client, "changePassword", 200, |request| {
+            request.json(change)
+        })
         .await;
-    let others = coverage
-        .request(server, "endOtherSessions", &[])
-        .bearer(&ann.access_token);
-    coverage.expect("endOtherSessions", others, 204).await;
-    let change =
-        json!({"current_password": EXAMPLE_PASSWORD, "new_password": "green kettle hums at noon"});
-    let change = coverage
-        .request(server, "changePassword", &[])
-        .bearer(&ann.access_token)
-        .json(change);
-    let tokens = coverage.expect("changePassword", change, 200).await.json();
-    let token = tokens["access_token"].as_str().expect("a token");
-    let delete = coverage.request(server, "deleteMe", &[]).bearer(token);
-    coverage
-        .expect(
-            "deleteMe",
-            delete.json(json!({"password": "green kettle hums at noon"})),
-            204,
-        )
-        .await;
+    let tokens = changed.json();
+    let client = Client {
+        token: tokens["access_token"].as_str(),
+        ..anonymous
+    };
+    let delete = json!({"password": new});
+    coverage.check_json(&client, "deleteMe", 204, delete).await;
     let bea = server.user().await;
-    coverage
-        .expect(
-            "logout",
-            coverage
-                .request(server, "logout", &[])
-                .bearer(&bea.access_token),
-            204,
-        )
-        .await;
+    let client = Client::new(server, &bea, &[]);
+    coverage.check(&client, "logout", 204).await;
 
     for id in [
         "healthz", "readyz", "openapi", "docs", "docsFile", "problem",
     ] {
-        coverage
-            .expect(id, coverage.request(server, id, &[]), 200)
-            .await;
+        coverage.check(&anonymous, id, 200).await;
     }
-    coverage
-        .expect("root", coverage.request(server, "root", &[]), 307)
-        .await;
+    coverage.check(&anonymous, "root", 307).await;
 }
 
+/// The operations that change a task.
+const CHANGES: [&str; 3] = ["updateTaskWithPut", "updateTask", "setTaskCompletion"];
+
 async fn specific_errors(coverage: &mut Coverage, server: &Server, user: &User) {
-    let none: &[(&str, &str)] = &[("user_id", &user.id), ("id", "none")];
-    let signed_in = |coverage: &Coverage, id: &str| {
-        coverage
-            .request(server, id, none)
-            .bearer(&user.access_token)
-    };
-    for id in ["getTask", "deleteTask", "endSession"] {
-        coverage.expect(id, signed_in(coverage, id), 404).await;
+    let anonymous = Client::anonymous(server);
+    let values: &[(&str, &str)] = &[
+        ("user_id", &user.id),
+        ("id", "none"),
+        ("file", "none"),
+        ("code", "none"),
+    ];
+    let client = Client::new(server, user, values);
+    for id in ["getTask", "deleteTask", "endSession", "docsFile", "problem"] {
+        coverage.check(&client, id, 404).await;
     }
-    for id in ["updateTaskWithPut", "updateTask", "setTaskCompletion"] {
-        coverage
-            .expect(
-                id,
-                signed_in(coverage, id).json(json!({"completed": true})),
-                404,
-            )
-            .await;
+    for id in CHANGES {
+        let change = json!({"completed": true});
+        coverage.check_json(&client, id, 404, change).await;
     }
-    coverage
-        .expect(
-            "docsFile",
-            coverage.request(server, "docsFile", &[("file", "none")]),
-            404,
-        )
-        .await;
-    coverage
-        .expect(
-            "problem",
-            coverage.request(server, "problem", &[("code", "none")]),
-            404,
-        )
-        .await;
-    let invalid = server
-        .get(format!("{}?limit=0", user.tasks()))
-        .bearer(&user.access_token);
+    let invalid = user.get(format!("{}?limit=0", user.tasks()));
     coverage.expect("listTasks", invalid, 422).await;
+    coverage.check(&client, "deleteCompletedTasks", 422).await;
     coverage
-        .expect(
-            "deleteCompletedTasks",
-            signed_in(coverage, "deleteCompletedTasks"),
-            422,
-        )
+        .check_with(&client, "createTask", 400, |request| {
+            let request = request.header("idempotency-key", "not visible");
+            request.json(json!({"title": "x"}))
+        })
         .await;
-    let invalid = signed_in(coverage, "createTask")
-        .header("idempotency-key", "not visible")
-        .json(json!({"title": "x"}));
-    coverage.expect("createTask", invalid, 400).await;
 
     let wrong = json!({"email": user.email, "password": "wrong"});
-    coverage
-        .expect(
-            "login",
-            coverage.request(server, "login", &[]).json(wrong),
-            401,
-        )
-        .await;
+    coverage.check_json(&anonymous, "login", 401, wrong).await;
     let forged = json!({"refresh_token": user.access_token});
     coverage
-        .expect(
-            "refresh",
-            coverage.request(server, "refresh", &[]).json(forged),
-            401,
-        )
+        .check_json(&anonymous, "refresh", 401, forged)
         .await;
     let wrong = json!({"current_password": "wrong", "new_password": EXAMPLE_PASSWORD});
     coverage
-        .expect(
-            "changePassword",
-            signed_in(coverage, "changePassword").json(wrong),
-            403,
-        )
+        .check_json(&client, "changePassword", 403, wrong)
         .await;
-    coverage
-        .expect(
-            "deleteMe",
-            signed_in(coverage, "deleteMe").json(json!({"password": "wrong"})),
-            403,
-        )
-        .await;
+    let wrong = json!({"password": "wrong"});
+    coverage.check_json(&client, "deleteMe", 403, wrong).await;
     let closed = server.sibling(&[("REGISTRATION", "closed")]).await;
     let late = json!({"email": "late@example.com", "password": EXAMPLE_PASSWORD});
-    coverage
-        .expect(
-            "register",
-            coverage.request(&closed, "register", &[]).json(late),
-            403,
-        )
-        .await;
+    let closed = Client::anonymous(&closed);
+    coverage.check_json(&closed, "register", 403, late).await;
 }
 
 async fn rate_limits(coverage: &mut Coverage, server: &Server) {
     let user = server.user().await;
+    let wrong = json!({"password": "wrong"});
     for _ in 0..10 {
-        server
-            .delete("/api/v1/auth/me")
-            .bearer(&user.access_token)
-            .json(json!({"password": "wrong"}))
-            .await
-            .expect(403);
+        let delete = user.delete("/api/v1/auth/me").json(wrong.clone());
+        delete.await.expect(403);
     }
-    let signed_in = |coverage: &Coverage, id: &str| {
-        coverage.request(server, id, &[]).bearer(&user.access_token)
-    };
+    let client = Client::new(server, &user, &[]);
     let change = json!({"current_password": user.password, "new_password": EXAMPLE_PASSWORD});
     coverage
-        .expect(
-            "changePassword",
-            signed_in(coverage, "changePassword").json(change),
-            429,
-        )
+        .check_json(&client, "changePassword", 429, change)
         .await;
-    coverage
-        .expect(
-            "deleteMe",
-            signed_in(coverage, "deleteMe").json(json!({"password": user.password})),
-            429,
-        )
-        .await;
+    let delete = json!({"password": user.password});
+    coverage.check_json(&client, "deleteMe", 429, delete).await;
 
     let limits = [("WRITES_PER_MINUTE", "1"), ("MAX_TASKS_PER_USER", "1")];
     let limited = server.sibling(&limits).await;
@@ -768,28 +666,18 @@ async fn rate_limits(coverage: &mut Coverage, server: &Server) {
 
     let limited = server.sibling(&[("AUTH_RATE_PER_MINUTE", "1")]).await;
     let credentials = json!({"email": user.email, "password": user.password});
-    // The first request of the minute is not limited by the network.
+    // The rate limit accepts the first request of the minute.
     limited
         .post("/api/v1/auth/login")
         .json(credentials.clone())
         .await;
-    for id in ["register", "login"] {
-        coverage
-            .expect(
-                id,
-                coverage
-                    .request(&limited, id, &[])
-                    .json(credentials.clone()),
-                429,
-            )
-            .await;
-    }
+    let limited = Client::anonymous(&limited);
     let refresh = json!({"refresh_token": user.refresh_token});
-    coverage
-        .expect(
-            "refresh",
-            coverage.request(&limited, "refresh", &[]).json(refresh),
-            429,
-        )
-        .await;
+    for (id, body) in [
+        ("register", &credentials),
+        ("login", &credentials),
+        ("refresh", &refresh),
+    ] {
+        coverage.check_json(&limited, id, 429, body.clone()).await;
+    }
 }

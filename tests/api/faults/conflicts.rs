@@ -1,4 +1,4 @@
-//! Isolation levels, serialization failures and deadlocks: rolled-back statements are retried.
+//! Isolation levels, serialization failures and deadlocks: statements that are rolled back are retried.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use super::Cluster;
-use crate::harness::{Server, User, until, wait_for_blocked};
+use crate::harness::{Server, User, until};
 
 /// Toggles one task 300 times from ten clients. Asserts that all succeed and that the task is
 /// unchanged in the end.
@@ -14,14 +14,11 @@ async fn toggle_300_times(server: &Server, user: &User, task: &str) {
     let user = user.on(server);
     let toggle = async |_| {
         for _ in 0..30 {
-            user.patch(format!("{task}/complete"))
-                .send()
-                .await
-                .expect(200);
+            user.patch(format!("{task}/complete")).await.expect(200);
         }
     };
     join_all((0..10).map(toggle)).await;
-    let task = user.get(task).send().await.expect(200).json();
+    let task = user.get(task).await.expect(200).json();
     assert_eq!(task["completed"], false);
 }
 
@@ -29,7 +26,7 @@ async fn toggle_300_times(server: &Server, user: &User, task: &str) {
 async fn concurrent_toggles_succeed_at_any_default_isolation_level() {
     let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
     let user = server.user().await;
-    let task = user.path_of(&user.create_task("popular").await);
+    let task = user.path_of(&user.create_task("toggled").await);
     let sql = server.sql().await;
     for level in ["repeatable read", "serializable"] {
         let database: String = sql
@@ -47,7 +44,7 @@ async fn concurrent_toggles_succeed_at_any_default_isolation_level() {
         server
             .wait_for_log(&format!("default_transaction_isolation is {level}"))
             .await;
-        // Registration and login work at this default too.
+        // Registration and login also succeed at this isolation level.
         let user = server.user().await;
         server.login(&user.email, &user.password).await;
     }
@@ -76,38 +73,33 @@ async fn concurrent_toggles_succeed_if_the_default_changes_while_connections_are
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_statement_that_loses_a_deadlock_is_retried() {
+async fn a_statement_that_a_deadlock_aborts_is_retried() {
     let server = Server::start().await;
     let user = server.user().await;
     let mut tasks = Vec::new();
     for title in ["one", "two"] {
         let task = user.create_task(title).await;
         let complete = format!("{}/complete", user.path_of(&task));
-        user.patch(complete).send().await.expect(200);
+        user.patch(complete).await.expect(200);
         tasks.push(task["id"].as_str().unwrap().to_owned());
     }
-    // The statement locks one task and waits for the other, which the transaction has locked. Then
-    // the transaction requests the first. The server aborts the statement, because it waited first
-    // and the transaction's own deadlock check is a minute away.
-    let mut transaction = server.sql().await;
-    let sql = server.sql().await;
-    transaction
-        .batch_execute("set deadlock_timeout = '1 min'")
-        .await
-        .unwrap();
-    let transaction = transaction.transaction().await.unwrap();
-    let touch = "update tasks set description = 'touched' where id::text = $1";
-    transaction.execute(touch, &[&tasks[1]]).await.unwrap();
+    // The statement locks one task and waits for the other, which the transaction has locked. Then the
+    // transaction requests the first one. PostgreSQL aborts the statement, because the transaction does not
+    // check for deadlocks until a minute has passed.
+    let lock = server.lock("set local deadlock_timeout = '1 min'").await;
+    // An update would also lock the list, in a trigger.
+    let row = "select from tasks where id::text = $1 for update";
+    lock.transaction.execute(row, &[&tasks[1]]).await.unwrap();
     let path = format!("{}?completed=true", user.tasks());
     let delete = tokio::spawn(user.delete(path).send());
-    wait_for_blocked(&sql, 1).await;
+    lock.wait_for_blocked(1).await;
     let waiting = std::time::Instant::now();
-    transaction.execute(touch, &[&tasks[0]]).await.unwrap();
+    lock.transaction.execute(row, &[&tasks[0]]).await.unwrap();
     assert!(
         waiting.elapsed() > Duration::from_millis(300),
         "there was no deadlock"
     );
-    transaction.commit().await.unwrap();
+    lock.release().await;
     let deleted = delete.await.unwrap().expect(200).json();
     assert_eq!(deleted, json!({"deleted": 2}));
 }

@@ -1,5 +1,5 @@
-//! Fair shares of the hashing threads, of searches and of writes: clients that take all they can get,
-//! beside a victim.
+//! Fair shares of the hashing threads and of searches: a victim is served while other clients send as many
+//! requests as they can.
 
 use std::{
     collections::BTreeMap,
@@ -38,12 +38,12 @@ impl Attack {
             let (request, statuses) = (request.clone(), statuses.clone());
             running.spawn(async move {
                 for count in 0.. {
-                    // The server stops at the end of the test.
+                    // Fails when the server stops at the end of the test.
                     let Ok(response) = request(client, count).try_send().await else {
                         return;
                     };
                     statuses.lock().unwrap().push(response.status);
-                    // Fast enough to exceed every share, and no load on the test machine itself.
+                    // Fast enough to exceed every share without overloading the test machine.
                     sleep(Duration::from_millis(400)).await;
                 }
             });
@@ -54,7 +54,7 @@ impl Attack {
         }
     }
 
-    /// How many responses have had this status so far.
+    /// Returns the number of responses with this status so far.
     fn count(&self, status: u16) -> usize {
         let statuses = self.statuses.lock().unwrap();
         statuses.iter().filter(|other| **other == status).count()
@@ -76,9 +76,8 @@ impl Attack {
     }
 }
 
-/// Sends requests of the victim one after another. Asserts that each has this status, and that on
-/// average few requests of the attack, of which most wait longer, are served meanwhile. Returns a
-/// summary.
+/// Sends the victim's requests one after another. Asserts that each succeeds, and that few of the attack's
+/// requests, most of which were sent earlier, are served meanwhile. Returns a summary.
 async fn assert_served(
     attack: &Attack,
     served: u16,
@@ -109,9 +108,9 @@ fn log_in(server: &Server, email: &str, password: &str) -> Request {
         .json(json!({"email": email, "password": password}))
 }
 
-/// A network's logins wait for those of a busier network only while one of them is being hashed.
+/// A login waits for a busier network only while one of that network's passwords is being hashed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_login_is_served_beside_one_ten_and_a_hundred_networks_that_log_in_continuously() {
+async fn serves_a_login_while_up_to_a_hundred_networks_log_in_continuously() {
     let _guard = start_heavy_load().await;
     let cost = short_or_full("10", "12");
     for (networks, clients) in [(1, 60), (10, 60), (100, 200)] {
@@ -125,7 +124,7 @@ async fn a_login_is_served_beside_one_ten_and_a_hundred_networks_that_log_in_con
             log_in(&target, &format!("{client}-{count}@example.com"), PASSWORD)
                 .header("x-forwarded-for", format!("203.0.113.{network}"))
         });
-        // By now the networks have been served, and the queue is full of their next logins.
+        // At this point every network has been served, and the queue is full.
         attack.until_count(401, 60).await;
         attack.until_count(503, 60).await;
         let summary = assert_served(&attack, 401, short_or_full(6, 30), async |_| {
@@ -135,9 +134,9 @@ async fn a_login_is_served_beside_one_ten_and_a_hundred_networks_that_log_in_con
     }
 }
 
-/// Changes of one user's password run one after another, so that a few accounts cannot fill the queue.
+/// The password changes of one user run one after another, so that a few accounts cannot fill the queue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_login_is_served_beside_password_changes_of_eight_accounts() {
+async fn serves_a_login_during_password_changes_of_eight_accounts() {
     const ACCOUNTS: usize = 8;
     let _guard = start_heavy_load().await;
     let variables = [
@@ -153,7 +152,7 @@ async fn a_login_is_served_beside_password_changes_of_eight_accounts() {
     }
     let attack = Attack::start(5 * ACCOUNTS, move |client, _| {
         let account = &accounts[client % ACCOUNTS];
-        // The new password is too easy to guess, so the current one stays right.
+        // The new password is easy to guess and therefore rejected.
         let passwords = json!({"current_password": PASSWORD, "new_password": "password"});
         let request = account.put("/api/v1/auth/password").json(passwords);
         request.header("x-forwarded-for", "203.0.113.1")
@@ -176,9 +175,9 @@ async fn metric(server: &Server, name: &str) -> usize {
     line.split(' ').nth(1).unwrap().parse().unwrap()
 }
 
-/// A user's searches wait for two searches of another user at most.
+/// A search waits for at most two searches of another user.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_search_is_served_beside_sixty_of_another_user() {
+async fn serves_a_search_during_sixty_searches_of_another_user() {
     let _guard = start_heavy_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "20")]).await;
     let (attacker, victim) = (server.user().await, server.user().await);

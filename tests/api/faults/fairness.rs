@@ -1,4 +1,4 @@
-//! Clients that take more than their share of memory or connections, beside a client that does not.
+//! Fair shares of memory and connections: a victim is served while other clients exceed their shares.
 
 use std::{
     fs,
@@ -19,10 +19,10 @@ use crate::harness::{Server, User, head, until};
 
 /// The bundle of Swagger UI, the largest static file.
 pub(super) const BUNDLE: &str = "/docs/swagger-ui-bundle.js";
-/// How many large responses the service sends to one network at a time.
+/// The number of large responses that the service sends to one network concurrently.
 const LARGE_RESPONSES_PER_NETWORK: usize = 32;
 
-/// Gives a user tasks of 5 kB.
+/// Inserts tasks of 5 kB for a user.
 pub(super) async fn insert_large_tasks(sql: &Sql, user: &User, count: usize) {
     let inserted = sql
         .execute(
@@ -36,8 +36,8 @@ pub(super) async fn insert_large_tasks(sql: &Sql, user: &User, count: usize) {
     assert_eq!(inserted, count as u64);
 }
 
-/// Connects from an address of this machine, with a small receive buffer: the service counts what
-/// the kernel has received as read.
+/// Connects from an address of this machine with a small receive buffer, because the kernel acknowledges
+/// bytes that the client has not read.
 async fn connect_from(source: [u8; 4], server: SocketAddr) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
@@ -63,7 +63,8 @@ async fn send_without_reading(server: SocketAddr, target: &str, token: Option<&s
     stream
 }
 
-/// Gets a short list repeatedly, and asserts that each response is 200. Returns the slowest time.
+/// Gets a short list repeatedly, and asserts that each response is 200. Returns the longest response
+/// time.
 async fn get_short_list(user: &User, count: usize) -> Duration {
     let mut slowest = Duration::ZERO;
     for _ in 0..count {
@@ -77,7 +78,7 @@ async fn get_short_list(user: &User, count: usize) -> Duration {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unread_lists_of_one_user_take_bounded_memory_and_delay_no_other_user() {
+async fn unread_lists_of_one_user_use_bounded_memory_and_do_not_delay_other_users() {
     raise_file_limit();
     let _guard = start_light_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
@@ -117,7 +118,7 @@ async fn unread_lists_of_one_user_take_bounded_memory_and_delay_no_other_user() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_short_list_is_served_while_a_network_has_used_up_its_large_responses() {
+async fn serves_a_short_list_while_its_network_holds_all_its_large_response_permits() {
     let _guard = start_light_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let sql = server.sql().await;
@@ -132,7 +133,7 @@ async fn a_short_list_is_served_while_a_network_has_used_up_its_large_responses(
         for _ in 0..4 {
             let token = Some(mallory.access_token.as_str());
             let stream = send_without_reading(server.addr(), &mallory.tasks(), token).await;
-            // The last ones get no permit.
+            // The last user gets no permits.
             if number < LARGE_RESPONSES_PER_NETWORK / 4 {
                 stream.readable().await.unwrap();
             }
@@ -141,14 +142,14 @@ async fn a_short_list_is_served_while_a_network_has_used_up_its_large_responses(
     }
     let busy = get_short_list(&ann, short_or_full(50, 1000)).await;
 
-    // A long list of another network does not depend on this network's either.
+    // A client of another network gets a permit for a large list.
     insert_large_tasks(&sql, &ann, 100).await;
-    let mut elsewhere = connect_from([127, 0, 0, 2], server.addr()).await;
+    let mut other = connect_from([127, 0, 0, 2], server.addr()).await;
     let request = head("GET", &ann.tasks(), Some(&ann.access_token), "");
-    elsewhere.write_all(request.as_bytes()).await.unwrap();
+    other.write_all(request.as_bytes()).await.unwrap();
     let mut status = [0; 12];
-    let read = timeout(Duration::from_secs(3), elsewhere.read_exact(&mut status));
-    read.await.expect("a response at once").unwrap();
+    let read = timeout(Duration::from_secs(3), other.read_exact(&mut status));
+    read.await.expect("a response").unwrap();
     assert_eq!(status, *b"HTTP/1.1 200");
     report(
         "unread lists of many users",
@@ -157,20 +158,21 @@ async fn a_short_list_is_served_while_a_network_has_used_up_its_large_responses(
     assert!(busy < RESPONSE_TIMEOUT, "{busy:?}");
 }
 
-/// Reads at this rate until the connection ends. Returns how many bytes arrived, and the error.
+/// Reads at this rate until the response ends with `end` or the connection fails. Returns the number of
+/// bytes read, and the error.
 async fn read_at(
     mut stream: TcpStream,
     bytes_per_second: usize,
     end: &[u8],
 ) -> Result<usize, (usize, ErrorKind)> {
-    let mut piece = vec![0; bytes_per_second / 4];
+    let mut buffer = vec![0; bytes_per_second / 4];
     let mut total = 0;
     loop {
-        match stream.read(&mut piece).await {
+        match stream.read(&mut buffer).await {
             Ok(0) => return Err((total, ErrorKind::UnexpectedEof)),
             Ok(count) => {
                 total += count;
-                if piece[..count].ends_with(end) {
+                if buffer[..count].ends_with(end) {
                     return Ok(total);
                 }
             }
@@ -181,7 +183,7 @@ async fn read_at(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_slower_than_16_kib_a_second_is_reset_and_a_faster_one_gets_everything() {
+async fn resets_connections_that_read_slower_than_16_kib_per_second() {
     let server = Server::start().await;
     let ann = server.user().await;
     insert_large_tasks(&server.sql().await, &ann, 180).await;
@@ -200,16 +202,16 @@ async fn a_reader_slower_than_16_kib_a_second_is_reset_and_a_faster_one_gets_eve
         },
         read_at(steady, 48 * 1024, b"}]"),
     );
-    let (slow, cut_after) = slow;
+    let (slow, reset_after) = slow;
     let (read, error) = slow.expect_err("a reset");
     assert_eq!(error, ErrorKind::ConnectionReset, "after {read} bytes");
     assert!(read < 400_000, "{read} bytes");
-    assert!(cut_after > Duration::from_secs(8), "{cut_after:?}");
+    assert!(reset_after > Duration::from_secs(8), "{reset_after:?}");
     assert!(steady.is_ok_and(|read| read > 900_000), "{steady:?}");
 }
 
-/// What the kernel holds for a server's connections: for each, how many bytes it has not sent or
-/// the client has not acknowledged. Includes connections that the server has closed.
+/// Returns the length of the kernel's send queue for each connection of a server: the bytes that have not
+/// been sent or acknowledged. Includes connections that the server has closed.
 fn send_queues(server: SocketAddr) -> Vec<u64> {
     let port = format!(":{:04X}", server.port());
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
@@ -228,7 +230,7 @@ fn send_queues(server: SocketAddr) -> Vec<u64> {
 
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unread_files_take_bounded_kernel_memory_and_are_gone_soon() {
+async fn unread_files_use_bounded_kernel_memory_and_are_reset() {
     raise_file_limit();
     let _guard = start_light_load().await;
     let server = Server::start().await;
@@ -252,24 +254,24 @@ async fn unread_files_take_bounded_kernel_memory_and_are_gone_soon() {
         format!("{clients} clients; {total} bytes in the kernel"),
     );
     assert!(largest < 512 * 1024, "{largest} bytes");
-    // Those without a permit get a 503.
+    // Clients without a permit get a 503.
     let share = 512 * 1024 * LARGE_RESPONSES_PER_NETWORK + 16 * 1024 * clients;
     assert!(total < share as u64, "{total} bytes");
     server.get("/healthz").await.expect(200);
     server.get("/docs/docs.css").await.expect(200);
 
-    // The clients keep their side open, and the next ones get the permits meanwhile.
+    // The clients keep their connections open; other clients may get the permits meanwhile.
     let start = Instant::now();
-    until("the first ones are gone", async || {
+    until("the first connections are reset", async || {
         send_queues(server.addr()).len() <= clients - LARGE_RESPONSES_PER_NETWORK
     })
     .await;
     report(
         "unread files",
-        format!("gone after {:.0?}", start.elapsed()),
+        format!("reset after {:.0?}", start.elapsed()),
     );
     drop(streams);
-    until("all connections are gone", async || {
+    until("all connections are closed", async || {
         send_queues(server.addr()).is_empty()
     })
     .await;

@@ -27,12 +27,11 @@ use tokio::{
 
 use crate::harness::User;
 
-/// Longer than any timeout of the service, so a request that reaches it was never going to get a
-/// response.
+/// Longer than any timeout of the service.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Between a client's requests, so that the load does not saturate the machine.
+/// The pause between a client's requests, so that the load does not saturate the machine.
 const THINK_TIME: Duration = Duration::from_millis(4);
-/// Before a client retries.
+/// The pause before a client retries.
 const RETRY_BACKOFF: Duration = Duration::from_millis(25);
 
 /// How a request ended.
@@ -75,7 +74,7 @@ pub(super) struct RequestRecord {
     pub(super) work: Work,
     /// The problem code of an error response, otherwise empty.
     pub(super) code: String,
-    pub(super) retry_after: bool,
+    pub(super) has_retry_after: bool,
 }
 
 impl RequestRecord {
@@ -85,7 +84,7 @@ impl RequestRecord {
 
     /// Whether the response was a 503 with this problem code and `Retry-After`.
     pub(super) fn is_retryable_503(&self, code: &str) -> bool {
-        self.outcome == Outcome::Status(503) && self.retry_after && self.code == code
+        self.outcome == Outcome::Status(503) && self.has_retry_after && self.code == code
     }
 
     fn finished_at(&self) -> Instant {
@@ -93,10 +92,10 @@ impl RequestRecord {
     }
 }
 
-/// An outcome with the parts of the response that the tests look at.
+/// An outcome, with the parts of the response that the tests check.
 pub(super) struct WireResponse {
     pub(super) outcome: Outcome,
-    pub(super) retry_after: bool,
+    pub(super) has_retry_after: bool,
     pub(super) body: Bytes,
 }
 
@@ -119,7 +118,7 @@ impl Addresses {
         *self.0.lock().unwrap() = addresses.to_vec();
     }
 
-    /// The address at this index, modulo their number.
+    /// Returns the address at this index, modulo their number.
     fn get(&self, index: usize) -> Option<SocketAddr> {
         let addresses = self.0.lock().unwrap();
         (!addresses.is_empty()).then(|| addresses[index % addresses.len()])
@@ -179,7 +178,7 @@ impl Client {
             self.address_index += 1;
             WireResponse {
                 outcome,
-                retry_after: false,
+                has_retry_after: false,
                 body: Bytes::new(),
             }
         })
@@ -199,13 +198,13 @@ impl Client {
             }
         };
         let outcome = Outcome::Status(response.status().as_u16());
-        let retry_after = response.headers().contains_key(header::RETRY_AFTER);
+        let has_retry_after = response.headers().contains_key(header::RETRY_AFTER);
         let body = response.into_body().collect().await;
         let body = body.map_err(|_| Outcome::ConnectionLost)?.to_bytes();
         self.connection = Some(connection);
         Ok(WireResponse {
             outcome,
-            retry_after,
+            has_retry_after,
             body,
         })
     }
@@ -256,7 +255,7 @@ impl From<&User> for Credentials {
 }
 
 impl Credentials {
-    /// Takes them from the body of a registration's response.
+    /// Reads them from the response to a registration.
     pub(super) fn from_tokens(tokens: &Value) -> Credentials {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         Credentials {
@@ -278,7 +277,7 @@ impl Credentials {
         request.body(Full::default()).unwrap()
     }
 
-    /// A request that creates a task; the idempotency key is derived from the title.
+    /// Builds a request that creates a task, with an idempotency key derived from the title.
     pub(super) fn create(&self, title: &str) -> Request<Full<Bytes>> {
         let request = self
             .request(Method::POST, "")
@@ -314,7 +313,7 @@ impl RequestLog {
             outcome: response.outcome,
             work,
             code,
-            retry_after: response.retry_after,
+            has_retry_after: response.has_retry_after,
         };
         let success = record.is_success();
         self.records.lock().unwrap().push(record);
@@ -337,7 +336,7 @@ impl RequestLog {
         self.records.lock().unwrap().clone()
     }
 
-    /// How many requests of this kind have been sent since and succeeded.
+    /// Returns the number of requests of this kind that were sent since then and succeeded.
     pub(super) fn successes_since(&self, from: Instant, work: Work) -> usize {
         let records = self.records.lock().unwrap();
         let is_counted = |record: &&RequestRecord| {
@@ -346,7 +345,7 @@ impl RequestLog {
         records.iter().filter(is_counted).count()
     }
 
-    /// Whether the last `count` requests since then all succeeded.
+    /// Returns whether the last `count` requests since then all succeeded.
     pub(super) fn has_recovered(&self, count: usize, since: Instant) -> bool {
         let mut records = self.sent_between(since, Instant::now());
         records.sort_by_key(RequestRecord::finished_at);
@@ -456,7 +455,7 @@ impl Load {
         }
     }
 
-    /// Adds clients that read this task over and over.
+    /// Adds clients that read this task continuously.
     pub(super) fn reading(mut self, clients: usize, credentials: &Credentials, task: &str) -> Load {
         for _ in 0..clients {
             let mut client = Client::new(self.addresses.clone(), self.clients.len());

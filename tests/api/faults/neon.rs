@@ -30,7 +30,7 @@ async fn requests_that_wake_a_suspended_database_succeed() {
     let rounds = short_or_full(2, 20);
     let mut slowest = Duration::ZERO;
     for round in 0..rounds {
-        // The database closes the idle connections.
+        // A suspended database closes its connections.
         cluster
             .proxy()
             .set_condition(NetworkCondition::Suspended(wake_time));
@@ -73,10 +73,10 @@ async fn requests_that_wake_a_suspended_database_succeed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_get_503_until_a_slowly_waking_database_is_ready() {
+async fn returns_503_until_a_slowly_waking_database_is_ready() {
     let _guard = start_light_load().await;
     let cluster = Cluster::proxied(&[]).await;
-    // Longer than a request waits for a connection.
+    // Longer than the timeout for acquiring a connection.
     let wake_time = Duration::from_secs(4);
     cluster
         .proxy()
@@ -85,7 +85,7 @@ async fn requests_get_503_until_a_slowly_waking_database_is_ready() {
     let mut rejected = 0;
     loop {
         let sent_at = Instant::now();
-        let response = cluster.user.get(cluster.user.tasks()).send().await;
+        let response = cluster.user.get(cluster.user.tasks()).await;
         let duration = sent_at.elapsed();
         assert!(duration < RESPONSE_TIMEOUT, "took {duration:?}");
         if response.status == 200 {
@@ -202,7 +202,7 @@ async fn pgbouncer_in_session_mode_is_supported() {
     for number in 0..tasks {
         user.create_task(&format!("number {number}")).await;
     }
-    let list = user.get(user.tasks()).send().await.expect(200);
+    let list = user.get(user.tasks()).await.expect(200);
     assert_eq!(list.json().as_array().map(Vec::len), Some(tasks));
     report(
         "PgBouncer in session mode",
@@ -214,7 +214,7 @@ async fn pgbouncer_in_session_mode_is_supported() {
 }
 
 #[tokio::test]
-async fn a_pooler_without_prepared_statements_is_rejected_with_a_clear_error() {
+async fn rejects_a_pooler_without_prepared_statements_with_a_clear_error() {
     let directory = DataDir::new();
     let postgres = start_with_hba(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "transaction").await else {

@@ -27,7 +27,7 @@ async fn assert_no_leaked_backends(cluster: &Cluster) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_blackholed_network_is_detected_and_recovered_from() {
+async fn detects_a_blackholed_network_and_recovers() {
     let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     let load = cluster.load(8, 4);
@@ -70,7 +70,7 @@ async fn a_distant_database_is_used_without_errors() {
         .set_condition(NetworkCondition::Slow(Duration::from_millis(100)));
     let load = cluster.load(8, 4);
     sleep(short_or_full(Duration::ZERO, Duration::from_secs(60))).await;
-    until("enough requests to judge", async || {
+    until("enough requests have finished", async || {
         load.requests.all().len() > 120
     })
     .await;
@@ -105,7 +105,7 @@ async fn connections_reset_during_a_response_lose_no_acknowledged_task() {
     }
     let flapping = requests.sent_between(start, Instant::now());
 
-    // Then every response is cut for a longer time.
+    // Then reset the connections for a longer time.
     let long_fault = Instant::now();
     cluster.proxy().set_condition(NetworkCondition::Reset);
     sleep(short_or_full(
@@ -156,7 +156,7 @@ async fn half_open_connections_are_evicted() {
         until_served(&requests, 50, 50).await;
         let start = Instant::now();
         cluster.proxy().make_half_open();
-        // Only the timeout distinguishes a half-open connection from a slow query.
+        // Only a timeout distinguishes a half-open connection from a slow query.
         let limit = RESPONSE_TIMEOUT + RECOVERY_TIMEOUT;
         let recovered = until_recovered(&requests, start, limit).await;
         counts.push(format!(
@@ -180,7 +180,7 @@ async fn half_open_connections_are_evicted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_open_connections_do_not_fail_one_request_each() {
+async fn half_open_connections_are_evicted_together() {
     let _guard = start_light_load().await;
     let cluster = start_cluster().await;
     let sql = cluster.sql().await;
@@ -192,7 +192,7 @@ async fn half_open_connections_do_not_fail_one_request_each() {
     load.finish().await;
     cluster.proxy().make_half_open();
     let start = Instant::now();
-    // A single client would meet the connections one after another.
+    // A single client uses one connection after another.
     let load = cluster.load(0, 1);
     let limit = RESPONSE_TIMEOUT + RECOVERY_TIMEOUT;
     let recovered = until_recovered(&load.requests, start, limit).await;
@@ -211,7 +211,7 @@ async fn half_open_connections_do_not_fail_one_request_each() {
 
 /// The revocation cache is refreshed before it expires.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_waits_for_revocations_to_be_read() {
+async fn requests_do_not_wait_until_revocations_are_refreshed() {
     const ONE_WAY: Duration = Duration::from_millis(75);
     let _guard = start_light_load().await;
     let cluster = Cluster::proxied(&[]).await;
@@ -224,14 +224,14 @@ async fn no_request_waits_for_revocations_to_be_read() {
     while start.elapsed() < Duration::from_secs(4) {
         let sent_at = Instant::now();
         // A 403 needs the revocation cache and no other database work.
-        let response = cluster.user.get(OTHER_USERS_TASKS).send().await;
+        let response = cluster.user.get(OTHER_USERS_TASKS).await;
         response.expect(403);
         waits += usize::from(sent_at.elapsed() >= 2 * ONE_WAY);
         requests += 1;
         sleep(Duration::from_millis(10)).await;
     }
     report(
-        "revocations read ahead",
+        "revocations refreshed in advance",
         format!("{waits} of {requests} requests waited"),
     );
     // The first request may have to wait, and a busy machine may stall once.

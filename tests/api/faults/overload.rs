@@ -28,7 +28,7 @@ use super::{
 };
 use crate::harness::{Server, User};
 
-/// Samples the number of backends continuously; returns the maximum so far.
+/// Samples the number of backends continuously. Returns the current maximum and the task.
 fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
     let max = Arc::new(AtomicUsize::new(0));
     let sampled = max.clone();
@@ -44,7 +44,7 @@ fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
 
 // FR-006
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_thousand_connections_are_served_by_twenty_backends() {
+async fn serves_two_thousand_connections_with_twenty_backends() {
     const CONNECTIONS: usize = 2000;
     raise_file_limit();
     let _guard = start_heavy_load().await;
@@ -61,7 +61,7 @@ async fn two_thousand_connections_are_served_by_twenty_backends() {
     }
     let requests = Arc::new(RequestLog::default());
     let credentials = cluster.credentials();
-    // Each connection sends one request a round, a fifth of them writes.
+    // Each connection sends one request per round; a fifth of them are writes.
     let rounds = short_or_full(1, 6);
     let round = short_or_full(Duration::from_secs(6), Duration::from_secs(10));
     let start = tokio::time::Instant::now();
@@ -144,12 +144,12 @@ async fn create_at_rate(
 
 // SC-003
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn at_twice_the_capacity_half_is_shed_quickly_and_the_rest_is_served_in_time() {
+async fn sheds_excess_requests_quickly_at_twice_the_capacity() {
     raise_file_limit();
     let _guard = start_heavy_load().await;
     // One of the five connections is reserved for the health probe.
     let cluster = Cluster::proxied(&[("DB_POOL_SIZE", "5")]).await;
-    // With a round trip of 40 ms, four connections carry 100 writes a second on any machine.
+    // With a round trip of 40 ms, four connections execute 100 writes per second on any machine.
     let capacity = 100;
     cluster
         .proxy()
@@ -201,7 +201,7 @@ async fn at_twice_the_capacity_half_is_shed_quickly_and_the_rest_is_served_in_ti
     cluster.stop().await;
 }
 
-/// A client that holds connections or responses for as long as it can.
+/// A client that occupies connections or responses for as long as possible.
 #[derive(Clone, Copy)]
 enum AbusiveClient {
     /// Sends part of a head and then nothing.
@@ -217,8 +217,8 @@ enum AbusiveClient {
 }
 
 impl AbusiveClient {
-    /// Runs until the server closes the connection. Clients that never read cannot notice that, and
-    /// return once the response has begun.
+    /// Runs until the server closes the connection. Clients that never read cannot detect that, and return
+    /// once the response has begun.
     async fn run(self, address: SocketAddr, user: Arc<User>) -> TcpStream {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let (tasks, token) = (user.tasks(), &user.access_token);
@@ -253,14 +253,14 @@ impl AbusiveClient {
     }
 }
 
-/// The number of sockets that the service has open, from the kernel's table.
+/// Returns the number of the service's open sockets, from the kernel's table.
 fn open_connections(address: SocketAddr) -> usize {
     let port = format!(":{:04X}", address.port());
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
     let is_open = |line: &&str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let (local, state, inode) = (fields[1], fields[3], fields[9]);
-        // Skip the listener and sockets that no process owns any more.
+        // Skip the listener and sockets that no process owns.
         local.ends_with(&port) && state != "0A" && inode != "0"
     };
     table.lines().skip(1).filter(is_open).count()
@@ -274,11 +274,11 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
     let user = Arc::new(server.user().await);
     let sql = server.sql().await;
     insert_large_tasks(&sql, &user, 260).await;
-    let polite = server.user().await;
-    let task = polite.create_task("read me").await;
+    let other = server.user().await;
+    let task = other.create_task("read me").await;
     let load = Load::new(&Addresses::new(&[server.addr()]))
-        .reading(2, &Credentials::from(&polite), task["id"].as_str().unwrap())
-        .writing(1, &Credentials::from(&polite));
+        .reading(2, &Credentials::from(&other), task["id"].as_str().unwrap())
+        .writing(1, &Credentials::from(&other));
     let requests = load.requests.clone();
     until_served(&requests, 51, 0).await;
 

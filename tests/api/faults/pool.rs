@@ -10,7 +10,7 @@ use tokio::time::sleep;
 
 use super::{Cluster, backends, short_or_full};
 
-/// The backends that have executed a statement since this time on the database server.
+/// Returns the backends that have executed a statement since this time on the database server.
 async fn used_since(sql: &tokio_postgres::Client, since: &str) -> BTreeSet<i32> {
     let rows = sql
         .query(
@@ -24,7 +24,7 @@ async fn used_since(sql: &tokio_postgres::Client, since: &str) -> BTreeSet<i32> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_timeout() {
+async fn surplus_connections_time_out_under_light_traffic_after_a_burst() {
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "12")]).await;
     let sql = cluster.sql().await;
     let task = format!("{}/{}", cluster.user.tasks(), cluster.task);
@@ -50,7 +50,7 @@ async fn light_traffic_after_a_burst_leaves_surplus_connections_to_their_idle_ti
         write().await.expect(200);
     }
     let used = used_since(&sql, &now).await;
-    // Taking the connection that has been idle longest would use all of them.
+    // Acquiring the longest idle connection would use all of them in turn.
     assert!(
         used.len() * 4 <= open * 3,
         "{} of {open} connections are in use",

@@ -19,7 +19,7 @@ use super::{
 use crate::harness::{DataDir, Process, SECRET, Server, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_database_is_detected_and_recovered_from() {
+async fn detects_a_frozen_database_and_recovers() {
     let _guard = start_light_load().await;
     let rounds = short_or_full(1, 5);
     let mut counts = Vec::new();
@@ -38,7 +38,7 @@ async fn a_frozen_database_is_detected_and_recovered_from() {
         );
         counts.push(outage.await);
         until("the service is ready", async || {
-            cluster.server.get("/readyz").send().await.status == 200
+            cluster.server.get("/readyz").await.status == 200
         })
         .await;
         until("the frozen connections are closed", async || {
@@ -126,7 +126,7 @@ async fn acknowledged_tasks_survive_a_killed_database() {
         let postmaster = cluster.directory.postgres().unwrap();
         let mut killed_processes = process_and_children(postmaster);
         match round % 3 {
-            // All processes at once, as in a power failure.
+            // All processes, as in a power failure.
             0 => {}
             // The postmaster only; its children exit when they notice.
             1 => killed_processes.truncate(1),
@@ -225,7 +225,7 @@ async fn a_full_disk_loses_no_acknowledged_task() {
     }
     let _guard = start_light_load().await;
     let directory = DataDir::new();
-    // The mount disappears with the last process in its mount namespace.
+    // The mount is removed with the last process in its mount namespace.
     let mut command = Command::new("unshare");
     command
         .args(["-m", "sh", "-c", SMALL_DISK, "small-disk"])
@@ -356,7 +356,7 @@ async fn assert_healthy(address: std::net::SocketAddr) {
 }
 
 #[tokio::test]
-async fn a_database_that_is_unavailable_at_startup_is_waited_for() {
+async fn waits_for_a_database_that_is_unavailable_at_startup() {
     let directory = DataDir::new();
     Postgres::start(directory.path())
         .await
@@ -383,8 +383,8 @@ async fn a_database_that_is_unavailable_at_startup_is_waited_for() {
     let waits = || server.log().matches("waiting for the database").count() as u64;
     let mut rejected = 0;
     while start.elapsed() < short_or_full(Duration::from_secs(1), Duration::from_secs(35)) {
-        server.get("/healthz").send().await.expect(200);
-        let early = server.get("/readyz").send().await;
+        server.get("/healthz").await.expect(200);
+        let early = server.get("/readyz").await;
         early.problem(503, "database_unavailable");
         rejected += 1;
         sleep(Duration::from_millis(50)).await;
@@ -400,7 +400,7 @@ async fn a_database_that_is_unavailable_at_startup_is_waited_for() {
     let postgres = Postgres::start(directory.path()).await.unwrap();
     let started = Instant::now();
     until("the service is ready", async || {
-        server.get("/readyz").send().await.status == 200
+        server.get("/readyz").await.status == 200
     })
     .await;
     let ready = started.elapsed();

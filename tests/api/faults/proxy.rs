@@ -15,19 +15,19 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-/// What the network does with the bytes.
+/// The simulated condition of the network, which affects all packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NetworkCondition {
-    /// Delivers them at once.
+    /// Delivers them immediately.
     Normal,
     /// Delivers them after this delay, in each direction.
     Slow(Duration),
-    /// Holds them back silently until the condition changes.
+    /// Delays them until the condition changes.
     Blackhole,
     /// Delivers half of a response, then resets the connection.
     Reset,
-    /// Closes the connections. New ones are accepted, but carry nothing until this time has passed
-    /// or the condition changes, as with a database that is suspended when idle.
+    /// Closes the connections. Accepts new ones, but forwards nothing until this time has passed or the
+    /// condition changes, like a database that is suspended when idle.
     Suspended(Duration),
 }
 

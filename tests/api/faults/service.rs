@@ -1,4 +1,4 @@
-//! The service killed, stopped, restarted, and run as two instances.
+//! Kills, shutdowns and restarts of the service, alone and as one of two instances.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use super::{
 use crate::connections::{listening_socket, start_with_sockets};
 use crate::harness::{DataDir, SECRET, Server, User, until};
 
-/// The limit for draining connections; the rest is for a busy machine.
+/// The service shuts down within 10 s; the rest allows for a busy machine.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(13);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -97,11 +97,11 @@ async fn every_accepted_request_gets_a_response_during_shutdown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_fails_while_the_service_restarts_behind_a_passed_socket() {
+async fn no_request_fails_while_the_service_restarts_with_a_passed_socket() {
     let _guard = start_light_load().await;
     let first = Server::start().await;
     let user = first.user().await;
-    let task = user.on(&first).create_task("read me").await;
+    let task = user.create_task("read me").await;
     let task = task["id"].as_str().unwrap();
     let sockets = [listening_socket(), listening_socket()];
     let address = sockets[0].local_addr().unwrap();
@@ -132,7 +132,7 @@ async fn no_request_fails_while_the_service_restarts_behind_a_passed_socket() {
     let requests = load.finish().await;
     let kept = requests.assert_durable(&first.sql().await).await;
     report(
-        "restart behind a socket",
+        "restart with a passed socket",
         format!(
             "{restarts} ×; {}; {kept} tasks verified",
             requests.summary()
@@ -152,7 +152,7 @@ async fn the_other_instance_serves_while_one_of_two_is_killed() {
     let mut one = Server::start().await;
     let mut two = one.sibling(&[]).await;
     let user = one.user().await;
-    let task = user.on(&one).create_task("read me").await;
+    let task = user.create_task("read me").await;
     let task = task["id"].as_str().unwrap();
     let credentials = Credentials::from(&user);
     let addresses = Addresses::new(&[one.addr(), two.addr()]);
@@ -171,7 +171,7 @@ async fn the_other_instance_serves_while_one_of_two_is_killed() {
     let requests = load.finish().await;
     let kept = requests.assert_durable(&two.sql().await).await;
     assert!(kept >= 50 * kills, "{kept} acknowledged");
-    // A request that the kill interrupted succeeds when it is retried at the other instance.
+    // A request that the kill interrupted is retried successfully on the other instance.
     let is_expected = |request: &super::load::RequestRecord| {
         request.duration < RESPONSE_TIMEOUT && !matches!(request.outcome, Outcome::Status(300..))
     };
@@ -194,11 +194,11 @@ async fn the_other_instance_serves_while_one_of_two_is_killed() {
 async fn assert_state_is_shared(one: &Server, two: &Server) -> String {
     let refresh = async |server: &Server, token: &str| {
         let body = json!({"refresh_token": token});
-        server.post("/api/v1/auth/refresh").json(body).send().await
+        server.post("/api/v1/auth/refresh").json(body).await
     };
     let login = async |server: &Server, email: &str, password: &str| {
         let body = json!({"email": email, "password": password});
-        server.post("/api/v1/auth/login").json(body).send().await
+        server.post("/api/v1/auth/login").json(body).await
     };
     let user: User = one.user().await;
     let first = refresh(one, &user.refresh_token).await.expect(200).json();
@@ -208,12 +208,11 @@ async fn assert_state_is_shared(one: &Server, two: &Server) -> String {
     let token = first["access_token"].as_str().unwrap();
     one.post("/api/v1/auth/logout")
         .bearer(token)
-        .send()
         .await
         .expect(204);
     let logged_out = Instant::now();
     until("the other instance rejects the session", async || {
-        let me = two.get("/api/v1/auth/me").bearer(token).send().await;
+        let me = two.get("/api/v1/auth/me").bearer(token).await;
         me.status == 401
     })
     .await;

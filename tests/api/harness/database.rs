@@ -228,7 +228,13 @@ impl Lock {
 
     /// Waits until `count` statements are blocked.
     pub(crate) async fn wait_for_blocked(&self, count: i64) {
-        wait_for_blocked(&self.observer, count).await;
+        let blocked = "select count(*) from pg_stat_activity
+                       where datname = current_database() and wait_event_type = 'Lock'";
+        until(&format!("{count} statements are blocked"), async || {
+            let row = self.observer.query_one(blocked, &[]).await.unwrap();
+            row.get::<_, i64>(0) >= count
+        })
+        .await;
     }
 
     /// Commits the transaction once `count` statements are blocked.
@@ -249,14 +255,4 @@ impl Lock {
     pub(crate) async fn release(&self) {
         self.transaction.batch_execute("commit").await.unwrap();
     }
-}
-
-/// Waits until `count` statements in this database are blocked by a lock.
-pub(crate) async fn wait_for_blocked(sql: &Client, count: i64) {
-    let blocked = "select count(*) from pg_stat_activity
-                   where datname = current_database() and wait_event_type = 'Lock'";
-    until(&format!("{count} statements are blocked"), async || {
-        sql.query_one(blocked, &[]).await.unwrap().get::<_, i64>(0) >= count
-    })
-    .await;
 }

@@ -22,7 +22,7 @@ use std::{
 
 use tokio::time::sleep;
 
-pub(crate) use database::{Database, Lock, wait_for_blocked};
+pub(crate) use database::{Database, Lock};
 pub(crate) use process::Process;
 pub(crate) use request::{Request, Response};
 pub(crate) use scratch::{DataDir, is_alive};
