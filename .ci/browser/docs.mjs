@@ -1,5 +1,5 @@
-// The first steps of a new user in /docs: register, authorize, create a task, complete it. The console must
-// show no errors and no policy violations, and the page must send no requests to other hosts.
+// A new user in /docs registers, authorizes, creates a task and completes it. The console must show no
+// errors and no policy violations, and the page must send no requests to other hosts.
 
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
@@ -9,19 +9,19 @@ import { baseUrl, withBrowser } from "./browser.mjs";
 
 const { origin } = new URL(baseUrl);
 const PASSWORD = "blue kettle sings at dawn";
-const picture = (name) => ({ path: join(process.env.SCREENSHOT_DIR, `${name}.png`) });
+const screenshot = (name) => ({ path: join(process.env.SCREENSHOT_DIR, `${name}.png`) });
 
 await withBrowser(async (browser) => {
   const page = await browser.newPage();
-  const complaints = [];
+  const problems = [];
   page.on("console", (message) => {
-    if (["error", "warning"].includes(message.type())) complaints.push(message.text());
+    if (["error", "warning"].includes(message.type())) problems.push(message.text());
   });
-  page.on("pageerror", (error) => complaints.push(String(error)));
+  page.on("pageerror", (error) => problems.push(String(error)));
   page.on("request", (request) => {
     const url = new URL(request.url());
-    const ours = ["data:", "blob:"].includes(url.protocol) || url.origin === origin;
-    if (!ours) complaints.push(`a request to ${url.origin}`);
+    const isAllowed = ["data:", "blob:"].includes(url.protocol) || url.origin === origin;
+    if (!isAllowed) problems.push(`a request to ${url.origin}`);
   });
   await page.addInitScript(() => {
     document.addEventListener("securitypolicyviolation", (event) => {
@@ -35,7 +35,7 @@ await withBrowser(async (browser) => {
       await operation(id).locator(".opblock-summary-control").click();
     }
   }
-  // Presses Execute and reads the response from the page.
+  // Clicks Execute and reads the response from the page.
   async function execute(id) {
     await operation(id).locator(".execute").click();
     const row = operation(id).locator(".live-responses-table tbody tr").first();
@@ -47,13 +47,13 @@ await withBrowser(async (browser) => {
     await operation(id).locator(`tr[data-param-name="${name}"] input`).fill(value);
   }
 
-  const answer = await page.goto(`${baseUrl}/`);
-  assert.equal(page.url(), `${baseUrl}/docs`, "`/` leads to /docs");
-  const policy = answer.headers()["content-security-policy"] ?? "";
+  const response = await page.goto(`${baseUrl}/`);
+  assert.equal(page.url(), `${baseUrl}/docs`, "`/` redirects to /docs");
+  const policy = response.headers()["content-security-policy"] ?? "";
   assert.match(policy, /default-src 'none'/);
-  assert.doesNotMatch(policy, /unsafe|https?:|\*/, "the policy allows our own origin alone");
+  assert.doesNotMatch(policy, /unsafe|https?:|\*/, "the policy allows only the own origin");
   await page.locator(".opblock").first().waitFor();
-  await page.screenshot(picture("docs"));
+  await page.screenshot(screenshot("docs"));
 
   await page.locator("#hint a", { hasText: "register" }).click();
   const email = `browser-${randomUUID()}@example.com`;
@@ -62,11 +62,11 @@ await withBrowser(async (browser) => {
   assert.equal(registered.status, 201);
   assert.equal(registered.body.user.email, email);
   await page.locator("#hint-signed-in", { hasText: email }).waitFor();
-  await page.screenshot(picture("registered"));
+  await page.screenshot(screenshot("registered"));
 
   await page.locator(".auth-wrapper .authorize").click();
   await page.locator(".modal-ux input").fill(registered.body.access_token);
-  await page.screenshot(picture("authorize"));
+  await page.screenshot(screenshot("authorize"));
   await page.locator(".modal-ux .authorize").click();
   await page.locator(".modal-ux .btn-done").click();
   await page.locator("#hint-authorized", { hasText: email }).waitFor();
@@ -78,7 +78,7 @@ await withBrowser(async (browser) => {
   assert.equal(created.status, 201);
   assert.equal(created.body.completed, false);
   await operation("createTask").locator(".live-responses-table").evaluate((table) => table.scrollIntoView());
-  await page.screenshot(picture("created"));
+  await page.screenshot(screenshot("created"));
 
   await open("setTaskCompletion");
   await fill("setTaskCompletion", "id", created.body.id);
@@ -86,21 +86,21 @@ await withBrowser(async (browser) => {
   assert.equal(completed.status, 200);
   assert.deepEqual({ ...completed.body, updated_at: null }, { ...created.body, completed: true, updated_at: null });
   await operation("setTaskCompletion").locator(".live-responses-table").evaluate((table) => table.scrollIntoView());
-  await page.screenshot(picture("completed"));
+  await page.screenshot(screenshot("completed"));
 
   // Another user's id is refused, and the problem page explains the response.
   await open("listTasks");
   await fill("listTasks", "user_id", created.body.id);
-  assert.deepEqual(complaints, []);
+  assert.deepEqual(problems, []);
   const refused = await execute("listTasks");
   assert.equal(refused.body.code, "forbidden");
   // The browser logs every response of 400 and above.
-  assert.deepEqual(complaints.splice(0).filter((text) => !text.includes("status of 403")), []);
+  assert.deepEqual(problems.splice(0).filter((text) => !text.includes("status of 403")), []);
   await page.goto(baseUrl + refused.body.type);
   await page.getByText("What to do").waitFor();
-  await page.screenshot(picture("problem"));
+  await page.screenshot(screenshot("problem"));
 
-  // With a trailing slash, the links of the page have the same targets.
+  // A trailing slash does not change the targets of links.
   await page.goto(`${baseUrl}/docs/`);
   const link = page.locator(".info a", { hasText: "forbidden" });
   assert.equal(await link.evaluate((a) => a.href), `${baseUrl}/problems/forbidden`);
@@ -116,6 +116,6 @@ await withBrowser(async (browser) => {
     assert.equal(problem.status(), 200, code);
     assert.match(await page.locator("main").innerText(), new RegExp(code));
   }
-  assert.deepEqual(complaints, []);
+  assert.deepEqual(problems, []);
   console.log(`docs at ${baseUrl}: registered ${email}, created and completed ${created.body.id}, read ${codes.length} problem pages`);
 });

@@ -1,10 +1,10 @@
-"""Schemathesis hooks, so that the service is tested as a real user would use it.
+"""Schemathesis hooks that make generated requests realistic.
 
 Before a request is sent:
 
-- what would end the session or the account that the whole run lives on gets a user of its own;
-- a body that is meant to be right gets what a schema cannot say (a password that is hard to guess
-  or is really the account's, a refresh token that was really issued).
+- a request that would end the session or the account of the whole run is sent as another user;
+- a valid body gets values that a schema cannot describe: a password that is hard to guess, the
+  account's current password, or a refresh token that the service issued.
 """
 
 import json
@@ -19,10 +19,10 @@ from schemathesis import GenerationMode
 from schemathesis.openapi.checks import RejectedPositiveData, UseAfterFree
 
 BASE_URL = os.environ["BASE_URL"]
-RUNS_ON = f"Bearer {os.environ['ACCESS_TOKEN']}"
+MAIN_AUTHORIZATION = f"Bearer {os.environ['ACCESS_TOKEN']}"
 PASSWORD = "blue kettle sings at dawn"
-KNOWN_CHANGES = {"title", "description", "completed"}
-SELF_ENDING = {"logout", "deleteMe", "changePassword", "endSession", "endOtherSessions"}
+TASK_FIELDS = {"title", "description", "completed"}
+SESSION_ENDING = {"logout", "deleteMe", "changePassword", "endSession", "endOtherSessions"}
 
 
 class Guest:
@@ -36,60 +36,60 @@ class Guest:
             json.dumps({"email": self.email, "password": PASSWORD}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request) as answer:
-            self.take(json.load(answer))
+        with urllib.request.urlopen(request) as response:
+            self.update(json.load(response))
 
-    def take(self, tokens):
+    def update(self, tokens):
         self.authorization = f"Bearer {tokens['access_token']}"
         self.refresh_token = tokens["refresh_token"]
 
 
 guest = Guest()
-# A second logout succeeds too, so no test depends on this session.
-leaver = Guest()
+# Only logs out. No test depends on this session, because a second logout succeeds as well.
+logout_guest = Guest()
 
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
     operation = case.operation.definition.raw["operationId"]
-    if operation in SELF_ENDING and case.headers.get("Authorization") == RUNS_ON:
-        case.headers["Authorization"] = (leaver if operation == "logout" else guest).authorization
-    right = case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE
-    if operation == "logout" and not right:
+    if operation in SESSION_ENDING and case.headers.get("Authorization") == MAIN_AUTHORIZATION:
+        case.headers["Authorization"] = (logout_guest if operation == "logout" else guest).authorization
+    is_valid = case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE
+    if operation == "logout" and not is_valid:
         # A logout with a bearer token does not read its body, valid or not.
         case.headers.pop("Authorization", None)
-    if right and isinstance(case.body, dict):
-        # Every other body stays invalid in a way that only the service detects. The choice depends on the
-        # body alone, so that scenarios can be replayed.
-        truthful = zlib.crc32(json.dumps(case.body, sort_keys=True).encode()) % 4 > 0
-        complete(operation, case.body, truthful)
+    if is_valid and isinstance(case.body, dict):
+        # A quarter of the bodies keep values that only the service can reject. The choice depends only on
+        # the body, so that scenarios can be replayed.
+        use_real_values = zlib.crc32(json.dumps(case.body, sort_keys=True).encode()) % 4 > 0
+        insert_real_values(operation, case.body, use_real_values)
 
 
-def complete(operation, body, truthful):
+def insert_real_values(operation, body, use_real_values):
     if operation == "register":
-        body["password"] = strong(body["password"])
+        body["password"] = strengthen(body["password"])
         email = unicodedata.normalize("NFC", body["email"].strip()).lower()
-        if truthful or len(email.encode()) > 254 or any(ord(char) > 0xFFFF for char in email):
-            # The first can be sent again, the second has more bytes than characters, and the third contains
-            # invisible characters, which no pattern for all JavaScript engines can exclude.
+        if use_real_values or len(email.encode()) > 254 or any(ord(char) > 0xFFFF for char in email):
+            # The schema limits the length in characters, not bytes, and cannot exclude invisible characters
+            # in a pattern that all JavaScript engines support.
             body["email"] = f"{secrets.token_hex(8)}@example.com"
     elif operation == "changePassword":
-        body["new_password"] = strong(body["new_password"])
-        if truthful:
+        body["new_password"] = strengthen(body["new_password"])
+        if use_real_values:
             body["current_password"] = guest.password
-    elif operation == "deleteMe" and truthful:
+    elif operation == "deleteMe" and use_real_values:
         body["password"] = guest.password
-    elif operation == "login" and truthful:
+    elif operation == "login" and use_real_values:
         body.update(email=guest.email, password=guest.password)
-    elif operation in ("refresh", "logout") and truthful:
-        body["refresh_token"] = (leaver if operation == "logout" else guest).refresh_token
-    elif operation in ("updateTask", "updateTaskWithPut") and not KNOWN_CHANGES & body.keys():
-        # Unknown members are ignored, and a change without known members is refused.
+    elif operation in ("refresh", "logout") and use_real_values:
+        body["refresh_token"] = (logout_guest if operation == "logout" else guest).refresh_token
+    elif operation in ("updateTask", "updateTaskWithPut") and not TASK_FIELDS & body.keys():
+        # Unknown members are ignored, and a change without known members is rejected.
         body["completed"] = True
 
 
-def strong(password):
-    """Makes a password hard to guess, keeping as much of it as fits."""
+def strengthen(password):
+    """Makes a password hard to guess and keeps as much of it as fits."""
     kept = password.encode()[:40].decode(errors="ignore")
     return f"{kept} {secrets.token_hex(12)}"
 
@@ -101,7 +101,7 @@ def after_call(context, case, response):
     if response.status_code == 200 and operation in ("login", "refresh", "changePassword"):
         tokens = response.json()
         if tokens["user"]["email"] == guest.email:
-            guest.take(tokens)
+            guest.update(tokens)
             if operation == "changePassword":
                 guest.password = case.body["new_password"]
     elif operation == "deleteMe" and response.status_code == 204:
@@ -116,7 +116,7 @@ def after_call(context, case, response):
 
 @schemathesis.hook
 def filter_failure(context, failure, case, response):
-    """Drops failures that the service does not cause."""
+    """Returns whether the service causes this failure."""
     if isinstance(failure, RejectedPositiveData) and response.status_code == 422:
         # A valid request can repeat an Idempotency-Key of an earlier one.
         return response.json()["code"] != "idempotency_key_reused"

@@ -38,10 +38,10 @@ with todo_client.ApiClient(configuration) as client:
     assert tasks.list_tasks(me, completed=True, limit=10) == [done]
 
     try:
-        tasks.get_task(me, "nothing")
-        raise AssertionError("a task that is not there was read")
-    except ApiException as refused:
-        assert refused.status == 404, refused
-        assert json.loads(refused.body)["code"] == "task_not_found", refused
+        tasks.get_task(me, "unknown")
+        raise AssertionError("an unknown task was read")
+    except ApiException as error:
+        assert error.status == 404, error
+        assert json.loads(error.body)["code"] == "task_not_found", error
 
     print(f"python: {tokens.user.email} created {task.id}")
