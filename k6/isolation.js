@@ -1,5 +1,5 @@
-// Every user requests the tasks of the others, through every route. A single success fails the run
-// (SC-004), and so does a refused request for a user's own tasks (SC-002).
+// Every user requests other users' tasks on every route. A single success fails the run (SC-004), as does
+// a rejected request for a user's own tasks (SC-002).
 //
 //   k6 run -e VUS=50 -e DURATION=5m k6/isolation.js
 
@@ -34,7 +34,7 @@ export default function (all) {
   const id = them.ids[__ITER % them.ids.length];
   const { token } = me;
 
-  // Another user's path is forbidden; under the own path another user's task does not exist.
+  // Other users' paths are forbidden; other users' tasks do not exist under a user's own path.
   for (const [tasks, status] of [[them.tasks, 403], [me.tasks, 404]]) {
     const task = `${tasks}/${id}`;
     checkRefused(request('read', 'GET', task, { token, status }), them);

@@ -1,6 +1,6 @@
-// Sixteen clients log in continuously while others read tasks: password hashing must not slow the
-// reads down. A login may be refused with 503, a read may not, and 95 % of the reads take less than
-// READ_P95 milliseconds.
+// Sixteen clients log in continuously while others read tasks: password hashing must not slow down the
+// reads. Logins may be rejected with 503, reads may not, and 95 % of the reads take less than READ_P95
+// milliseconds.
 //
 //   k6 run -e DURATION=1m k6/login-storm.js
 //

@@ -29,8 +29,8 @@ use crate::{
 /// The same number as pgbench's `-j`.
 const LOAD_THREADS: usize = 2;
 const WARM_UP: Duration = Duration::from_millis(500);
-/// The last responses may arrive this long after the end of a load.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long after the end of a load the last responses may arrive.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Writes the next request of a connection and returns the status that it should get.
 pub(crate) type Writer<'a> = dyn Fn(&mut Rng, &mut Vec<u8>) -> u16 + Sync + 'a;
@@ -40,37 +40,40 @@ pub(crate) type Writer<'a> = dyn Fn(&mut Rng, &mut Vec<u8>) -> u16 + Sync + 'a;
 pub(crate) struct Load {
     seconds: f64,
     /// Latencies of the responses with the expected status, sorted, in microseconds.
-    took: Vec<u32>,
+    latencies: Vec<u32>,
     /// The number of other responses.
     pub(crate) failed: u64,
-    /// Whether the work ran out before the time was up.
+    /// Whether the tasks ran out before the end of the measurement.
     pub(crate) ran_out: bool,
     pub(crate) cpu: Cpu,
 }
 
 impl Load {
     fn add(&mut self, mut part: Load) {
-        self.took.append(&mut part.took);
+        self.latencies.append(&mut part.latencies);
         self.failed += part.failed;
         self.ran_out |= part.ran_out;
     }
 
     pub(crate) fn rate(&self) -> f64 {
-        self.took.len() as f64 / self.seconds
+        self.latencies.len() as f64 / self.seconds
     }
 
     pub(crate) fn percentile(&self, percent: usize) -> f64 {
-        let at = (self.took.len() * percent / 100).min(self.took.len().saturating_sub(1));
-        self.took.get(at).map_or(0.0, |&took| f64::from(took) / 1e3)
+        let index =
+            (self.latencies.len() * percent / 100).min(self.latencies.len().saturating_sub(1));
+        self.latencies
+            .get(index)
+            .map_or(0.0, |&latency| f64::from(latency) / 1e3)
     }
 
-    /// CPU time per response, in microseconds.
+    /// Returns the CPU time per response, in microseconds.
     pub(crate) fn cost(&self, cpu: Option<Duration>) -> Option<f64> {
-        Some(cpu?.as_secs_f64() * 1e6 / self.took.len() as f64)
+        Some(cpu?.as_secs_f64() * 1e6 / self.latencies.len() as f64)
     }
 }
 
-/// Loads a server for the given time and samples the CPU time of `watched`.
+/// Loads a server for the given time and measures the CPU time of the `watched` processes.
 pub(crate) fn load(
     address: SocketAddr,
     connections: usize,
@@ -81,15 +84,16 @@ pub(crate) fn load(
 ) -> Result<Load> {
     let begin = Instant::now() + WARM_UP;
     let end = begin + length;
-    let run = |of_thread: usize| -> Result<Load> {
+    let run = |thread: usize| -> Result<Load> {
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let mine = (of_thread..connections).step_by(LOAD_THREADS);
-        let tallies =
-            mine.map(|connection| converse(address, connection as u64, share, begin, end, writer));
+        let mine = (thread..connections).step_by(LOAD_THREADS);
+        let tallies = mine.map(|connection| {
+            run_connection(address, connection as u64, share, begin, end, writer)
+        });
         let tallies = runtime.block_on(async {
-            timeout_at((end + ANSWER_TIMEOUT).into(), try_join_all(tallies)).await
+            timeout_at((end + RESPONSE_TIMEOUT).into(), try_join_all(tallies)).await
         });
         let mut all = Load::default();
         for tally in tallies.map_err(|_| "the server does not respond")?? {
@@ -112,13 +116,13 @@ pub(crate) fn load(
         for thread in threads {
             all.add(thread.join().map_err(|_| "a client thread panicked")??);
         }
-        all.took.sort_unstable();
+        all.latencies.sort_unstable();
         Ok(all)
     })
 }
 
-/// One connection: sends a request, reads the response, sends the next.
-pub(crate) async fn converse(
+/// Sends requests on one connection, each after the response to the previous one.
+pub(crate) async fn run_connection(
     address: SocketAddr,
     connection: u64,
     share: u64,
@@ -146,14 +150,16 @@ pub(crate) async fn converse(
         let expected = writer(&mut rng, &mut request);
         tally.ran_out = rng.count > rng.share;
         stream.write_all(&request).await?;
-        let status = read_answer(&mut stream, &mut response).await?;
-        // Counted by their end: a login can wait in the queue for longer than the warm-up.
-        let answered = Instant::now();
-        if !(begin..end).contains(&answered) {
+        let status = read_response(&mut stream, &mut response).await?;
+        // The time of the response decides: a login can wait in the queue for longer than the warm-up.
+        let finished = Instant::now();
+        if !(begin..end).contains(&finished) {
             continue;
         }
         if status == expected {
-            tally.took.push((answered - started).as_micros() as u32);
+            tally
+                .latencies
+                .push((finished - started).as_micros() as u32);
         } else {
             tally.failed += 1;
         }
@@ -161,7 +167,7 @@ pub(crate) async fn converse(
 }
 
 /// Reads one complete response into `response` and returns its status.
-pub(crate) async fn read_answer(stream: &mut TcpStream, response: &mut Vec<u8>) -> Result<u16> {
+pub(crate) async fn read_response(stream: &mut TcpStream, response: &mut Vec<u8>) -> Result<u16> {
     response.clear();
     let mut whole = None;
     while whole.is_none_or(|length| response.len() < length) {
@@ -186,7 +192,7 @@ pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// Sends one request on a new connection and returns status, head and body.
+/// Sends one request on a new connection and returns the status and the whole response.
 pub(crate) fn fetch(address: SocketAddr, request: &[u8]) -> Result<(u16, String)> {
     let mut stream = std::net::TcpStream::connect(address)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;

@@ -5,7 +5,7 @@
 //! statements, TCP) and 64 keep-alive HTTP connections use the database one after the other. Only
 //! the ratio within a round is meaningful, because the speed of a shared machine varies. Where the
 //! service passes a parameter, pgbench's script has a constant, in pgbench's favour. pgbench reads
-//! one task or one page per statement, as a single client does.
+//! one task or one page per statement, because each of its clients is independent.
 //!
 //! Then it measures reads while 16 clients log in, memory, the start, and a user with a million
 //! tasks. Every figure is printed and written to `target/throughput.json` as soon as it is measured;
@@ -76,7 +76,7 @@ struct Options {
     rounds: usize,
     quick: bool,
     growth: bool,
-    /// Empty for all of them and the scenarios.
+    /// Empty for all kinds of work and the scenarios.
     only: Vec<Work>,
     /// Another build of the service.
     against: Option<PathBuf>,
@@ -130,7 +130,7 @@ impl Options {
         }
     }
 
-    /// The number of measurements planned.
+    /// Returns the number of measurements planned.
     fn steps(&self) -> usize {
         let parts = if self.against.is_some() { 3 } else { 2 };
         let rounds = self.rounds * self.work().len() * parts;
@@ -150,8 +150,9 @@ struct Bench {
     address: SocketAddr,
     start_ups: Vec<f64>,
     memory_idle: Option<f64>,
-    /// Measurements done and planned.
+    /// The number of measurements done.
     step: Cell<usize>,
+    /// The number of measurements planned.
     steps: usize,
     /// The number of the first task that has not been deleted.
     delete_range: u64,
@@ -167,11 +168,11 @@ struct Bench {
 
 impl Bench {
     fn set_up(options: Options) -> Result<Self> {
-        // Notices a changed statement before minutes of measuring.
+        // Fail early if a statement has changed.
         for (work, _) in Work::MIX.into_iter().chain([(Work::Delete, 0)]) {
             work.script(0, 0)?;
         }
-        // Not /tmp, which may be in memory. PostgreSQL's user must be able to enter the directory.
+        // /tmp may be in memory. PostgreSQL's user must be able to enter the directory.
         let directory = tempfile::Builder::new()
             .prefix("todo-api-bench-")
             .permissions(fs::Permissions::from_mode(0o755))

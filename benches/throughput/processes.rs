@@ -53,7 +53,7 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// PostgreSQL's version.
+    /// Returns PostgreSQL's version.
     pub(crate) fn version(&self) -> Option<&str> {
         self.postgres.as_ref().map(Postgres::version)
     }
@@ -83,7 +83,7 @@ impl Database {
         let postgres = runtime.block_on(Postgres::start_with(directory, &settings))?;
         let pid_file = fs::read_to_string(postgres.data_dir().join("cluster/postmaster.pid"))?;
         let postmaster = pid_file.lines().next().and_then(|pid| pid.parse().ok());
-        // pgbench and psql of the same version; without /proc, those in PATH.
+        // Use pgbench and psql of the same version; without /proc, those in PATH.
         let program =
             fs::read_link(format!("/proc/{}/exe", postmaster.unwrap_or(0))).unwrap_or_default();
         let programs = program.parent().map_or(PathBuf::new(), Path::to_owned);
@@ -164,8 +164,8 @@ fn output(command: &mut Command) -> Result<String> {
     let output = output.map_err(|_| "the thread waiting for a program panicked")??;
     check()?;
     if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{:?} failed: {words}", command.get_program()).into());
+        let error = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{:?} failed: {error}", command.get_program()).into());
     }
     Ok(String::from_utf8(output.stdout)?)
 }
@@ -201,7 +201,7 @@ pub(crate) fn start_server(
     let process = Process::spawn(&mut command)?;
     await_response(address).map_err(|error| {
         let log = fs::read_to_string(&log_path).unwrap_or_default();
-        format!("{error}; the service says:\n{log}")
+        format!("{error}; its log:\n{log}")
     })?;
     Ok((process, begin.elapsed().as_secs_f64() * 1e3))
 }
@@ -220,7 +220,7 @@ pub(crate) fn await_response(address: SocketAddr) -> Result<()> {
     Err(format!("no successful response from {address} within 30 s").into())
 }
 
-/// An unused address.
+/// Returns an unused address.
 pub(crate) fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }

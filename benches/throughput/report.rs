@@ -87,7 +87,7 @@ impl Round {
     }
 }
 
-/// All results so far, also in a file that is rewritten after each of them.
+/// All results so far, which are also written to a file after each measurement.
 pub(crate) struct Report {
     figures: Value,
     path: PathBuf,
@@ -142,20 +142,20 @@ impl Report {
         self.write()
     }
 
-    /// Records a figure that belongs to no round; dots in the name separate nested objects.
+    /// Records a figure outside the rounds; dots in the name separate nested objects.
     pub(crate) fn record(&mut self, name: &str, figure: impl Serialize) -> Result<()> {
         let figure = serde_json::to_value(figure)?;
         print_figure(name, &figure);
-        let place = name
+        let entry = name
             .split('.')
             .fold(&mut self.figures["scenarios"], |object, name| {
                 &mut object[name]
             });
-        *place = figure;
+        *entry = figure;
         self.write()
     }
 
-    /// Prints the tables, also of an incomplete run.
+    /// Prints the tables, even of an incomplete run.
     pub(crate) fn finish(&mut self, error: Option<&Error>) -> Result<()> {
         match error {
             None => self.figures["complete"] = true.into(),
@@ -193,7 +193,7 @@ fn print_report(report: &Value) {
     );
     print_work(&report["work"]);
     if report["scenarios"].is_object() {
-        print_burdens(&report["scenarios"]);
+        print_scenarios(&report["scenarios"]);
     }
 }
 
@@ -245,17 +245,17 @@ fn print_work(work: &Value) {
     }
 }
 
-fn print_burdens(report: &Value) {
+fn print_scenarios(report: &Value) {
     let constant = &report["constant_response"];
     println!(
-        "\nThe client against a constant response: {}/s, {} µs of CPU for each in that server, {} in the client.",
+        "\nConstant response: {}/s, {} µs of CPU time each in that server, {} in the client.",
         show(&constant["requests_per_second"], 0),
         show(&constant["server_us"], 0),
         show(&constant["client_us"], 0),
     );
     let logins = &report["logins"];
     println!(
-        "{LOGIN_CLIENTS} clients signing in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s beside reads.",
+        "{LOGIN_CLIENTS} clients logging in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s during reads.",
         show(&logins["alone_per_second"], 1),
         show(&logins["alone_to_bare_bcrypt"], 2),
         show(&logins["bare_bcrypt_per_second"], 1),

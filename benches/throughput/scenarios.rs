@@ -1,4 +1,4 @@
-//! Scenarios beside the rounds: logins during reads, idle connections, a user with a million tasks.
+//! Further scenarios: logins during reads, idle connections, a user with a million tasks.
 
 use std::{
     io::Write,
@@ -12,7 +12,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, runtime};
 
 use crate::{
     BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, LOGIN_CLIENTS, PASSWORD, Result,
-    client::{Load, Writer, fetch, header, load, read_answer},
+    client::{Load, Writer, fetch, header, load, read_response},
     interrupt::check,
     usage::resident,
     work::{BenchUser, Rng, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
@@ -30,17 +30,17 @@ impl Bench {
         self.report.record("logins.hashing_threads", workers)?;
         self.report.record("logins.bare_bcrypt_per_second", bare)?;
         let (users, address, watched) = (&self.users, self.address, self.watched());
-        let sign_in = |rng: &mut Rng, out: &mut Vec<u8>| {
+        let log_in = |rng: &mut Rng, out: &mut Vec<u8>| {
             let body = json!({"email": email(rng.below(USERS)), "password": PASSWORD}).to_string();
             let _ = write!(out, "POST /api/v1/auth/login HTTP/1.1\r\nHost: bench\r\n");
             write_body(out, Some(&body));
             200
         };
         let read = |rng: &mut Rng, out: &mut Vec<u8>| Work::Read.request(users, 0, rng, out);
-        let signing_in = || load(address, LOGIN_CLIENTS, length, 0, &watched, &sign_in);
+        let logging_in = || load(address, LOGIN_CLIENTS, length, 0, &watched, &log_in);
         let reading = || load(address, CONNECTIONS, length, 0, &watched, &read);
         self.step("logins alone");
-        let alone = signing_in()?;
+        let alone = logging_in()?;
         self.report
             .record("logins.alone_per_second", alone.rate())?;
         self.report
@@ -51,7 +51,7 @@ impl Bench {
         self.report.record("logins.reads_quiet", reads(&quiet))?;
         self.step(&format!("reads while {LOGIN_CLIENTS} clients log in"));
         let (beside, during) = thread::scope(|scope| {
-            let beside = scope.spawn(signing_in);
+            let beside = scope.spawn(logging_in);
             let during = reading();
             (beside.join(), during)
         });
@@ -64,7 +64,7 @@ impl Bench {
         report.record("logins.reads_beside_to_quiet", to_quiet)
     }
 
-    /// Measures resident memory with 2,000 open connections after one response each.
+    /// Measures resident memory with 2,000 open connections that have each received one response.
     pub(crate) fn idle_connections(&self) -> Result<Option<f64>> {
         self.step("2,000 idle connections");
         let limit = getrlimit(Resource::Nofile);
@@ -79,10 +79,10 @@ impl Bench {
             for n in 0..IDLE_CONNECTIONS {
                 let mut stream = TcpStream::connect(self.address).await?;
                 let mut request = Vec::new();
-                let person = &self.users[n % self.users.len()];
-                person.request(&mut request, "GET", "?limit=20", None, 200);
+                let user = &self.users[n % self.users.len()];
+                user.request(&mut request, "GET", "?limit=20", None, 200);
                 stream.write_all(&request).await?;
-                read_answer(&mut stream, &mut response).await?;
+                read_response(&mut stream, &mut response).await?;
                 open.push(stream);
             }
             Ok(resident(self.server.id()))
@@ -97,7 +97,7 @@ impl Bench {
             1_000_000
         };
         self.step(&format!("a user with {many} tasks"));
-        // Two of the users; the numbers of their tasks do not overlap with others.
+        // Two of the users, whose tasks have numbers that no other task has.
         let (small, large) = (1, 2);
         self.database.sql(&[
             &insert_tasks_of(small, 300_000_000, 1_000),
@@ -123,13 +123,13 @@ impl Bench {
 
     /// Measures reads, first pages, and pages from the middle of a user's tasks.
     fn grown(&mut self, what: &str, user: usize, first: u64, count: u64) -> Result<()> {
-        let person = &self.users[user];
-        let middle = self.middle(person, count)?;
+        let user = &self.users[user];
+        let middle = self.middle(user, count)?;
         let watched = self.watched();
         let length = self.options.seconds.min(Duration::from_secs(3));
         let run = |writer: &Writer| load(self.address, CONNECTIONS, length, 0, &watched, writer);
         let read = run(&|rng, out| {
-            person.request(
+            user.request(
                 out,
                 "GET",
                 &format!("/{}", id(first + rng.below(count))),
@@ -137,8 +137,8 @@ impl Bench {
                 200,
             )
         })?;
-        let list = run(&|_, out| person.request(out, "GET", "?limit=20", None, 200))?;
-        let deep = run(&|_, out| person.request(out, "GET", &middle, None, 200))?;
+        let list = run(&|_, out| user.request(out, "GET", "?limit=20", None, 200))?;
+        let deep = run(&|_, out| user.request(out, "GET", &middle, None, 200))?;
         let figures = json!({
             "failed": read.failed + list.failed + deep.failed,
             "read_per_second": read.rate(), "read_p50_ms": read.percentile(50),
@@ -149,12 +149,12 @@ impl Bench {
     }
 
     /// Returns the query for a page in the middle of a user's tasks, found by following `Link`.
-    fn middle(&self, person: &BenchUser, count: u64) -> Result<String> {
+    fn middle(&self, user: &BenchUser, count: u64) -> Result<String> {
         let mut query = "?limit=1000".to_owned();
         let mut seen = 0;
         while seen < count / 2 {
             let mut request = Vec::new();
-            person.request(&mut request, "GET", &query, None, 200);
+            user.request(&mut request, "GET", &query, None, 200);
             let (status, response) = fetch(self.address, &request)?;
             let link =
                 header(&response, "link").and_then(|link| link.split_once('<')?.1.split_once('>'));

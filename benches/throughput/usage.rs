@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The unit of CPU times in `/proc`: clock ticks per second.
+/// The unit of CPU times in `/proc`, a clock tick.
 const TICK: Duration = Duration::from_millis(10);
 
 /// Samples the CPU time of processes.
@@ -43,8 +43,7 @@ impl CpuSampler {
         }
     }
 
-    /// Samples once PostgreSQL has reaped the backends that are exiting, whose CPU time would be missing
-    /// otherwise.
+    /// Samples once PostgreSQL has reaped its exiting backends, so that their CPU time is included.
     pub(crate) fn settled(&self) -> Cpu {
         let deadline = Instant::now() + Duration::from_secs(1);
         let mut cpu = self.cpu();
@@ -81,7 +80,7 @@ impl Stat {
     }
 }
 
-/// The CPU time of a process and all its children, such as PostgreSQL's backends.
+/// Returns the CPU time of a process and all its children, such as PostgreSQL's backends.
 fn with_children(pid: u32) -> Option<Duration> {
     let stat = Stat::of(pid)?;
     let children = fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
@@ -91,7 +90,7 @@ fn with_children(pid: u32) -> Option<Duration> {
     Some(stat.own + stat.ended + children.sum::<Duration>())
 }
 
-/// Resident memory in MiB.
+/// Returns the resident memory of a process in MiB.
 pub(crate) fn resident(pid: u32) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status

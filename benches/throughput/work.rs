@@ -62,19 +62,19 @@ impl Work {
     ) -> u16 {
         let task = rng.below(TASKS);
         let one = format!("/{}", id(task));
-        let person = &users[owner(task)];
+        let user = &users[owner(task)];
         match self {
-            Work::Read => person.request(out, "GET", &one, None, 200),
-            Work::List => person.request(out, "GET", "?limit=20", None, 200),
+            Work::Read => user.request(out, "GET", &one, None, 200),
+            Work::List => user.request(out, "GET", "?limit=20", None, 200),
             Work::Create => {
                 let body = r#"{"title": "Water the plants", "description": "All but the cactus"}"#;
-                person.request(out, "POST", "", Some(body), 201)
+                user.request(out, "POST", "", Some(body), 201)
             }
             Work::Update => {
                 let body = format!(r#"{{"title": "Changed {}"}}"#, rng.below(1_000_000));
-                person.request(out, "PATCH", &one, Some(&body), 200)
+                user.request(out, "PATCH", &one, Some(&body), 200)
             }
-            Work::Toggle => person.request(out, "PATCH", &format!("{one}/complete"), None, 200),
+            Work::Toggle => user.request(out, "PATCH", &format!("{one}/complete"), None, 200),
             Work::Delete => {
                 let victim = delete_range + rng.connection * rng.share + rng.count;
                 rng.count += 1;
@@ -93,14 +93,14 @@ impl Work {
         }
     }
 
-    /// Returns the script for pgbench, with the service's own statement if that serves one client.
+    /// Returns the script for pgbench, which uses the service's own statement unless that is a batch.
     pub(crate) fn script(self, delete_range: u64, share: u64) -> Result<String> {
         let task = format!("\\set n {OFFSET} + random(0, {})\n", TASKS - 1);
         let owner = format!("\\set u {OFFSET} + :n % {USERS}\n");
         // Ids are built from text because pgbench's variables have at most 64 bits.
         let (user, id) = (sql_id(":u"), sql_id(":n"));
         Ok(match self {
-            // The service reads several tasks at once where it can; a single client reads one.
+            // The service batches reads; a single client reads one task.
             Work::Read => {
                 let columns = "id, user_id, title, description, completed, created_at, updated_at";
                 let one = format!("from tasks where user_id = {user} and id = {id};\n");
@@ -159,19 +159,19 @@ impl Work {
 pub(crate) const ID_START: &str = "0190000000007000";
 pub(crate) const OFFSET: u64 = 8_000_000_000_000_000;
 
-/// Returns the id number `n`, of a user or a task.
+/// Returns the id of the user or task with the number `n`.
 pub(crate) fn id(n: u64) -> String {
     let digits = (OFFSET + n).to_string();
     format!("01900000-0000-7000-{}-{}", &digits[..4], &digits[4..])
 }
 
-/// Returns the same in SQL, for an expression that includes the offset.
+/// Returns this id as SQL, for an expression that includes the offset.
 pub(crate) fn sql_id(n: &str) -> String {
     format!("('{ID_START}' || {n})::uuid")
 }
 
-/// Consecutive tasks belong to different users, as in production, so that the rows of a list of 20 are
-/// on 20 pages.
+/// Returns the owner of a task. Consecutive tasks belong to different users, as in production, so that a
+/// list of 20 reads 20 pages.
 pub(crate) fn owner(task: u64) -> usize {
     (task % USERS) as usize
 }
@@ -190,7 +190,7 @@ pub(crate) fn statement(name: &str, values: &[&str]) -> Result<String> {
     }
     if sql.contains('$') {
         return Err(format!(
-            "{} has more parameters than the bench knows",
+            "{} has more parameters than the benchmark sets",
             path.display()
         )
         .into());
@@ -286,7 +286,7 @@ pub(crate) fn insert_users(password_hash: &str) -> String {
     )
 }
 
-/// Returns the statement that creates tasks from number `first` on, for all users in turn.
+/// Returns the statement that creates tasks from number `first` on, distributed over all users.
 pub(crate) fn insert_tasks(first: u64, count: u64) -> String {
     insert(&format!("{OFFSET} + n % {USERS}"), first, count)
 }

@@ -42,7 +42,7 @@ export function toUser(response) {
   return { email: user.email, token: access_token, refreshToken: refresh_token, tasks: `/api/v1/${user.id}/tasks` };
 }
 
-// The user that this virtual user acts as.
+// Returns the user as which this virtual user sends requests.
 export function ownUser(all) {
   return all[__VU % all.length];
 }

@@ -1,5 +1,4 @@
--- Deletes a batch of revocations whose last access token has expired: none is valid for more than a
--- day.
+-- Deletes a batch of revocations that are more than a day old: all their access tokens have expired.
 -- No parameters.
 delete from revocations
 where ctid = any(array(

@@ -1,5 +1,5 @@
--- Deletes a batch of sessions that expired so long ago that their access tokens have expired as
--- well.
+-- Deletes a batch of sessions that expired more than a day ago, so that their access tokens have expired
+-- as well.
 -- No parameters.
 delete from sessions
 where ctid = any(array(

@@ -1,7 +1,7 @@
 -- Deletes an account and, by cascade, its tasks, keys and sessions; a trigger writes the revocations.
--- Returns no row if the password was changed or a lockout began meanwhile. The failed logins with the
--- address stay, because clearing them would reveal that there was an account. The list is locked
--- first, as in every change of its tasks.
+-- Returns no row if the password was changed or a lockout began meanwhile. Keeps the failed logins with
+-- the address, because clearing them would reveal that the account existed. Locks the list first, as
+-- every change of its tasks does.
 -- $1 user id, $2 the hash that was verified
 with list as (
     select user_id from task_lists where user_id = $1 for update

@@ -1,5 +1,5 @@
--- Reads what a login needs. Always returns one row: the account, if there is one, and the seconds
--- until logins with this address, registered or not, are accepted from this network again.
+-- Reads the account for a login. Always returns one row: the account, if it exists, and the seconds until
+-- logins with this address, registered or not, are accepted from this network again.
 -- $1 e-mail address, $2 network
 select u.id, u.password_hash,
        coalesce((

@@ -1,4 +1,4 @@
--- Reads what verifying the password of an authenticated user needs; no row if the account was deleted.
+-- Reads the password hash and the lockout of an authenticated user; no row if the account was deleted.
 -- $1 user id
 select u.email, u.password_hash,
        coalesce(extract(epoch from f.blocked_until - clock_timestamp()), 0)::float8
