@@ -74,7 +74,7 @@ pub(crate) async fn serve(config: Config) -> Result<(), BoxError> {
     {
         error!("the server failed during shutdown: {error}");
     }
-    app.refusal_log.end_window();
+    app.limited_log.end_window();
     if let Some(postgres) = opened.postgres {
         postgres.stop().await;
     }

@@ -30,7 +30,7 @@ use crate::http::response;
 use crate::http::service;
 use crate::http::state::AppState;
 use crate::http::timeout_io::{ClientSocket, TimeoutStream};
-use crate::telemetry::log_limiter::Refusal;
+use crate::telemetry::log_limiter::LineKind;
 
 /// hyper responds with 431 to longer heads.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -151,7 +151,7 @@ impl Acceptor {
         let network = client_network(peer);
         let is_proxy = is_trusted(peer, &app.config.trusted_proxies);
         let Some(permit) = self.table.register(permit, (!is_proxy).then_some(network)) else {
-            app.refusal_log.warn(Refusal::Capacity, network, peer, || {
+            app.limited_log.warn(LineKind::Capacity, network, peer, || {
                 format!("connection refused reason=too_many_of_network client={peer}")
             });
             return;

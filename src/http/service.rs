@@ -20,7 +20,7 @@ use crate::http::response::{self, Response};
 use crate::http::router;
 use crate::http::state::AppState;
 use crate::telemetry::labels::{AuthFailure, LoginFailure};
-use crate::telemetry::log_limiter::Refusal;
+use crate::telemetry::log_limiter::LineKind;
 use crate::telemetry::logging::{self, ACCESS, logfmt_value};
 use crate::telemetry::metrics::UNMATCHED_ROUTE;
 
@@ -118,7 +118,7 @@ fn log_error(context: &RequestContext<'_>, error: &Error) {
             AuthFailure::Login(reason) if reason != LoginFailure::RateLimited => {
                 warn!("{}", line());
             }
-            _ => log_refusal(context, Refusal::Authentication, line),
+            _ => log_limited(context, LineKind::Authentication, line),
         }
         return;
     }
@@ -134,7 +134,7 @@ fn log_error(context: &RequestContext<'_>, error: &Error) {
             describe_request(context)
         ),
         Error::DatabaseUnavailable(_) | Error::Overloaded | Error::Stopping => {
-            log_refusal(context, Refusal::Capacity, || {
+            log_limited(context, LineKind::Capacity, || {
                 let cause = match error {
                     Error::DatabaseUnavailable(cause) => format!(" cause={}", logfmt_value(cause)),
                     _ => String::new(),
@@ -147,9 +147,9 @@ fn log_error(context: &RequestContext<'_>, error: &Error) {
     }
 }
 
-fn log_refusal(context: &RequestContext<'_>, refusal: Refusal, line: impl FnOnce() -> String) {
-    let log = &context.app.refusal_log;
-    log.warn(refusal, context.network(), context.client, line);
+fn log_limited(context: &RequestContext<'_>, kind: LineKind, line: impl FnOnce() -> String) {
+    let log = &context.app.limited_log;
+    log.warn(kind, context.network(), context.client, line);
 }
 
 /// The log fields that identify a request.
@@ -171,10 +171,12 @@ fn record_request(context: &RequestContext<'_>, response: &Response, took: Durat
     let (status, seconds, client) = (status.as_u16(), took.as_secs_f64(), context.client);
     let (method, path, request_id) = request_fields(context);
     if took > SLOW_REQUEST {
-        warn!(
-            "slow request route={route} method={method} status={status} seconds={seconds:.3} \
-             request_id={request_id}"
-        );
+        log_limited(context, LineKind::Slow, || {
+            format!(
+                "slow request route={route} method={method} status={status} \
+                 seconds={seconds:.3} request_id={request_id}"
+            )
+        });
     }
     debug!(
         target: ACCESS,

@@ -44,7 +44,7 @@ pub(crate) struct AppState {
     pub(crate) cors: Cors,
     pub(crate) large_responses: LargeResponses,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) refusal_log: LogLimiter,
+    pub(crate) limited_log: LogLimiter,
     purger: Arc<Purger>,
     shutting_down: AtomicBool,
 }
@@ -75,7 +75,7 @@ impl AppState {
                 config.writes_per_minute / 12,
             ),
             cors: Cors::new(&config.cors_origins),
-            refusal_log: LogLimiter::default(),
+            limited_log: LogLimiter::default(),
             purger: Arc::default(),
             large_responses: LargeResponses::new(),
             shutting_down: AtomicBool::new(false),

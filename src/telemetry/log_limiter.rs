@@ -1,5 +1,6 @@
-//! Limits the number of log lines about requests that the service refuses, so that a client that
-//! sends many of them does not fill the disk or make the journal drop the lines about others.
+//! Limits the number of log lines about requests that the service refuses or that are slow, so that
+//! a client that sends many of them does not fill the disk or make the journal drop the lines about
+//! others.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -18,9 +19,11 @@ const MAX_NETWORKS: usize = 1000;
 
 /// What happened to the requests that the lines are about.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Refusal {
+pub(crate) enum LineKind {
     /// Authentication failed.
     Authentication,
+    /// They took long.
+    Slow,
     /// The service or its database had no capacity for them. All clients share a limit, because an
     /// outage affects all of them.
     Capacity,
@@ -32,7 +35,7 @@ pub(crate) enum Refusal {
 pub(crate) struct LogLimiter(Arc<Mutex<Window>>);
 
 /// The lines of this window by network; `None` stands for several.
-type Window = HashMap<(Refusal, Option<IpAddr>), Lines>;
+type Window = HashMap<(LineKind, Option<IpAddr>), Lines>;
 
 struct Lines {
     count: u64,
@@ -44,7 +47,7 @@ impl LogLimiter {
     /// Logs a line at WARN, or at DEBUG if it exceeds the limit of the client's network.
     pub(crate) fn warn(
         &self,
-        refusal: Refusal,
+        kind: LineKind,
         network: IpAddr,
         client: IpAddr,
         line: impl FnOnce() -> String,
@@ -57,12 +60,9 @@ impl LogLimiter {
                 limiter.end_window();
             });
         }
-        let mut key = (
-            refusal,
-            Some(network).filter(|_| refusal == Refusal::Authentication),
-        );
+        let mut key = (kind, Some(network).filter(|_| kind != LineKind::Capacity));
         if lines.len() >= MAX_NETWORKS && !lines.contains_key(&key) {
-            key = (refusal, None);
+            key = (kind, None);
         }
         let entry = lines.entry(key).or_insert(Lines { count: 0, client });
         entry.count += 1;
@@ -80,17 +80,19 @@ impl LogLimiter {
     /// Logs how many lines were suppressed in this window, and begins the next one.
     pub(crate) fn end_window(&self) {
         let lines = std::mem::take(&mut *self.0.lock());
-        for ((refusal, network), Lines { count, client }) in lines {
+        for ((kind, network), Lines { count, client }) in lines {
             let suppressed = count.saturating_sub(MAX_LINES);
-            match (refusal, network) {
-                _ if suppressed == 0 => {}
-                (Refusal::Capacity, _) => warn!("refused requests suppressed count={suppressed}"),
-                (Refusal::Authentication, Some(_)) => {
-                    warn!("authentication failures suppressed count={suppressed} client={client}");
-                }
-                (Refusal::Authentication, None) => {
-                    warn!("authentication failures suppressed count={suppressed}");
-                }
+            if suppressed == 0 {
+                continue;
+            }
+            let lines = match kind {
+                LineKind::Authentication => "authentication failures",
+                LineKind::Capacity => "refused requests",
+                LineKind::Slow => "slow requests",
+            };
+            match network {
+                Some(_) => warn!("{lines} suppressed count={suppressed} client={client}"),
+                None => warn!("{lines} suppressed count={suppressed}"),
             }
         }
     }
