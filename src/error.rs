@@ -78,6 +78,8 @@ pub(crate) enum Error {
     MethodNotAllowed(&'static str),
     RequestTimeout,
     EmailTaken,
+    /// The cursor of the changes is too old, or from before a restore of the database.
+    CursorExpired,
     /// The condition in `If-Match` or `If-None-Match` is not met.
     PreconditionFailed,
     BodyTooLarge,
@@ -154,6 +156,7 @@ impl Error {
             Self::MethodNotAllowed(_) => &problem::METHOD_NOT_ALLOWED,
             Self::RequestTimeout => &problem::REQUEST_TIMEOUT,
             Self::EmailTaken => &problem::EMAIL_TAKEN,
+            Self::CursorExpired => &problem::CURSOR_EXPIRED,
             Self::PreconditionFailed => &problem::PRECONDITION_FAILED,
             Self::BodyTooLarge => &problem::BODY_TOO_LARGE,
             Self::UnsupportedMediaType { .. } => &problem::UNSUPPORTED_MEDIA_TYPE,

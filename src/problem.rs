@@ -77,6 +77,9 @@ problems! {
     EMAIL_TAKEN = 409 "email_taken" "E-mail address taken"
         "An account with this e-mail address already exists."
         "Sign in instead, or register with another address.";
+    CURSOR_EXPIRED = 410 "cursor_expired" "Cursor expired"
+        "Changes since this cursor are no longer known: it is more than 30 days old, from before a restore of the database, or from another account."
+        "Discard your copy of the list and load everything again, without “since”.";
     PRECONDITION_FAILED = 412 "precondition_failed" "Precondition failed"
         "The current version of the task is not listed in If-Match, or is listed in If-None-Match. Nothing was changed."
         "Fetch the task, apply your change to its current version, and retry with the new ETag. A weak ETag (W/…) never matches If-Match.";

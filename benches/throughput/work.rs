@@ -107,7 +107,11 @@ impl Work {
                 format!("{task}{owner}select {columns} {one}")
             }
             Work::List => {
-                task + &owner + &statement("list_newest", &[&user, "null", "null", "null", "20"])?
+                task + &owner
+                    + &statement(
+                        "list_newest",
+                        &[&user, "null", "null", "null", "20", "1048577"],
+                    )?
             }
             Work::Create => {
                 let title = "'Water the plants'";

@@ -13,6 +13,7 @@ create table task_lists (
 
 -- Tasks from before this migration have revision 0, which does not rewrite the table.
 alter table tasks add column revision bigint not null default 0;
+create index tasks_by_revision on tasks (user_id, revision, id);
 
 -- No foreign key: a row is only inserted by a transaction that has locked its list, and a trigger
 -- deletes it with the list.

@@ -10,7 +10,6 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
-use crate::auth::token::AccessClaims;
 use crate::db::sessions::{self, Cursor, Revocation};
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline, Queries};
 use crate::domain::MAX_ACCESS_TTL;
@@ -45,14 +44,15 @@ struct Cache {
 }
 
 impl Revocations {
-    /// Whether an access token is revoked, from a cache that is at most [`MAX_AGE`] old.
+    /// Whether tokens of this session and epoch are revoked, from a cache that is at most [`MAX_AGE`] old.
     pub(crate) async fn is_revoked(
         self: &Arc<Self>,
         db: Queries<'_>,
-        claims: &AccessClaims,
+        session: Uuid,
+        epoch: i32,
     ) -> Result<bool, Error> {
         let now = Instant::now();
-        if self.contains(claims) {
+        if self.contains(session, epoch) {
             return Ok(true);
         }
         if !self.is_older(now, MAX_AGE) {
@@ -68,7 +68,7 @@ impl Revocations {
             return Ok(false);
         }
         self.refresh(db, now, MAX_AGE).await?;
-        Ok(self.contains(claims))
+        Ok(self.contains(session, epoch))
     }
 
     /// Adds what this instance has just revoked.
@@ -96,10 +96,10 @@ impl Revocations {
         as_of.is_none_or(|as_of| now.saturating_duration_since(as_of) >= max_age)
     }
 
-    fn contains(&self, claims: &AccessClaims) -> bool {
+    fn contains(&self, session: Uuid, epoch: i32) -> bool {
         let cache = self.cache.read();
-        let entry = cache.revoked.get(&claims.sid);
-        entry.is_some_and(|(before_epoch, _)| claims.epoch < *before_epoch)
+        let entry = cache.revoked.get(&session);
+        entry.is_some_and(|(before_epoch, _)| epoch < *before_epoch)
     }
 
     fn merge(&self, revocations: impl IntoIterator<Item = Revocation>, as_of: Option<Instant>) {

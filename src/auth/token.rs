@@ -98,7 +98,7 @@ impl TokenIssuer {
         without_expiry.required_spec_claims.clear();
         let derived = secrets
             .iter()
-            .map(|secret| derive_refresh_key(secret))
+            .map(|secret| derive_key(secret, "todo-api refresh token v1"))
             .collect::<Result<Vec<_>, _>>()?;
         let derived: Vec<&[u8]> = derived.iter().map(String::as_bytes).collect();
         Ok(Self {
@@ -221,17 +221,13 @@ fn rejection_reason(kind: &ErrorKind) -> TokenRejection {
     }
 }
 
-/// Derives the key used only for refresh tokens.
-fn derive_refresh_key(secret: &[u8]) -> Result<String, Error> {
-    crypto::sign(
-        b"todo-api refresh token v1",
-        &EncodingKey::from_secret(secret),
-        Algorithm::HS256,
-    )
-    .map_err(internal)
+/// Derives the key that is used only for this purpose.
+pub(super) fn derive_key(secret: &[u8], purpose: &str) -> Result<String, Error> {
+    let secret = EncodingKey::from_secret(secret);
+    crypto::sign(purpose.as_bytes(), &secret, Algorithm::HS256).map_err(internal)
 }
 
-fn internal(error: jsonwebtoken::errors::Error) -> Error {
+pub(super) fn internal(error: jsonwebtoken::errors::Error) -> Error {
     Error::Internal(format!("cannot sign a token: {error}"))
 }
 

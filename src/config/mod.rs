@@ -39,6 +39,7 @@ pub(crate) struct Config {
     pub(crate) writes_per_minute: u32,
     pub(crate) max_tasks_per_user: i32,
     pub(crate) lifetimes: TokenLifetimes,
+    pub(crate) wait_max: u32,
     pub(crate) log_filter: String,
     /// One line per setting, with its value and source; secrets are hidden.
     pub(crate) report: Vec<String>,
@@ -89,6 +90,7 @@ impl Config {
             writes_per_minute: env.parsed("WRITES_PER_MINUTE")?,
             max_tasks_per_user: env.parsed("MAX_TASKS_PER_USER")?,
             lifetimes,
+            wait_max: env.parsed("WAIT_MAX")?,
             log_filter: env.parsed("RUST_LOG")?,
             report: env.report,
         };

@@ -35,7 +35,7 @@ const YEAR: u32 = 31_536_000;
 /// All settings, in the order used by `--help` and `check`. Tests compare README.md and
 /// systemd/todo-api.env.example with this table.
 #[rustfmt::skip]
-const SETTINGS: [Setting; 20] = [
+const SETTINGS: [Setting; 21] = [
     ("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
     ("DATA_DIR", ".todo-api", Text, "directory of the embedded PostgreSQL"),
     ("PGSSLROOTCERT", "", Text, "file with the CA certificates for DATABASE_URL"),
@@ -55,6 +55,7 @@ const SETTINGS: [Setting; 20] = [
     ("REFRESH_TOKEN_IDLE_TTL", "2592000", Integer(1..=YEAR), "seconds a session lasts without a refresh"),
     ("REFRESH_TOKEN_MAX_TTL", "7776000", Integer(1..=YEAR), "seconds a session lasts in all"),
     ("REFRESH_TOKEN_GRACE", "10", Integer(0..=300), "seconds a used refresh token may be repeated"),
+    ("WAIT_MAX", "30", Integer(0..=30), "seconds a request may wait for a change; 0: off"),
     ("RUST_LOG", "info", Text, "log filter; info,access=debug adds a line for each request"),
 ];
 

@@ -17,6 +17,8 @@ mod inspect;
 mod isolation;
 pub(crate) mod keyed_semaphore;
 mod lease;
+mod list_watch;
+pub(crate) mod lists;
 mod migrations;
 mod pool;
 pub(crate) mod purge;
@@ -47,6 +49,9 @@ use error::Result;
 pub(crate) use error::{DbError, error_message};
 pub(crate) use inspect::ServerInfo;
 use lease::{Lease, Params};
+pub(crate) use list_watch::ListWatcher;
+use list_watch::WatchedLists;
+use lists::GetRevision;
 use retry::Repeat;
 use sockets::CONNECT_TIMEOUT;
 use statements::Sql;
@@ -59,6 +64,8 @@ const READY_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) struct Database {
     connections: Arc<Connections>,
     batchers: Arc<tasks::Batchers>,
+    revision_batcher: Arc<Batcher<GetRevision>>,
+    watched_lists: Arc<WatchedLists>,
 }
 
 impl Database {
@@ -67,6 +74,8 @@ impl Database {
         Self {
             connections: Arc::new(Connections::new(endpoint, pool_size, metrics)),
             batchers: Arc::default(),
+            revision_batcher: Arc::default(),
+            watched_lists: Arc::default(),
         }
     }
 

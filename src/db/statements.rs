@@ -32,6 +32,8 @@ statements! {
     SessionsRenew = "sessions/renew.sql",
     SessionsLogin = "sessions/login.sql",
     SessionsPurge = "sessions/purge.sql",
+    TaskListsChanges = "task_lists/changes.sql",
+    TaskListsRevisions = "task_lists/revisions.sql",
     TasksCount = "tasks/count.sql",
     TasksCreate = "tasks/create.sql",
     TasksCreateIdempotent = "tasks/create_idempotent.sql",

@@ -125,6 +125,7 @@ pub(crate) async fn create(
             false => CreateOutcome::QuotaExceeded,
         });
     };
+    db.record_revision(user_id, &rows);
     if key.is_none() {
         return Ok(CreateOutcome::Task(created()));
     }
@@ -144,7 +145,8 @@ pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Opti
 }
 
 /// Reads a page of a user's tasks: up to `limit` tasks that follow the task `after`. A long page
-/// ends early, at least one task after the first ones whose JSON exceeds `max_bytes`.
+/// ends early, at least one task after the first ones whose JSON exceeds `max_bytes`. Also reads the
+/// revision of the list, or `None` if the account was deleted.
 pub(crate) async fn list(
     db: Queries<'_>,
     user_id: Uuid,
@@ -152,7 +154,7 @@ pub(crate) async fn list(
     after: Option<Uuid>,
     limit: i64,
     max_bytes: usize,
-) -> Result<Vec<Task>> {
+) -> Result<(Vec<Task>, Option<i64>)> {
     let is_search = filter.text.is_some() || filter.completed.is_some();
     if !is_search && !filter.oldest_first && limit <= ListNewest::MAX_LIMIT {
         let query = ListNewest {
@@ -161,10 +163,7 @@ pub(crate) async fn list(
             limit,
         };
         let rows = db.batch(&db.database.batchers.list_newest, query).await?;
-        let mut tasks: Vec<Task> = rows.iter().map(task).collect();
-        // The statement orders the rows by query only.
-        tasks.sort_unstable_by_key(|task| Reverse(task.id));
-        return Ok(tasks);
+        return Ok(tasks_and_revision(&rows, filter));
     }
     let sql = match filter.oldest_first {
         true => Sql::TasksListOldest,
@@ -182,7 +181,21 @@ pub(crate) async fn list(
         true => db.search(user_id, sql, params).await?,
         false => db.read(sql, params).await?,
     };
-    Ok(rows.iter().map(task).collect())
+    Ok(tasks_and_revision(&rows, filter))
+}
+
+/// Reads the rows of a page. Each has the revision of the list; an empty page is one row whose id is
+/// null.
+fn tasks_and_revision(rows: &[Row], filter: &Filter) -> (Vec<Task>, Option<i64>) {
+    let revision = rows.first().and_then(|row| row.get("revision"));
+    let has_task = |row: &&Row| row.get::<_, Option<Uuid>>(0).is_some();
+    let mut tasks: Vec<Task> = rows.iter().filter(has_task).map(task).collect();
+    // Formally, the statements do not order their rows.
+    match filter.oldest_first {
+        true => tasks.sort_by_key(|task| task.id),
+        false => tasks.sort_by_key(|task| Reverse(task.id)),
+    }
+    (tasks, revision)
 }
 
 /// The queues of the batched queries.
@@ -288,6 +301,7 @@ pub(crate) async fn update(
         &one_of,
     ];
     let rows = db.write(Sql::TasksUpdate, params).await?;
+    db.record_revision(user_id, &rows);
     Ok(Conditional::from_rows(&rows, |row| {
         row.get::<_, Option<Uuid>>("id").map(|_| task(row))
     }))
@@ -303,6 +317,7 @@ pub(crate) async fn delete(
     let (versions, one_of) = versions.params();
     let params: Params = &[&user_id, &id, &versions, &one_of];
     let rows = db.write(Sql::TasksDelete, params).await?;
+    db.record_revision(user_id, &rows);
     Ok(Conditional::from_rows(&rows, |row| {
         row.get::<_, Option<i64>>("revision").map(|_| ())
     }))
@@ -311,13 +326,14 @@ pub(crate) async fn delete(
 /// Deletes all completed tasks of a user and returns how many there were.
 pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<i64> {
     let rows = db.write(Sql::TasksDeleteCompleted, &[&user_id]).await?;
+    db.record_revision(user_id, &rows);
     Ok(rows.first().map_or(0, |row| row.get("deleted")))
 }
 
 /// Reads a task from a row. Every statement that returns tasks starts with these columns, in this
 /// order: looking up columns by name for each row of a page would take longer than reading the
 /// values.
-fn task(row: &Row) -> Task {
+pub(super) fn task(row: &Row) -> Task {
     Task {
         id: row.get(0),
         user_id: row.get(1),

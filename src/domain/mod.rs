@@ -11,7 +11,7 @@ mod user;
 
 pub(crate) use email::Email;
 pub(crate) use session::{MAX_ACCESS_TTL, Session, TokenLifetimes};
-pub(crate) use task::{Completion, Description, NewTask, Task, TaskChange, Title};
+pub(crate) use task::{Completion, DeletedTask, Description, NewTask, Task, TaskChange, Title};
 pub(crate) use timestamp::Rfc3339;
 pub(crate) use user::User;
 

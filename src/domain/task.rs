@@ -74,6 +74,13 @@ pub(crate) struct Task {
     pub(crate) updated_at: Rfc3339,
 }
 
+/// A task that was deleted.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct DeletedTask {
+    pub(crate) id: Uuid,
+    pub(crate) deleted_at: Rfc3339,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct NewTask {
     pub(crate) title: Title,

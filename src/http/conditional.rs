@@ -19,23 +19,42 @@ pub(crate) fn entity_tag(version: Timestamp) -> String {
 /// 9110 section 13.2.2).
 pub(crate) struct Preconditions {
     /// `Any` if the header is absent.
-    if_match: TagList,
+    if_match: TagList<Timestamp>,
     /// Empty if the header is absent.
-    if_none_match: TagList,
+    if_none_match: TagList<Timestamp>,
 }
 
 /// The versions that a header lists.
-enum TagList {
+enum TagList<T> {
     Any,
-    Versions(Vec<Timestamp>),
+    Versions(Vec<T>),
 }
 
-impl TagList {
-    fn contains(&self, version: Timestamp) -> bool {
+impl<T: PartialEq> TagList<T> {
+    fn contains(&self, version: &T) -> bool {
         match self {
             Self::Any => true,
-            Self::Versions(versions) => versions.contains(&version),
+            Self::Versions(versions) => versions.contains(version),
         }
+    }
+}
+
+/// The tags of lists in `If-None-Match`.
+pub(crate) struct SeenTags(TagList<String>);
+
+impl SeenTags {
+    /// Returns `None` if the header is absent or malformed.
+    pub(crate) fn parse(headers: &HeaderMap) -> Option<Self> {
+        if !headers.contains_key(IF_NONE_MATCH) {
+            return None;
+        }
+        let quote = |tag: &Tag<'_>| Some(format!("\"{}\"", tag.undecorated()));
+        parse_tags(headers, &IF_NONE_MATCH, quote).map(Self)
+    }
+
+    /// Whether a list with this tag gets 304.
+    pub(crate) fn contains(&self, tag: &String) -> bool {
+        self.0.contains(tag)
     }
 }
 
@@ -46,20 +65,24 @@ impl Preconditions {
         Self {
             if_match: match headers.contains_key(IF_MATCH) {
                 // Section 13.1.1: strong comparison, so a weak tag matches nothing.
-                true => parse_tags(headers, &IF_MATCH, |tag| !tag.weak).unwrap_or_else(none),
+                true => parse_tags(headers, &IF_MATCH, |tag| {
+                    (!tag.weak).then(|| tag.version()).flatten()
+                })
+                .unwrap_or_else(none),
                 false => TagList::Any,
             },
             // Section 13.1.2: weak comparison.
-            if_none_match: parse_tags(headers, &IF_NONE_MATCH, |_| true).unwrap_or_else(none),
+            if_none_match: parse_tags(headers, &IF_NONE_MATCH, |tag| tag.version())
+                .unwrap_or_else(none),
         }
     }
 
     /// Returns whether a GET or HEAD request gets this version; if not, it gets 304.
     pub(crate) fn is_modified(&self, version: Timestamp) -> Result<bool, Error> {
-        if !self.if_match.contains(version) {
+        if !self.if_match.contains(&version) {
             return Err(Error::PreconditionFailed);
         }
-        Ok(!self.if_none_match.contains(version))
+        Ok(!self.if_none_match.contains(&version))
     }
 
     /// The versions that a request with another method may change. The SQL statement checks them.
@@ -83,8 +106,8 @@ struct Tag<'a> {
 }
 
 impl Tag<'_> {
-    /// The version, if this is a tag that `entity_tag` returned.
-    fn version(&self) -> Option<Timestamp> {
+    /// The text between the quotes as the service wrote it.
+    fn undecorated(&self) -> &str {
         let mut opaque = self.opaque;
         while let Some(undecorated) = CODING_SUFFIXES
             .iter()
@@ -92,18 +115,25 @@ impl Tag<'_> {
         {
             opaque = undecorated;
         }
+        opaque
+    }
+
+    /// The version, if this is a tag that `entity_tag` returned.
+    fn version(&self) -> Option<Timestamp> {
+        let opaque = self.undecorated();
         let version = Timestamp::from_microsecond(i64::from_str_radix(opaque, 16).ok()?).ok()?;
         // Rejects other spellings of the number, such as `+5f…` and `05F…`.
         (entity_tag(version).trim_matches('"') == opaque).then_some(version)
     }
 }
 
-/// Parses the versions of the tags that satisfy `accept`. Returns `None` if the header is malformed.
-fn parse_tags(
+/// Parses the versions of the tags for which `parse` returns one. Returns `None` if the header is
+/// malformed.
+fn parse_tags<T>(
     headers: &HeaderMap,
     name: &HeaderName,
-    accept: impl Fn(&Tag<'_>) -> bool,
-) -> Option<TagList> {
+    parse: impl Fn(&Tag<'_>) -> Option<T>,
+) -> Option<TagList<T>> {
     let lines = headers.get_all(name).iter().map(|line| line.as_bytes());
     // Section 5.3: several lines are one list. Our tags are ASCII, so a lossy conversion is enough.
     let text = lines.collect::<Vec<_>>().join(&b',');
@@ -115,7 +145,7 @@ fn parse_tags(
     let mut versions = Vec::new();
     while !rest.is_empty() {
         let (tag, after) = parse_tag(rest)?;
-        versions.extend(accept(&tag).then(|| tag.version()).flatten());
+        versions.extend(parse(&tag));
         let separated = after.trim_start_matches([' ', '\t']);
         if !separated.is_empty() && !separated.starts_with(',') {
             return None;
@@ -156,7 +186,7 @@ mod tests {
         ) {
             let lines = values.iter().filter_map(|value| HeaderValue::from_str(value).ok());
             let headers = lines.map(|line| (IF_MATCH, line)).collect();
-            if let Some(TagList::Versions(versions)) = parse_tags(&headers, &IF_MATCH, |_| true) {
+            if let Some(TagList::Versions(versions)) = parse_tags(&headers, &IF_MATCH, |tag| tag.version()) {
                 for version in versions {
                     let tag = entity_tag(version);
                     prop_assert!(values.iter().any(|value| value.contains(tag.trim_end_matches('"'))));

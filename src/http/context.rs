@@ -8,6 +8,7 @@ use hyper::Version;
 use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use hyper::http::request::Parts;
 use hyper::http::uri::Authority;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -23,6 +24,7 @@ use crate::telemetry::labels::TokenRejection;
 
 /// `X-Request-Id`.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PREFER: HeaderName = HeaderName::from_static("prefer");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What the router, the middleware and the handlers know about a request.
@@ -31,11 +33,18 @@ pub(crate) struct RequestContext<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) client: IpAddr,
     pub(crate) id: HeaderValue,
-    /// When the body ended, or when the deadline was first needed if there is no body.
-    complete_at: OnceLock<Instant>,
+    timing: Mutex<Timing>,
     /// The e-mail address of a login attempt, for the log.
     pub(crate) email: OnceLock<Email>,
     route: OnceLock<&'static str>,
+}
+
+#[derive(Default)]
+struct Timing {
+    /// When the body ended, or when the deadline was first needed if there is no body.
+    complete_at: Option<Instant>,
+    /// How long the request has waited for a change.
+    waited: Duration,
 }
 
 impl<'a> RequestContext<'a> {
@@ -45,7 +54,7 @@ impl<'a> RequestContext<'a> {
             head,
             client: client_ip(&head.headers, peer, &app.config.trusted_proxies),
             id: request_id(&head.headers),
-            complete_at: OnceLock::new(),
+            timing: Mutex::default(),
             email: OnceLock::new(),
             route: OnceLock::new(),
         }
@@ -53,7 +62,22 @@ impl<'a> RequestContext<'a> {
 
     /// Records that the body has been read. Deadlines start here, so a slow upload does not count.
     pub(crate) fn set_complete(&self) {
-        self.complete_at.get_or_init(Instant::now);
+        self.timing
+            .lock()
+            .complete_at
+            .get_or_insert_with(Instant::now);
+    }
+
+    /// Records that the request has waited for a change. Deadlines start again.
+    pub(crate) fn record_wait(&self, waited: Duration) {
+        let mut timing = self.timing.lock();
+        timing.waited += waited;
+        timing.complete_at = Some(Instant::now());
+    }
+
+    /// How long the request has waited for a change, which is not part of its processing time.
+    pub(crate) fn waited(&self) -> Duration {
+        self.timing.lock().waited
     }
 
     /// The deadline for all database work of this request.
@@ -77,7 +101,8 @@ impl<'a> RequestContext<'a> {
     }
 
     fn deadline_after(&self, timeout: Duration) -> Deadline {
-        Deadline::from(*self.complete_at.get_or_init(Instant::now) + timeout)
+        let mut timing = self.timing.lock();
+        Deadline::from(*timing.complete_at.get_or_insert_with(Instant::now) + timeout)
     }
 
     /// Records the pattern of the matched route.
@@ -118,6 +143,19 @@ impl<'a> RequestContext<'a> {
         let is_valid =
             (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
         is_valid.then_some(Some(key)).ok_or(invalid)
+    }
+
+    /// The seconds in `Prefer: wait=N` (RFC 7240). Returns `None` if they are missing or malformed.
+    pub(crate) fn wait_preference(&self) -> Option<u64> {
+        let lines = self.head.headers.get_all(&PREFER).iter();
+        let mut preferences = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
+        let seconds = preferences.find_map(|preference| {
+            let (name, value) = preference.split(';').next()?.split_once('=')?;
+            let is_wait = name.trim().eq_ignore_ascii_case("wait");
+            is_wait.then(|| value.trim().trim_matches('"'))
+        })?;
+        let is_number = !seconds.is_empty() && seconds.bytes().all(|byte| byte.is_ascii_digit());
+        is_number.then(|| seconds.parse().unwrap_or(u64::MAX))
     }
 
     pub(crate) fn query(&self) -> Query<'_> {

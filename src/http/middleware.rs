@@ -5,12 +5,14 @@ use uuid::Uuid;
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
 use crate::error::Error;
 use crate::http::context::RequestContext;
+use crate::http::state::AppState;
 use crate::telemetry::labels::TokenRejection;
 
 /// The user and the session of a valid access token.
 pub(crate) struct AuthenticatedUser {
     pub(crate) id: Uuid,
     pub(crate) session: Uuid,
+    epoch: i32,
 }
 
 /// Verifies the bearer token (FR-001, FR-002, FR-004).
@@ -22,16 +24,25 @@ pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<Authent
         .tokens
         .verify_access(token)
         .map_err(Error::InvalidToken)?;
+    let user = AuthenticatedUser {
+        id: claims.user_id,
+        session: claims.sid,
+        epoch: claims.epoch,
+    };
+    check_session(app, &user).await?;
+    Ok(user)
+}
+
+/// Verifies that the token of a user has not been revoked.
+pub(crate) async fn check_session(app: &AppState, user: &AuthenticatedUser) -> Result<(), Error> {
     // The request's own deadline starts only when the body has been read.
     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
     let db = app.database.with_deadline(deadline);
-    if app.revocations.is_revoked(db, &claims).await? {
-        return Err(Error::InvalidToken(TokenRejection::RevokedSession));
+    let revocations = &app.revocations;
+    match revocations.is_revoked(db, user.session, user.epoch).await? {
+        true => Err(Error::InvalidToken(TokenRejection::RevokedSession)),
+        false => Ok(()),
     }
-    Ok(AuthenticatedUser {
-        id: claims.user_id,
-        session: claims.sid,
-    })
 }
 
 /// Verifies the bearer token, and that the user in the path is the user of the token (FR-003).

@@ -11,6 +11,7 @@ mod framing;
 pub(crate) mod handlers;
 mod json_fields;
 mod large_responses;
+mod list_wait;
 mod middleware;
 mod query;
 pub(crate) mod response;

@@ -18,6 +18,7 @@ use crate::http::large_responses::LargeResponsePermit;
 pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
 const PATCH_TYPES: HeaderName = HeaderName::from_static("accept-patch");
+const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 const TOTAL_COUNT: HeaderName = HeaderName::from_static("x-total-count");
 
 /// Responds with JSON.
@@ -52,12 +53,17 @@ pub(crate) fn json_with_permit(mut body: Vec<u8>, permit: Option<LargeResponsePe
     bytes(StatusCode::OK, "application/json", body)
 }
 
-/// Adds to a page of tasks the link to the next one, and the number of tasks on all pages.
+/// Adds to a page of tasks its entity tag, the link to the next page, and the number of tasks on all
+/// pages.
 pub(crate) fn with_page_headers(
     mut response: Response,
+    etag: Option<String>,
     next: Option<String>,
     total: Option<i64>,
 ) -> Response {
+    if let Some(etag) = etag {
+        response = with_header(response, ETAG, etag);
+    }
     if let Some(next) = next {
         response = with_header(response, LINK, format!("<{next}>; rel=\"next\""));
     }
@@ -91,16 +97,18 @@ pub(crate) fn options(allow: &'static str) -> Response {
 
 /// Responds with a task and its entity tag.
 pub(crate) fn task(status: StatusCode, task: &Task) -> Result<Response, Error> {
-    Ok(with_etag(json(status, task)?, task))
+    let response = json(status, task)?;
+    Ok(with_header(response, ETAG, entity_tag(task.updated_at.0)))
 }
 
-/// Responds with 304: the client already has this version of the task.
-pub(crate) fn not_modified(task: &Task) -> Response {
-    with_etag(empty(StatusCode::NOT_MODIFIED), task)
+/// Responds with 304: the client already has the version with this entity tag.
+pub(crate) fn not_modified(etag: String) -> Response {
+    with_header(empty(StatusCode::NOT_MODIFIED), ETAG, etag)
 }
 
-fn with_etag(response: Response, task: &Task) -> Response {
-    with_header(response, ETAG, entity_tag(task.updated_at.0))
+/// Adds the preference of the client that was applied (RFC 7240).
+pub(crate) fn with_preference_applied(response: Response, preference: String) -> Response {
+    with_header(response, PREFERENCE_APPLIED, preference)
 }
 
 /// Adds the path of a created resource.

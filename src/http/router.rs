@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::cors::ALL_METHODS;
-use crate::http::handlers::{account, auth, meta, sessions, static_files, tasks};
+use crate::http::handlers::{account, auth, changes, meta, sessions, static_files, tasks};
 use crate::http::middleware::{authenticate, require_owner};
 use crate::http::response::{self, Response};
 
@@ -106,6 +106,9 @@ routes! { |context, body|
     }
     [/api/v1/auth/sessions/{id}] {
         DELETE => sessions::end(context, authenticate(context).await?, id).await,
+    }
+    [/api/v1/{user_id}/changes] {
+        GET => changes::list(context, require_owner(context, user_id).await?).await,
     }
     [/api/v1/{user_id}/tasks] {
         GET => tasks::list(context, require_owner(context, user_id).await?).await,

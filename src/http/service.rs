@@ -75,7 +75,8 @@ pub(crate) async fn handle(
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
     app.cors.apply(&head, headers);
-    record_request(&context, &response, started.elapsed());
+    let took = started.elapsed().saturating_sub(context.waited());
+    record_request(&context, &response, took);
     if is_api {
         app.spawn_purge_if_due();
     }

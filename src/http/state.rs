@@ -1,13 +1,14 @@
 //! The state shared by all requests.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use secrecy::SecretString;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::auth::hasher::PasswordHasher;
+use crate::auth::list_signer::ListSigner;
 use crate::auth::login_limits::{IpRateLimiter, MAX_CONCURRENT_LOGINS};
 use crate::auth::rate_limiter::RateLimiter;
 use crate::auth::revocations::Revocations;
@@ -34,6 +35,7 @@ pub(crate) struct AppState {
     pub(crate) config: Config,
     pub(crate) database: Database,
     pub(crate) tokens: TokenIssuer,
+    pub(crate) list_signer: ListSigner,
     pub(crate) revocations: Arc<Revocations>,
     pub(crate) passwords: PasswordHasher,
     pub(crate) login_slots: KeyedSemaphore<LockoutKey>,
@@ -46,7 +48,8 @@ pub(crate) struct AppState {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) limited_log: LogLimiter,
     purger: Arc<Purger>,
-    shutting_down: AtomicBool,
+    /// Cancelled when the service begins to shut down.
+    pub(crate) shutdown: CancellationToken,
 }
 
 impl AppState {
@@ -60,10 +63,13 @@ impl AppState {
         let previous_secret = config.jwt_secret_previous.as_ref();
         let tokens = TokenIssuer::new(secret, previous_secret, config.lifetimes.access)
             .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
+        let list_signer = ListSigner::new(secret, previous_secret)
+            .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
         let passwords = PasswordHasher::new(config.bcrypt_cost, metrics.clone())
             .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
         Ok(Arc::new(Self {
             tokens,
+            list_signer,
             passwords,
             revocations: Arc::default(),
             login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
@@ -78,21 +84,21 @@ impl AppState {
             limited_log: LogLimiter::default(),
             purger: Arc::default(),
             large_responses: LargeResponses::new(),
-            shutting_down: AtomicBool::new(false),
+            shutdown: CancellationToken::new(),
             database,
             metrics,
             config,
         }))
     }
 
-    /// Makes all responses close their connections, and `/readyz` report that the service is
-    /// stopping.
+    /// Makes all responses close their connections, requests that wait for changes return, and
+    /// `/readyz` report that the service is stopping.
     pub(crate) fn begin_shutdown(&self) {
-        self.shutting_down.store(true, Ordering::Relaxed);
+        self.shutdown.cancel();
     }
 
     pub(crate) fn is_shutting_down(&self) -> bool {
-        self.shutting_down.load(Ordering::Relaxed)
+        self.shutdown.is_cancelled()
     }
 
     /// Counts a write of tasks. Fails if the user writes too fast.

@@ -28,6 +28,7 @@ pub(crate) struct Metrics {
     tokens_rejected: IntCounterVec,
     sessions_revoked: IntCounterVec,
     pub(crate) open_connections: IntGauge,
+    waiting_requests: IntGauge,
 }
 
 /// Up to the longest graceful shutdown (10 s); 1 s is the service's objective.
@@ -80,6 +81,7 @@ impl Metrics {
             tokens_rejected: counter("tokens_rejected_total", "Access and refresh tokens rejected by reason", &["reason"]),
             sessions_revoked: counter("sessions_revoked_total", "Sessions revoked by reason", &["reason"]),
             open_connections: gauge("http_open_connections", "Open client connections"),
+            waiting_requests: gauge("http_waiting_requests", "Requests that wait for a list to change"),
             registry,
         };
         // Creates all series at zero: one that appears with its first event has no rate, and is
@@ -142,6 +144,11 @@ impl Metrics {
     /// Counts a statement as waiting until the guard is dropped.
     pub(crate) fn db_pool_waiter(&self) -> GaugeGuard {
         GaugeGuard::new(&self.db_pool_waiters)
+    }
+
+    /// Counts a request as waiting for a change until the guard is dropped.
+    pub(crate) fn waiting_request(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.waiting_requests)
     }
 
     /// Counts a password hash as queued until the guard is dropped.

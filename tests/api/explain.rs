@@ -285,6 +285,19 @@ cases! {
             given "update sessions set expires_at = now() - interval '2 days'
                    where id <= nth(3000)";
     }
+    "task_lists/changes.sql" {
+        "nothing has changed": "nth(7), 2000, nth(0), 2000, nth(0), 1001" => rows 1, pages 2 * A_ROW;
+        "the first page": "nth(7), 0, nth(0), 9000, nth(0), 51" => rows 51, pages FIFTY_ONE;
+        "a middle page": "nth(7), 1000, nth(0), 1000, nth(0), 51" => rows 51, pages 2 * FIFTY_ONE;
+        "the last changes": "nth(7), 1990, nth(0), 1990, nth(0), 51" => rows 11, pages 4 * A_ROW;
+        "all": "nth(7), 0, nth(0), 9000, nth(0), 1001" => rows 1000, pages THOUSAND;
+    }
+    "task_lists/revisions.sql" {
+        // Two pages of an index and one of the table: no page of a task.
+        "a list": "array[nth(7)]" => rows 1, pages 3;
+        "no account": "array[nth(500000)]" => rows 0, pages 3;
+        "three at once": "array[nth(7), nth(8), nth(9)]" => rows 3, pages 9;
+    }
     "tasks/count.sql" {
         // Reads only the index.
         "all": "nth(7), null, null" => rows 1, pages 30;
@@ -337,7 +350,7 @@ cases! {
         "a middle page": "nth(7), null, null, nth(50006), 51, 1048577" => rows 51, pages FIFTY_ONE;
         "the last page": "nth(7), null, null, nth(3006), 51, 1048577" => rows 30, pages FIFTY_ONE;
         "all": "nth(7), null, null, null, 1001, 1048577" => rows 1000, pages THOUSAND;
-        "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 0, pages A_ROW;
+        "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 1, pages A_ROW;
         "the first open": "nth(7), false, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE, rows_discarded 1;
         // A filter with few matches reads all tasks of the user.
         "the completed": "nth(7), true, null, null, 51, 1048577" => rows 25, pages THOUSAND, rows_discarded 975;
@@ -348,7 +361,7 @@ cases! {
         "a middle page": "nth(7), null, null, nth(50006), 51, 1048577" => rows 51, pages FIFTY_ONE;
         "the last page": "nth(7), null, null, nth(96906), 51, 1048577" => rows 30, pages FIFTY_ONE;
         "all": "nth(7), null, null, null, 1001, 1048577" => rows 1000, pages THOUSAND;
-        "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 0, pages A_ROW;
+        "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 1, pages A_ROW;
         "the first open": "nth(7), false, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE, rows_discarded 2;
         // As above.
         "the completed": "nth(7), true, null, null, 51, 1048577" => rows 25, pages THOUSAND, rows_discarded 975;
@@ -358,7 +371,7 @@ cases! {
         "the first page": "array[nth(7)], array[null]::uuid[], array[51]" => rows 51, pages FIFTY_ONE;
         "a middle page": "array[nth(7)], array[nth(50006)], array[51]" => rows 51, pages FIFTY_ONE;
         "the last page": "array[nth(7)], array[nth(3006)], array[51]" => rows 30, pages FIFTY_ONE;
-        "no tasks": "array[nth(4000)], array[null]::uuid[], array[51]" => rows 0, pages A_ROW;
+        "no tasks": "array[nth(4000)], array[null]::uuid[], array[51]" => rows 1, pages A_ROW;
         "three at once":
             "array[nth(7), nth(8), nth(9)], array[null, nth(50007), null]::uuid[], array[51, 51, 1]"
             => rows 103, pages 2 * FIFTY_ONE + A_ROW;
@@ -670,7 +683,7 @@ async fn a_late_page_costs_no_more_than_the_first() {
 
 // Also verifies that the cases detect a missing index.
 #[tokio::test]
-async fn every_index_prevents_a_sequential_scan() {
+async fn every_index_keeps_a_statement_within_its_limits() {
     let (_server, sql) = create_filled_database().await;
     let statements = statements();
     let indexes = row(
@@ -687,7 +700,7 @@ async fn every_index_prevents_a_sequential_scan() {
             let text = text(&statements, case.file);
             let given = format!("drop index {index}; {}", case.given);
             let stats = measure(&sql, PLANS[0], text, &given, case.with).await;
-            if stats.violations(case).contains(&READS_ALL.to_owned()) {
+            if !stats.violations(case).is_empty() {
                 continue 'indexes;
             }
         }

@@ -18,10 +18,12 @@ mod startup;
 
 // The API.
 mod acceptance;
+mod conditional_lists;
 mod cors;
 mod explain;
 mod http;
 mod idempotency;
+mod list_waits;
 mod metrics;
 mod openapi;
 mod pages;

@@ -31,6 +31,14 @@ pub(crate) async fn scrape(server: &Server) -> String {
     response
 }
 
+/// Returns the value of a metric without labels.
+pub(crate) async fn gauge(server: &Server, name: &str) -> usize {
+    let text = scrape(server).await;
+    let mut lines = text.lines();
+    let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.expect(name).parse().expect("a number")
+}
+
 /// Returns all values of a label.
 fn values<'a>(text: &'a str, label: &str) -> BTreeSet<&'a str> {
     let start = format!("{label}=\"");

@@ -513,7 +513,19 @@ async fn successes(coverage: &mut Coverage, server: &Server) {
         .await;
     let task = created.json()["id"].as_str().unwrap().to_owned();
     let tag = created.header("etag").to_owned();
-    coverage.check(&client, "listTasks", 200).await;
+    let list = coverage.check(&client, "listTasks", 200).await;
+    coverage
+        .check_with(&client, "listTasks", 304, |request| {
+            request.header("if-none-match", list.header("etag"))
+        })
+        .await;
+    let changes = ann.get(ann.changes()).await.expect(200).json();
+    let cursor = changes["cursor"].as_str().unwrap();
+    let short_lived = ann.create_task("short-lived").await;
+    ann.create_task("new").await;
+    ann.delete(ann.path_of(&short_lived)).await.expect(204);
+    let changes = ann.get(format!("{}?since={cursor}", ann.changes()));
+    coverage.expect("listChanges", changes, 200).await;
     let reused = json!({"title": "Buy oat milk"});
     coverage
         .check_with(&client, "createTask", 422, |request| {
@@ -599,6 +611,12 @@ async fn specific_errors(coverage: &mut Coverage, server: &Server, user: &User) 
     }
     let invalid = user.get(format!("{}?limit=0", user.tasks()));
     coverage.expect("listTasks", invalid, 422).await;
+    let invalid = user.get(format!("{}?since=none", user.changes()));
+    coverage.expect("listChanges", invalid, 422).await;
+    let other = server.user().await;
+    let theirs = other.changes_since("", 9).await.cursor;
+    let theirs = user.get(format!("{}?since={theirs}", user.changes()));
+    coverage.expect("listChanges", theirs, 410).await;
     coverage.check(&client, "deleteCompletedTasks", 422).await;
     coverage
         .check_with(&client, "createTask", 400, |request| {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio::time::{Duration, sleep, timeout};
 
 use crate::harness::{Lock, Request, Response, Server, User, until};
-use crate::metrics::scrape;
+use crate::metrics::gauge;
 
 /// A user and their tasks, newest first.
 struct Account {
@@ -83,17 +83,9 @@ fn assert_response(response: &Response, expected: Option<&Value>) {
     }
 }
 
-async fn metric(server: &Server, name: &str) -> usize {
-    let text = scrape(server).await;
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value.unwrap().parse().unwrap()
-}
-
 /// Returns the number of statements that the service has executed.
 async fn statement_count(server: &Server) -> usize {
-    metric(server, "todo_api_db_query_duration_seconds_count").await
+    gauge(server, "todo_api_db_query_duration_seconds_count").await
 }
 
 /// Locks the table, so that reads are blocked.
@@ -130,7 +122,7 @@ async fn batched_reads_return_each_users_own_tasks() {
     let release = async {
         lock.wait_for_blocked(3).await;
         until("all requests have arrived", async || {
-            metric(&server, "todo_api_http_open_connections").await >= count
+            gauge(&server, "todo_api_http_open_connections").await >= count
         })
         .await;
         lock.release().await;

@@ -119,7 +119,7 @@ fn words(bare: &str) -> Vec<String> {
 /// parentheses is checked separately.
 fn is_scoped(statement: &str, table: &str) -> bool {
     // A batch: $1 contains one owner per request.
-    let owners = match statement.contains("from unnest((select $1::uuid[]),")
+    let owners = match statement.contains("from unnest((select $1::uuid[])")
         && statement.contains(" with ordinality as request (user_id, ")
     {
         true => &["$1", "request.user_id"][..],

@@ -2,6 +2,7 @@
 
 pub(crate) mod account;
 pub(crate) mod auth;
+pub(crate) mod changes;
 mod credentials;
 pub(crate) mod meta;
 mod page;

@@ -9,14 +9,15 @@ use crate::db::tasks::Filter;
 use crate::domain::Task;
 use crate::error::Error;
 use crate::http::context::RequestContext;
+use crate::http::query::Query;
 
 /// The default and maximum value of `limit`.
 const MAX_LIMIT: i64 = 1000;
 /// The longest search text, in code points. Matching takes time in proportion to its length.
 const MAX_SEARCH_TEXT: usize = 100;
 /// A page ends early once its JSON exceeds this size.
-const MAX_PAGE_BYTES: usize = 1024 * 1024;
-const ESTIMATED_TASK_BYTES: usize = 400;
+pub(super) const MAX_PAGE_BYTES: usize = 1024 * 1024;
+pub(super) const ESTIMATED_TASK_BYTES: usize = 400;
 
 /// The query parameters of a list of tasks.
 pub(super) struct ListParams {
@@ -42,11 +43,7 @@ impl ListParams {
             "created_at" => Some(true),
             _ => None,
         });
-        let rule = "limit must be an integer from 1 to 1000";
-        let limit = query.parameter("limit", rule, |text| {
-            let limit = text.parse().ok().filter(|_| !text.starts_with('+'));
-            limit.filter(|limit| (1..=MAX_LIMIT).contains(limit))
-        });
+        let limit = parse_limit(&mut query);
         let rule = "after must be taken from a Link header";
         let after = query.parameter("after", rule, parse_cursor);
         let rule = "total must be true or false";
@@ -58,7 +55,7 @@ impl ListParams {
                 text: text.filter(|text| !text.is_empty()),
                 oldest_first: oldest_first.unwrap_or(false),
             },
-            limit: limit.unwrap_or(MAX_LIMIT),
+            limit,
             after,
             total: total.unwrap_or(false),
         })
@@ -85,6 +82,16 @@ impl ListParams {
     }
 }
 
+/// Parses the parameter `limit`, or returns its default.
+pub(super) fn parse_limit(query: &mut Query<'_>) -> i64 {
+    let rule = "limit must be an integer from 1 to 1000";
+    let limit = query.parameter("limit", rule, |text| {
+        let limit = text.parse().ok().filter(|_| !text.starts_with('+'));
+        limit.filter(|limit| (1..=MAX_LIMIT).contains(limit))
+    });
+    limit.unwrap_or(MAX_LIMIT)
+}
+
 /// Parses the ID of the last task of the previous page, as written by `ListParams::next_link`.
 fn parse_cursor(text: &str) -> Option<Uuid> {
     let id = Uuid::try_parse(text).ok()?;
@@ -98,12 +105,20 @@ pub(super) struct Page {
     json: Vec<u8>,
     last: Option<Uuid>,
     has_more: bool,
+    /// The revision of the list before the first tasks were read.
+    pub(super) revision: Option<i64>,
 }
 
 impl Page {
     /// Appends up to `limit` tasks, or fewer if they are large. `found` has one more if there are
     /// more.
-    pub(super) fn append(&mut self, found: &[Task], limit: i64) -> Result<(), Error> {
+    pub(super) fn append(
+        &mut self,
+        found: &[Task],
+        limit: i64,
+        revision: Option<i64>,
+    ) -> Result<(), Error> {
+        self.revision = self.revision.or(revision);
         let estimate = found.len() * ESTIMATED_TASK_BYTES;
         self.json.reserve(estimate.min(MAX_PAGE_BYTES / 16));
         let mut written = 0;

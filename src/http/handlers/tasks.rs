@@ -2,14 +2,16 @@
 
 use hyper::StatusCode;
 
+use crate::db::lists;
 use crate::db::tasks::{self, Conditional, CreateOutcome, Versions};
 use crate::domain::{Completion, Description, NewTask, TaskChange, Title, parse_id};
 use crate::error::{Error, FieldError};
 use crate::http::body::Body;
-use crate::http::conditional::Preconditions;
+use crate::http::conditional::{Preconditions, SeenTags, entity_tag};
 use crate::http::context::RequestContext;
 use crate::http::handlers::page::{ListParams, Page};
 use crate::http::json_fields::JsonFields;
+use crate::http::list_wait::ListWait;
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
 use crate::telemetry::labels::TokenRejection;
@@ -20,16 +22,23 @@ pub(crate) async fn list(
     user: AuthenticatedUser,
 ) -> Result<Response, Error> {
     let params = ListParams::parse(context)?;
-    let db = context.queries();
-    let mut total = None;
-    if params.total {
-        total = Some(tasks::count(db, user.id, &params.filter).await?);
+    let app = context.app;
+    let mut wait = ListWait::new(context, &user);
+    if let Some(seen) = SeenTags::parse(&context.head.headers)
+        && let Some(revision) = lists::revision(context.queries(), user.id).await?
+    {
+        let tag = app.list_signer.entity_tag(user.id, revision)?;
+        if seen.contains(&tag) && !wait.wait_for_change(revision).await? {
+            return Ok(wait.apply(response::not_modified(tag)));
+        }
     }
+    let db = context.queries();
     // One task beyond the limit shows that there are more.
     let append = async |page: &mut Page, after, limit: i64| {
         let room = page.room();
-        let found = tasks::list(db, user.id, &params.filter, after, limit + 1, room).await?;
-        page.append(&found, limit)
+        let (found, revision) =
+            tasks::list(db, user.id, &params.filter, after, limit + 1, room).await?;
+        page.append(&found, limit, revision)
     };
     // The limit says little about the size: most clients do not set it.
     let first = params.limit.min(tasks::MAX_BATCHED_LIMIT);
@@ -38,17 +47,25 @@ pub(crate) async fn list(
         append(&mut page, params.after, first).await?;
         Ok(page)
     };
-    let large_responses = &context.app.large_responses;
-    let (mut page, permit) = large_responses.read(context, user.id, read).await?;
+    let (mut page, permit) = app.large_responses.read(context, user.id, read).await?;
     if let Some(last) = page.next()
         && params.limit > first
         && page.room() > 0
     {
         append(&mut page, Some(last), params.limit - first).await?;
     }
+    // Not before the tasks: the tag must not be newer than the number.
+    let mut total = None;
+    if params.total {
+        total = Some(tasks::count(db, user.id, &params.filter).await?);
+    }
     let next = page.next().map(|last| params.next_link(user.id, last));
+    let tag = page
+        .revision
+        .map(|revision| app.list_signer.entity_tag(user.id, revision));
     let response = response::json_with_permit(page.into_json(), permit);
-    Ok(response::with_page_headers(response, next, total))
+    let response = response::with_page_headers(response, tag.transpose()?, next, total);
+    Ok(wait.apply(response))
 }
 
 /// `POST /api/v1/{user_id}/tasks`
@@ -90,7 +107,7 @@ pub(crate) async fn get(
     let task = task.ok_or(Error::TaskNotFound)?;
     match Preconditions::parse(&context.head.headers).is_modified(task.updated_at.0)? {
         true => response::task(StatusCode::OK, &task),
-        false => Ok(response::not_modified(&task)),
+        false => Ok(response::not_modified(entity_tag(task.updated_at.0))),
     }
 }
 

@@ -1,0 +1,30 @@
+-- Reads the changes of a user's list after a position, oldest first: tasks that were changed and are
+-- still there, and ids that were deleted. Each row has the state of the list; without changes there is
+-- one row, which has nothing else.
+-- $1 user id, $2 and $3 the revision and the id of the last change that is known, $4 and $5 the same
+-- for deletions, $6 limit
+select change.id, l.user_id, change.title, change.description, change.completed,
+       change.created_at, change.updated_at, change.revision, change.deleted_at,
+       l.revision as list_revision, l.purged_revision
+from task_lists l
+left join lateral (
+    (
+        select id, title, description, completed, created_at, updated_at, revision,
+               null::timestamptz as deleted_at
+        from tasks
+        where user_id = $1 and (revision, id) > ($2::bigint, $3::uuid)
+        order by revision, id
+        limit $6
+    )
+    union all
+    (
+        select id, null, null, null, null, null, revision, deleted_at
+        from deleted_tasks
+        where user_id = $1 and (revision, id) > ($4::bigint, $5::uuid)
+        order by revision, id
+        limit $6
+    )
+    order by revision, id
+    limit $6
+) change on true
+where l.user_id = $1

@@ -1,0 +1,183 @@
+//! `/api/v1/{user_id}/changes`: what has changed in the signed-in user's list of tasks.
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::auth::list_signer::ChangesCursor;
+use crate::db::Queries;
+use crate::db::lists::{self, Change, Changes, Position};
+use crate::error::Error;
+use crate::http::context::RequestContext;
+use crate::http::handlers::page::{ESTIMATED_TASK_BYTES, MAX_PAGE_BYTES, parse_limit};
+use crate::http::list_wait::ListWait;
+use crate::http::middleware::AuthenticatedUser;
+use crate::http::response::{self, Response};
+use crate::telemetry::labels::TokenRejection;
+
+/// How many changes one statement reads, which limits the memory that a long page takes.
+const MAX_READ: i64 = 100;
+
+/// `GET /api/v1/{user_id}/changes`
+pub(crate) async fn list(
+    context: &RequestContext<'_>,
+    user: AuthenticatedUser,
+) -> Result<Response, Error> {
+    let app = context.app;
+    let (since, limit) = parse_params(context, user.id)?;
+    let mut wait = ListWait::new(context, &user);
+    let (mut page, mut permit) = loop {
+        let read = || async {
+            let mut page = Page::new(since);
+            page.append(context.queries(), user.id, limit).await?;
+            Ok(page)
+        };
+        let (page, permit) = app.large_responses.read(context, user.id, read).await?;
+        if page.count > 0 || !wait.wait_for_change(page.revision).await? {
+            break (page, permit);
+        }
+    };
+    if permit.is_none() && page.goes_on(limit) {
+        let size = (limit - page.count) as usize * ESTIMATED_TASK_BYTES;
+        permit = app.large_responses.acquire_if_large(context, size).await?;
+    }
+    while page.goes_on(limit) {
+        page.append(context.queries(), user.id, limit).await?;
+    }
+    let cursor = app.list_signer.write_cursor(user.id, page.next)?;
+    let response = response::json_with_permit(page.into_json(&cursor), permit);
+    Ok(wait.apply(response))
+}
+
+fn parse_params(
+    context: &RequestContext<'_>,
+    user_id: Uuid,
+) -> Result<(Option<ChangesCursor>, i64), Error> {
+    let signer = &context.app.list_signer;
+    let mut query = context.query();
+    let rule = "since must be the cursor of an earlier response";
+    let since = query.parameter("since", rule, |text| match text {
+        "" => Some(None),
+        text => signer.read_cursor(user_id, text).map(Some),
+    });
+    let limit = parse_limit(&mut query);
+    query.finish()?;
+    Ok((since.flatten().transpose()?, limit))
+}
+
+/// The position after all changes of a revision.
+fn last_of(revision: i64) -> Position {
+    (revision, Uuid::max())
+}
+
+/// A page of changes, as far as it has been written.
+struct Page {
+    /// The members of the JSON arrays.
+    tasks: Vec<u8>,
+    deleted: Vec<u8>,
+    count: i64,
+    has_more: bool,
+    /// The revision of the list when it was last read.
+    revision: i64,
+    /// Where the next page starts.
+    next: ChangesCursor,
+}
+
+impl Page {
+    fn new(since: Option<ChangesCursor>) -> Self {
+        let start = ChangesCursor {
+            position: (0, Uuid::nil()),
+            // Before the list is read, this leaves out all deletions.
+            started_at: i64::MAX,
+        };
+        Self {
+            tasks: Vec::new(),
+            deleted: Vec::new(),
+            count: 0,
+            has_more: true,
+            revision: 0,
+            next: since.unwrap_or(start),
+        }
+    }
+
+    /// Whether there are more changes that fit on the page.
+    fn goes_on(&self, limit: i64) -> bool {
+        self.has_more && self.count < limit && !self.is_full()
+    }
+
+    fn is_full(&self) -> bool {
+        self.tasks.len() + self.deleted.len() > MAX_PAGE_BYTES
+    }
+
+    /// Reads and appends changes.
+    async fn append(&mut self, db: Queries<'_>, user_id: Uuid, limit: i64) -> Result<(), Error> {
+        let ChangesCursor {
+            position,
+            started_at,
+        } = self.next;
+        // One change beyond the limit shows that there are more.
+        let limit = MAX_READ.min(limit - self.count);
+        let deleted_after = position.max(last_of(started_at));
+        let read = lists::changes(db, user_id, position, deleted_after, limit + 1).await?;
+        let read = read.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
+        // The second condition holds after a restore that did not replace the secret.
+        if deleted_after < last_of(read.purged_revision) || position.0 > read.revision {
+            return Err(Error::CursorExpired);
+        }
+        self.revision = read.revision;
+        self.next.started_at = started_at.min(read.revision);
+        self.write(&read, limit as usize)
+    }
+
+    fn write(&mut self, read: &Changes, limit: usize) -> Result<(), Error> {
+        let mut written = 0;
+        for (position, change) in read.changes.iter().take(limit) {
+            if self.is_full() {
+                break;
+            }
+            match change {
+                Change::Changed(task) => push(&mut self.tasks, task)?,
+                Change::Deleted(task) => push(&mut self.deleted, task)?,
+            }
+            self.next.position = *position;
+            written += 1;
+        }
+        self.count += written as i64;
+        self.has_more = written < read.changes.len();
+        if !self.has_more {
+            self.next.position = last_of(read.revision);
+        }
+        Ok(())
+    }
+
+    fn into_json(self, cursor: &str) -> Vec<u8> {
+        let more: &[u8] = match self.has_more {
+            true => b"true}",
+            false => b"false}",
+        };
+        let parts = [
+            b"{\"tasks\":[",
+            &*self.tasks,
+            b"],\"deleted\":[",
+            &*self.deleted,
+            b"],\"cursor\":\"",
+            cursor.as_bytes(),
+            b"\",\"more\":",
+            more,
+        ];
+        parts.concat()
+    }
+}
+
+impl AsRef<[u8]> for Page {
+    fn as_ref(&self) -> &[u8] {
+        &self.tasks
+    }
+}
+
+/// Appends a value to the members of a JSON array.
+fn push(members: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Error> {
+    if !members.is_empty() {
+        members.push(b',');
+    }
+    serde_json::to_writer(members, value).map_err(Error::serialize)
+}
