@@ -28,6 +28,12 @@ const QUEUE_SHED_AFTER: Duration = Duration::from_millis(50);
 const MAX_SEARCHES: usize = 5;
 /// The same for one user, so that no user delays the searches of all others.
 const MAX_SEARCHES_PER_USER: usize = 2;
+/// One user's share of the connections for writes of tasks, as a divisor. These writes lock the row of
+/// the user's list, so with more they would only wait for each other. At least two, so that the
+/// next one is at the server when the lock is released.
+const WRITES_PER_USER_DIVISOR: u32 = 4;
+/// How many writes of tasks one user may have, including those that wait for the others.
+const MAX_PENDING_WRITES_PER_USER: usize = 64;
 
 pub(super) struct Connections {
     pub(super) health: Arc<Health>,
@@ -40,6 +46,7 @@ pub(super) struct Connections {
     last_uncontended: Mutex<Instant>,
     searches: Semaphore,
     searches_per_user: KeyedSemaphore<Uuid>,
+    writes_per_user: KeyedSemaphore<Uuid>,
 }
 
 impl Connections {
@@ -50,12 +57,14 @@ impl Connections {
             health: health.clone(),
             isolation: isolation.clone(),
         };
+        let writes_per_user = request_capacity(max_sockets) / WRITES_PER_USER_DIVISOR;
         Self {
             pool: pool::build(manager, max_sockets),
             permits: Arc::new(Semaphore::new(request_capacity(max_sockets) as usize)),
             last_uncontended: Mutex::new(Instant::now()),
             searches: Semaphore::new(MAX_SEARCHES.min(max_sockets as usize)),
             searches_per_user: KeyedSemaphore::new(MAX_SEARCHES_PER_USER),
+            writes_per_user: KeyedSemaphore::new(writes_per_user.max(2) as usize),
             health,
             isolation,
             metrics,
@@ -97,5 +106,17 @@ impl Connections {
             Ok(Ok(permit)) => Ok((permit, of_user)),
             _ => Err(DbError::Overloaded),
         }
+    }
+
+    pub(super) async fn acquire_task_write(
+        &self,
+        user_id: Uuid,
+        deadline: Deadline,
+    ) -> Result<KeyedPermit<Uuid>> {
+        let pending = MAX_PENDING_WRITES_PER_USER;
+        let permit = self
+            .writes_per_user
+            .acquire_within(user_id, pending, deadline);
+        permit.await
     }
 }

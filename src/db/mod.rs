@@ -171,6 +171,24 @@ impl<'a> Queries<'a> {
         self.query(Repeat::Read, sql, params).await
     }
 
+    /// Runs a write of this user's tasks, and wakes the watchers of their list. Few of these run at a
+    /// time.
+    async fn write_tasks(
+        self,
+        repeat: Repeat,
+        user_id: Uuid,
+        sql: Sql,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>> {
+        let connections = &self.database.connections;
+        let _permit = connections
+            .acquire_task_write(user_id, self.deadline)
+            .await?;
+        let rows = self.query(repeat, sql, params).await?;
+        self.record_revision(user_id, &rows);
+        Ok(rows)
+    }
+
     /// Runs a write. If its connection is lost it does not run again.
     async fn write(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Never, sql, params).await

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::batch::{BatchQuery, Batcher};
 use super::lease::{Lease, Params};
+use super::retry::Repeat;
 use super::statements::Sql;
 use super::{Deadline, Queries, Result};
 use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange, Title};
@@ -110,7 +111,8 @@ pub(crate) async fn create(
         None => (Sql::TasksCreate, &params[..7]),
         Some(_) => (Sql::TasksCreateIdempotent, params),
     };
-    let rows = match db.insert(sql, params).await {
+    let written = db.write_tasks(Repeat::Insert, user_id, sql, params);
+    let rows = match written.await {
         Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Vec::new(),
         // The ID is unique to this call, so the first attempt of a retried insert took effect.
         Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => {
@@ -125,7 +127,6 @@ pub(crate) async fn create(
             false => CreateOutcome::QuotaExceeded,
         });
     };
-    db.record_revision(user_id, &rows);
     if key.is_none() {
         return Ok(CreateOutcome::Task(created()));
     }
@@ -300,8 +301,8 @@ pub(crate) async fn update(
         &versions,
         &one_of,
     ];
-    let rows = db.write(Sql::TasksUpdate, params).await?;
-    db.record_revision(user_id, &rows);
+    let written = db.write_tasks(Repeat::Never, user_id, Sql::TasksUpdate, params);
+    let rows = written.await?;
     Ok(Conditional::from_rows(&rows, |row| {
         row.get::<_, Option<Uuid>>("id").map(|_| task(row))
     }))
@@ -316,8 +317,8 @@ pub(crate) async fn delete(
 ) -> Result<Conditional<()>> {
     let (versions, one_of) = versions.params();
     let params: Params = &[&user_id, &id, &versions, &one_of];
-    let rows = db.write(Sql::TasksDelete, params).await?;
-    db.record_revision(user_id, &rows);
+    let written = db.write_tasks(Repeat::Never, user_id, Sql::TasksDelete, params);
+    let rows = written.await?;
     Ok(Conditional::from_rows(&rows, |row| {
         row.get::<_, Option<i64>>("revision").map(|_| ())
     }))
@@ -325,8 +326,9 @@ pub(crate) async fn delete(
 
 /// Deletes all completed tasks of a user and returns how many there were.
 pub(crate) async fn delete_completed(db: Queries<'_>, user_id: Uuid) -> Result<i64> {
-    let rows = db.write(Sql::TasksDeleteCompleted, &[&user_id]).await?;
-    db.record_revision(user_id, &rows);
+    let params: Params = &[&user_id];
+    let written = db.write_tasks(Repeat::Never, user_id, Sql::TasksDeleteCompleted, params);
+    let rows = written.await?;
     Ok(rows.first().map_or(0, |row| row.get("deleted")))
 }
 

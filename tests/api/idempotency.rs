@@ -64,8 +64,8 @@ async fn a_repeated_request_gets_the_first_response_and_creates_nothing() {
 
 #[tokio::test]
 async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
-    let server = Server::with(&[("DB_POOL_SIZE", "11")]).await;
-    let sibling = server.sibling(&[("DB_POOL_SIZE", "11")]).await;
+    let server = Server::start().await;
+    let sibling = server.sibling(&[]).await;
     let ann = server.user().await;
     for round in 0..3 {
         let key = format!("round-{round}");
@@ -78,7 +78,7 @@ async fn twenty_concurrent_copies_on_two_instances_create_one_task() {
                 .json(json!({"title": "once", "description": key}))
                 .send()
         });
-        let (responses, ()) = join(join_all(copies), lock.release_after(20)).await;
+        let (responses, ()) = join(join_all(copies), lock.release_after(4)).await;
         let responses: Vec<_> = responses
             .into_iter()
             .map(|response| stable_parts(&response.expect(201)))
@@ -97,7 +97,7 @@ async fn one_of_several_concurrent_requests_with_one_key_and_different_values_su
     let ann = server.user().await;
     let lock = server.lock("lock table tasks in exclusive mode").await;
     let rivals = (0..4).map(|n| create(&ann, "key", json!({"title": format!("rival {n}")})));
-    let (responses, ()) = join(join_all(rivals), lock.release_after(4)).await;
+    let (responses, ()) = join(join_all(rivals), lock.release_after(2)).await;
     let (won, lost): (Vec<_>, Vec<_>) = responses
         .into_iter()
         .partition(|response| response.status == 201);

@@ -97,15 +97,12 @@ async fn lock_tasks(server: &Server) -> Lock {
 
 /// Makes the service open all connections, because it cannot prepare new ones while the table is locked.
 async fn open_connections(server: &Server) {
-    let user = server.user().await;
-    let task = user.create_task("a").await;
-    let path = user.path_of(&task);
-    let row = format!("select from tasks where id = {} for update", task["id"]);
-    let lock = server.lock(&row.replace('"', "'")).await;
-    let change = |_| user.patch(&*path).json(json!({"title": "b"})).send();
-    let (responses, ()) = tokio::join!(join_all((0..4).map(change)), lock.release_after(4));
+    let users = [server.user().await, server.user().await];
+    let lock = server.lock("select from task_lists for update").await;
+    let create = |n: usize| users[n % 2].create(json!({"title": "a"})).send();
+    let (responses, ()) = tokio::join!(join_all((0..4).map(create)), lock.release_after(4));
     for response in responses {
-        response.expect(200);
+        response.expect(201);
     }
 }
 

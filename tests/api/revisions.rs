@@ -130,7 +130,7 @@ async fn concurrent_changes_of_one_list_keep_its_revision_and_count() {
         ]
     });
     let sent = join_all(requests.map(Request::send));
-    let (responses, ()) = tokio::join!(sent, lock.release_after(8));
+    let (responses, ()) = tokio::join!(sent, lock.release_after(4));
     let statuses: Vec<u16> = responses.iter().map(|response| response.status).collect();
     let count = |status| statuses.iter().filter(|found| **found == status).count();
     assert_eq!((count(201), count(204)), (2, 1), "{statuses:?}");

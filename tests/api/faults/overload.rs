@@ -110,10 +110,11 @@ async fn serves_two_thousand_connections_with_twenty_backends() {
     cluster.stop().await;
 }
 
-/// Creates tasks at a fixed rate, independent of response times, over as many connections as that
-/// needs.
+/// Creates tasks of several users at a fixed rate, independent of response times, over as many
+/// connections as that needs.
 async fn create_at_rate(
     cluster: &Cluster,
+    users: &[Credentials],
     rate: u32,
     duration: Duration,
     phase: &str,
@@ -131,7 +132,7 @@ async fn create_at_rate(
         let reused = idle.lock().unwrap().pop();
         let mut client = reused.unwrap_or_else(|| Client::at(cluster.server.addr()));
         let (requests, idle) = (requests.clone(), idle.clone());
-        let credentials = cluster.credentials();
+        let credentials = users[number as usize % users.len()].clone();
         let title = format!("{phase} {number}");
         outstanding.spawn(async move {
             client.create(&credentials, &title, &requests).await;
@@ -149,21 +150,39 @@ async fn sheds_excess_requests_quickly_at_twice_the_capacity() {
     let _guard = start_heavy_load().await;
     // One of the five connections is reserved for the health probe.
     let cluster = Cluster::proxied(&[("DB_POOL_SIZE", "5")]).await;
+    let mut users = Vec::new();
+    for _ in 0..4 {
+        users.push(Credentials::from(&cluster.server.user().await));
+    }
     // With a round trip of 40 ms, four connections execute 100 writes per second on any machine.
     let capacity = 100;
     cluster
         .proxy()
         .set_condition(NetworkCondition::Slow(Duration::from_millis(20)));
     // Opens the connections.
-    create_at_rate(&cluster, capacity / 4, Duration::from_secs(2), "before").await;
+    create_at_rate(
+        &cluster,
+        &users,
+        capacity / 4,
+        Duration::from_secs(2),
+        "before",
+    )
+    .await;
 
     let duration = short_or_full(Duration::from_secs(5), Duration::from_secs(60));
-    let requests = create_at_rate(&cluster, 2 * capacity, duration, "during").await;
+    let requests = create_at_rate(&cluster, &users, 2 * capacity, duration, "during").await;
     let end = Instant::now();
     let mut recovered = None;
     while recovered.is_none() && end.elapsed() < 2 * RECOVERY_TIMEOUT {
         let phase = format!("after {:?}", end.elapsed());
-        let after = create_at_rate(&cluster, capacity / 4, Duration::from_secs(1), &phase).await;
+        let after = create_at_rate(
+            &cluster,
+            &users,
+            capacity / 4,
+            Duration::from_secs(1),
+            &phase,
+        )
+        .await;
         if after.all().iter().all(RequestRecord::is_success) {
             recovered = Some(end.elapsed());
         }
