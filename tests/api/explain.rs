@@ -378,16 +378,16 @@ cases! {
     }
     "tasks/update.sql" {
         "any version": "nth(7), nth(50006), null, false, null, true, null, null, true" =>
-            rows 1, pages A_WRITE;
+            rows 1, pages A_WRITE + A_ROW;
         "this version":
             "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1), moment(50006)], true" =>
-            rows 1, pages A_WRITE;
+            rows 1, pages A_WRITE + A_ROW;
         "another version":
             "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], true" =>
             rows 1, pages 2 * A_ROW, rows_discarded 2;
         "any but another":
             "nth(7), nth(50006), 'dust', true, null, false, true, array[moment(1)], false" =>
-            rows 1, pages A_WRITE;
+            rows 1, pages A_WRITE + A_ROW;
         "another user's":
             "nth(7), nth(50007), 'dust', true, null, false, true, array[moment(50007)], true" =>
             rows 1, pages 2 * A_ROW;
