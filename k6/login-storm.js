@@ -4,7 +4,7 @@
 //
 //   k6 run -e DURATION=1m k6/login-storm.js
 //
-// Start the service with AUTH_RATE_PER_MINUTE=0; otherwise the rate limit refuses most logins.
+// Start the service with AUTH_RATE_PER_MINUTE=0; otherwise the rate limit rejects most logins.
 
 import { request, ownUser, PASSWORD, registerUsers, thresholds, trendStats } from './lib/api.js';
 

@@ -1,5 +1,5 @@
-// A sudden spike of requests. During the spike the service may refuse some of them with 503 and
-// Retry-After, but must respond to all; before and after it, the thresholds of normal load hold.
+// A sudden spike of requests. During the spike the service may reject some of them with 503 and
+// Retry-After, but must respond to all; before and after the spike, the thresholds of normal load hold.
 //
 //   k6 run -e PEAK=2000 k6/spike.js
 

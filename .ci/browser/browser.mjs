@@ -1,4 +1,4 @@
-// Starts headless Chromium with a profile of its own and without background network traffic.
+// Starts headless Chromium with a new profile and without background network traffic.
 
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";

@@ -88,7 +88,7 @@ await withBrowser(async (browser) => {
   await operation("setTaskCompletion").locator(".live-responses-table").evaluate((table) => table.scrollIntoView());
   await page.screenshot(screenshot("completed"));
 
-  // Another user's id is refused, and the problem page explains the response.
+  // Another user's id is rejected, and the problem page explains the response.
   await open("listTasks");
   await fill("listTasks", "user_id", created.body.id);
   assert.deepEqual(problems, []);

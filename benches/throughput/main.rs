@@ -9,7 +9,7 @@
 //!
 //! Then it measures reads while 16 clients log in, memory, the start, and a user with a million
 //! tasks. Every figure is printed and written to `target/throughput.json` as soon as it is measured;
-//! the tables follow at the end, after a failure or a signal too.
+//! the tables follow at the end, even after a failure or a signal.
 //!
 //! | option | variable | meaning |
 //! |---|---|---|

@@ -1,4 +1,4 @@
--- Lifts every lockout of an account.
+-- Clears every lockout of an account.
 -- $1 user id
 delete from login_failures f
 using users u

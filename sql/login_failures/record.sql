@@ -1,8 +1,8 @@
 -- Counts a failed attempt for its network and, if the account does not use that network, for all
--- unused networks together. After the tenth consecutive failure, a network is blocked for 30 s,
--- doubling with each further failure up to an hour; after the hundredth, unused networks are
--- blocked for a day. If a block began while this attempt was being verified, the attempt does not
--- count, and the row contains the seconds until that block ends; otherwise 0.
+-- unused networks together. After the tenth consecutive failure, a network is locked out for 30 s,
+-- doubling with each further failure up to an hour; after the hundredth, unused networks are locked
+-- out for a day. If a lockout began while this attempt was being verified, the attempt does not count,
+-- and the row contains the seconds until that lockout ends; otherwise 0.
 -- $1 the e-mail address, or the user id of an authenticated user, $2 the network, or 'session'
 with counters as (
     select $2::text as network
@@ -31,7 +31,7 @@ with counters as (
     returning network
 )
 select case when (select count(*) from counted) = (select count(*) from counters) then 0
-            -- A block that has just begun is not visible to this snapshot.
+            -- A lockout that has just begun is not visible to this snapshot.
             else coalesce(greatest(1, (
                 select extract(epoch from max(f.blocked_until) - clock_timestamp())
                 from login_failures f

@@ -1,5 +1,5 @@
 -- Rotates a refresh token and records the network. The newest token advances the session; within the
--- grace time, the one before it gets the same successor again; any other gets no row.
+-- grace period, the previous token returns the same successor again; any other token returns no row.
 -- $1 session id, $2 the token's generation, $3 grace seconds, $4 seconds of inactivity until the
 -- session expires, $5 its total seconds, $6 network
 with session as (

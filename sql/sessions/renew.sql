@@ -1,5 +1,5 @@
 -- Part of a password change: ends every session of a user except one, and starts a new epoch in that
--- one, which revokes its earlier tokens. Always returns one row; its last three columns are null if
+-- session, which revokes its earlier tokens. Always returns one row; its last three columns are null if
 -- there is no session to keep.
 -- $1 user id, $2 the session to keep or null, $3 seconds of inactivity until the session expires,
 -- $4 its total seconds
@@ -7,7 +7,7 @@ with ended as (
     delete from sessions where user_id = $1 and id is distinct from $2 returning id
 ), renewed as (
     update sessions
-    -- Skips a generation, so that the grace time covers only a token that was never issued.
+    -- Skips a generation, so that the grace period covers only a token that was never issued.
     set generation = generation + 2,
         epoch = generation + 2,
         last_used_at = clock_timestamp(),

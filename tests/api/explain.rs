@@ -221,7 +221,7 @@ cases! {
     "sessions/end_others.sql" {
         "one other": "nth(7), nth(6)" => rows 1, pages A_WRITE, rows_discarded 1;
         // Three pages for a session, nine for its revocation.
-        "the most others": "nth(5000), nth(65)" => rows 99, pages 99 * 20, rows_discarded 1;
+        "the maximum of others": "nth(5000), nth(65)" => rows 99, pages 99 * 20, rows_discarded 1;
     }
     "sessions/end_reused.sql" {
         "a used token": "nth(6), 2" => rows 1, pages A_WRITE;
@@ -247,7 +247,7 @@ cases! {
     }
     "sessions/renew.sql" {
         "one other": "nth(7), nth(6), 1e6, 1e7" => rows 1, pages 3 * A_WRITE, rows_discarded 1;
-        "the session is over": "nth(7), nth(500000), 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
+        "an ended session": "nth(7), nth(500000), 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
         "no session to keep": "nth(7), null, 1e6, 1e7" => rows 1, pages 2 * A_WRITE;
     }
     "sessions/login.sql" {
@@ -296,7 +296,7 @@ cases! {
         // Two pages of an index and one of the table: no page of a task.
         "a list": "array[nth(7)]" => rows 1, pages 3;
         "no account": "array[nth(500000)]" => rows 0, pages 3;
-        "three at once": "array[nth(7), nth(8), nth(9)]" => rows 3, pages 9;
+        "a batch of three": "array[nth(7), nth(8), nth(9)]" => rows 3, pages 9;
     }
     "tasks/count.sql" {
         // Reads only the index.
@@ -342,7 +342,7 @@ cases! {
         "a task": "array[nth(7)], array[nth(50006)]" => rows 1, pages A_ROW;
         "none": "array[nth(7)], array[nth(500000)]" => rows 0, pages A_ROW;
         "another user's": "array[nth(7)], array[nth(50007)]" => rows 0, pages A_ROW;
-        "three at once": "array[nth(7), nth(8), nth(9)], array[nth(50006), nth(50006), nth(50008)]"
+        "a batch of three": "array[nth(7), nth(8), nth(9)], array[nth(50006), nth(50006), nth(50008)]"
             => rows 2, pages 3 * A_ROW;
     }
     "tasks/list_newest.sql" {
@@ -372,7 +372,7 @@ cases! {
         "a middle page": "array[nth(7)], array[nth(50006)], array[51]" => rows 51, pages FIFTY_ONE;
         "the last page": "array[nth(7)], array[nth(3006)], array[51]" => rows 30, pages FIFTY_ONE;
         "no tasks": "array[nth(4000)], array[null]::uuid[], array[51]" => rows 1, pages A_ROW;
-        "three at once":
+        "a batch of three":
             "array[nth(7), nth(8), nth(9)], array[null, nth(50007), null]::uuid[], array[51, 51, 1]"
             => rows 103, pages 2 * FIFTY_ONE + A_ROW;
     }

@@ -918,7 +918,7 @@ async fn pages_work_behind_a_proxy_that_strips_a_prefix() {
     }
 }
 
-/// The examples of problems in the OpenAPI document.
+/// Returns the examples of problems in the OpenAPI document.
 fn problem_examples(node: &Value) -> Vec<&Value> {
     let kind = node["type"].as_str().unwrap_or_default();
     if kind.starts_with("/problems/") {
@@ -930,7 +930,7 @@ fn problem_examples(node: &Value) -> Vec<&Value> {
 }
 
 #[tokio::test]
-async fn every_problem_has_a_page_and_an_example_that_agree() {
+async fn the_page_and_the_example_of_each_problem_agree() {
     let server = Server::shared().await;
     let document = server.get("/openapi.json").await.expect(200).json();
     let mut documented = BTreeSet::new();

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::auth::{ANOTHER_PASSWORD, delete_account, login};
 use crate::harness::{PASSWORD, Response, Server, User, until};
 use crate::purge::age;
-use crate::throttling::{pass, wait_of};
+use crate::throttling::{age_failures, expect_429};
 
 /// Starts a service that trusts the `X-Forwarded-For` header sent by these tests.
 async fn server() -> Server {
@@ -75,12 +75,12 @@ async fn failures_from_one_network_do_not_lock_out_others() {
     let ann = register_ann(&server).await;
     for email in [ann.email.as_str(), "nobody@example.com"] {
         fail_logins(&server, "203.0.113.1", email, 10).await;
-        wait_of(login_from(&server, "203.0.113.1", email, &ann.password).await);
+        expect_429(login_from(&server, "203.0.113.1", email, &ann.password).await);
         fail_logins(&server, "203.0.113.2", email, 1).await;
         // All addresses of a /64 count as one client, separate from every other.
         fail_logins(&server, "2001:db8:1:2::1", email, 5).await;
         fail_logins(&server, "2001:db8:1:2:3:4:5:6", email, 5).await;
-        wait_of(login_from(&server, "2001:db8:1:2::7", email, &ann.password).await);
+        expect_429(login_from(&server, "2001:db8:1:2::7", email, &ann.password).await);
         fail_logins(&server, "2001:db8:1:3::1", email, 1).await;
     }
     login_from(&server, "203.0.113.2", &ann.email, &ann.password)
@@ -90,7 +90,7 @@ async fn failures_from_one_network_do_not_lock_out_others() {
         .await
         .expect(200);
     // The successful login from home does not lift the lockout of the attacker's network.
-    wait_of(login_from(&server, "203.0.113.1", &ann.email, &ann.password).await);
+    expect_429(login_from(&server, "203.0.113.1", &ann.email, &ann.password).await);
 }
 
 #[tokio::test]
@@ -127,7 +127,7 @@ async fn a_hundred_failures_lock_out_only_unknown_networks() {
             "203.0.113.77".to_owned(),
         ] {
             for password in [ann.password.as_str(), ANOTHER_PASSWORD] {
-                let wait = wait_of(login_from(&server, &client, email, password).await);
+                let wait = expect_429(login_from(&server, &client, email, password).await);
                 assert!((86_000..=86_400).contains(&wait), "{wait} for {email}");
             }
         }
@@ -136,7 +136,7 @@ async fn a_hundred_failures_lock_out_only_unknown_networks() {
         login_from(&server, network, &ann.email, &ann.password)
             .await
             .expect(200);
-        wait_of(login_from(&server, &unknown_client(5), &ann.email, &ann.password).await);
+        expect_429(login_from(&server, &unknown_client(5), &ann.email, &ann.password).await);
     }
     server
         .get("/api/v1/auth/me")
@@ -145,7 +145,7 @@ async fn a_hundred_failures_lock_out_only_unknown_networks() {
         .await
         .expect(200);
 
-    pass(&server, "24 hours 1 second").await;
+    age_failures(&server, "24 hours 1 second").await;
     for email in [ann.email.as_str(), "nobody@example.com"] {
         fail_logins(&server, &unknown_client(5), email, 2).await;
     }
@@ -172,7 +172,7 @@ async fn a_network_unused_for_30_days_becomes_unknown() {
     fail_logins(&server, HOME, &ann.email, 1).await;
     age(&sql, "login_networks", "3 hours", "true").await;
     fail_logins(&server, HOME, &ann.email, 1).await;
-    wait_of(login_from(&server, HOME, &ann.email, &ann.password).await);
+    expect_429(login_from(&server, HOME, &ann.email, &ann.password).await);
 
     // A refresh also counts as a use.
     refresh_from(&server, HOME, &ann.refresh_token)
@@ -304,6 +304,6 @@ async fn rejects_a_correct_password_if_the_lockout_begins_while_it_is_verified()
         .expect("a lockout");
     };
     let (response, ()) = tokio::join!(login_attempt, lockout);
-    wait_of(response);
+    expect_429(response);
     login(&first, &ann.email, PASSWORD).await.expect(200);
 }

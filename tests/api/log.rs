@@ -17,7 +17,7 @@ pub(crate) fn unique_id() -> String {
 }
 
 /// Sends a request and returns the log once it contains that request, and so all earlier ones.
-pub(crate) async fn settled(server: &Server) -> String {
+pub(crate) async fn read_log(server: &Server) -> String {
     let id = unique_id();
     server
         .get("/api/v1/auth/me")
@@ -72,7 +72,7 @@ async fn banned_addresses(server: &Server, log: &str) -> BTreeSet<String> {
 // FR-010
 #[tokio::test]
 async fn each_failed_authentication_logs_one_warning() {
-    // Each request comes from a network of its own, because the number of lines is limited.
+    // Each request comes from its own network, because the log lines of a network are limited.
     let server = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1"), ("RUST_LOG", "info")]).await;
     let sql = server.sql().await;
     let ann = server.register("ann@example.com").await;
@@ -233,7 +233,7 @@ async fn each_failed_authentication_logs_one_warning() {
     ];
     let mut sent = Vec::new();
     for (number, (name, method, path, request, status)) in attempts.into_iter().enumerate() {
-        // The account is locked for the network that its wrong passwords came from.
+        // The account is locked for the network from which the wrong passwords came.
         let client = match name {
             "locked account" => "127.0.0.1".to_owned(),
             _ => format!("203.0.113.{number}"),
@@ -244,7 +244,7 @@ async fn each_failed_authentication_logs_one_warning() {
         assert_eq!(response.status, status, "{name}");
         sent.push((name, method, path, client, id));
     }
-    let log = settled(&server).await;
+    let log = read_log(&server).await;
     let banned = banned_addresses(&server, &log).await;
     for (name, method, path, client, id) in sent {
         let lines = warnings(&log, &id);
@@ -304,8 +304,8 @@ async fn other_client_errors_log_no_warning() {
     ann.get(format!("{}/unknown", ann.tasks()))
         .await
         .expect(404);
-    let log = settled(&server).await;
-    // `settled` itself causes one.
+    let log = read_log(&server).await;
+    // `read_log` itself causes one failure.
     let warnings: Vec<&str> = log
         .lines()
         .filter(|line| line.contains("authentication failed"))
@@ -325,8 +325,8 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
         server.secret().to_owned(),
         PASSWORD.to_owned(),
         ANOTHER_PASSWORD.to_owned(),
-        "a password typed wrongly".to_owned(),
-        "password typed into the field of the address".to_owned(),
+        "a mistyped password".to_owned(),
+        "password in the address field".to_owned(),
         "a title of ann's".to_owned(),
         "a description of ann's".to_owned(),
         "searched-for-by-ann".to_owned(),
@@ -354,16 +354,12 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
     let token = ann.access_token.as_str();
 
     // Failed authentication.
-    login(&server, &ann.email, "a password typed wrongly")
+    login(&server, &ann.email, "a mistyped password")
         .await
         .expect(401);
-    login(
-        &server,
-        "password typed into the field of the address",
-        PASSWORD,
-    )
-    .await
-    .expect(401);
+    login(&server, "password in the address field", PASSWORD)
+        .await
+        .expect(401);
     refresh(&server, "refused-refresh-token").await.expect(401);
     server
         .get(ann.tasks())
@@ -424,7 +420,7 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
     // Password changes and account deletion.
     let mut token = token.to_owned();
     for (current, new) in [
-        ("a password typed wrongly", ANOTHER_PASSWORD),
+        ("a mistyped password", ANOTHER_PASSWORD),
         (PASSWORD, ANOTHER_PASSWORD),
     ] {
         let change = change_password(&server, &token, current, new).await;
@@ -440,7 +436,7 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
         .expect("the user")
         .get(0);
     secrets.push(hash);
-    for password in ["a password typed wrongly", ANOTHER_PASSWORD] {
+    for password in ["a mistyped password", ANOTHER_PASSWORD] {
         server
             .delete("/api/v1/auth/me")
             .bearer(&token)
@@ -449,7 +445,7 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
     }
 
     for server in [&server, &other] {
-        let log = settled(server).await;
+        let log = read_log(server).await;
         for secret in &secrets {
             let line = log.lines().find(|line| line.contains(secret.as_str()));
             assert!(line.is_none(), "{secret:?} in {line:?}");
@@ -587,7 +583,7 @@ async fn no_input_can_forge_a_log_line() {
             .await;
     }
 
-    let log = settled(&server).await;
+    let log = read_log(&server).await;
     let start = log.lines().next().expect("a line").chars().next();
     for line in log.lines() {
         assert_eq!(line.chars().next(), start, "a forged line: {line:?}");
@@ -620,12 +616,12 @@ async fn the_fail2ban_filter_matches_clients_behind_a_proxy_in_files_and_in_the_
             fail_login_from(server, client).await;
         }
     }
-    let log = settled(&file).await;
+    let log = read_log(&file).await;
     let found = BTreeSet::from(["127.0.0.1", "203.0.113.9", "2001:db8::9"].map(str::to_owned));
     assert_eq!(banned_addresses(&file, &log).await, found);
 
     // The journal strips the priority and prepends the host and the program.
-    let log = settled(&journal).await;
+    let log = read_log(&journal).await;
     let mut lines = String::new();
     for line in log.lines() {
         let message = line

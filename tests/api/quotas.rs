@@ -1,4 +1,4 @@
-//! Limits on what one user can store, and on how fast.
+//! Limits on the data and on the write rate of one user.
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -11,8 +11,8 @@ async fn create_with_key(user: &User, key: &str) -> Response {
 }
 
 #[tokio::test]
-async fn a_user_who_changes_tasks_too_fast_gets_429() {
-    // Five seconds' worth are five writes.
+async fn returns_429_for_writes_beyond_the_rate_limit() {
+    // Allows a burst of five writes.
     let server = Server::with(&[("WRITES_PER_MINUTE", "60")]).await;
     let (ann, bob) = (server.user().await, server.user().await);
     let list = ann.tasks();
@@ -23,8 +23,8 @@ async fn a_user_who_changes_tasks_too_fast_gets_429() {
     }))
     .await;
     let served = statuses.iter().filter(|status| **status == 200).count();
-    let refused = statuses.iter().filter(|status| **status == 429).count();
-    assert_eq!(served + refused, 30, "{statuses:?}");
+    let rejected = statuses.iter().filter(|status| **status == 429).count();
+    assert_eq!(served + rejected, 30, "{statuses:?}");
     assert!((4..15).contains(&served), "{statuses:?}");
 
     let completed = json!({"completed": true});
@@ -37,7 +37,7 @@ async fn a_user_who_changes_tasks_too_fast_gets_429() {
         &|| ann.delete(format!("{list}?completed=true")),
     ];
     for request in requests {
-        // One more is allowed each second.
+        // Each second allows another write.
         let mut response = request().await;
         if response.status != 429 {
             response = request().await;
@@ -51,7 +51,7 @@ async fn a_user_who_changes_tasks_too_fast_gets_429() {
 }
 
 #[tokio::test]
-async fn what_is_refused_before_the_database_is_asked_does_not_count_as_a_write() {
+async fn requests_rejected_without_a_query_do_not_count_as_writes() {
     let server = Server::with(&[("WRITES_PER_MINUTE", "1")]).await;
     let ann = server.user().await;
     for _ in 0..3 {
@@ -65,7 +65,7 @@ async fn what_is_refused_before_the_database_is_asked_does_not_count_as_a_write(
 }
 
 #[tokio::test]
-async fn a_user_has_at_most_so_many_tasks() {
+async fn limits_the_number_of_tasks_of_each_user() {
     let server = Server::with(&[("MAX_TASKS_PER_USER", "3")]).await;
     let (ann, bob) = (server.user().await, server.user().await);
     let statuses = join_all((0..20).map(async |_| {
@@ -74,13 +74,13 @@ async fn a_user_has_at_most_so_many_tasks() {
     }))
     .await;
     let created = statuses.iter().filter(|status| **status == 201).count();
-    let refused = statuses.iter().filter(|status| **status == 403).count();
-    assert_eq!((created, refused), (3, 17), "{statuses:?}");
+    let rejected = statuses.iter().filter(|status| **status == 403).count();
+    assert_eq!((created, rejected), (3, 17), "{statuses:?}");
     let response = ann.create(json!({"title": "x"})).await;
     response.problem(403, "quota_exceeded");
     bob.create_task("feed the cat").await;
 
-    // A deleted task makes room for another.
+    // Deleting a task allows another one.
     let tasks = ann.get(ann.tasks()).await.expect(200).json();
     ann.delete(ann.path_of(&tasks[0])).await.expect(204);
     ann.create_task("y").await;
@@ -88,13 +88,13 @@ async fn a_user_has_at_most_so_many_tasks() {
 }
 
 #[tokio::test]
-async fn a_create_that_the_quota_refuses_uses_up_no_key() {
+async fn a_create_beyond_the_quota_does_not_use_its_key() {
     let server = Server::with(&[("MAX_TASKS_PER_USER", "1")]).await;
     let ann = server.user().await;
     let first = create_with_key(&ann, "first").await.expect(201).json();
-    let refused = create_with_key(&ann, "second").await;
-    refused.problem(403, "quota_exceeded");
-    // A repeat creates nothing, so it gets the same response as before.
+    let rejected = create_with_key(&ann, "second").await;
+    rejected.problem(403, "quota_exceeded");
+    // A repeated request creates nothing, so the quota does not apply.
     let again = create_with_key(&ann, "first").await.expect(201).json();
     assert_eq!(again, first);
     ann.delete(ann.path_of(&first)).await.expect(204);

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::auth::{assert_signed_in, logout, refresh, text};
 use crate::harness::{Server, User, claims, forge};
-use crate::log::{settled, unique_id, warnings};
+use crate::log::{read_log, unique_id, warnings};
 use crate::purge::age;
 use crate::sessions::assert_revoked;
 use crate::tokens;
@@ -89,7 +89,7 @@ async fn a_repeat_within_the_grace_period_returns_the_same_successor() {
     refresh(&other, &text(&first, "refresh_token"))
         .await
         .expect(200);
-    let log = settled(&server).await;
+    let log = read_log(&server).await;
     assert!(!log.contains("reuse"), "{log}");
 }
 
@@ -121,7 +121,7 @@ async fn a_repeat_after_the_grace_period_revokes_the_session_and_is_logged_once(
         ended,
     )
     .await;
-    let log = settled(&server).await;
+    let log = read_log(&server).await;
     let lines = warnings(&log, &id);
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("reuse"), "{}", lines[0]);
@@ -264,7 +264,7 @@ async fn malformed_refresh_tokens_are_rejected_without_effect() {
     refresh(server, token).await.expect(200);
 }
 
-/// The last access token of an expired session remains valid until it expires itself.
+/// The last access token of an expired session remains valid until its own expiry.
 #[tokio::test]
 async fn a_session_expires_after_30_idle_days() {
     let server = Server::start().await;

@@ -11,7 +11,7 @@ use crate::harness::{PASSWORD, Response, Server};
 use crate::purge::age;
 
 /// Asserts that the response is a 429, and returns its `Retry-After` in seconds.
-pub(crate) fn wait_of(response: Response) -> u32 {
+pub(crate) fn expect_429(response: Response) -> u32 {
     let seconds = response
         .header("retry-after")
         .parse()
@@ -30,7 +30,7 @@ async fn fail_ten_logins(server: &Server, email: &str) {
 }
 
 /// Moves all failed logins into the past by `interval`.
-pub(crate) async fn pass(server: &Server, interval: &str) {
+pub(crate) async fn age_failures(server: &Server, interval: &str) {
     let sql = server.sql().await;
     age(&sql, "login_failures", interval, "true").await;
 }
@@ -50,17 +50,17 @@ async fn each_failure_after_the_tenth_doubles_the_lockout() {
             .into_iter()
             .enumerate()
         {
-            let longest = wait_of(login(&server, email, ANOTHER_PASSWORD).await);
+            let longest = expect_429(login(&server, email, ANOTHER_PASSWORD).await);
             assert!(
                 longest <= wait && longest > wait - 10,
                 "{longest} of {wait} s in round {round}"
             );
             // Attempts during a lockout are not verified and do not extend it.
             for password in [password, ANOTHER_PASSWORD, ""] {
-                let left = wait_of(login(&server, email, password).await);
+                let left = expect_429(login(&server, email, password).await);
                 assert!(left <= longest);
             }
-            pass(&server, &format!("{} seconds", wait + 1)).await;
+            age_failures(&server, &format!("{} seconds", wait + 1)).await;
             login(&server, email, ANOTHER_PASSWORD)
                 .await
                 .problem(401, "invalid_credentials");
@@ -79,11 +79,11 @@ async fn a_successful_login_resets_the_count() {
     }
     login(&server, &ann.email, &ann.password).await.expect(200);
     fail_ten_logins(&server, &ann.email).await;
-    wait_of(login(&server, &ann.email, &ann.password).await);
-    pass(&server, "31 seconds").await;
+    expect_429(login(&server, &ann.email, &ann.password).await);
+    age_failures(&server, "31 seconds").await;
     login(&server, &ann.email, &ann.password).await.expect(200);
     fail_ten_logins(&server, &ann.email).await;
-    let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
+    let wait = expect_429(login(&server, &ann.email, ANOTHER_PASSWORD).await);
     assert!(wait <= 30, "the count was not reset: {wait} s");
 }
 
@@ -92,17 +92,17 @@ async fn the_count_resets_a_day_after_the_last_failure() {
     let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
     fail_ten_logins(&server, &ann.email).await;
-    pass(&server, "24 hours 1 second").await;
+    age_failures(&server, "24 hours 1 second").await;
     fail_ten_logins(&server, &ann.email).await;
-    let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
+    let wait = expect_429(login(&server, &ann.email, ANOTHER_PASSWORD).await);
     assert!(wait <= 30, "the count was not reset: {wait} s");
 
     // Within a day of the last failure, the count continues.
-    pass(&server, "23 hours").await;
+    age_failures(&server, "23 hours").await;
     login(&server, &ann.email, ANOTHER_PASSWORD)
         .await
         .expect(401);
-    let wait = wait_of(login(&server, &ann.email, ANOTHER_PASSWORD).await);
+    let wait = expect_429(login(&server, &ann.email, ANOTHER_PASSWORD).await);
     assert!(wait > 30, "{wait}");
 }
 
@@ -115,7 +115,7 @@ async fn all_spellings_of_an_address_share_one_count() {
         login(&server, spelling, ANOTHER_PASSWORD).await.expect(401);
     }
     for spelling in ["ann@example.com", "aNN@example.com", "ann@example.com  "] {
-        wait_of(login(&server, spelling, PASSWORD).await);
+        expect_429(login(&server, spelling, PASSWORD).await);
     }
 }
 
@@ -130,10 +130,10 @@ async fn instances_share_lockouts() {
             .expect(401);
     }
     for server in [&here, &there] {
-        wait_of(login(server, &ann.email, &ann.password).await);
+        expect_429(login(server, &ann.email, &ann.password).await);
     }
     let later = here.sibling(&[]).await;
-    wait_of(login(&later, &ann.email, &ann.password).await);
+    expect_429(login(&later, &ann.email, &ann.password).await);
 }
 
 /// Sends 40 concurrent attempts to two instances. A 401 means that the password was verified.
@@ -152,7 +152,7 @@ async fn at_most_ten_of_forty_concurrent_logins_are_verified() {
                     401 => drop(response.problem(401, "invalid_credentials")),
                     // A busy machine may reject a login without verifying it.
                     503 => drop(response.problem(503, "overloaded")),
-                    _ => assert!(wait_of(response) >= 1),
+                    _ => assert!(expect_429(response) >= 1),
                 }
                 status
             }
@@ -164,8 +164,8 @@ async fn at_most_ten_of_forty_concurrent_logins_are_verified() {
         for _ in verified..10 {
             login(&here, email, ANOTHER_PASSWORD).await.expect(401);
         }
-        wait_of(login(&here, email, PASSWORD).await);
-        wait_of(login(&there, email, PASSWORD).await);
+        expect_429(login(&here, email, PASSWORD).await);
+        expect_429(login(&there, email, PASSWORD).await);
     }
 }
 
@@ -175,7 +175,7 @@ async fn a_lockout_affects_no_other_user_and_no_existing_session() {
     let ann = server.register("ann@example.com").await;
     let bob = server.register("bob@example.com").await;
     fail_ten_logins(&server, &ann.email).await;
-    wait_of(login(&server, &ann.email, &ann.password).await);
+    expect_429(login(&server, &ann.email, &ann.password).await);
 
     ann.create_task("water the plants").await;
     ann.get(ann.tasks()).await.expect(200);
@@ -206,10 +206,11 @@ async fn failed_password_confirmations_are_counted_separately_from_failed_logins
             .problem(403, "wrong_password");
     }
     for password in ["wrong", ann.password.as_str()] {
-        let wait =
-            wait_of(change_password(&server, &ann.access_token, password, ANOTHER_PASSWORD).await);
+        let wait = expect_429(
+            change_password(&server, &ann.access_token, password, ANOTHER_PASSWORD).await,
+        );
         assert!(wait <= 30, "{wait}");
-        wait_of(delete_account(&server, &ann.access_token, password).await);
+        expect_429(delete_account(&server, &ann.access_token, password).await);
     }
     // A login does not reset the count of failed confirmations, and the two counts are separate.
     let sql = server.sql().await;
@@ -221,15 +222,15 @@ async fn failed_password_confirmations_are_counted_separately_from_failed_logins
     )
     .await;
     let again = server.login(&ann.email, &ann.password).await;
-    wait_of(change_password(&server, &again.access_token, &ann.password, PASSWORD).await);
+    expect_429(change_password(&server, &again.access_token, &ann.password, PASSWORD).await);
 
-    pass(&server, "31 seconds").await;
+    age_failures(&server, "31 seconds").await;
     change_password(&server, &ann.access_token, "wrong", ANOTHER_PASSWORD)
         .await
         .expect(403);
-    let wait = wait_of(delete_account(&server, &ann.access_token, "wrong").await);
+    let wait = expect_429(delete_account(&server, &ann.access_token, "wrong").await);
     assert!(wait > 30, "{wait}");
-    pass(&server, "61 seconds").await;
+    age_failures(&server, "61 seconds").await;
     let changed =
         change_password(&server, &ann.access_token, &ann.password, ANOTHER_PASSWORD).await;
     assert!(changed.status < 300, "{}", changed.status);
@@ -284,7 +285,7 @@ async fn limited_status(server: &Server, forwarded_for: &[&str]) -> u16 {
     let response = request.json(json!({"refresh_token": "x"})).await;
     let status = response.status;
     if status == 429 {
-        assert!(wait_of(response) >= 1);
+        assert!(expect_429(response) >= 1);
     } else {
         response.problem(401, "invalid_refresh_token");
     }
@@ -312,7 +313,7 @@ async fn limits_the_attempts_per_minute_from_one_address() {
         delete_account(&server, &token, PASSWORD).await,
     ] {
         // 3 per minute is one every 20 s.
-        let wait = wait_of(response);
+        let wait = expect_429(response);
         assert!((1..=20).contains(&wait), "{wait}");
     }
     // Requests with an access token are not affected.
@@ -341,7 +342,7 @@ async fn ignores_x_forwarded_for_unless_a_trusted_proxy_sent_it() {
             limited_status(&server, &["127.0.0.1, 203.0.113.4"]).await,
             429
         );
-        let log = crate::log::settled(&server).await;
+        let log = crate::log::read_log(&server).await;
         assert!(!log.contains("203.0.113."), "{log}");
         assert!(log.contains("client=127.0.0.1"), "{log}");
     }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::auth::{assert_signed_in, login, refresh, text};
 use crate::harness::{Server, User, base64url, claims, forge};
-use crate::log::{settled, unique_id, warnings};
+use crate::log::{read_log, unique_id, warnings};
 use crate::sessions::OTHER_USERS_TASKS;
 
 const BASE64URL: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -479,7 +479,7 @@ async fn assert_all_rejected(server: &Server, user: &User, attacks: Attacks) {
     }
     assert!(accepted.is_empty(), "{accepted:#?}");
 
-    let log = settled(server).await;
+    let log = read_log(server).await;
     for (name, id) in ids {
         let lines = warnings(&log, &id);
         assert_eq!(lines.len(), 1, "{name}: {lines:#?}");
@@ -550,7 +550,7 @@ async fn logs_that_a_rejected_token_has_expired() {
         .bearer(&expired_for(35))
         .await
         .problem(401, "invalid_token");
-    let log = settled(server).await;
+    let log = read_log(server).await;
     let lines = warnings(&log, &id);
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("reason=expired_token"), "{}", lines[0]);
@@ -587,7 +587,7 @@ async fn rejects_access_tokens_valid_for_more_than_a_day() {
                 let request = request.header("x-request-id", &id).bearer(&token);
                 request.await.problem(401, "invalid_token");
             }
-            for line in warnings(&settled(&server).await, &id) {
+            for line in warnings(&read_log(&server).await, &id) {
                 assert!(line.contains("reason=lifetime_too_long"), "{line}");
             }
         }
@@ -712,7 +712,7 @@ async fn accepts_a_token_only_in_a_single_bearer_header() {
         assert!(has_code, "{template}: {response}");
         ids.push((template, id));
     }
-    let log = settled(server).await;
+    let log = read_log(server).await;
     for (template, id) in ids {
         let lines = warnings(&log, &id);
         assert_eq!(lines.len(), 1, "{template}: {lines:#?}");
@@ -744,7 +744,7 @@ async fn treats_an_empty_or_null_bearer_token_as_missing() {
             response.header("www-authenticate"),
             r#"Bearer realm="todo""#
         );
-        let log = settled(server).await;
+        let log = read_log(server).await;
         let lines = warnings(&log, &id);
         assert!(lines[0].contains("reason=missing_token"), "{lines:?}");
 

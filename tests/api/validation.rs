@@ -871,7 +871,11 @@ async fn names_invalid_and_duplicate_query_parameters() {
         .map(|e| e["parameter"].as_str().unwrap())
         .collect();
     named.sort_unstable();
-    assert_eq!(named, ["completed", "limit", "sort"], "all errors at once");
+    assert_eq!(
+        named,
+        ["completed", "limit", "sort"],
+        "not all errors are returned"
+    );
 }
 
 #[tokio::test]

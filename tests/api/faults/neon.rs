@@ -1,4 +1,4 @@
-//! Hosted databases: they are suspended when idle, sit behind a pooler, and require TLS.
+//! Hosted databases, which are suspended when idle, are behind a pooler, and require TLS.
 
 use std::{
     fs,
@@ -312,7 +312,7 @@ impl Tls {
         let certificates = directory.parent().join("certificates");
         fs::create_dir(&certificates).unwrap();
         create_certificates(&certificates);
-        // A loopback address of its own, so that every instance can use the default port.
+        // Each instance gets its own loopback address, because all use the default port.
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let [_, high, middle, low] = std::process::id().to_be_bytes();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -20,7 +20,7 @@ async fn start_cluster() -> Cluster {
 /// Asserts that the service keeps no more backends than the pool allows.
 async fn assert_no_leaked_backends(cluster: &Cluster) {
     let sql = cluster.sql().await;
-    until("surplus backends are gone", async || {
+    until("surplus backends have exited", async || {
         backends(&sql).await.len() <= 8
     })
     .await;

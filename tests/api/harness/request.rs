@@ -13,7 +13,7 @@ use super::WAIT_TIMEOUT;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A request on a connection of its own. Awaiting it sends it.
+/// A request. Awaiting it sends it on a new connection.
 #[must_use]
 pub(crate) struct Request {
     addr: SocketAddr,

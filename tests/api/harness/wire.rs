@@ -108,7 +108,7 @@ impl Wire {
             }
             if !self.more().await {
                 let rest = String::from_utf8_lossy(&self.read);
-                assert!(rest.is_empty(), "half a response: {rest}");
+                assert!(rest.is_empty(), "incomplete response: {rest}");
                 return None;
             }
         };
@@ -137,7 +137,7 @@ impl Wire {
             .map_or(0, |n| n.parse().expect("a length"));
         if has_body && status >= 200 && status != 204 && status != 304 {
             while self.read.len() < length {
-                assert!(self.more().await, "half a body after {}", response.head);
+                assert!(self.more().await, "incomplete body after {}", response.head);
             }
             response.body = String::from_utf8(self.read.drain(..length).collect()).expect("text");
         }
