@@ -1,4 +1,4 @@
-//! `ETag` and `If-None-Match` on lists, and the changes of a list.
+//! Lists: `ETag`, `If-None-Match`, and the change feed.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::harness::{Response, Server, User, until};
 use crate::purge::age;
 
-/// Another secret than the harness's.
+/// A secret other than the harness's.
 const OTHER_SECRET: &str = "another secret of the tests, and 32 bytes or more";
 
 impl User {
@@ -16,7 +16,7 @@ impl User {
         format!("/api/v1/{}/changes", self.id)
     }
 
-    /// Reads all changes since a cursor, in pages of this size; empty for all tasks.
+    /// Reads all changes since a cursor, or all tasks if it is empty, in pages of this size.
     pub(crate) async fn changes_since(&self, cursor: &str, limit: usize) -> Changes {
         let mut changes = Changes {
             cursor: cursor.to_owned(),
@@ -71,7 +71,7 @@ pub(crate) fn id(task: &Value) -> String {
     task["id"].as_str().unwrap().to_owned()
 }
 
-/// Asserts that the response is 304 with this tag, and whether it waited.
+/// Asserts that the response is 304 with this tag and this `Preference-Applied`.
 pub(crate) fn assert_unchanged(response: &Response, tag: &str, applied: Option<&str>) {
     assert_eq!(response.status, 304, "{response:?}");
     assert_eq!(response.header("etag"), tag);
@@ -81,7 +81,7 @@ pub(crate) fn assert_unchanged(response: &Response, tag: &str, applied: Option<&
 }
 
 #[tokio::test]
-async fn an_unchanged_list_is_304_for_any_filter_order_and_page() {
+async fn returns_304_for_an_unchanged_list_with_any_filter_order_and_page() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let empty = ann.list_tag().await;
@@ -140,7 +140,7 @@ async fn an_unchanged_list_is_304_for_any_filter_order_and_page() {
 }
 
 #[tokio::test]
-async fn the_tag_of_a_list_is_compared_as_http_requires() {
+async fn if_none_match_compares_list_tags_weakly() {
     let server = Server::start().await;
     let ann = server.user().await;
     let tag = ann.list_tag().await;
@@ -159,7 +159,7 @@ async fn the_tag_of_a_list_is_compared_as_http_requires() {
     }
 }
 
-/// The same tag would hide the difference.
+/// Otherwise a client would miss a change.
 #[tokio::test]
 async fn lists_with_the_same_tag_are_equal_while_they_change() {
     let server = Server::start().await;
@@ -240,18 +240,18 @@ async fn changes_are_complete_and_in_order_on_pages_of_any_size() {
         let rest = ann.changes_since(&new.cursor, limit).await;
         assert!(rest.tasks.is_empty() && rest.deleted.is_empty());
     }
-    // A client without a cursor has nothing that could have been deleted, on no page.
+    // Without a cursor, no page has deletions.
     let all = ann.changes_since("", 1).await;
     assert_eq!(all.tasks.len(), 4);
     assert!(all.deleted.is_empty(), "{:?}", all.deleted);
 }
 
-/// What is deleted after the first page of all tasks is deleted on a later page.
+/// A later page lists the tasks that were deleted after the first page.
 #[tokio::test]
-async fn a_copy_is_right_even_if_tasks_are_deleted_between_its_first_pages() {
+async fn a_replica_is_correct_even_if_tasks_are_deleted_between_its_first_pages() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let mut copy = BTreeMap::new();
+    let mut replica = BTreeMap::new();
     for title in ["a", "b", "c", "d"] {
         let task = ann.create_task(title).await;
         if title == "a" {
@@ -264,23 +264,23 @@ async fn a_copy_is_right_even_if_tasks_are_deleted_between_its_first_pages() {
         .expect(200)
         .json();
     let first_task = &first["tasks"][0];
-    copy.insert(id(first_task), first_task.clone());
+    replica.insert(id(first_task), first_task.clone());
     ann.delete(ann.path_of(first_task)).await.expect(204);
     let rest = ann
         .changes_since(first["cursor"].as_str().unwrap(), 1)
         .await;
-    copy.extend(rest.tasks.iter().map(|task| (id(task), task.clone())));
+    replica.extend(rest.tasks.iter().map(|task| (id(task), task.clone())));
     assert_eq!(rest.deleted, [id(first_task)]);
-    copy.remove(&id(first_task));
+    replica.remove(&id(first_task));
     let list = ann
         .get(format!("{}?sort=created_at", ann.tasks()))
         .await
         .json();
-    assert_eq!(Value::from_iter(copy.into_values()), list);
+    assert_eq!(Value::from_iter(replica.into_values()), list);
 }
 
 #[tokio::test]
-async fn a_malformed_cursor_is_422_and_an_unknown_one_is_410() {
+async fn returns_422_for_a_malformed_cursor_and_410_for_an_unknown_one() {
     let server = Server::start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     ann.create_task("a").await;
@@ -301,13 +301,13 @@ async fn a_malformed_cursor_is_422_and_an_unknown_one_is_410() {
     }
     let twice = format!("{}?since={cursor}&since={cursor}", ann.changes());
     ann.get(twice).await.problem(422, "validation_failed");
-    let of_ann = |user: &User| user.get(format!("{}?since={cursor}", user.changes()));
-    of_ann(&bob).await.problem(410, "cursor_expired");
+    let changes = |user: &User| user.get(format!("{}?since={cursor}", user.changes()));
+    changes(&bob).await.problem(410, "cursor_expired");
     ann.get(format!("{}?since=", ann.changes()))
         .await
         .expect(200);
 
-    // A new secret without the previous one, as after a restore; then a rotation.
+    // First a new secret without the previous one, as after a restore; then a rotation.
     let tag = ann.list_tag().await;
     for (previous, status, unchanged) in [("", 410, 200), (server.secret(), 200, 200)] {
         let variables = [
@@ -316,14 +316,14 @@ async fn a_malformed_cursor_is_422_and_an_unknown_one_is_410() {
         ];
         let there = server.sibling(&variables).await;
         let ann = there.login(&ann.email, &ann.password).await;
-        assert_eq!(of_ann(&ann).await.status, status);
+        assert_eq!(changes(&ann).await.status, status);
         let list = ann.get(ann.tasks()).header("if-none-match", &tag);
         assert_eq!(list.await.status, unchanged);
     }
 }
 
 #[tokio::test]
-async fn a_cursor_from_before_purged_deletions_is_410() {
+async fn returns_410_for_a_cursor_older_than_the_purged_deletions() {
     let server = Server::start().await;
     let sql = server.sql().await;
     let ann = server.user().await;

@@ -53,7 +53,7 @@ fn listed(header: &str) -> BTreeSet<String> {
 }
 
 /// The problem codes of the API.
-const CODES: [&str; 27] = [
+const CODES: [&str; 28] = [
     "malformed_json",
     "malformed_request",
     "missing_token",
@@ -68,6 +68,7 @@ const CODES: [&str; 27] = [
     "task_not_found",
     "session_not_found",
     "method_not_allowed",
+    "cursor_expired",
     "precondition_failed",
     "body_too_large",
     "unsupported_media_type",

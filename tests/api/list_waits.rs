@@ -10,17 +10,17 @@ use crate::conditional_lists::assert_unchanged;
 use crate::harness::{Request, Response, Server, User, until};
 use crate::metrics::gauge;
 
-/// Long before the requests would return by themselves, which is after 30 s.
-const SOON: Duration = Duration::from_secs(10);
+/// Shorter than the 30 s after which the requests return without a change.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl User {
-    /// A request for the list that waits while it has this tag.
+    /// Builds a request for the list that waits while the list has this tag.
     pub(crate) fn wait_for_list(&self, tag: &str) -> Request {
         let list = self.get(self.tasks()).header("prefer", "wait=30");
         list.header("if-none-match", tag)
     }
 
-    /// A request that waits for changes after this cursor.
+    /// Builds a request that waits for changes after this cursor.
     fn wait_for_changes(&self, cursor: &str) -> Request {
         let path = format!("{}?since={cursor}", self.changes());
         self.get(path).header("prefer", "wait=30")
@@ -34,14 +34,13 @@ async fn start() -> Server {
 /// Waits until this many requests wait for a change.
 async fn until_waiting(server: &Server, count: usize) {
     let name = "todo_api_http_waiting_requests";
-    until("the requests wait", async || {
+    until("the requests are waiting", async || {
         gauge(server, name).await == count
     })
     .await;
 }
 
-/// Sends requests, and does something when all of them wait. Returns the responses, which must
-/// follow soon.
+/// Sends requests, performs the action once all of them are waiting, and returns the responses.
 async fn while_waiting(
     server: &Server,
     requests: impl IntoIterator<Item = Request>,
@@ -53,12 +52,12 @@ async fn while_waiting(
         .collect();
     until_waiting(server, sent.len()).await;
     action().await;
-    let responses = timeout(SOON, join_all(sent)).await;
+    let responses = timeout(RESPONSE_TIMEOUT, join_all(sent)).await;
     let responses = responses.expect("the requests still wait");
     responses.into_iter().map(Result::unwrap).collect()
 }
 
-/// With connections for two statements only, which four waiting requests would hold.
+/// The pool has two connections, so waiting requests must not hold any.
 #[tokio::test]
 async fn a_change_wakes_the_requests_that_wait_for_its_list() {
     let server = start().await;
@@ -81,7 +80,7 @@ async fn a_change_wakes_the_requests_that_wait_for_its_list() {
         assert_eq!(responses[0].json()[0]["title"], "b");
         assert_eq!(responses[1].json()["tasks"][0]["title"], "b");
     }
-    // Waiting is not slowness.
+    // Waiting requests are not logged as slow.
     assert!(!server.log().contains("slow request"), "{}", server.log());
 }
 
@@ -94,7 +93,7 @@ async fn a_change_does_not_wake_requests_that_wait_for_another_list() {
     until_waiting(&server, 2).await;
     ann.create_task("a").await;
     own.await.unwrap().expect(200);
-    // Longer than changes of other instances take to be seen.
+    // Longer than changes take to reach other instances.
     sleep(Duration::from_secs(2)).await;
     assert!(!waiting.is_finished());
     bob.create_task("b").await;
@@ -102,7 +101,7 @@ async fn a_change_does_not_wake_requests_that_wait_for_another_list() {
 }
 
 #[tokio::test]
-async fn a_wait_ends_after_the_seconds_that_the_client_prefers() {
+async fn a_wait_ends_after_the_preferred_seconds() {
     let server = Server::start().await;
     let ann = server.user().await;
     let tag = ann.list_tag().await;
@@ -126,8 +125,10 @@ async fn a_wait_ends_after_the_seconds_that_the_client_prefers() {
     let page = changes.expect(200).json();
     assert_eq!((&page["tasks"], &page["more"]), (&json!([]), &json!(false)));
 
-    let at_once = async |ann: &User, request: Request| {
-        let response = timeout(SOON, request.send()).await.expect("it waits");
+    let immediate_status = async |ann: &User, request: Request| {
+        let response = timeout(RESPONSE_TIMEOUT, request.send())
+            .await
+            .expect("the request waits");
         assert_eq!(
             response.headers.get("preference-applied"),
             None,
@@ -145,12 +146,15 @@ async fn a_wait_ends_after_the_seconds_that_the_client_prefers() {
         "wait=0",
         "waiting=30",
     ] {
-        assert_eq!(at_once(&ann, list(prefer)).await, 304, "{prefer}");
+        assert_eq!(immediate_status(&ann, list(prefer)).await, 304, "{prefer}");
     }
-    // Nothing to wait for.
+    // These requests have nothing to wait for.
     let plain = ann.get(ann.tasks()).header("prefer", "wait=30");
-    assert_eq!(at_once(&ann, plain).await, 200);
-    assert_eq!(at_once(&ann, ann.wait_for_list("\"other\"")).await, 200);
+    assert_eq!(immediate_status(&ann, plain).await, 200);
+    assert_eq!(
+        immediate_status(&ann, ann.wait_for_list("\"other\"")).await,
+        200
+    );
 
     let limited = server.sibling(&[("WAIT_MAX", "1")]).await;
     for prefer in ["wait=30", "wait=99999999999999999999999"] {
@@ -163,15 +167,15 @@ async fn a_wait_ends_after_the_seconds_that_the_client_prefers() {
     }
     let off = server.sibling(&[("WAIT_MAX", "0")]).await;
     let list = ann.on(&off).wait_for_list(&tag);
-    assert_eq!(at_once(&ann, list).await, 304);
+    assert_eq!(immediate_status(&ann, list).await, 304);
 }
 
 #[tokio::test]
-async fn four_requests_of_a_user_can_wait_and_further_ones_are_answered_at_once() {
+async fn four_requests_of_a_user_can_wait_and_further_ones_return_immediately() {
     let server = start().await;
     let (ann, bob) = (server.user().await, server.user().await);
     let (tag, cursor) = (ann.list_tag().await, ann.changes_since("", 9).await.cursor);
-    let of_bob = bob.wait_for_list(&bob.list_tag().await);
+    let bobs = bob.wait_for_list(&bob.list_tag().await);
     let four = [
         ann.wait_for_list(&tag),
         ann.wait_for_list(&tag),
@@ -182,10 +186,10 @@ async fn four_requests_of_a_user_can_wait_and_further_ones_are_answered_at_once(
         assert_unchanged(&ann.wait_for_list(&tag).await, &tag, None);
         let changes = ann.wait_for_changes(&cursor).await;
         assert_eq!(changes.headers.get("preference-applied"), None);
-        let of_bob = tokio::spawn(of_bob.send());
+        let bobs = tokio::spawn(bobs.send());
         until_waiting(&server, 5).await;
         bob.create_task("b").await;
-        of_bob.await.unwrap().expect(200);
+        bobs.await.unwrap().expect(200);
         ann.create_task("a").await;
     })
     .await;
@@ -225,9 +229,9 @@ async fn a_wait_ends_when_the_service_stops() {
     }
 }
 
-/// One for the lists and one for the revocations.
+/// One query is for the lists, the other for the revocations.
 #[tokio::test]
-async fn all_waiting_requests_together_cost_two_queries_a_second_and_none_afterwards() {
+async fn all_waiting_requests_share_two_queries_per_second_and_none_follow() {
     let server = start().await;
     let mut users = Vec::new();
     for _ in 0..10 {
@@ -250,7 +254,7 @@ async fn all_waiting_requests_together_cost_two_queries_a_second_and_none_afterw
         }
     })
     .await;
-    // The last poll.
+    // Let the last poll finish.
     sleep(Duration::from_secs(2)).await;
     let before = statements().await;
     sleep(Duration::from_secs(2)).await;
