@@ -110,8 +110,8 @@ async fn serves_two_thousand_connections_with_twenty_backends() {
     cluster.stop().await;
 }
 
-/// Creates tasks of several users at a fixed rate, independent of response times, over as many
-/// connections as that needs.
+/// Creates tasks of several users at a fixed rate, independent of response times. Opens connections as
+/// needed.
 async fn create_at_rate(
     cluster: &Cluster,
     users: &[Credentials],

@@ -127,7 +127,7 @@ async fn forward(
     match end {
         End::Close => {}
         End::Reset => stream.set_zero_linger().unwrap(),
-        // The client's end stays open, and what it sends is discarded.
+        // The client's end stays open, and its data is discarded.
         End::HalfOpen => {
             copy(&mut stream, &mut tokio::io::sink()).await.ok();
         }
