@@ -84,6 +84,22 @@ mod tests {
     }
 
     #[test]
+    fn characters_that_may_stand_for_letters_take_little_time() {
+        let password = "4@8({[<369!1|70$5+2%".repeat(4)[..72].to_owned();
+        let fastest = |estimate: &dyn Fn()| {
+            let times = (0..3).map(|_| {
+                let start = std::time::Instant::now();
+                estimate();
+                start.elapsed()
+            });
+            times.min().unwrap()
+        };
+        let whole = fastest(&|| drop(zxcvbn::zxcvbn(&password, &[])));
+        let bounded = fastest(&|| drop(check_strength(&password, "ann@example.com", "")));
+        assert!(bounded * 2 < whole, "{bounded:?} of {whole:?}");
+    }
+
+    #[test]
     fn rejects_passwords_that_are_easy_to_guess() {
         let is_strong = |password: &str, email: &str| check_strength(password, email, "").is_ok();
         assert!(!is_strong("ann.smith@example.com", "ann.smith@example.com"));
