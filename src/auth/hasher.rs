@@ -18,13 +18,16 @@ use crate::telemetry::logging::catch_panic;
 use crate::telemetry::metrics::{GaugeGuard, Metrics};
 
 /// The queue capacity per thread at a cost of 12. A hash takes a quarter of a second at that cost,
-/// so a full queue drains in 8 s. Each increment of the cost halves the capacity.
-const QUEUE_PER_THREAD: usize = 32;
+/// so a full queue drains in 4 s. Each increment of the cost halves the capacity.
+const QUEUE_PER_THREAD: usize = 16;
 /// How many threads work for one network at a time.
 const MAX_RUNNING_PER_NETWORK: usize = 2;
+/// How much later a job is due for each job that its network added recently. With half the time in
+/// which a full queue drains, a client of a quiet network is served before all busy ones.
+const DELAY_PER_JOB: Duration = Duration::from_secs(2);
 /// The time in which a network's count of jobs halves.
 const HALF_LIFE: Duration = Duration::from_secs(60);
-/// The number of counts. Networks that share one by chance are ranked alike.
+/// The number of counts. Networks may share one by chance.
 const COUNTS: usize = 1 << 16;
 
 /// A pool of threads that hash passwords.
@@ -171,12 +174,12 @@ struct Job {
     work: Box<dyn FnOnce() + Send>,
 }
 
-/// Jobs that wait for a thread. A job ranks by how many jobs its network added recently, so a client
-/// of a quiet network is next, however many jobs of busy ones are waiting.
+/// Jobs that wait for a thread. A job is due the later, the more jobs its network added recently, so a
+/// client of a quiet network is next, however many jobs of busy ones are waiting.
 struct JobQueue {
     capacity: usize,
-    /// In the order of their arrival, with their rank. The lowest rank comes first.
-    waiting: Vec<(u32, Job)>,
+    /// In the order of their arrival, with the times at which they are due.
+    waiting: Vec<(Instant, Job)>,
     /// The networks of the jobs that are running.
     running: Vec<IpAddr>,
     recent: RecentJobs,
@@ -193,30 +196,30 @@ impl JobQueue {
     }
 
     /// Adds a job. If the queue is full, the job takes the place of the job of another network that
-    /// has the highest rank, if that is higher than its own.
+    /// is due last, if that is due after it.
     fn add(&mut self, job: Job, now: Instant) -> Result<(), Error> {
-        let rank = self.recent.count(job.network, now);
+        let due = now + DELAY_PER_JOB * self.recent.count(job.network, now);
         self.remove_abandoned();
         if self.waiting.len() >= self.capacity {
             let others = self.waiting.iter().enumerate();
             let others = others.filter(|(_, (_, other))| other.network != job.network);
-            match others.max_by_key(|(_, (rank, _))| *rank) {
-                Some((index, (highest, _))) if *highest > rank => self.waiting.remove(index),
+            match others.max_by_key(|(_, (due, _))| *due) {
+                Some((index, (last, _))) if *last > due => self.waiting.remove(index),
                 _ => return Err(Error::Overloaded),
             };
         }
-        self.waiting.push((rank, job));
+        self.waiting.push((due, job));
         Ok(())
     }
 
-    /// Takes the next job out of the queue: the oldest of the network with the lowest rank, unless
-    /// enough threads work for that network.
+    /// Takes the next job out of the queue: the oldest of the network whose job is due first, among
+    /// those for which fewer threads work than may.
     fn start_next(&mut self) -> Option<Job> {
         self.remove_abandoned();
         let running = |network: IpAddr| self.running.iter().filter(|n| **n == network).count();
         let may_start = |job: &Job| running(job.network) < MAX_RUNNING_PER_NETWORK;
         let candidates = self.waiting.iter().filter(|(_, job)| may_start(job));
-        let network = candidates.min_by_key(|(rank, _)| *rank)?.1.network;
+        let network = candidates.min_by_key(|(due, _)| *due)?.1.network;
         let mut jobs = self.waiting.iter();
         let index = jobs.position(|(_, job)| job.network == network)?;
         self.running.push(network);
@@ -392,7 +395,6 @@ mod tests {
         let mut fixture = Fixture::new(10);
         assert!((0..4).all(|_| fixture.add(1)));
         fixture.now += HALF_LIFE * 4;
-        // Ranks lower than the earlier ones.
         assert!(fixture.add(1) && fixture.add(2));
         let callers: Vec<_> = (fixture.queue.waiting.iter())
             .map(|(_, job)| job.caller.clone())

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 /// its statements.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same for a request that hashes passwords. Includes waiting for other attempts on the account
-/// and for a hashing thread; a full queue of those takes 8 s to drain.
+/// and for a hashing thread; a full queue of those takes 4 s to drain.
 pub(crate) const PASSWORD_REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Checking whether an access token is revoked, which precedes reading the body.
 pub(crate) const AUTHENTICATION_TIMEOUT: Duration = Duration::from_secs(5);
