@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::db::{DbError, error_message};
@@ -82,6 +83,8 @@ pub(crate) enum Error {
     CursorExpired,
     /// The condition in `If-Match` or `If-None-Match` is not met.
     PreconditionFailed,
+    /// A task with the ID that the client chose exists, in this version, or was deleted.
+    IdTaken(Option<Timestamp>),
     BodyTooLarge,
     UnsupportedMediaType {
         body: UnsupportedBody,
@@ -157,7 +160,7 @@ impl Error {
             Self::RequestTimeout => &problem::REQUEST_TIMEOUT,
             Self::EmailTaken => &problem::EMAIL_TAKEN,
             Self::CursorExpired => &problem::CURSOR_EXPIRED,
-            Self::PreconditionFailed => &problem::PRECONDITION_FAILED,
+            Self::PreconditionFailed | Self::IdTaken(_) => &problem::PRECONDITION_FAILED,
             Self::BodyTooLarge => &problem::BODY_TOO_LARGE,
             Self::UnsupportedMediaType { .. } => &problem::UNSUPPORTED_MEDIA_TYPE,
             Self::Validation(_) => &problem::VALIDATION_FAILED,

@@ -81,7 +81,7 @@ problems! {
         "Changes since this cursor are no longer known: it is more than 30 days old, from before a restore of the database, or from another account."
         "Discard your copy of the list and load everything again, without “since”.";
     PRECONDITION_FAILED = 412 "precondition_failed" "Precondition failed"
-        "The current version of the task is not listed in If-Match, or is listed in If-None-Match. Nothing was changed."
+        "The current version of the task is not listed in If-Match, or is listed in If-None-Match; or the task was to be created under an ID that exists or was deleted. Nothing was changed."
         "Fetch the task, apply your change to its current version, and retry with the new ETag. A weak ETag (W/…) never matches If-Match.";
     BODY_TOO_LARGE = 413 "body_too_large" "Body too large"
         "The body is larger than 16 KiB."

@@ -24,7 +24,16 @@ create table deleted_tasks (
     deleted_at timestamptz not null,
     primary key (user_id, revision, id)
 );
+create index deleted_tasks_by_id on deleted_tasks (user_id, id);
 create index deleted_tasks_by_time on deleted_tasks (deleted_at);
+
+-- Whether a task was deleted. A function takes its snapshot when it is called, when the caller has
+-- locked the list, so that it sees all previous deletions.
+create function was_deleted(owner uuid, task uuid) returns boolean language plpgsql volatile as $$
+begin
+    return exists (select from deleted_tasks where user_id = owner and id = task);
+end
+$$;
 
 create function delete_tombstones() returns trigger language plpgsql as $$
 begin

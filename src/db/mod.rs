@@ -20,6 +20,7 @@ mod lease;
 mod list_watch;
 pub(crate) mod lists;
 mod migrations;
+pub(crate) mod new_tasks;
 mod pool;
 pub(crate) mod purge;
 mod retry;

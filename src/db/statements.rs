@@ -37,6 +37,7 @@ statements! {
     TasksCount = "tasks/count.sql",
     TasksCreate = "tasks/create.sql",
     TasksCreateIdempotent = "tasks/create_idempotent.sql",
+    TasksCreateWithId = "tasks/create_with_id.sql",
     TasksDelete = "tasks/delete.sql",
     TasksDeleteCompleted = "tasks/delete_completed.sql",
     TasksGetBatch = "tasks/get_batch.sql",

@@ -4,7 +4,6 @@ use std::cmp::Reverse;
 
 use jiff::Timestamp;
 use tokio_postgres::Row;
-use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 use super::batch::{BatchQuery, Batcher};
@@ -12,7 +11,7 @@ use super::lease::{Lease, Params};
 use super::retry::Repeat;
 use super::statements::Sql;
 use super::{Deadline, Queries, Result};
-use crate::domain::{Completion, Description, NewTask, Rfc3339, Task, TaskChange, Title};
+use crate::domain::{Completion, Description, Rfc3339, Task, TaskChange, Title};
 
 /// The longest page whose query is batched.
 pub(crate) const MAX_BATCHED_LIMIT: i64 = 100;
@@ -60,81 +59,6 @@ impl<T> Conditional<T> {
             Some((None, row)) if row.get("version_mismatch") => Self::VersionMismatch,
             _ => Self::NotFound,
         }
-    }
-}
-
-/// The result of creating a task.
-pub(crate) enum CreateOutcome {
-    /// The new task, or the task that an earlier request with the same key created.
-    Task(Task),
-    /// An earlier request used the same key for a task with different values.
-    KeyReused,
-    /// The user has the maximum number of tasks.
-    QuotaExceeded,
-    /// The account has been deleted.
-    NoSuchUser,
-}
-
-/// Creates a task. With an `Idempotency-Key`, creates it at most once.
-pub(crate) async fn create(
-    db: Queries<'_>,
-    user_id: Uuid,
-    new: NewTask,
-    key: Option<&str>,
-    max_tasks: i32,
-) -> Result<CreateOutcome> {
-    let (id, created_at) = NewTask::new_id();
-    let title = new.title.as_str();
-    let description = new.description.as_ref().map(Description::as_str);
-    let params: Params = &[
-        &user_id,
-        &id,
-        &title,
-        &description,
-        &new.completed,
-        &created_at.0,
-        &max_tasks,
-        &key,
-        // Trims the user's keys now and then, at a hundredth of the cost.
-        &(fastrand::u8(..100) == 0),
-    ];
-    let created = || Task {
-        id,
-        user_id,
-        title: title.to_owned(),
-        description: description.map(str::to_owned),
-        completed: new.completed,
-        created_at,
-        updated_at: created_at,
-    };
-    let (sql, params) = match key {
-        None => (Sql::TasksCreate, &params[..7]),
-        Some(_) => (Sql::TasksCreateIdempotent, params),
-    };
-    let written = db.write_tasks(Repeat::Insert, user_id, sql, params);
-    let rows = match written.await {
-        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Vec::new(),
-        // The ID is unique to this call, so the first attempt of a retried insert took effect.
-        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => {
-            return Ok(CreateOutcome::Task(created()));
-        }
-        rows => rows?,
-    };
-    let Some(row) = rows.first() else {
-        let user = db.read(Sql::UsersGet, &[&user_id]).await?;
-        return Ok(match user.is_empty() {
-            true => CreateOutcome::NoSuchUser,
-            false => CreateOutcome::QuotaExceeded,
-        });
-    };
-    if key.is_none() {
-        return Ok(CreateOutcome::Task(created()));
-    }
-    let task = task(row);
-    let values = (title, description, new.completed);
-    match (&*task.title, task.description.as_deref(), task.completed) == values {
-        true => Ok(CreateOutcome::Task(task)),
-        false => Ok(CreateOutcome::KeyReused),
     }
 }
 

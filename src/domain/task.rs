@@ -1,11 +1,11 @@
 use std::sync::LazyLock;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use parking_lot::Mutex;
 use serde::Serialize;
-use uuid::{ContextV7, Uuid};
+use uuid::{ContextV7, Uuid, Variant, Version};
 
-use super::{Rfc3339, ValidationError};
+use super::{Rfc3339, ValidationError, parse_id};
 
 /// The title of a task: 1 to 200 code points without NUL, trimmed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +104,28 @@ impl NewTask {
         let id = Uuid::new_v7(uuid::Timestamp::from_unix(&*clock, seconds, nanos));
         let now = Timestamp::from_microsecond(micros).unwrap_or(Timestamp::UNIX_EPOCH);
         (id, Rfc3339(now))
+    }
+
+    /// Parses an id that a client chose, and returns it with the time that it encodes.
+    pub(crate) fn parse_id(text: &str) -> Result<(Uuid, Rfc3339), ValidationError> {
+        const MAX_AGE: SignedDuration = SignedDuration::from_hours(90 * 24);
+        const MAX_AHEAD: SignedDuration = SignedDuration::from_mins(5);
+        let time_of = |id: &Uuid| {
+            // RFC 9562 section 5.7: the first 48 bits are milliseconds.
+            let time = Timestamp::from_millisecond((id.as_u128() >> 80) as i64).ok()?;
+            let age = Timestamp::now().duration_since(time);
+            let is_valid = id.get_version() == Some(Version::SortRand)
+                && id.get_variant() == Variant::RFC4122
+                && (-MAX_AHEAD..=MAX_AGE).contains(&age);
+            is_valid.then_some(time)
+        };
+        parse_id(text)
+            .and_then(|id| Some((id, Rfc3339(time_of(&id)?))))
+            .ok_or(ValidationError::new(
+                "invalid_value",
+                "id must be a UUID of version 7 in lower case, whose time is at most 90 days ago \
+                 and at most 5 minutes ahead",
+            ))
     }
 }
 

@@ -85,6 +85,11 @@ impl Preconditions {
         Ok(!self.if_none_match.contains(&version))
     }
 
+    /// Whether the request is to create a task, and fails if there is one (`If-None-Match: *`).
+    pub(crate) fn requires_absence(&self) -> bool {
+        matches!(self.if_none_match, TagList::Any)
+    }
+
     /// The versions that a request with another method may change. The SQL statement checks them.
     pub(crate) fn into_versions(self) -> Versions {
         use TagList::{Any, Versions as List};

@@ -175,6 +175,9 @@ pub(crate) fn problem(error: &Error, request_id: &HeaderValue) -> Response {
         headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
     match error {
+        Error::IdTaken(Some(version)) => {
+            return with_header(response, ETAG, entity_tag(*version));
+        }
         Error::MethodNotAllowed(allow) => {
             headers.insert(ALLOW, HeaderValue::from_static(allow));
         }

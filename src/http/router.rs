@@ -117,7 +117,8 @@ routes! { |context, body|
     }
     [/api/v1/{user_id}/tasks/{id}] {
         GET => tasks::get(context, require_owner(context, user_id).await?, id).await,
-        PUT | PATCH => tasks::update(context, require_owner(context, user_id).await?, id, body).await,
+        PUT => tasks::put(context, require_owner(context, user_id).await?, id, body).await,
+        PATCH => tasks::update(context, require_owner(context, user_id).await?, id, body).await,
         DELETE => tasks::delete(context, require_owner(context, user_id).await?, id).await,
     }
     [/api/v1/{user_id}/tasks/{id}/complete] {

@@ -321,6 +321,17 @@ cases! {
             given "update idempotency_keys set created_at = now() - interval '2 days'
                    where user_id = nth(7)";
     }
+    "tasks/create_with_id.sql" {
+        "a new id": "nth(7), nth(500000), 'dust', null, false, moment(500000), 100000" =>
+            rows 1, pages 3 * A_WRITE;
+        "an id that exists": "nth(7), nth(50006), 'dust', null, false, moment(500000), 100000" =>
+            rows 1, pages 3 * A_ROW;
+        // Without an index on the id, the function reads all tombstones of the user: ten pages more.
+        "an id that was deleted": "nth(7), nth(1000006), 'dust', null, false, moment(500000), 100000" =>
+            rows 1, pages 22, rows_discarded 1;
+        "too many tasks": "nth(7), nth(500000), 'dust', null, false, moment(500000), 1000" =>
+            rows 1, pages 2 * A_ROW, rows_discarded 1;
+    }
     "tasks/delete.sql" {
         // Also changes the list and writes a tombstone.
         "any version": "nth(7), nth(50006), null, true" => rows 1, pages 3 * A_WRITE;

@@ -18,6 +18,7 @@ mod startup;
 
 // The API.
 mod acceptance;
+mod client_ids;
 mod conditional_lists;
 mod cors;
 mod explain;

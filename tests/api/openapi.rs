@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use hyper::Method;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::harness::{Request, Response, Server, User};
 
@@ -556,6 +557,17 @@ async fn successes(coverage: &mut Coverage, server: &Server) {
         coverage.check_with(&client, id, 412, if_match).await;
     }
     coverage.check(&client, "deleteTask", 204).await;
+    let chosen = Uuid::now_v7().to_string();
+    let values = [("user_id", ann.id.as_str()), ("id", &chosen)];
+    let chosen = Client::new(server, &ann, &values);
+    for status in [201, 412] {
+        let body = json!({"title": "Buy milk", "description": "Two bottles, the green ones"});
+        coverage
+            .check_with(&chosen, "updateTaskWithPut", status, |request| {
+                request.header("if-none-match", "*").json(body)
+            })
+            .await;
+    }
     let delete = ann.delete(format!("{}?completed=true", ann.tasks()));
     coverage.expect("deleteCompletedTasks", delete, 200).await;
 

@@ -1,9 +1,11 @@
 //! `/api/v1/{user_id}/tasks`: the signed-in user's tasks.
 
 use hyper::StatusCode;
+use hyper::header::IF_MATCH;
 
 use crate::db::lists;
-use crate::db::tasks::{self, Conditional, CreateOutcome, Versions};
+use crate::db::new_tasks::{self, CreateOutcome};
+use crate::db::tasks::{self, Conditional, Versions};
 use crate::domain::{Completion, Description, NewTask, TaskChange, Title, parse_id};
 use crate::error::{Error, FieldError};
 use crate::http::body::Body;
@@ -79,12 +81,16 @@ pub(crate) async fn create(
     let new = parse_new_task(fields)?;
     context.app.count_write(user.id)?;
     let max_tasks = context.app.config.max_tasks_per_user;
-    let created = tasks::create(context.queries(), user.id, new, key, max_tasks).await;
+    let created = new_tasks::create(context.queries(), user.id, new, key, max_tasks).await;
     let convert_error = match key {
         Some(_) => Error::from,
         None => Error::from_non_idempotent,
     };
-    match created.map_err(convert_error)? {
+    respond_to_create(created.map_err(convert_error)?)
+}
+
+fn respond_to_create(outcome: CreateOutcome) -> Result<Response, Error> {
+    match outcome {
         CreateOutcome::Task(task) => {
             let path = format!("/api/v1/{}/tasks/{}", task.user_id, task.id);
             let response = response::task(StatusCode::CREATED, &task)?;
@@ -93,6 +99,7 @@ pub(crate) async fn create(
         CreateOutcome::KeyReused => Err(Error::IdempotencyKeyReused),
         CreateOutcome::QuotaExceeded => Err(Error::QuotaExceeded),
         CreateOutcome::NoSuchUser => Err(Error::InvalidToken(TokenRejection::NoSuchUser)),
+        CreateOutcome::IdTaken(version) => Err(Error::IdTaken(version)),
     }
 }
 
@@ -111,7 +118,35 @@ pub(crate) async fn get(
     }
 }
 
-/// `PUT` and `PATCH /api/v1/{user_id}/tasks/{id}`
+/// `PUT /api/v1/{user_id}/tasks/{id}`, which with `If-None-Match: *` creates a task
+pub(crate) async fn put(
+    context: &RequestContext<'_>,
+    user: AuthenticatedUser,
+    task: &str,
+    body: Body<'_>,
+) -> Result<Response, Error> {
+    let preconditions = Preconditions::parse(&context.head.headers);
+    if !preconditions.requires_absence() {
+        return update(context, user, task, body).await;
+    }
+    let mut fields = body.json_object().await?;
+    let id = NewTask::parse_id(task);
+    if let Err(error) = &id {
+        fields.push_error(FieldError::parameter("id", error.code, error.detail));
+    }
+    let new = parse_new_task(fields)?;
+    // `If-Match` requires that the task exists.
+    let id = id
+        .ok()
+        .filter(|_| !context.head.headers.contains_key(IF_MATCH));
+    let id = id.ok_or(Error::PreconditionFailed)?;
+    context.app.count_write(user.id)?;
+    let max_tasks = context.app.config.max_tasks_per_user;
+    let created = new_tasks::create_with_id(context.queries(), user.id, id, new, max_tasks);
+    respond_to_create(created.await?)
+}
+
+/// `PATCH /api/v1/{user_id}/tasks/{id}`
 pub(crate) async fn update(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
