@@ -241,19 +241,20 @@ impl JobQueue {
 
 /// How many jobs the networks added recently, refused ones included: counts that halve every minute.
 struct RecentJobs {
-    /// A network's count has the index of its hash. Memory is thus bounded, and a flood of new
-    /// networks raises the counts of all.
-    counts: Vec<f64>,
-    updated: Vec<Option<Instant>>,
+    /// Each count, and when it was updated, in seconds since `start`. The hash of a network is its
+    /// index: memory is bounded, and a flood of new networks raises the counts of all.
+    counts: Vec<(f64, f64)>,
     hasher: RandomState,
+    start: Instant,
 }
 
 impl Default for RecentJobs {
     fn default() -> Self {
         Self {
-            counts: vec![0.0; COUNTS],
-            updated: vec![None; COUNTS],
+            // The operating system provides the memory when it is first used.
+            counts: vec![(0.0, 0.0); COUNTS],
             hasher: RandomState::new(),
+            start: Instant::now(),
         }
     }
 }
@@ -263,10 +264,10 @@ impl RecentJobs {
     /// after a minute.
     fn count(&mut self, network: IpAddr, now: Instant) -> u32 {
         let index = self.hasher.hash_one(network) as usize % COUNTS;
-        let updated = self.updated[index].replace(now).unwrap_or(now);
-        let age = now.duration_since(updated).div_duration_f64(HALF_LIFE);
-        let before = self.counts[index] * (-age).exp2();
-        self.counts[index] = before + 1.0;
+        let (count, updated) = &mut self.counts[index];
+        let seconds = now.duration_since(self.start).as_secs_f64();
+        let before = *count * (-(seconds - *updated) / HALF_LIFE.as_secs_f64()).exp2();
+        (*count, *updated) = (before + 1.0, seconds);
         before.round() as u32
     }
 }
