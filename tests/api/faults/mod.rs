@@ -16,6 +16,7 @@ mod overload;
 mod pool;
 mod postgres;
 mod proxy;
+mod replicas;
 mod service;
 mod writes;
 
