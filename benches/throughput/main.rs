@@ -227,6 +227,10 @@ impl Bench {
         self.database.sql(&[
             &insert_users(&hash),
             &insert_tasks(0, TASKS),
+            &format!(
+                "update task_lists set revision = 1, tasks = {}",
+                TASKS / USERS
+            ),
             "vacuum analyze",
         ])?;
         Ok(())

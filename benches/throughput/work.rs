@@ -1,6 +1,6 @@
 //! The kinds of work, as requests for the service and as scripts for pgbench.
 
-use std::{fs, io::Write, path::Path};
+use std::io::Write;
 
 use serde_json::json;
 
@@ -93,67 +93,39 @@ impl Work {
         }
     }
 
-    /// Returns the script for pgbench, which uses the service's own statement unless that is a batch.
+    /// Returns the script for pgbench: the plain statement on one row, or for a list on its rows. It sets
+    /// `revision`, or names `task_lists`, so that the triggers for earlier releases do not fire.
     pub(crate) fn script(self, delete_range: u64, share: u64) -> Result<String> {
         let task = format!("\\set n {OFFSET} + random(0, {})\n", TASKS - 1);
         let owner = format!("\\set u {OFFSET} + :n % {USERS}\n");
         // Ids are built from text because pgbench's variables have at most 64 bits.
         let (user, id) = (sql_id(":u"), sql_id(":n"));
+        let columns = "id, user_id, title, description, completed, created_at, updated_at";
+        let one = format!("where user_id = {user} and id = {id}");
+        let update = |change: &str| {
+            let times = "updated_at = clock_timestamp(), revision = revision + 1";
+            format!("update tasks set {change}, {times} {one} returning {columns};\n")
+        };
         Ok(match self {
-            // The service batches reads; a single client reads one task.
-            Work::Read => {
-                let columns = "id, user_id, title, description, completed, created_at, updated_at";
-                let one = format!("from tasks where user_id = {user} and id = {id};\n");
-                format!("{task}{owner}select {columns} {one}")
-            }
-            Work::List => {
-                task + &owner
-                    + &statement(
-                        "list_newest",
-                        &[&user, "null", "null", "null", "20", "1048577"],
-                    )?
-            }
-            Work::Create => {
-                let title = "'Water the plants'";
-                let values = [
-                    &user,
-                    &id,
-                    title,
-                    "'All but the cactus'",
-                    "false",
-                    "clock_timestamp()",
-                ];
-                // A range of ids for each client, so that no id is used twice.
-                format!("\\set n {OFFSET} + random(100000000000000, 899999999999999)\n")
-                    + &owner
-                    + &statement("create", &values)?
-            }
+            Work::Read => format!("{task}{owner}select {columns} from tasks {one};\n"),
+            Work::List => format!(
+                "{task}{owner}select {columns} from tasks where user_id = {user} order by id desc limit 20;\n"
+            ),
+            // A range of ids for each client, so that no id is used twice.
+            Work::Create => format!(
+                "\\set n {OFFSET} + random(100000000000000, 899999999999999)\n{owner}\
+                 insert into tasks ({columns}, revision) values ({id}, {user}, 'Water the plants', \
+                 'All but the cactus', false, clock_timestamp(), clock_timestamp(), 1);\n"
+            ),
             Work::Update => {
-                let values = [
-                    &user,
-                    &id,
-                    "'Changed ' || :t",
-                    "false",
-                    "null",
-                    "false",
-                    "null",
-                    "null",
-                    "true",
-                ];
-                task + &owner + "\\set t random(0, 999999)\n" + &statement("update", &values)?
+                let change = update("title = 'Changed ' || :t");
+                format!("{task}{owner}\\set t random(0, 999999)\n{change}")
             }
-            Work::Toggle => {
-                let values = [
-                    &user, &id, "null", "false", "null", "true", "null", "null", "true",
-                ];
-                task + &owner + &statement("update", &values)?
-            }
-            Work::Delete => {
-                format!(
-                    "\\set i :i + 1\n\\set n {OFFSET} + {delete_range} + :client_id * {share} + :i\n"
-                ) + &owner
-                    + &statement("delete", &[&user, &id, "null", "true"])?
-            }
+            Work::Toggle => task + &owner + &update("completed = not completed"),
+            Work::Delete => format!(
+                "\\set i :i + 1\n\\set n {OFFSET} + {delete_range} + :client_id * {share} + :i\n{owner}\
+                 delete /* task_lists */ from tasks {one};\n"
+            ),
             Work::Mix => return Err("the mix is several scripts".into()),
         })
     }
@@ -178,28 +150,6 @@ pub(crate) fn sql_id(n: &str) -> String {
 /// list of 20 reads 20 pages.
 pub(crate) fn owner(task: u64) -> usize {
     (task % USERS) as usize
-}
-
-/// Returns one of the service's statements on tasks with its parameters replaced.
-pub(crate) fn statement(name: &str, values: &[&str]) -> Result<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("sql/tasks/{name}.sql"));
-    let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let mut sql: String = text
-        .lines()
-        .filter(|line| !line.starts_with("--"))
-        .map(|line| line.to_owned() + "\n")
-        .collect();
-    for (index, value) in values.iter().enumerate().rev() {
-        sql = sql.replace(&format!("${}", index + 1), value);
-    }
-    if sql.contains('$') {
-        return Err(format!(
-            "{} has more parameters than the benchmark sets",
-            path.display()
-        )
-        .into());
-    }
-    Ok(sql.trim_end().to_owned() + ";\n")
 }
 
 pub(crate) struct BenchUser {
@@ -317,9 +267,9 @@ pub(crate) fn insert(user: &str, first: u64, count: u64) -> String {
         sql_id(&format!("({OFFSET} + n)")),
     );
     format!(
-        "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
+        "insert into tasks (user_id, id, title, description, completed, created_at, updated_at, revision)
          select {user}, {id}, {title}, 'Something that is to be done before long',
-                n % 3 = 0, now(), now()
+                n % 3 = 0, now(), now(), 1
          from generate_series({first}::bigint, {}) n",
         first + count - 1
     )
