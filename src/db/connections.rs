@@ -32,8 +32,6 @@ const MAX_SEARCHES_PER_USER: usize = 2;
 /// the user's list, so with more they would only wait for each other. At least two, so that the
 /// next one is at the server when the lock is released.
 const WRITES_PER_USER_DIVISOR: u32 = 4;
-/// How many writes of tasks one user may have, including those that wait for the others.
-const MAX_PENDING_WRITES_PER_USER: usize = 64;
 
 pub(super) struct Connections {
     pub(super) health: Arc<Health>,
@@ -113,10 +111,7 @@ impl Connections {
         user_id: Uuid,
         deadline: Deadline,
     ) -> Result<KeyedPermit<Uuid>> {
-        let pending = MAX_PENDING_WRITES_PER_USER;
-        let permit = self
-            .writes_per_user
-            .acquire_within(user_id, pending, deadline);
-        permit.await
+        let deadline = deadline.min(Deadline::after(QUEUE_TARGET));
+        self.writes_per_user.acquire(user_id, deadline).await
     }
 }

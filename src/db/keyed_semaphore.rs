@@ -43,26 +43,6 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         Ok(keyed)
     }
 
-    /// Like `acquire`, but fails at once if `limit` requests already hold or wait for a permit of this
-    /// key.
-    pub(crate) async fn acquire_within(
-        &self,
-        key: K,
-        limit: usize,
-        deadline: Deadline,
-    ) -> Result<KeyedPermit<K>> {
-        let in_use = self
-            .semaphores
-            .lock()
-            .get(&key)
-            .map_or(0, Arc::strong_count);
-        // The map has a reference as well.
-        match in_use <= limit {
-            true => self.acquire(key, deadline).await,
-            false => Err(DbError::Overloaded),
-        }
-    }
-
     /// Returns a permit if one is available.
     pub(crate) fn try_acquire(&self, key: K) -> Option<KeyedPermit<K>> {
         let (semaphore, mut keyed) = self.request(key);
