@@ -54,6 +54,9 @@ impl FieldError {
     }
 }
 
+/// The result of a part of a request.
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
 /// An error that ends a request.
 #[derive(Debug)]
 pub(crate) enum Error {

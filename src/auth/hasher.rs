@@ -13,7 +13,7 @@ use tokio::time::timeout_at;
 
 use crate::auth::password::{check_length, check_strength, normalize};
 use crate::db::Deadline;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::telemetry::logging::catch_panic;
 use crate::telemetry::metrics::{GaugeGuard, Metrics};
 
@@ -76,7 +76,7 @@ impl PasswordHasher {
         pointer: &'static str,
         network: IpAddr,
         deadline: Deadline,
-    ) -> Result<String, Error> {
+    ) -> Result<String> {
         let (cost, email) = (self.cost, email.to_owned());
         self.run(network, deadline, move || {
             check_strength(&password, &email, pointer)
@@ -94,7 +94,7 @@ impl PasswordHasher {
         hash: Option<&str>,
         network: IpAddr,
         deadline: Deadline,
-    ) -> Result<Verification, Error> {
+    ) -> Result<Verification> {
         let cost = self.cost;
         let password = normalize(password);
         let (password, hash) = match hash {
@@ -111,8 +111,8 @@ impl PasswordHasher {
         &self,
         network: IpAddr,
         deadline: Deadline,
-        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-    ) -> Result<T, Error> {
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let started = Instant::now();
         let (sender, receiver) = oneshot::channel();
         let caller = Arc::new(self.metrics.hash_queued());
@@ -143,7 +143,7 @@ struct Pool {
 }
 
 impl Pool {
-    fn add(&self, job: Job) -> Result<(), Error> {
+    fn add(&self, job: Job) -> Result<()> {
         self.queue.lock().add(job, Instant::now())?;
         self.job_added.notify_one();
         Ok(())
@@ -197,7 +197,7 @@ impl JobQueue {
 
     /// Adds a job. If the queue is full, the job takes the place of the job of another network that
     /// is due last, if that is due after it.
-    fn add(&mut self, job: Job, now: Instant) -> Result<(), Error> {
+    fn add(&mut self, job: Job, now: Instant) -> Result<()> {
         let due = now + DELAY_PER_JOB * self.recent.count(job.network, now);
         self.remove_abandoned();
         if self.waiting.len() >= self.capacity {
@@ -281,7 +281,7 @@ pub(crate) fn hash_new_password(password: &str, email: &str, cost: u32) -> Resul
     bcrypt::hash(&password, cost).map_err(|error| error.to_string())
 }
 
-fn verify_blocking(password: &str, hash: &str, cost: u32) -> Result<Verification, Error> {
+fn verify_blocking(password: &str, hash: &str, cost: u32) -> Result<Verification> {
     let matches = bcrypt_verify(password, hash)?;
     let stored_cost = cost_of(hash).unwrap_or(cost);
     if !matches {
@@ -302,12 +302,12 @@ fn dummy_hash(cost: u32) -> String {
     format!("$2b${cost:02}$abcdefghijklmnopqrstuuAbCdEfGhIjKlMnOpQrStUvWxYz01232")
 }
 
-fn bcrypt_verify(password: &str, hash: &str) -> Result<bool, Error> {
+fn bcrypt_verify(password: &str, hash: &str) -> Result<bool> {
     bcrypt::verify(password, hash)
         .map_err(|error| Error::Internal(format!("cannot verify a password: {error}")))
 }
 
-fn bcrypt_hash(password: &str, cost: u32) -> Result<String, Error> {
+fn bcrypt_hash(password: &str, cost: u32) -> Result<String> {
     bcrypt::hash(password, cost)
         .map_err(|error| Error::Internal(format!("cannot hash a password: {error}")))
 }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::auth::rate_limiter::RateLimiter;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::telemetry::labels::LoginFailure;
 
 /// The maximum number of concurrent login attempts on one account from one network. Prevents them
@@ -23,7 +23,7 @@ impl IpRateLimiter {
     }
 
     /// Counts a request. Fails if it exceeds the limit.
-    pub(crate) fn check(&self, client: IpAddr) -> Result<(), Error> {
+    pub(crate) fn check(&self, client: IpAddr) -> Result<()> {
         let network = match self.0.is_full() {
             true => prefix(client, 16, 32),
             false => client_network(client),

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::db::sessions::{self, Cursor, Revocation};
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline, Queries};
 use crate::domain::MAX_ACCESS_TTL;
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// A revocation takes effect on every instance within this time.
 const MAX_AGE: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ impl Revocations {
         db: Queries<'_>,
         session: Uuid,
         epoch: i32,
-    ) -> Result<bool, Error> {
+    ) -> Result<bool> {
         let now = Instant::now();
         if self.contains(session, epoch) {
             return Ok(true);
@@ -77,7 +77,7 @@ impl Revocations {
     }
 
     /// Reads what was revoked since the last refresh, unless another task has just done so.
-    async fn refresh(&self, db: Queries<'_>, now: Instant, max_age: Duration) -> Result<(), Error> {
+    async fn refresh(&self, db: Queries<'_>, now: Instant, max_age: Duration) -> Result<()> {
         let mut cursor = timeout_at(db.deadline().at(), self.cursor.lock())
             .await
             .map_err(|_| Error::DatabaseUnavailable("timed out refreshing revocations".into()))?;

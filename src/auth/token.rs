@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use crate::domain::{self, MAX_ACCESS_TTL, User};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::telemetry::labels::TokenRejection;
 
 /// Longer tokens are rejected without being parsed. The service's own tokens have about 400 bytes.
@@ -82,7 +82,7 @@ impl TokenIssuer {
         secret: &SecretString,
         previous: Option<&SecretString>,
         access_ttl: Duration,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self> {
         let secrets: Vec<&[u8]> = std::iter::once(secret)
             .chain(previous)
             .map(|secret| secret.expose_secret().as_bytes())
@@ -110,7 +110,7 @@ impl TokenIssuer {
     }
 
     /// Issues an access token for a session.
-    pub(crate) fn issue_access(&self, user: &User, sid: Uuid, epoch: i32) -> Result<String, Error> {
+    pub(crate) fn issue_access(&self, user: &User, sid: Uuid, epoch: i32) -> Result<String> {
         let iat = get_current_timestamp();
         self.access.sign(&AccessClaims {
             user_id: user.id,
@@ -124,7 +124,7 @@ impl TokenIssuer {
     }
 
     /// Issues the refresh token of this generation. The token is always the same for a generation.
-    pub(crate) fn issue_refresh(&self, sid: Uuid, generation: i32) -> Result<String, Error> {
+    pub(crate) fn issue_refresh(&self, sid: Uuid, generation: i32) -> Result<String> {
         self.refresh.sign(&RefreshClaims { sid, generation })
     }
 
@@ -183,7 +183,7 @@ impl KeyRing {
         }
     }
 
-    fn sign<T: Serialize>(&self, claims: &T) -> Result<String, Error> {
+    fn sign<T: Serialize>(&self, claims: &T) -> Result<String> {
         encode(&self.header, claims, &self.signing).map_err(internal)
     }
 
@@ -222,7 +222,7 @@ fn rejection_reason(kind: &ErrorKind) -> TokenRejection {
 }
 
 /// Derives the key that is used only for this purpose.
-pub(super) fn derive_key(secret: &[u8], purpose: &str) -> Result<String, Error> {
+pub(super) fn derive_key(secret: &[u8], purpose: &str) -> Result<String> {
     let secret = EncodingKey::from_secret(secret);
     crypto::sign(purpose.as_bytes(), &secret, Algorithm::HS256).map_err(internal)
 }

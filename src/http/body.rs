@@ -10,7 +10,7 @@ use hyper::http::request::Parts;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::error::{Error, UnsupportedBody};
+use crate::error::{Error, Result, UnsupportedBody};
 use crate::http::context::RequestContext;
 use crate::http::cors::Cors;
 use crate::http::json_fields::JsonFields;
@@ -37,19 +37,19 @@ pub(crate) struct Body<'a> {
 
 impl Body<'_> {
     /// Reads a required JSON object.
-    pub(crate) async fn json_object(self) -> Result<JsonFields, Error> {
+    pub(crate) async fn json_object(self) -> Result<JsonFields> {
         let value = self.read_json().await?;
         let missing = || Error::MalformedJson("a JSON body is required".into());
         value.map(JsonFields::new).ok_or_else(missing)
     }
 
     /// Reads a JSON object. No body is the same as an empty object.
-    pub(crate) async fn optional_json_object(self) -> Result<JsonFields, Error> {
+    pub(crate) async fn optional_json_object(self) -> Result<JsonFields> {
         let value = self.read_json().await?;
         Ok(JsonFields::new(value.unwrap_or_else(|| json!({}))))
     }
 
-    async fn read_json(self) -> Result<Option<Value>, Error> {
+    async fn read_json(self) -> Result<Option<Value>> {
         let Body { context, unread } = self;
         let Some(incoming) = unread.as_mut().filter(|body| !body.is_end_stream()) else {
             return Ok(None);
@@ -81,7 +81,7 @@ impl Body<'_> {
 }
 
 /// Rejects a body that is compressed or that is declared as something other than JSON.
-fn check_media_type(head: &Parts, cors: &Cors) -> Result<(), Error> {
+fn check_media_type(head: &Parts, cors: &Cors) -> Result<()> {
     let headers = &head.headers;
     let is_patch = head.method == Method::PATCH;
     let reject = |body| Err(Error::UnsupportedMediaType { body, is_patch });

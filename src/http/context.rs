@@ -16,7 +16,7 @@ use crate::auth::login_limits::client_network;
 use crate::db::sessions::NewSession;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, Queries, REQUEST_TIMEOUT};
 use crate::domain::Email;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::client_ip::client_ip;
 use crate::http::query::Query;
 use crate::http::state::AppState;
@@ -131,7 +131,7 @@ impl<'a> RequestContext<'a> {
     }
 
     /// The value of `Idempotency-Key`: 1 to 255 visible ASCII characters.
-    pub(crate) fn idempotency_key(&self) -> Result<Option<&str>, Error> {
+    pub(crate) fn idempotency_key(&self) -> Result<Option<&str>> {
         let invalid = Error::MalformedRequest(
             "Idempotency-Key must be a single value of 1 to 255 visible ASCII characters",
         );
@@ -214,7 +214,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 /// Checks the `Host` header, which hyper does not do: HTTP/1.1 requires exactly one, and it must be
 /// well-formed (RFC 9112 section 3.2).
-pub(crate) fn check_host(head: &Parts) -> Result<(), Error> {
+pub(crate) fn check_host(head: &Parts) -> Result<()> {
     let error = match single_value(&head.headers, &HOST) {
         Ok(Some(host)) if host.is_empty() || is_authority(host) => return Ok(()),
         Ok(None) if head.version == Version::HTTP_10 => return Ok(()),

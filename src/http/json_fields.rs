@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::domain::ValidationError;
-use crate::error::{Error, FieldError};
+use crate::error::{Error, FieldError, Result};
 
 /// The fields of a JSON object, and the errors found in them so far. Fields are named by JSON
 /// pointers, as in the errors.
@@ -89,7 +89,7 @@ impl JsonFields {
     }
 
     /// Returns the parsed values or, if there are any errors, all of them at once.
-    pub(crate) fn finish_with<T>(self, values: Option<T>) -> Result<T, Error> {
+    pub(crate) fn finish_with<T>(self, values: Option<T>) -> Result<T> {
         match values {
             Some(values) if self.errors.is_empty() => Ok(values),
             _ => Err(Error::Validation(self.errors)),

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::Deadline;
 use crate::db::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 
 /// A body that is larger than this needs a permit until it has been sent or dropped.
@@ -50,12 +50,12 @@ impl LargeResponses {
     /// Calls `read` for the body of a response to a user, with a permit if it is large. Only then
     /// does the request depend on the clients that share its network or the service. While it waits
     /// for them it holds no body, so it reads again afterwards.
-    pub(crate) async fn read<T: AsRef<[u8]>, F: Future<Output = Result<T, Error>>>(
+    pub(crate) async fn read<T: AsRef<[u8]>, F: Future<Output = Result<T>>>(
         &self,
         context: &RequestContext<'_>,
         user_id: Uuid,
         read: impl Fn() -> F,
-    ) -> Result<(T, Option<LargeResponsePermit>), Error> {
+    ) -> Result<(T, Option<LargeResponsePermit>)> {
         let of_user = self.users.acquire(user_id, context.deadline()).await?;
         let body = read().await?;
         if body.as_ref().len() <= LARGE_BODY {
@@ -81,7 +81,7 @@ impl LargeResponses {
         &self,
         context: &RequestContext<'_>,
         size: usize,
-    ) -> Result<Option<LargeResponsePermit>, Error> {
+    ) -> Result<Option<LargeResponsePermit>> {
         if size <= LARGE_BODY {
             return Ok(None);
         }
@@ -97,11 +97,7 @@ impl LargeResponses {
         })
     }
 
-    async fn acquire(
-        &self,
-        network: IpAddr,
-        deadline: Deadline,
-    ) -> Result<LargeResponsePermit, Error> {
+    async fn acquire(&self, network: IpAddr, deadline: Deadline) -> Result<LargeResponsePermit> {
         let of_network = self.networks.acquire(network, deadline).await?;
         match timeout_at(deadline.at(), self.total.clone().acquire_owned()).await {
             Ok(Ok(total)) => Ok(LargeResponsePermit {

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use crate::db::{AUTHENTICATION_TIMEOUT, Deadline};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::state::AppState;
 use crate::telemetry::labels::TokenRejection;
@@ -16,7 +16,7 @@ pub(crate) struct AuthenticatedUser {
 }
 
 /// Verifies the bearer token (FR-001, FR-002, FR-004).
-pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser, Error> {
+pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser> {
     let app = context.app;
     let token = context.bearer_token().map_err(Error::InvalidToken)?;
     let token = token.ok_or(Error::MissingToken)?;
@@ -34,7 +34,7 @@ pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<Authent
 }
 
 /// Verifies that the token of a user has not been revoked.
-pub(crate) async fn check_session(app: &AppState, user: &AuthenticatedUser) -> Result<(), Error> {
+pub(crate) async fn check_session(app: &AppState, user: &AuthenticatedUser) -> Result<()> {
     // The request's own deadline starts only when the body has been read.
     let deadline = Deadline::after(AUTHENTICATION_TIMEOUT);
     let db = app.database.with_deadline(deadline);
@@ -49,7 +49,7 @@ pub(crate) async fn check_session(app: &AppState, user: &AuthenticatedUser) -> R
 pub(crate) async fn require_owner(
     context: &RequestContext<'_>,
     user_id: &str,
-) -> Result<AuthenticatedUser, Error> {
+) -> Result<AuthenticatedUser> {
     let user = authenticate(context).await?;
     let mut buffer = Uuid::encode_buffer();
     match user.id.hyphenated().encode_lower(&mut buffer) == user_id {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use percent_encoding::percent_decode_str;
 
-use crate::error::{Error, FieldError};
+use crate::error::{Error, FieldError, Result};
 
 /// A percent-decoded query string, and the errors found in its parameters so far.
 pub(crate) struct Query<'a> {
@@ -58,7 +58,7 @@ impl<'a> Query<'a> {
     }
 
     /// Returns all recorded errors at once, if there are any.
-    pub(crate) fn finish(self) -> Result<(), Error> {
+    pub(crate) fn finish(self) -> Result<()> {
         match self.errors.is_empty() {
             true => Ok(()),
             false => Err(Error::Validation(self.errors)),

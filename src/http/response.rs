@@ -10,7 +10,7 @@ use hyper::header::{
 use serde::Serialize;
 
 use crate::domain::Task;
-use crate::error::{Error, FieldError, UnsupportedBody};
+use crate::error::{Error, FieldError, Result, UnsupportedBody};
 use crate::http::body::ACCEPT_PATCH;
 use crate::http::conditional::entity_tag;
 use crate::http::large_responses::LargeResponsePermit;
@@ -22,7 +22,7 @@ const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appli
 const TOTAL_COUNT: HeaderName = HeaderName::from_static("x-total-count");
 
 /// Responds with JSON.
-pub(crate) fn json<T: Serialize>(status: StatusCode, value: &T) -> Result<Response, Error> {
+pub(crate) fn json<T: Serialize>(status: StatusCode, value: &T) -> Result<Response> {
     let body = serde_json::to_vec(value).map_err(Error::serialize)?;
     Ok(bytes(status, "application/json", body))
 }
@@ -96,7 +96,7 @@ pub(crate) fn options(allow: &'static str) -> Response {
 }
 
 /// Responds with a task and its entity tag.
-pub(crate) fn task(status: StatusCode, task: &Task) -> Result<Response, Error> {
+pub(crate) fn task(status: StatusCode, task: &Task) -> Result<Response> {
     let response = json(status, task)?;
     Ok(with_header(response, ETAG, entity_tag(task.updated_at.0)))
 }

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use hyper::Method;
 use percent_encoding::percent_decode_str;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::cors::ALL_METHODS;
@@ -25,7 +25,7 @@ macro_rules! routes {
         pub(crate) async fn dispatch(
             $context: &RequestContext<'_>,
             $body: Body<'_>,
-        ) -> Result<Response, Error> {
+        ) -> Result<Response> {
             let head = $context.head;
             let segments: Vec<Cow<str>> = split_path(head.uri.path()).collect();
             let segments: Vec<&str> = segments.iter().map(AsRef::as_ref).collect();
@@ -126,7 +126,7 @@ routes! { |context, body|
     }
 }
 
-fn options_or_405(context: &RequestContext<'_>, allow: &'static str) -> Result<Response, Error> {
+fn options_or_405(context: &RequestContext<'_>, allow: &'static str) -> Result<Response> {
     match context.head.method {
         Method::OPTIONS => Ok(response::options(allow)),
         _ => Err(Error::MethodNotAllowed(allow)),

@@ -13,7 +13,7 @@ use hyper::body::Incoming;
 use hyper::header::{CACHE_CONTROL, CONNECTION, HeaderName, HeaderValue};
 use log::{Level, debug, error, log_enabled, warn};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::body::{Body, drain};
 use crate::http::context::{REQUEST_ID, RequestContext, check_host};
 use crate::http::response::{self, Response};
@@ -91,9 +91,7 @@ pub(crate) async fn handle(
 }
 
 /// Turns a panic into an internal error, so that it affects only this request.
-async fn catch_panic(
-    handler: impl Future<Output = Result<Response, Error>>,
-) -> Result<Response, Error> {
+async fn catch_panic(handler: impl Future<Output = Result<Response>>) -> Result<Response> {
     let mut handler = pin!(handler);
     poll_fn(|context| {
         let polled = logging::catch_panic(|| handler.as_mut().poll(context));

@@ -19,7 +19,7 @@ use crate::db::keyed_semaphore::KeyedSemaphore;
 use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
 use crate::db::users::LockoutKey;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::cors::Cors;
 use crate::http::large_responses::LargeResponses;
 use crate::telemetry::labels::RevocationReason;
@@ -102,7 +102,7 @@ impl AppState {
     }
 
     /// Counts a write of tasks. Fails if the user writes too fast.
-    pub(crate) fn count_write(&self, user_id: Uuid) -> Result<(), Error> {
+    pub(crate) fn count_write(&self, user_id: Uuid) -> Result<()> {
         let counted = self.write_limiter.check(&user_id);
         counted.map_err(|retry_after| Error::TooManyRequests { retry_after })
     }

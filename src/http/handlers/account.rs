@@ -5,7 +5,7 @@ use log::info;
 
 use crate::db::sessions::Revocation;
 use crate::db::users;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::handlers::auth::token_response;
@@ -15,10 +15,7 @@ use crate::http::response::{self, Response};
 use crate::telemetry::labels::{RevocationReason, TokenRejection};
 
 /// `GET /api/v1/auth/me`
-pub(crate) async fn me(
-    context: &RequestContext<'_>,
-    user: AuthenticatedUser,
-) -> Result<Response, Error> {
+pub(crate) async fn me(context: &RequestContext<'_>, user: AuthenticatedUser) -> Result<Response> {
     let user = users::get(context.queries(), user.id).await?;
     let user = user.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
     response::json(StatusCode::OK, &user)
@@ -29,7 +26,7 @@ pub(crate) async fn delete_me(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
     body: Body<'_>,
-) -> Result<Response, Error> {
+) -> Result<Response> {
     let app = context.app;
     app.ip_limiter.check(context.client)?;
     let mut fields = body.json_object().await?;
@@ -54,7 +51,7 @@ pub(crate) async fn change_password(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
     body: Body<'_>,
-) -> Result<Response, Error> {
+) -> Result<Response> {
     let app = context.app;
     app.ip_limiter.check(context.client)?;
     let mut fields = body.json_object().await?;

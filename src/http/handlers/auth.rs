@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::db::sessions::{self, SessionState};
 use crate::db::users;
 use crate::domain::{Email, User};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::handlers::credentials::{log_in, new_password};
@@ -26,10 +26,7 @@ struct TokenResponse<'a> {
 }
 
 /// `POST /api/v1/auth/register`
-pub(crate) async fn register(
-    context: &RequestContext<'_>,
-    body: Body<'_>,
-) -> Result<Response, Error> {
+pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
     app.ip_limiter.check(context.client)?;
     if !app.config.registration_open {
@@ -59,7 +56,7 @@ pub(crate) async fn register(
 }
 
 /// `POST /api/v1/auth/login`
-pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response, Error> {
+pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
     app.ip_limiter.check(context.client)?;
     let mut fields = body.json_object().await?;
@@ -81,10 +78,7 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
 }
 
 /// `POST /api/v1/auth/refresh`
-pub(crate) async fn refresh(
-    context: &RequestContext<'_>,
-    body: Body<'_>,
-) -> Result<Response, Error> {
+pub(crate) async fn refresh(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
     app.ip_limiter.check(context.client)?;
     let mut fields = body.json_object().await?;
@@ -109,10 +103,7 @@ pub(crate) async fn refresh(
 }
 
 /// `POST /api/v1/auth/logout`
-pub(crate) async fn logout(
-    context: &RequestContext<'_>,
-    body: Body<'_>,
-) -> Result<Response, Error> {
+pub(crate) async fn logout(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let ended = match context.bearer_token().map_err(Error::InvalidToken)? {
         Some(token) => end_by_access_token(context, token).await?,
         None => end_by_refresh_token(context, body).await?,
@@ -126,10 +117,7 @@ pub(crate) async fn logout(
 
 /// Ends the session of an access token, which may have expired. Returns the session unless it had
 /// already ended.
-async fn end_by_access_token(
-    context: &RequestContext<'_>,
-    token: &str,
-) -> Result<Option<Uuid>, Error> {
+async fn end_by_access_token(context: &RequestContext<'_>, token: &str) -> Result<Option<Uuid>> {
     let claims = context.app.tokens.verify_expired_access(token);
     let claims = claims.map_err(Error::InvalidToken)?;
     let (user_id, sid, epoch) = (claims.user_id, claims.sid, claims.epoch);
@@ -142,7 +130,7 @@ async fn end_by_access_token(
 async fn end_by_refresh_token(
     context: &RequestContext<'_>,
     body: Body<'_>,
-) -> Result<Option<Uuid>, Error> {
+) -> Result<Option<Uuid>> {
     let mut fields = body.optional_json_object().await?;
     if !fields.contains("/refresh_token") {
         return Err(Error::MissingToken);
@@ -164,7 +152,7 @@ pub(super) fn token_response(
     status: StatusCode,
     user: &User,
     session: SessionState,
-) -> Result<Response, Error> {
+) -> Result<Response> {
     let issuer = &context.app.tokens;
     let body = TokenResponse {
         access_token: issuer.issue_access(user, session.id, session.epoch)?,

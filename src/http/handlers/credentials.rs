@@ -4,7 +4,7 @@ use crate::auth::password::{check_length, normalize};
 use crate::db::sessions::{self, NewSession};
 use crate::db::users::{self, LockoutKey};
 use crate::domain::{Email, User};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::json_fields::JsonFields;
 use crate::http::middleware::AuthenticatedUser;
@@ -20,7 +20,7 @@ pub(super) async fn log_in(
     email: &Email,
     password: &str,
     session: &NewSession,
-) -> Result<User, Error> {
+) -> Result<User> {
     let app = context.app;
     let db = context.password_queries();
     let key = LockoutKey::login(email, session.network.clone());
@@ -59,7 +59,7 @@ pub(super) async fn verify_current_password(
     context: &RequestContext<'_>,
     user: &AuthenticatedUser,
     password: &str,
-) -> Result<(String, String), Error> {
+) -> Result<(String, String)> {
     let app = context.app;
     let db = context.password_queries();
     let key = LockoutKey::authenticate(user.id);
@@ -79,7 +79,7 @@ pub(super) async fn verify_current_password(
     Ok((check.email, check.hash))
 }
 
-fn check_lockout(retry_after_secs: f64) -> Result<(), Error> {
+fn check_lockout(retry_after_secs: f64) -> Result<()> {
     if retry_after_secs > 0.0 {
         return Err(Error::TooManyAttempts {
             retry_after: retry_after_secs.ceil() as u64,

@@ -4,7 +4,7 @@ use hyper::StatusCode;
 use hyper::header::{CONTENT_SECURITY_POLICY, HeaderName, HeaderValue, REFERRER_POLICY};
 use serde_json::Value;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::handlers::static_files::OPENAPI;
 use crate::http::response::{self, Response};
@@ -21,12 +21,12 @@ const HTML: &str = "text/html; charset=utf-8";
 const FRAME_OPTIONS: HeaderName = HeaderName::from_static("x-frame-options");
 
 /// `GET /healthz`: whether the process is running.
-pub(crate) fn healthz() -> Result<Response, Error> {
+pub(crate) fn healthz() -> Result<Response> {
     response::json(StatusCode::OK, &serde_json::json!({ "status": "ok" }))
 }
 
 /// `GET /readyz`: whether the service can handle requests.
-pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response, Error> {
+pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response> {
     if context.app.is_shutting_down() {
         return Err(Error::Stopping);
     }
@@ -56,7 +56,7 @@ pub(crate) fn docs(context: &RequestContext<'_>) -> Response {
 }
 
 /// `GET /problems/{code}`: what a type of problem means and what to do about it.
-pub(crate) fn problem(context: &RequestContext<'_>, code: &str) -> Result<Response, Error> {
+pub(crate) fn problem(context: &RequestContext<'_>, code: &str) -> Result<Response> {
     let problem = find_problem(code).ok_or(Error::NotFound)?;
     let html = PROBLEM
         .replace("{title}", problem.title)

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::db::tasks::Filter;
 use crate::domain::Task;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::query::Query;
 
@@ -28,7 +28,7 @@ pub(super) struct ListParams {
 }
 
 impl ListParams {
-    pub(super) fn parse(context: &RequestContext<'_>) -> Result<Self, Error> {
+    pub(super) fn parse(context: &RequestContext<'_>) -> Result<Self> {
         let parse_bool = |text: &str| text.parse().ok();
         let mut query = context.query();
         let rule = "completed must be true or false";
@@ -117,7 +117,7 @@ impl Page {
         found: &[Task],
         limit: i64,
         revision: Option<i64>,
-    ) -> Result<(), Error> {
+    ) -> Result<()> {
         self.revision = self.revision.or(revision);
         let estimate = found.len() * ESTIMATED_TASK_BYTES;
         self.json.reserve(estimate.min(MAX_PAGE_BYTES / 16));

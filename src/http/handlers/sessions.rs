@@ -2,7 +2,7 @@
 
 use crate::db::sessions::{self, ALL_EPOCHS};
 use crate::domain::parse_id;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
@@ -12,7 +12,7 @@ use crate::telemetry::labels::RevocationReason;
 pub(crate) async fn list(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
-) -> Result<Response, Error> {
+) -> Result<Response> {
     let read = || async {
         let sessions = sessions::list(context.queries(), user.id, user.session).await?;
         serde_json::to_vec(&sessions).map_err(Error::serialize)
@@ -27,7 +27,7 @@ pub(crate) async fn end(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
     session: &str,
-) -> Result<Response, Error> {
+) -> Result<Response> {
     let session = parse_id(session).ok_or(Error::SessionNotFound)?;
     if !sessions::end(context.queries(), user.id, session, ALL_EPOCHS).await? {
         return Err(Error::SessionNotFound);
@@ -41,7 +41,7 @@ pub(crate) async fn end(
 pub(crate) async fn end_others(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
-) -> Result<Response, Error> {
+) -> Result<Response> {
     let ended = sessions::end_others(context.queries(), user.id, user.session).await?;
     let reason = RevocationReason::EndedByUser;
     context.app.record_revoked(reason, &ended);

@@ -13,7 +13,7 @@ use swagger_ui_redist::SwaggerUi;
 use tokio::sync::OnceCell;
 use tokio::task::spawn_blocking;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::response::{self, Response};
 
@@ -37,7 +37,7 @@ impl StaticFile {
     }
 
     /// Compresses the file on a blocking thread, unless that has been done before.
-    async fn gzip(&self) -> Result<Bytes, Error> {
+    async fn gzip(&self) -> Result<Bytes> {
         let data = self.data;
         let compress = || async move {
             let compressed = spawn_blocking(move || {
@@ -54,7 +54,7 @@ impl StaticFile {
         self.gzip.get_or_try_init(compress).await.cloned()
     }
 
-    async fn respond(&'static self, context: &RequestContext<'_>) -> Result<Response, Error> {
+    async fn respond(&'static self, context: &RequestContext<'_>) -> Result<Response> {
         let is_text = self.content_type != PNG;
         let is_compressed = is_text && accepts_gzip(&context.head.headers);
         let mut body = match is_compressed {
@@ -81,14 +81,14 @@ impl StaticFile {
 }
 
 /// `GET /openapi.json`
-pub(crate) async fn openapi(context: &RequestContext<'_>) -> Result<Response, Error> {
+pub(crate) async fn openapi(context: &RequestContext<'_>) -> Result<Response> {
     static FILE: LazyLock<StaticFile> =
         LazyLock::new(|| StaticFile::new("application/json", OPENAPI.as_bytes()));
     FILE.respond(context).await
 }
 
 /// `GET /docs/{file}`: the files of Swagger UI, and this page's own script and style.
-pub(crate) async fn docs_file(context: &RequestContext<'_>, file: &str) -> Result<Response, Error> {
+pub(crate) async fn docs_file(context: &RequestContext<'_>, file: &str) -> Result<Response> {
     static FILES: LazyLock<HashMap<&'static str, StaticFile>> = LazyLock::new(|| {
         let own = [("init.js", INIT.as_bytes()), ("docs.css", STYLE.as_bytes())];
         let swagger_ui = SwaggerUi::static_files().iter();
