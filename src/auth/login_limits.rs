@@ -43,10 +43,9 @@ pub(crate) fn client_network(client: IpAddr) -> IpAddr {
 }
 
 fn prefix(client: IpAddr, ipv4_bits: u8, ipv6_bits: u8) -> IpAddr {
-    let bits = if client.is_ipv4() {
-        ipv4_bits
-    } else {
-        ipv6_bits
+    let bits = match client {
+        IpAddr::V4(_) => ipv4_bits,
+        IpAddr::V6(_) => ipv6_bits,
     };
     IpNet::new(client, bits).map_or(client, |network| network.trunc().addr())
 }
@@ -57,14 +56,6 @@ mod tests {
 
     use super::*;
     use crate::auth::rate_limiter::MAX_KEYS;
-
-    #[test]
-    fn an_ipv6_network_counts_as_one_client() {
-        let network = |text: &str| client_network(text.parse().unwrap());
-        assert_eq!(network("2001:db8::1"), network("2001:db8::ffff:1"));
-        assert_ne!(network("2001:db8::1"), network("2001:db8:0:1::1"));
-        assert_ne!(network("192.0.2.1"), network("192.0.2.2"));
-    }
 
     #[test]
     fn limits_the_number_of_networks() {

@@ -1,6 +1,7 @@
 //! Authentication: passwords, tokens, revoked sessions and login rate limiting.
 
 pub(crate) mod hasher;
+mod job_queue;
 pub(crate) mod list_signer;
 pub(crate) mod login_limits;
 pub(crate) mod password;

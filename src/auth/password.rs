@@ -13,6 +13,13 @@ const MAX_BYTES: usize = 72;
 /// length, half a second for 72. What follows makes a password only stronger.
 const MAX_ESTIMATED: usize = 32;
 
+/// A new password of valid length, and the JSON pointer at which the client sent it.
+#[derive(Clone)]
+pub(crate) struct NewPassword {
+    pub(crate) text: String,
+    pub(crate) pointer: &'static str,
+}
+
 /// Normalizes a password to NFC (RFC 8265, section 4.2.2), because keyboards differ in how they
 /// compose accented letters.
 pub(crate) fn normalize(password: &str) -> String {
@@ -74,16 +81,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requires_8_characters_and_at_most_72_bytes() {
-        let accepts = |password: &str| check_length(password, "").is_ok();
-        assert!(!accepts("1234567"));
-        assert!(accepts("éééééééé"));
-        assert!(accepts(&"é".repeat(36)));
-        assert!(!accepts(&format!("{}x", "é".repeat(36))));
-        assert!(!accepts("nul\0 inside"));
-    }
-
-    #[test]
     fn characters_that_may_stand_for_letters_take_little_time() {
         let password = "4@8({[<369!1|70$5+2%".repeat(4)[..72].to_owned();
         let fastest = |estimate: &dyn Fn()| {
@@ -97,20 +94,5 @@ mod tests {
         let whole = fastest(&|| drop(zxcvbn::zxcvbn(&password, &[])));
         let bounded = fastest(&|| drop(check_strength(&password, "ann@example.com", "")));
         assert!(bounded * 2 < whole, "{bounded:?} of {whole:?}");
-    }
-
-    #[test]
-    fn rejects_passwords_that_are_easy_to_guess() {
-        let is_strong = |password: &str, email: &str| check_strength(password, email, "").is_ok();
-        assert!(!is_strong("ann.smith@example.com", "ann.smith@example.com"));
-        assert!(!is_strong("password", "ann@example.com"));
-        assert!(is_strong("correct horse battery staple", "ann@example.com"));
-        let long = "a.rather.long.address.of.ann.smith@example.com";
-        assert!(!is_strong(long, long));
-        assert!(!is_strong(&"password".repeat(9), "ann@example.com"));
-        assert!(is_strong(
-            "correct horse battery staple ".repeat(2).trim(),
-            "ann@example.com"
-        ));
     }
 }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::auth::hasher::HashClient;
 use crate::auth::login_limits::client_network;
 use crate::db::sessions::NewSession;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, Queries, REQUEST_TIMEOUT};
@@ -85,11 +86,6 @@ impl<'a> RequestContext<'a> {
         self.deadline_after(REQUEST_TIMEOUT)
     }
 
-    /// The deadline of a request that hashes passwords. It includes the hash queue.
-    pub(crate) fn password_deadline(&self) -> Deadline {
-        self.deadline_after(PASSWORD_REQUEST_TIMEOUT)
-    }
-
     /// The database, limited by this request's deadline.
     pub(crate) fn queries(&self) -> Queries<'a> {
         self.app.database.with_deadline(self.deadline())
@@ -97,7 +93,16 @@ impl<'a> RequestContext<'a> {
 
     /// The database, limited by the deadline of a request that hashes passwords.
     pub(crate) fn password_queries(&self) -> Queries<'a> {
-        self.app.database.with_deadline(self.password_deadline())
+        let deadline = self.hash_client().deadline;
+        self.app.database.with_deadline(deadline)
+    }
+
+    /// The client, for the hash queue. The deadline includes the time in the queue.
+    pub(crate) fn hash_client(&self) -> HashClient {
+        HashClient {
+            network: self.network(),
+            deadline: self.deadline_after(PASSWORD_REQUEST_TIMEOUT),
+        }
     }
 
     fn deadline_after(&self, timeout: Duration) -> Deadline {
@@ -234,24 +239,4 @@ fn is_authority(host: &HeaderValue) -> bool {
     let port = authority.as_str().strip_prefix(name);
     let port = port.map(|rest| rest.strip_prefix(':').unwrap_or(rest));
     !name.is_empty() && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #![proptest_config(crate::proptest_config())]
-
-        #[test]
-        fn a_request_id_is_always_well_formed(value in any::<String>()) {
-            let value = HeaderValue::from_str(&value).ok();
-            let headers = value.map(|value| (REQUEST_ID, value)).into_iter().collect();
-            let id = request_id(&headers);
-            prop_assert!((1..=128).contains(&id.len()));
-            prop_assert!(id.as_bytes().iter().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(byte)));
-        }
-    }
 }

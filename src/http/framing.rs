@@ -197,62 +197,10 @@ mod tests {
 
     use super::*;
 
-    fn framer() -> (RequestFramer, Arc<ConnectionState>) {
-        let connection = Arc::<ConnectionState>::default();
-        (RequestFramer::new(connection.clone()), connection)
-    }
-
-    #[test]
-    fn finds_the_end_of_a_head_and_malformed_lines() {
-        for (text, end, malformed) in [
-            ("GET / HTTP/1.1\r\nHost: a\r\n\r\nrest", Some(27), false),
-            ("\r\nGET / HTTP/1.1\r\n\r\n", Some(20), false),
-            ("GET / HTTP/1.1\r\nHost: a\r\n", None, false),
-            ("GET / HTTP/1.1\nHost: a\r\n\r\n", Some(26), true),
-            ("GET / HTTP/1.1\r\nHost: a\n\n", Some(25), true),
-            ("GET / HTTP/1.1\r\nA: b\rc\r\n\r\n", Some(26), true),
-            (
-                "P /\r\nContent-Length: 1\r\ncontent-length: 1\r\n\r\n",
-                Some(45),
-                true,
-            ),
-            (
-                "P /\r\nContent-Length: 1\r\nX-Content-Length: 1\r\n\r\n",
-                Some(47),
-                false,
-            ),
-        ] {
-            let mut scanner = HeadScanner::default();
-            assert_eq!(scanner.feed(text.as_bytes()), end, "{text:?}");
-            assert_eq!(scanner.malformed, malformed, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn skips_a_body_by_its_length() {
-        let (mut framer, connection) = framer();
-        let stream = b"P / HTTP/1.1\r\n\r\na\nb\nGET / HTTP/1.1\r\n\r\n";
-        assert_eq!(framer.advance(stream), 16);
-        connection.set_body_length(Some(4));
-        assert_eq!(framer.advance(&stream[16..]), 22);
-        assert!(!connection.take_malformed());
-    }
-
-    #[test]
-    fn finds_the_end_of_a_chunked_body() {
-        let (mut framer, connection) = framer();
-        let head = b"P / HTTP/1.1\r\n\r\n";
-        let body = b"a;b=c\r\n0123456789\r\n3\r\na\nb\r\n0\r\nT: 1\r\n\r\n";
-        assert_eq!(framer.advance(head), 16);
-        connection.set_body_length(None);
-        let stream = [&body[..], b"GET / HTTP/1.1\n\r\n"].concat();
-        assert_eq!(framer.advance(&stream), stream.len());
-        assert!(connection.take_malformed());
-    }
-
     /// Feeds `stream` in pieces. Returns where each head ends and whether it is malformed.
     fn heads(stream: &[u8], pieces: &[usize], body_length: Option<u64>) -> Vec<(usize, bool)> {
-        let (mut framer, connection) = framer();
+        let connection = Arc::<ConnectionState>::default();
+        let mut framer = RequestFramer::new(connection.clone());
         connection.set_body_length(body_length);
         let mut heads = Vec::new();
         let (mut at, mut pieces) = (0, pieces.iter().cycle());

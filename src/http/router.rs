@@ -172,18 +172,4 @@ mod tests {
         type Routes<'a> = BTreeMap<&'a str, BTreeSet<String>>;
         assert_eq!(routed.collect::<Routes>(), documented.collect::<Routes>());
     }
-
-    #[test]
-    fn splits_a_path_before_decoding_its_segments() {
-        for (path, segments) in [
-            ("/", vec![]),
-            ("/healthz/", vec!["healthz"]),
-            ("/api/v1/%61uth/me", vec!["api", "v1", "auth", "me"]),
-            ("/a%2Fb/c", vec!["a/b", "c"]),
-            ("/%ff", vec!["%ff"]),
-            ("//a//", vec!["", "a", ""]),
-        ] {
-            assert_eq!(split_path(path).collect::<Vec<_>>(), segments, "{path}");
-        }
-    }
 }

@@ -249,23 +249,3 @@ impl DeadlineTimer {
         false
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::AsyncWriteExt;
-
-    use super::*;
-
-    impl ClientSocket for tokio::io::Empty {}
-
-    #[tokio::test]
-    async fn an_idle_connection_outlasts_the_idle_timeout_of_proxies() {
-        let connection = Arc::<ConnectionState>::default();
-        let mut stream = TimeoutStream::new(tokio::io::empty(), connection.clone());
-        connection.on_response();
-        stream.flush().await.unwrap();
-        const CADDY: Duration = Duration::from_secs(120);
-        assert!(stream.read_deadline > Instant::now() + CADDY + Duration::from_secs(10));
-        assert!(connection.is_idle());
-    }
-}

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use flate2::read::GzDecoder;
 use hyper::Method;
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use crate::harness::{Server, User, Wire, WireResponse, head};
 
@@ -729,7 +730,17 @@ async fn closes_connections_of_stalled_and_slow_clients() {
             (408, &json!("request_timeout"))
         );
     };
+    // A connection may be idle for longer than a head may take.
+    let idle = async {
+        let mut wire = Wire::open(server).await;
+        for _ in 0..2 {
+            wire.send(head("GET", "/healthz", None, "")).await;
+            assert_eq!(wire.response().await.status, 200);
+            sleep(Duration::from_secs(12)).await;
+        }
+    };
     tokio::join!(
+        idle,
         silent,
         half_a_head,
         endless_head,

@@ -51,15 +51,19 @@ async fn serves_a_request_behind_a_well_formed_one() {
     let server = Server::start().await;
     let ann = server.user().await;
     for (framing, body) in [
-        ("Content-Length: 13\r\n", PLAIN),
-        ("Transfer-Encoding: chunked\r\n", CHUNKED),
+        ("Content-Length: 13\r\nX-Content-Length: 13\r\n", PLAIN),
+        ("Content-Length: 17\r\n", "\n{\n\"title\":\n\"a\"}\n\r\n"),
+        (
+            "Transfer-Encoding: chunked\r\n",
+            "d;x=y\r\n{\"title\":\"a\"}\r\n0\r\nX: y\r\n\r\n",
+        ),
     ] {
         let mut wire = Wire::open(&server).await;
         wire.send(attack(&ann, framing, body)).await;
         assert_eq!(wire.response().await.status, 201);
         assert_eq!(wire.response().await.status, 201);
     }
-    assert_eq!(count_smuggled(&server.sql().await).await, 2);
+    assert_eq!(count_smuggled(&server.sql().await).await, 3);
 }
 
 #[tokio::test]

@@ -64,13 +64,7 @@ pub(crate) async fn change_password(
         let (email, verified) = verify_current_password(context, &user, &current).await?;
         let hash = app
             .passwords
-            .hash(
-                new.clone(),
-                &email,
-                "/new_password",
-                context.network(),
-                db.deadline(),
-            )
+            .hash(new.clone(), &email, context.hash_client())
             .await?;
         let keep = Some(user.session);
         let change = users::change_password(db, user.id, &verified, &hash, keep, lifetimes);

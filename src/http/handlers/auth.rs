@@ -38,16 +38,9 @@ pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Re
     let password = new_password(&mut fields, "/password");
     let (email, password) = fields.finish_with(email.zip(password))?;
     let db = context.password_queries();
-    let hash = app
-        .passwords
-        .hash(
-            password,
-            email.as_str(),
-            "/password",
-            context.network(),
-            db.deadline(),
-        )
-        .await?;
+    let client = context.hash_client();
+    let hash = app.passwords.hash(password, email.as_str(), client);
+    let hash = hash.await?;
     let session = context.new_session();
     let user = users::register(db, &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
@@ -65,9 +58,8 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
     let (email, password) = fields.finish_with(email.zip(password))?;
     let Ok(email) = Email::parse(&email) else {
         // No account can have this address, but the response must take as long as for others.
-        let (network, deadline) = (context.network(), context.password_deadline());
-        let verification = app.passwords.verify(&password, None, network, deadline);
-        verification.await?;
+        let client = context.hash_client();
+        app.passwords.verify(&password, None, client).await?;
         return Err(Error::InvalidCredentials(LoginFailure::InvalidEmail));
     };
     context.email.get_or_init(|| email.clone());

@@ -1,6 +1,6 @@
 //! Verification of e-mail addresses and passwords, with lockout.
 
-use crate::auth::password::{check_length, normalize};
+use crate::auth::password::{NewPassword, check_length, normalize};
 use crate::db::sessions::{self, NewSession};
 use crate::db::users::{self, LockoutKey};
 use crate::domain::{Email, User};
@@ -29,10 +29,8 @@ pub(super) async fn log_in(
         let record = users::for_login(db, &key).await?;
         check_lockout(record.retry_after_secs)?;
         let hash = record.account.as_ref().map(|(_, hash)| hash.as_str());
-        let verification = app
-            .passwords
-            .verify(password, hash, context.network(), db.deadline())
-            .await?;
+        let client = context.hash_client();
+        let verification = app.passwords.verify(password, hash, client).await?;
         let reason = match hash {
             Some(_) => LoginFailure::WrongPassword,
             None => LoginFailure::UnknownAccount,
@@ -66,13 +64,8 @@ pub(super) async fn verify_current_password(
     let check = users::for_password_check(db, user.id).await?;
     let check = check.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
     check_lockout(check.retry_after_secs)?;
-    let verification = app.passwords.verify(
-        password,
-        Some(&check.hash),
-        context.network(),
-        db.deadline(),
-    );
-    if !verification.await?.matches {
+    let (hash, client) = (Some(check.hash.as_str()), context.hash_client());
+    if !app.passwords.verify(password, hash, client).await?.matches {
         check_lockout(users::record_failure(db, &key).await?)?;
         return Err(Error::WrongPassword);
     }
@@ -90,10 +83,10 @@ fn check_lockout(retry_after_secs: f64) -> Result<()> {
 }
 
 /// Takes a new password of valid length. Its strength is checked when it is hashed.
-pub(super) fn new_password(fields: &mut JsonFields, pointer: &'static str) -> Option<String> {
-    let password = normalize(&fields.required_string(pointer)?);
-    match check_length(&password, pointer) {
-        Ok(()) => Some(password),
+pub(super) fn new_password(fields: &mut JsonFields, pointer: &'static str) -> Option<NewPassword> {
+    let text = normalize(&fields.required_string(pointer)?);
+    match check_length(&text, pointer) {
+        Ok(()) => Some(NewPassword { text, pointer }),
         Err(error) => {
             fields.push_error(error);
             None
