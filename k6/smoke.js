@@ -45,12 +45,23 @@ export default function () {
     'the total is two': (r) => r.headers['X-Total-Count'] === '2',
     'there is a next page': (r) => r.headers.Link.includes('rel="next"'),
   });
+  const unchanged = { token, status: 304, headers: { 'If-None-Match': page.headers.Etag } };
+  request('list unchanged', 'GET', tasks, unchanged);
+  const changes = tasks.replace('/tasks', '/changes');
+  const first = request('changes', 'GET', changes, { token });
+  check(first, { 'there are two tasks': (r) => r.json('tasks').length === 2 && !r.json('more') });
   const found = request('search', 'GET', `${tasks}?q=OAT&completed=true`, { token });
   check(found, { 'the search finds the task': (r) => r.json('0.title') === 'Buy oat milk' });
   const cleared = request('clear completed', 'DELETE', `${tasks}?completed=true`, { token });
   check(cleared, { 'one completed task was deleted': (r) => r.json('deleted') === 1 });
   request('read a deleted task', 'GET', path, { token, status: 404 });
   request('delete', 'DELETE', peas.headers.Location, { token, status: 204 });
+  const rest = request('changes since', 'GET', `${changes}?since=${first.json('cursor')}`, { token });
+  check(rest, { 'two tasks were deleted': (r) => r.json('tasks').length === 0 && r.json('deleted').length === 2 });
+  const id = `${Date.now().toString(16).padStart(12, '0').replace(/^(.{8})/, '$1-')}-7000-8000-000000000001`;
+  const create = { token, body: milk, headers: { 'If-None-Match': '*' } };
+  request('create with an own id', 'PUT', `${tasks}/${id}`, { ...create, status: 201 });
+  request('create with an own id again', 'PUT', `${tasks}/${id}`, { ...create, status: 412 });
 
   request('refused without a token', 'GET', tasks, { status: 401 });
   request('refused for another user', 'GET', '/api/v1/another-user/tasks', { token, status: 403 });

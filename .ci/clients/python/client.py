@@ -36,6 +36,8 @@ with todo_client.ApiClient(configuration) as client:
     )
     assert done.completed and done.updated_at > task.updated_at, done
     assert tasks.list_tasks(me, completed=True, limit=10) == [done]
+    changes = tasks.list_changes(me)
+    assert changes.tasks == [done] and not changes.more, changes
 
     try:
         tasks.get_task(me, "unknown")

@@ -46,6 +46,10 @@ const listed = await client.GET("/api/v1/{user_id}/tasks", {
 });
 assert.deepEqual(listed.data, [done.data]);
 
+const changes = await client.GET("/api/v1/{user_id}/changes", { params: { path: own } });
+assert.deepEqual(changes.data?.tasks, [done.data]);
+assert.equal(changes.data.more, false);
+
 const refused = await client.POST("/api/v1/{user_id}/tasks", { params: { path: own }, body: { title: " " } });
 assert.equal(refused.error?.code, "validation_failed");
 assert.equal(refused.error.errors?.[0]?.pointer, "/title");

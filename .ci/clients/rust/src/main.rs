@@ -26,7 +26,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let done = tasks_api::set_task_completion(&api, me, &task.id, None, None, None, Some(set)).await?;
     assert!(done.completed);
 
-    let listed = tasks_api::list_tasks(&api, me, Some(true), None, None, Some(10), None, None, None).await?;
+    let listed =
+        tasks_api::list_tasks(&api, me, Some(true), None, None, Some(10), None, None, None, None, None).await?;
+    let changes = tasks_api::list_changes(&api, me, None, None, None, None).await?;
+    assert_eq!((&listed, changes.more), (&changes.tasks, false));
     assert_eq!(listed, [done]);
 
     println!("rust: {} created {}", tokens.user.email, task.id);
