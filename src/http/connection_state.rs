@@ -1,27 +1,30 @@
 //! The state of one connection, shared by its socket, its service and the connection table.
 
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 
 use hyper::body::{Body as _, Incoming};
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 const CHUNKED: u64 = u64::MAX;
 
+// The phases of a connection, in order.
+/// No request has been received yet.
+const UNUSED: u8 = 0;
+/// All responses have been written.
+const WAITING: u8 = 1;
+/// A request is in progress, from the end of its head.
+const BUSY: u8 = 2;
+/// The response is ready but not yet written.
+const RESPONDED: u8 = 3;
+
 /// The state of one connection.
 #[derive(Default)]
 pub(crate) struct ConnectionState {
-    /// When the connection became idle, as returned by [`uptime`]; 0 while it is not idle.
-    idle_since: AtomicU64,
+    phase: AtomicU8,
+    idle_since: Mutex<Option<Instant>>,
     evicted: Notify,
-    /// Whether at least one request has been received.
-    used: AtomicBool,
-    /// Whether a request is in progress: from the end of its head until its response is written.
-    busy: AtomicBool,
-    /// Whether the response is ready but not yet written.
-    responded: AtomicBool,
     /// The length of the current request's body, or [`CHUNKED`].
     body_length: AtomicU64,
     malformed: AtomicBool,
@@ -30,14 +33,22 @@ pub(crate) struct ConnectionState {
 impl ConnectionState {
     /// Whether no request has been received yet.
     pub(crate) fn is_unused(&self) -> bool {
-        !self.used.load(Relaxed)
+        self.phase.load(Relaxed) == UNUSED
+    }
+
+    /// Whether a request is in progress: from the end of its head until its response is written.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.phase.load(Relaxed) >= BUSY
+    }
+
+    /// Records that a complete request head has arrived.
+    pub(crate) fn on_head(&self) {
+        self.phase.store(BUSY, Relaxed);
     }
 
     /// Records that hyper has parsed a request. Returns the error that the framer found in its
     /// head, if any.
     pub(crate) fn on_request(&self, body: &Incoming) -> Option<&'static str> {
-        self.used.store(true, Relaxed);
-        self.responded.store(false, Relaxed);
         self.set_body_length(body.size_hint().exact());
         self.take_malformed().then_some(
             "a line of the head ends in a bare CR or LF, or Content-Length is there twice",
@@ -46,42 +57,26 @@ impl ConnectionState {
 
     /// Records that the response is ready.
     pub(crate) fn on_response(&self) {
-        self.responded.store(true, Relaxed);
-    }
-
-    /// Records that a complete request head has arrived.
-    pub(crate) fn on_head(&self) {
-        self.busy.store(true, Relaxed);
+        self.phase.store(RESPONDED, Relaxed);
     }
 
     /// Records that all pending output was written. Returns whether that completes a response.
     pub(crate) fn on_flushed(&self) -> bool {
-        let is_complete = self.responded.swap(false, Relaxed);
-        if is_complete {
-            self.busy.store(false, Relaxed);
-        }
-        is_complete
+        self.phase
+            .compare_exchange(RESPONDED, WAITING, Relaxed, Relaxed)
+            .is_ok()
     }
 
-    pub(crate) fn is_busy(&self) -> bool {
-        self.busy.load(Relaxed)
-    }
-
-    pub(crate) fn is_idle(&self) -> bool {
-        self.idle_since.load(Relaxed) > 0
-    }
-
-    /// How long the connection has been idle; `None` from the first byte of a request to the end of
-    /// its response.
-    pub(crate) fn idle_time(&self) -> Option<Duration> {
-        let since = self.idle_since.load(Relaxed);
-        (since > 0).then(|| Duration::from_micros(uptime().saturating_sub(since)))
+    /// Since when the connection has been idle; `None` from the first byte of a request to the end
+    /// of its response.
+    pub(crate) fn idle_since(&self) -> Option<Instant> {
+        *self.idle_since.lock()
     }
 
     pub(crate) fn set_idle(&self, idle: bool) {
-        if idle != self.is_idle() {
-            let since = if idle { uptime() } else { 0 };
-            self.idle_since.store(since, Relaxed);
+        let mut since = self.idle_since.lock();
+        if idle != since.is_some() {
+            *since = idle.then(Instant::now);
         }
     }
 
@@ -112,10 +107,4 @@ impl ConnectionState {
     pub(crate) async fn evicted(&self) {
         self.evicted.notified().await;
     }
-}
-
-/// Microseconds since the first connection, at least 1.
-fn uptime() -> u64 {
-    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    START.elapsed().as_micros() as u64 + 1
 }

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
+use crate::db::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
 use crate::http::connection_state::ConnectionState;
 
 /// A connection that was active more recently is likely to be used again soon.
@@ -22,6 +23,8 @@ const EVICTED_SHARE: usize = 64;
 pub(crate) struct ConnectionTable {
     limit: usize,
     permits: Arc<Semaphore>,
+    /// The shares of the networks.
+    shares: KeyedSemaphore<IpAddr>,
     open: Mutex<OpenConnections>,
 }
 
@@ -29,20 +32,16 @@ pub(crate) struct ConnectionTable {
 struct OpenConnections {
     next_id: u64,
     connections: HashMap<u64, Entry>,
-    networks: HashMap<IpAddr, NetworkShare>,
+    /// When the connections of a network were searched for idle ones without finding any.
+    exhausted: HashMap<IpAddr, Instant>,
 }
 
 struct Entry {
     state: Arc<ConnectionState>,
-    /// The network whose share the connection is part of; `None` once it is being evicted.
+    /// The network whose share the connection is part of.
     network: Option<IpAddr>,
-}
-
-#[derive(Default)]
-struct NetworkShare {
-    open: usize,
-    /// When the share was last searched for idle connections without finding any.
-    exhausted_at: Option<Instant>,
+    /// Released when the connection is being evicted.
+    share: Option<KeyedPermit<IpAddr>>,
 }
 
 impl ConnectionTable {
@@ -50,6 +49,7 @@ impl ConnectionTable {
         Arc::new(Self {
             limit,
             permits: Arc::new(Semaphore::new(limit)),
+            shares: KeyedSemaphore::new(limit / 2),
             open: Mutex::default(),
         })
     }
@@ -80,15 +80,17 @@ impl ConnectionTable {
         network: Option<IpAddr>,
     ) -> Option<ConnectionPermit> {
         let mut open = self.open.lock();
-        if let Some(network) = network {
-            open.admit(network, self.limit / 2)?;
-        }
+        let share = match network {
+            Some(network) => Some(self.acquire_share(&mut open, network)?),
+            None => None,
+        };
         let id = open.next_id;
         open.next_id += 1;
         let state = Arc::<ConnectionState>::default();
         let entry = Entry {
             state: state.clone(),
             network,
+            share,
         };
         open.connections.insert(id, entry);
         Some(ConnectionPermit {
@@ -98,26 +100,29 @@ impl ConnectionTable {
             _permit: permit,
         })
     }
+
+    /// Acquires a part of the share of a network, evicting idle connections if there is none left.
+    fn acquire_share(
+        &self,
+        open: &mut OpenConnections,
+        network: IpAddr,
+    ) -> Option<KeyedPermit<IpAddr>> {
+        if let Some(share) = self.shares.try_acquire(network) {
+            return Some(share);
+        }
+        open.exhausted
+            .retain(|_, since| since.elapsed() < EVICTION_INTERVAL);
+        if open.exhausted.contains_key(&network) {
+            return None;
+        }
+        if open.evict_idle(Some(network), self.limit / 2) == 0 {
+            open.exhausted.insert(network, Instant::now());
+        }
+        self.shares.try_acquire(network)
+    }
 }
 
 impl OpenConnections {
-    /// Counts a connection of this network, evicting idle ones if there are already `limit`.
-    fn admit(&mut self, network: IpAddr, limit: usize) -> Option<()> {
-        let share = self.networks.entry(network).or_default();
-        if share.open >= limit {
-            let is_recent = |at: Instant| at.elapsed() < EVICTION_INTERVAL;
-            if share.exhausted_at.is_some_and(is_recent) {
-                return None;
-            }
-            if self.evict_idle(Some(network), limit) == 0 {
-                self.networks.get_mut(&network)?.exhausted_at = Some(Instant::now());
-                return None;
-            }
-        }
-        self.networks.entry(network).or_default().open += 1;
-        Some(())
-    }
-
     /// Evicts the longest idle connections, of one network or of all. Returns their number, which
     /// depends on `limit`, the number of connections that there may be.
     fn evict_idle(&mut self, network: Option<IpAddr>, limit: usize) -> usize {
@@ -125,30 +130,18 @@ impl OpenConnections {
             .connections
             .iter()
             .filter(|(_, entry)| network.is_none() || entry.network == network)
-            .filter_map(|(id, entry)| Some((entry.state.idle_time()?, *id)))
-            .filter(|(time, _)| *time >= MIN_IDLE)
+            .filter_map(|(id, entry)| Some((entry.state.idle_since()?, *id)))
+            .filter(|(since, _)| since.elapsed() >= MIN_IDLE)
             .collect();
-        idle.sort_unstable_by(|a, b| b.cmp(a));
+        idle.sort_unstable();
         idle.truncate(limit.div_ceil(EVICTED_SHARE));
         for (_, id) in &idle {
             if let Some(entry) = self.connections.get_mut(id) {
                 entry.state.evict();
-                let network = entry.network.take();
-                self.release(network);
+                (entry.network, entry.share) = (None, None);
             }
         }
         idle.len()
-    }
-
-    /// Stops counting a connection of this network.
-    fn release(&mut self, network: Option<IpAddr>) {
-        let Some(network) = network else { return };
-        if let Some(share) = self.networks.get_mut(&network) {
-            share.open -= 1;
-            if share.open == 0 {
-                self.networks.remove(&network);
-            }
-        }
     }
 }
 
@@ -162,9 +155,6 @@ pub(crate) struct ConnectionPermit {
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut open = self.table.open.lock();
-        if let Some(entry) = open.connections.remove(&self.id) {
-            open.release(entry.network);
-        }
+        self.table.open.lock().connections.remove(&self.id);
     }
 }

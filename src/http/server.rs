@@ -76,7 +76,7 @@ pub(crate) async fn serve(
     };
     let accept = || join_all(listeners.iter().map(|listener| acceptor.accept(listener)));
     shutdown.run_until_cancelled(accept()).await;
-    app.begin_shutdown();
+    app.shutdown.cancel();
     info!("shutting down: completing accepted requests");
     timeout(ACCEPT_GRACE, accept()).await.ok();
     for listener in &listeners {
@@ -210,7 +210,7 @@ async fn serve_connection(
     let ended = match timeout(wait, connection.as_mut()).await {
         Ok(ended) => ended,
         // Dropped, because after a graceful shutdown the client could keep its side open.
-        Err(_) if evicted && state.is_idle() => return,
+        Err(_) if evicted && state.idle_since().is_some() => return,
         Err(_) => {
             connection.as_mut().graceful_shutdown();
             connection.await
@@ -236,12 +236,11 @@ pub(crate) async fn check_health(app: &Arc<AppState>) -> io::Result<()> {
         client.write_all(request).await?;
         let mut status_line = [0; 15];
         client.read_exact(&mut status_line).await?;
-        Ok(&status_line == b"HTTP/1.1 200 OK")
+        io::Result::Ok(&status_line == b"HTTP/1.1 200 OK")
     };
-    match tokio::select! { () = serving => Ok(false), checked = checking => checked } {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(io::Error::other("GET /healthz did not return 200")),
-        Err(error) => Err(error),
+    match tokio::select! { () = serving => false, checked = checking => checked? } {
+        true => Ok(()),
+        false => Err(io::Error::other("GET /healthz did not return 200")),
     }
 }
 

@@ -83,7 +83,7 @@ pub(crate) async fn handle(
     // hyper closes the connection if the body is still arriving when the response is written, but
     // does not add `Connection: close`.
     let drained = !must_close && drain(&head, unread).await;
-    if !drained || app.is_shutting_down() {
+    if !drained || app.shutdown.is_cancelled() {
         let headers = response.headers_mut();
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
@@ -122,16 +122,14 @@ fn log_error(context: &RequestContext<'_>, error: &Error) {
         return;
     }
     match error {
-        Error::Internal(cause) => error!(
-            "internal error cause={} {}",
-            logfmt_value(cause),
-            describe_request(context)
-        ),
-        Error::OutcomeUnknown(cause) => warn!(
-            "request failed reason=outcome_unknown cause={} {}",
-            logfmt_value(cause),
-            describe_request(context)
-        ),
+        Error::Internal(cause) => {
+            let (cause, request) = (logfmt_value(cause), describe_request(context));
+            error!("internal error cause={cause} {request}");
+        }
+        Error::OutcomeUnknown(cause) => {
+            let (cause, request) = (logfmt_value(cause), describe_request(context));
+            warn!("request failed reason=outcome_unknown cause={cause} {request}");
+        }
         Error::DatabaseUnavailable(_) | Error::Overloaded | Error::Stopping => {
             log_limited(context, LineKind::Capacity, || {
                 let cause = match error {

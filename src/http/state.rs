@@ -48,7 +48,8 @@ pub(crate) struct AppState {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) limited_log: LogLimiter,
     purger: Arc<Purger>,
-    /// Cancelled when the service begins to shut down.
+    /// Cancelled when the service begins to shut down. Then all responses close their connections,
+    /// requests that wait for changes return, and `/readyz` reports that the service is stopping.
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -89,16 +90,6 @@ impl AppState {
             metrics,
             config,
         }))
-    }
-
-    /// Makes all responses close their connections, requests that wait for changes return, and
-    /// `/readyz` report that the service is stopping.
-    pub(crate) fn begin_shutdown(&self) {
-        self.shutdown.cancel();
-    }
-
-    pub(crate) fn is_shutting_down(&self) -> bool {
-        self.shutdown.is_cancelled()
     }
 
     /// Counts a write of tasks. Fails if the user writes too fast.

@@ -27,7 +27,7 @@ pub(crate) fn healthz() -> Result<Response> {
 
 /// `GET /readyz`: whether the service can handle requests.
 pub(crate) async fn readyz(context: &RequestContext<'_>) -> Result<Response> {
-    if context.app.is_shutting_down() {
+    if context.app.shutdown.is_cancelled() {
         return Err(Error::Stopping);
     }
     if !context.app.database.is_ready().await {
