@@ -237,27 +237,13 @@ mod tests {
 
     use super::*;
 
-    fn issuer() -> TokenIssuer {
-        let secret = SecretString::from("a test secret of at least 32 bytes");
-        TokenIssuer::new(&secret, None, Duration::from_secs(60)).unwrap()
-    }
-
     proptest! {
         #![proptest_config(crate::proptest_config())]
 
         #[test]
-        fn rejects_arbitrary_text(text in prop_oneof![
-            any::<String>(),
-            "[A-Za-z0-9_-]{0,80}\\.[A-Za-z0-9_-]{0,80}\\.[A-Za-z0-9_-]{0,43}",
-        ]) {
-            let issuer = issuer();
-            prop_assert!(issuer.verify_access(&text).is_err());
-            prop_assert!(issuer.verify_refresh(&text).is_err());
-        }
-
-        #[test]
         fn rejects_a_token_with_one_changed_byte(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
-            let issuer = issuer();
+            let secret = SecretString::from("a test secret of at least 32 bytes");
+            let issuer = TokenIssuer::new(&secret, None, Duration::from_secs(60)).unwrap();
             let token = issuer.issue_refresh(Uuid::nil(), 1).unwrap();
             let at = at.index(token.len());
             let mut bytes = token.clone().into_bytes();

@@ -2,16 +2,12 @@
 //! memory.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout_at;
 use uuid::Uuid;
 
-use crate::db::Deadline;
 use crate::db::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::http::context::RequestContext;
 
 /// A body that is larger than this needs a permit until it has been sent or dropped.
@@ -26,7 +22,7 @@ const MAX_PER_USER: usize = 4;
 
 /// The permits for large responses.
 pub(crate) struct LargeResponses {
-    total: Arc<Semaphore>,
+    total: KeyedSemaphore<()>,
     networks: KeyedSemaphore<IpAddr>,
     users: KeyedSemaphore<Uuid>,
 }
@@ -35,13 +31,13 @@ pub(crate) struct LargeResponses {
 pub(crate) struct LargeResponsePermit {
     _user: Option<KeyedPermit<Uuid>>,
     _network: KeyedPermit<IpAddr>,
-    _total: OwnedSemaphorePermit,
+    _total: KeyedPermit<()>,
 }
 
 impl LargeResponses {
     pub(crate) fn new() -> Self {
         Self {
-            total: Arc::new(Semaphore::new(MAX_LARGE_RESPONSES)),
+            total: KeyedSemaphore::new(MAX_LARGE_RESPONSES),
             networks: KeyedSemaphore::new(MAX_PER_NETWORK),
             users: KeyedSemaphore::new(MAX_PER_USER),
         }
@@ -57,23 +53,21 @@ impl LargeResponses {
         read: impl Fn() -> F,
     ) -> Result<(T, Option<LargeResponsePermit>)> {
         let of_user = self.users.acquire(user_id, context.deadline()).await?;
-        let body = read().await?;
+        let mut body = read().await?;
         if body.as_ref().len() <= LARGE_BODY {
             return Ok((body, None));
         }
-        let (body, permit) = match self.try_acquire(context.network()) {
-            Some(permit) => (body, permit),
-            None => {
-                drop(body);
-                let permit = self.acquire(context.network(), context.deadline()).await?;
-                (read().await?, permit)
-            }
-        };
-        let permit = LargeResponsePermit {
+        let mut permit = self.try_acquire(context.network());
+        if permit.is_none() {
+            drop(body);
+            permit = Some(self.acquire(context).await?);
+            body = read().await?;
+        }
+        let permit = permit.map(|permit| LargeResponsePermit {
             _user: Some(of_user),
             ..permit
-        };
-        Ok((body, Some(permit)))
+        });
+        Ok((body, permit))
     }
 
     /// Waits for a permit for a body of this size, if it needs one, that belongs to no user.
@@ -82,31 +76,27 @@ impl LargeResponses {
         context: &RequestContext<'_>,
         size: usize,
     ) -> Result<Option<LargeResponsePermit>> {
-        if size <= LARGE_BODY {
-            return Ok(None);
+        match size <= LARGE_BODY {
+            true => Ok(None),
+            false => self.acquire(context).await.map(Some),
         }
-        let permit = self.acquire(context.network(), context.deadline()).await?;
-        Ok(Some(permit))
     }
 
     fn try_acquire(&self, network: IpAddr) -> Option<LargeResponsePermit> {
         Some(LargeResponsePermit {
             _user: None,
             _network: self.networks.try_acquire(network)?,
-            _total: self.total.clone().try_acquire_owned().ok()?,
+            _total: self.total.try_acquire(())?,
         })
     }
 
-    async fn acquire(&self, network: IpAddr, deadline: Deadline) -> Result<LargeResponsePermit> {
-        let of_network = self.networks.acquire(network, deadline).await?;
-        match timeout_at(deadline.at(), self.total.clone().acquire_owned()).await {
-            Ok(Ok(total)) => Ok(LargeResponsePermit {
-                _user: None,
-                _network: of_network,
-                _total: total,
-            }),
-            _ => Err(Error::Overloaded),
-        }
+    async fn acquire(&self, context: &RequestContext<'_>) -> Result<LargeResponsePermit> {
+        let (network, deadline) = (context.network(), context.deadline());
+        Ok(LargeResponsePermit {
+            _user: None,
+            _network: self.networks.acquire(network, deadline).await?,
+            _total: self.total.acquire((), deadline).await?,
+        })
     }
 }
 

@@ -75,25 +75,3 @@ fn decode(text: &str) -> Option<Cow<'_, str>> {
     let decoded = percent_decode_str(&spaced).decode_utf8().ok()?;
     Some(Cow::Owned(decoded.into_owned()))
 }
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #![proptest_config(crate::proptest_config())]
-
-        #[test]
-        fn any_query_is_parsed_without_a_panic(
-            text in prop_oneof![any::<String>(), "[a-z=&%+0-9A-F]{0,40}"]
-        ) {
-            let mut query = Query::new(&text);
-            for name in ["completed", "q", "limit", "after", ""] {
-                let value = query.parameter(name, "", |text| Some(text.to_owned()));
-                prop_assert!(value.is_none_or(|value| !value.contains('\0')));
-            }
-        }
-    }
-}

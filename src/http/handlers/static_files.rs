@@ -1,6 +1,7 @@
 //! The files of the documentation. They are compressed once, when a client first accepts that.
 
 use std::collections::HashMap;
+use std::io::{self, Read};
 use std::sync::LazyLock;
 
 use bytes::Bytes;
@@ -37,21 +38,19 @@ impl StaticFile {
     }
 
     /// Compresses the file on a blocking thread, unless that has been done before.
-    async fn gzip(&self) -> Result<Bytes> {
-        let data = self.data;
-        let compress = || async move {
-            let compressed = spawn_blocking(move || {
-                let mut encoder = GzBuilder::new().buf_read(data, Compression::best());
-                let mut compressed = Vec::new();
-                std::io::copy(&mut encoder, &mut compressed).map(|_| compressed.into())
-            });
-            let failed = |error: String| Error::Internal(format!("cannot compress: {error}"));
-            let compressed = compressed
-                .await
-                .map_err(|error| failed(error.to_string()))?;
-            compressed.map_err(|error| failed(error.to_string()))
+    async fn gzip(&'static self) -> Result<Bytes> {
+        let compress = || {
+            let mut compressed = Vec::new();
+            let mut encoder = GzBuilder::new().buf_read(self.data, Compression::best());
+            encoder.read_to_end(&mut compressed)?;
+            Ok(compressed.into())
         };
-        self.gzip.get_or_try_init(compress).await.cloned()
+        let gzip = self
+            .gzip
+            .get_or_try_init(async || spawn_blocking(compress).await?);
+        gzip.await
+            .cloned()
+            .map_err(|error: io::Error| Error::Internal(format!("cannot compress: {error}")))
     }
 
     async fn respond(&'static self, context: &RequestContext<'_>) -> Result<Response> {
