@@ -3,7 +3,6 @@
 pub(crate) mod hasher;
 mod job_queue;
 pub(crate) mod list_signer;
-pub(crate) mod login_limits;
 pub(crate) mod password;
 pub(crate) mod rate_limiter;
 pub(crate) mod revocations;

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 /// How many keys are expected to be in use at a time. Each takes about 100 bytes; beyond this number,
 /// those whose quota is full again are removed.
-pub(crate) const MAX_KEYS: usize = 50_000;
+const MAX_KEYS: usize = 50_000;
 
 /// Limits the number of requests per minute of each key, on this instance.
 pub(crate) struct RateLimiter<K: Clone + Eq + Hash> {
@@ -33,38 +33,48 @@ impl<K: Clone + Eq + Hash> RateLimiter<K> {
     }
 
     /// Counts a request. Fails with the number of seconds to wait if it exceeds the limit.
-    pub(crate) fn check(&self, key: &K) -> Result<(), u64> {
+    ///
+    /// While [`MAX_KEYS`] keys are in use, the request counts under `shared_key` instead.
+    pub(crate) fn check(&self, key: &K, shared_key: &K) -> Result<(), u64> {
         let Some(limiter) = &self.limiter else {
             return Ok(());
         };
-        self.prune_if_full();
+        let key = match self.is_full(limiter) {
+            true => shared_key,
+            false => key,
+        };
         limiter
             .check_key(key)
             .map_err(|until| until.wait_time_from(self.clock.now()).as_secs() + 1)
     }
 
-    /// Whether [`MAX_KEYS`] keys are in use.
-    pub(crate) fn is_full(&self) -> bool {
-        self.prune_if_full();
-        self.len() >= MAX_KEYS
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.limiter
-            .as_ref()
-            .map_or(0, DefaultKeyedRateLimiter::len)
-    }
-
-    /// Removes keys whose quota is full again. Runs at most once a second because it visits every
-    /// key.
-    fn prune_if_full(&self) {
-        let Some(limiter) = self.limiter.as_ref().filter(|_| self.len() >= MAX_KEYS) else {
-            return;
-        };
+    /// Whether [`MAX_KEYS`] keys are in use, after those whose quota is full again were removed. They
+    /// are removed at most once a second, because that visits every key.
+    fn is_full(&self, limiter: &DefaultKeyedRateLimiter<K>) -> bool {
+        if limiter.len() < MAX_KEYS {
+            return false;
+        }
         let mut last_pruned = self.last_pruned.lock();
         if last_pruned.is_none_or(|last_pruned| last_pruned.elapsed() > Duration::from_secs(1)) {
             limiter.retain_recent();
             *last_pruned = Some(Instant::now());
         }
+        limiter.len() >= MAX_KEYS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_the_number_of_keys() {
+        let limiter = RateLimiter::new(1, 1);
+        for key in 0..2 * MAX_KEYS {
+            limiter.check(&key, &0).ok();
+        }
+        assert!(limiter.limiter.as_ref().unwrap().len() <= MAX_KEYS + 1);
+        // Another shared key still has its own quota.
+        assert!(limiter.check(&0, &usize::MAX).is_ok());
     }
 }

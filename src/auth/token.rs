@@ -129,16 +129,15 @@ impl TokenIssuer {
     }
 
     /// Verifies an access token.
-    pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims, TokenRejection> {
-        validate_claims(self.access.verify(token)?)
+    pub(crate) fn verify_access(&self, token: &str) -> Result<AccessClaims> {
+        let claims = self.access.verify(token).and_then(validate_claims);
+        claims.map_err(Error::InvalidToken)
     }
 
     /// Verifies an access token that may have expired.
-    pub(crate) fn verify_expired_access(
-        &self,
-        token: &str,
-    ) -> Result<AccessClaims, TokenRejection> {
-        validate_claims(self.expired_access.verify(token)?)
+    pub(crate) fn verify_expired_access(&self, token: &str) -> Result<AccessClaims> {
+        let claims = self.expired_access.verify(token).and_then(validate_claims);
+        claims.map_err(Error::InvalidToken)
     }
 
     /// Verifies the signature and claims of a refresh token. Whether its generation is current can

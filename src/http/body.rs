@@ -5,7 +5,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Method;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderValue};
+use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, EXPECT, HeaderValue};
 use hyper::http::request::Parts;
 use serde_json::{Value, json};
 use tokio::time::timeout;
@@ -55,7 +55,7 @@ impl Body<'_> {
             return Ok(None);
         };
         check_media_type(context.head, &context.app.cors)?;
-        if content_length_too_large(context.head) {
+        if incoming.size_hint().lower() > MAX_BODY_BYTES as u64 {
             return Err(Error::BodyTooLarge);
         }
         let collected = Limited::new(incoming, MAX_BODY_BYTES).collect();
@@ -105,12 +105,6 @@ fn check_media_type(head: &Parts, cors: &Cors) -> Result<()> {
         return reject(UnsupportedBody::Untyped);
     }
     Ok(())
-}
-
-fn content_length_too_large(head: &Parts) -> bool {
-    let length = head.headers.get(CONTENT_LENGTH);
-    let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
-    length.is_some_and(|length: u64| length > MAX_BODY_BYTES as u64)
 }
 
 /// Reads and discards the part of the body that the handler did not read.

@@ -1,4 +1,4 @@
-//! The client's address behind trusted proxies.
+//! The client's address behind trusted proxies, and its network.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -28,6 +28,20 @@ pub(crate) fn client_ip(headers: &HeaderMap, peer: IpAddr, trusted: &[IpNet]) ->
 /// Whether the address belongs to a trusted proxy.
 pub(crate) fn is_trusted(address: IpAddr, trusted: &[IpNet]) -> bool {
     trusted.iter().any(|network| network.contains(&address))
+}
+
+/// The network of a client: an IPv4 address or an IPv6 /64, which usually belongs to one customer.
+pub(crate) fn client_network(client: IpAddr) -> IpAddr {
+    network_prefix(client, 32, 64)
+}
+
+/// The network of a client with this prefix length.
+pub(crate) fn network_prefix(client: IpAddr, ipv4_bits: u8, ipv6_bits: u8) -> IpAddr {
+    let bits = match client {
+        IpAddr::V4(_) => ipv4_bits,
+        IpAddr::V6(_) => ipv6_bits,
+    };
+    IpNet::new(client, bits).map_or(client, |network| network.trunc().addr())
 }
 
 /// Parses an address as proxies write it: bare, with a port, or in brackets.

@@ -13,12 +13,11 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::auth::hasher::HashClient;
-use crate::auth::login_limits::client_network;
 use crate::db::sessions::NewSession;
 use crate::db::{Deadline, PASSWORD_REQUEST_TIMEOUT, Queries, REQUEST_TIMEOUT};
 use crate::domain::Email;
 use crate::error::{Error, Result};
-use crate::http::client_ip::client_ip;
+use crate::http::client_ip::{client_ip, client_network};
 use crate::http::query::Query;
 use crate::http::state::AppState;
 use crate::telemetry::labels::TokenRejection;
@@ -122,12 +121,13 @@ impl<'a> RequestContext<'a> {
 
     /// The bearer token, if any. `Bearer null` and similar values, which scripts send before they
     /// have a token, count as none.
-    pub(crate) fn bearer_token(&self) -> Result<Option<&str>, TokenRejection> {
-        let header = single_value(&self.head.headers, &AUTHORIZATION);
-        let Some(value) = header.map_err(|_| TokenRejection::MultipleAuthorizationHeaders)? else {
-            return Ok(None);
+    pub(crate) fn bearer_token(&self) -> Result<Option<&str>> {
+        let text = match single_value(&self.head.headers, &AUTHORIZATION) {
+            Ok(Some(value)) => value.to_str().map_err(|_| TokenRejection::Malformed),
+            Ok(None) => return Ok(None),
+            Err(Repeated) => Err(TokenRejection::MultipleAuthorizationHeaders),
         };
-        let text = value.to_str().map_err(|_| TokenRejection::Malformed)?;
+        let text = text.map_err(Error::InvalidToken)?;
         let token = text.split_once(' ').and_then(|(scheme, token)| {
             let is_bearer = scheme.eq_ignore_ascii_case("bearer");
             is_bearer.then(|| token.trim_matches(' '))

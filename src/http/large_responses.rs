@@ -100,15 +100,19 @@ impl LargeResponses {
     }
 }
 
-impl LargeResponsePermit {
-    /// Returns the body, which holds the permit until it has been sent or dropped.
-    pub(crate) fn attach(self, body: impl AsRef<[u8]> + Send + 'static) -> Bytes {
-        struct PermitBody<B>(B, #[expect(dead_code)] LargeResponsePermit);
-        impl<B: AsRef<[u8]>> AsRef<[u8]> for PermitBody<B> {
-            fn as_ref(&self) -> &[u8] {
-                self.0.as_ref()
-            }
-        }
-        Bytes::from_owner(PermitBody(body, self))
+/// A body that holds a permit until it has been sent or dropped.
+struct PermitBody(Bytes, #[expect(dead_code)] LargeResponsePermit);
+
+impl AsRef<[u8]> for PermitBody {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// Attaches a permit to a body, which holds it until it has been sent or dropped.
+pub(crate) fn attach_permit(body: Bytes, permit: Option<LargeResponsePermit>) -> Bytes {
+    match permit {
+        Some(permit) => Bytes::from_owner(PermitBody(body, permit)),
+        None => body,
     }
 }

@@ -18,12 +18,8 @@ pub(crate) struct AuthenticatedUser {
 /// Verifies the bearer token (FR-001, FR-002, FR-004).
 pub(crate) async fn authenticate(context: &RequestContext<'_>) -> Result<AuthenticatedUser> {
     let app = context.app;
-    let token = context.bearer_token().map_err(Error::InvalidToken)?;
-    let token = token.ok_or(Error::MissingToken)?;
-    let claims = app
-        .tokens
-        .verify_access(token)
-        .map_err(Error::InvalidToken)?;
+    let token = context.bearer_token()?.ok_or(Error::MissingToken)?;
+    let claims = app.tokens.verify_access(token)?;
     let user = AuthenticatedUser {
         id: claims.user_id,
         session: claims.sid,

@@ -13,7 +13,7 @@ use crate::domain::Task;
 use crate::error::{Error, FieldError, Result, UnsupportedBody};
 use crate::http::body::ACCEPT_PATCH;
 use crate::http::conditional::entity_tag;
-use crate::http::large_responses::LargeResponsePermit;
+use crate::http::large_responses::{LargeResponsePermit, attach_permit};
 
 pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
@@ -43,13 +43,10 @@ pub(crate) fn bytes(
 
 /// Responds with JSON that was serialized under the limits on large responses.
 pub(crate) fn json_with_permit(mut body: Vec<u8>, permit: Option<LargeResponsePermit>) -> Response {
-    let body = match permit {
-        Some(permit) => {
-            body.shrink_to_fit();
-            permit.attach(body)
-        }
-        None => body.into(),
-    };
+    if permit.is_some() {
+        body.shrink_to_fit();
+    }
+    let body = attach_permit(body.into(), permit);
     bytes(StatusCode::OK, "application/json", body)
 }
 
@@ -61,14 +58,12 @@ pub(crate) fn with_page_headers(
     next: Option<String>,
     total: Option<i64>,
 ) -> Response {
-    if let Some(etag) = etag {
-        response = with_header(response, ETAG, etag);
-    }
-    if let Some(next) = next {
-        response = with_header(response, LINK, format!("<{next}>; rel=\"next\""));
-    }
-    if let Some(total) = total {
-        response = with_header(response, TOTAL_COUNT, total.to_string());
+    let link = next.map(|next| format!("<{next}>; rel=\"next\""));
+    let total = total.map(|total| total.to_string());
+    for (name, value) in [(ETAG, etag), (LINK, link), (TOTAL_COUNT, total)] {
+        if let Some(value) = value {
+            response = with_header(response, name, value);
+        }
     }
     response
 }

@@ -22,8 +22,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::auth::login_limits::client_network;
-use crate::http::client_ip::is_trusted;
+use crate::http::client_ip::{client_network, is_trusted};
 use crate::http::connection_state::ConnectionState;
 use crate::http::connection_table::ConnectionTable;
 use crate::http::response;

@@ -1,5 +1,6 @@
 //! The state shared by all requests.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,6 @@ use uuid::Uuid;
 
 use crate::auth::hasher::PasswordHasher;
 use crate::auth::list_signer::ListSigner;
-use crate::auth::login_limits::{IpRateLimiter, MAX_CONCURRENT_LOGINS};
 use crate::auth::rate_limiter::RateLimiter;
 use crate::auth::revocations::Revocations;
 use crate::auth::token::TokenIssuer;
@@ -20,15 +20,20 @@ use crate::db::purge::Purger;
 use crate::db::sessions::{ALL_EPOCHS, Revocation};
 use crate::db::users::LockoutKey;
 use crate::error::{Error, Result};
+use crate::http::client_ip::{client_network, network_prefix};
 use crate::http::cors::Cors;
 use crate::http::large_responses::LargeResponses;
-use crate::telemetry::labels::RevocationReason;
+use crate::telemetry::labels::{LoginFailure, RevocationReason};
 use crate::telemetry::log_limiter::LogLimiter;
 use crate::telemetry::metrics::Metrics;
 
 /// Old rows are purged only if the database responded this recently, so that a suspended database
 /// is not woken up.
 const RECENTLY_RESPONDED: Duration = Duration::from_secs(1);
+
+/// The maximum number of concurrent login attempts on one account from one network. Prevents them
+/// from filling the hash queue.
+const MAX_CONCURRENT_LOGINS: usize = 5;
 
 /// The state shared by all handlers.
 pub(crate) struct AppState {
@@ -41,7 +46,7 @@ pub(crate) struct AppState {
     pub(crate) login_slots: KeyedSemaphore<LockoutKey>,
     /// Password changes and account deletions of a user run one after another.
     pub(crate) account_changes: KeyedSemaphore<Uuid>,
-    pub(crate) ip_limiter: IpRateLimiter,
+    attempt_limiter: RateLimiter<IpAddr>,
     write_limiter: RateLimiter<Uuid>,
     pub(crate) cors: Cors,
     pub(crate) large_responses: LargeResponses,
@@ -75,7 +80,10 @@ impl AppState {
             revocations: Arc::default(),
             login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
             account_changes: KeyedSemaphore::new(1),
-            ip_limiter: IpRateLimiter::new(config.auth_rate_per_minute),
+            attempt_limiter: RateLimiter::new(
+                config.auth_rate_per_minute,
+                config.auth_rate_per_minute,
+            ),
             // A burst of five seconds' worth.
             write_limiter: RateLimiter::new(
                 config.writes_per_minute,
@@ -92,9 +100,19 @@ impl AppState {
         }))
     }
 
+    /// Counts an attempt to authenticate. Fails if the client's network makes too many.
+    pub(crate) fn count_attempt(&self, client: IpAddr) -> Result<()> {
+        let (network, shared) = (client_network(client), network_prefix(client, 16, 32));
+        let counted = self.attempt_limiter.check(&network, &shared);
+        counted.map_err(|retry_after| Error::TooManyAttempts {
+            retry_after,
+            reason: LoginFailure::RateLimited,
+        })
+    }
+
     /// Counts a write of tasks. Fails if the user writes too fast.
     pub(crate) fn count_write(&self, user_id: Uuid) -> Result<()> {
-        let counted = self.write_limiter.check(&user_id);
+        let counted = self.write_limiter.check(&user_id, &user_id);
         counted.map_err(|retry_after| Error::TooManyRequests { retry_after })
     }
 

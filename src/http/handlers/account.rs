@@ -28,7 +28,7 @@ pub(crate) async fn delete_me(
     body: Body<'_>,
 ) -> Result<Response> {
     let app = context.app;
-    app.ip_limiter.check(context.client)?;
+    app.count_attempt(context.client)?;
     let mut fields = body.json_object().await?;
     let password = fields.required_string("/password");
     let password = fields.finish_with(password)?;
@@ -53,7 +53,7 @@ pub(crate) async fn change_password(
     body: Body<'_>,
 ) -> Result<Response> {
     let app = context.app;
-    app.ip_limiter.check(context.client)?;
+    app.count_attempt(context.client)?;
     let mut fields = body.json_object().await?;
     let current = fields.required_string("/current_password");
     let new = new_password(&mut fields, "/new_password");

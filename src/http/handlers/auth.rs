@@ -28,7 +28,7 @@ struct TokenResponse<'a> {
 /// `POST /api/v1/auth/register`
 pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
-    app.ip_limiter.check(context.client)?;
+    app.count_attempt(context.client)?;
     if !app.config.registration_open {
         return Err(Error::RegistrationClosed);
     }
@@ -51,7 +51,7 @@ pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Re
 /// `POST /api/v1/auth/login`
 pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
-    app.ip_limiter.check(context.client)?;
+    app.count_attempt(context.client)?;
     let mut fields = body.json_object().await?;
     let email = fields.required_string("/email");
     let password = fields.required_string("/password");
@@ -72,7 +72,7 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
 /// `POST /api/v1/auth/refresh`
 pub(crate) async fn refresh(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
-    app.ip_limiter.check(context.client)?;
+    app.count_attempt(context.client)?;
     let mut fields = body.json_object().await?;
     let token = fields.required_string("/refresh_token");
     let token = fields.finish_with(token)?;
@@ -96,7 +96,7 @@ pub(crate) async fn refresh(context: &RequestContext<'_>, body: Body<'_>) -> Res
 
 /// `POST /api/v1/auth/logout`
 pub(crate) async fn logout(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
-    let ended = match context.bearer_token().map_err(Error::InvalidToken)? {
+    let ended = match context.bearer_token()? {
         Some(token) => end_by_access_token(context, token).await?,
         None => end_by_refresh_token(context, body).await?,
     };
@@ -110,8 +110,7 @@ pub(crate) async fn logout(context: &RequestContext<'_>, body: Body<'_>) -> Resu
 /// Ends the session of an access token, which may have expired. Returns the session unless it had
 /// already ended.
 async fn end_by_access_token(context: &RequestContext<'_>, token: &str) -> Result<Option<Uuid>> {
-    let claims = context.app.tokens.verify_expired_access(token);
-    let claims = claims.map_err(Error::InvalidToken)?;
+    let claims = context.app.tokens.verify_expired_access(token)?;
     let (user_id, sid, epoch) = (claims.user_id, claims.sid, claims.epoch);
     let ended = sessions::end(context.queries(), user_id, sid, epoch).await?;
     Ok(ended.then_some(sid))

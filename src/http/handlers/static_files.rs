@@ -16,6 +16,7 @@ use tokio::task::spawn_blocking;
 
 use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
+use crate::http::large_responses::attach_permit;
 use crate::http::response::{self, Response};
 
 pub(super) const OPENAPI: &str = include_str!("../../openapi.json");
@@ -56,17 +57,13 @@ impl StaticFile {
     async fn respond(&'static self, context: &RequestContext<'_>) -> Result<Response> {
         let is_text = self.content_type != PNG;
         let is_compressed = is_text && accepts_gzip(&context.head.headers);
-        let mut body = match is_compressed {
+        let body = match is_compressed {
             true => self.gzip().await?,
             false => Bytes::from_static(self.data),
         };
         let large_responses = &context.app.large_responses;
-        if let Some(permit) = large_responses
-            .acquire_if_large(context, body.len())
-            .await?
-        {
-            body = permit.attach(body);
-        }
+        let permit = large_responses.acquire_if_large(context, body.len());
+        let body = attach_permit(body, permit.await?);
         let mut response = response::bytes(StatusCode::OK, self.content_type, body);
         let headers = response.headers_mut();
         if is_text {
