@@ -53,7 +53,7 @@ pub fn run() -> ExitCode {
     })
 }
 
-/// Returns the command and its arguments. The options are commands as well.
+/// Returns the command and its arguments. The options `--help` and `--version` count as commands.
 fn parse_args() -> Result<Vec<String>, lexopt::Error> {
     let mut parser = lexopt::Parser::from_env();
     let mut words = Vec::new();

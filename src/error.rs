@@ -54,7 +54,7 @@ impl FieldError {
     }
 }
 
-/// The result of a part of a request.
+/// The result of processing part of a request.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An error that ends a request.
@@ -86,7 +86,8 @@ pub(crate) enum Error {
     CursorExpired,
     /// The condition in `If-Match` or `If-None-Match` is not met.
     PreconditionFailed,
-    /// A task with the ID that the client chose exists, in this version, or was deleted.
+    /// The ID that the client chose belongs to a task of this version, or to a deleted task
+    /// (`None`).
     IdTaken(Option<Timestamp>),
     BodyTooLarge,
     UnsupportedMediaType {
@@ -108,7 +109,7 @@ pub(crate) enum Error {
         /// Seconds, at least 1.
         retry_after: u64,
     },
-    /// The user has as many tasks as one user can have.
+    /// The user has the maximum number of tasks.
     QuotaExceeded,
     /// A bug. The cause is only logged.
     Internal(String),

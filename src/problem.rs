@@ -57,7 +57,7 @@ problems! {
         "The operator of this service does not accept new accounts."
         "Ask the operator for an account.";
     QUOTA_EXCEEDED = 403 "quota_exceeded" "Quota exceeded"
-        "You have as many tasks as one user can have. Nothing was created."
+        "You have the maximum number of tasks. Nothing was created."
         "Delete tasks that you no longer need, for example the completed ones.";
     NOT_FOUND = 404 "not_found" "Not found"
         "This path does not exist."
@@ -78,10 +78,10 @@ problems! {
         "An account with this e-mail address already exists."
         "Sign in instead, or register with another address.";
     CURSOR_EXPIRED = 410 "cursor_expired" "Cursor expired"
-        "Changes since this cursor are no longer known: it is more than 30 days old, from before a restore of the database, or from another account."
+        "Changes since this cursor are no longer available: the cursor is more than 30 days old, from before a restore of the database, or from another account."
         "Discard your copy of the list and load everything again, without “since”.";
     PRECONDITION_FAILED = 412 "precondition_failed" "Precondition failed"
-        "The current version of the task is not listed in If-Match, or is listed in If-None-Match; or the task was to be created under an ID that exists or was deleted. Nothing was changed."
+        "The current version of the task is not listed in If-Match, or is listed in If-None-Match; or a task with the new ID exists or was deleted. Nothing was changed."
         "Fetch the task, apply your change to its current version, and retry with the new ETag. A weak ETag (W/…) never matches If-Match.";
     BODY_TOO_LARGE = 413 "body_too_large" "Body too large"
         "The body is larger than 16 KiB."
@@ -91,7 +91,7 @@ problems! {
         "Send “Content-Type: application/json” and no Content-Encoding. PATCH also accepts application/merge-patch+json.";
     VALIDATION_FAILED = 422 "validation_failed" "Validation failed"
         "The request is well-formed, but some of its values are invalid."
-        "“errors” lists every invalid field by its JSON pointer, or the name of the query parameter. Fix them all and retry.";
+        "“errors” lists every invalid field by its JSON pointer, and every invalid query parameter by its name. Fix them all and retry.";
     IDEMPOTENCY_KEY_REUSED = 422 "idempotency_key_reused" "Idempotency key reused"
         "This Idempotency-Key was used within the last 24 hours for a task with different values."
         "Use a new key for each new task. Reuse a key only to retry the same request.";

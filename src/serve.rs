@@ -121,8 +121,8 @@ async fn open(config: &Config, metrics: Arc<Metrics>) -> Result<OpenDatabase, Bo
     })
 }
 
-/// Waits until the database is ready and logs where everything is. Returns only if the database
-/// can never be used.
+/// Waits until the database is ready, and logs the addresses and the location of the data. Returns
+/// only if the database can never be used.
 async fn wait_for_database(opened: &OpenDatabase, addresses: &[SocketAddr]) -> BoxError {
     let mut ready = pin!(opened.database.wait_until_ready(None));
     let in_time = timeout(QUICK_START, ready.as_mut()).await;

@@ -1,5 +1,5 @@
--- Deletes a batch of tombstones that are more than 30 days old, and records the last deleted revision in
--- each list. Skips locked lists.
+-- Deletes a batch of tombstones that are more than 30 days old, and records in each list the
+-- highest revision that was purged. Skips locked lists.
 -- No parameters.
 with due as (
     select user_id, revision, id from deleted_tasks

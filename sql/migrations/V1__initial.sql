@@ -1,5 +1,5 @@
--- Accounts, tasks, sessions, and their protection. The checks repeat what the service validates, as a
--- second line of defense.
+-- Accounts, tasks, sessions, and their protection. The check constraints repeat the service's
+-- validation, as a second line of defense.
 
 create table users (
     id            uuid         primary key,
@@ -27,8 +27,8 @@ create table tasks (
     primary key (user_id, id)
 );
 
--- The active sessions. `generation` counts the refresh tokens of a session, of which only the newest
--- is valid; the tokens themselves are not stored.
+-- The active sessions. `generation` counts the refresh tokens of a session; only the newest one is
+-- valid. The tokens themselves are not stored.
 create table sessions (
     id           uuid         primary key,
     user_id      uuid         not null references users (id) on delete cascade,

@@ -1,6 +1,6 @@
--- The form of a text that searches compare, so that they ignore case in every script: the database's
--- own locale may support only ASCII. Lower case alone is not enough: in ICU, a final sigma has a form
--- of its own, and part of a word would not be found in the word.
+-- Converts a text to the form that searches compare. Searches ignore case in every script, but the
+-- database's own locale may support only ASCII. Lower case alone is not enough: ICU lowercases a
+-- sigma at the end of a word differently, so a search for the first letters of a word could fail.
 do $$
 declare
     candidate text;

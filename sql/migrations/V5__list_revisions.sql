@@ -1,7 +1,7 @@
 -- Each user's list of tasks has a revision, which every change of the tasks raises, and each changed
 -- task carries the revision of its change. Deleted tasks leave tombstones.
 
--- Locked and raised before the task rows change, so that revisions become visible in their order.
+-- Locked and raised before the task rows change, so that revisions become visible in order.
 create table task_lists (
     user_id         uuid    primary key references users (id) on delete cascade,
     revision        bigint  not null default 0,
@@ -56,8 +56,9 @@ create trigger create_task_list after insert on users
 insert into task_lists (user_id, tasks)
 select u.id, count(t.id) from users u left join tasks t on t.user_id = u.id group by u.id;
 
--- Raises the revision for statements that do not: those of the previous release, which may still
--- run, and an operator's. The service's own statements never meet the conditions of the triggers.
+-- Raises the revision after statements that do not raise it themselves: statements of the previous
+-- release, which may still run, and of an operator. The service's own statements never meet the
+-- conditions of the triggers.
 create function record_task_change() returns trigger language plpgsql as $$
 begin
     if tg_op = 'DELETE' then

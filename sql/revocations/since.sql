@@ -1,8 +1,9 @@
--- Reads the revocations since the previous read. The cursor is the oldest transaction that was open then:
--- every transaction below it was visible or rolled back, so that no revocation is missed, even if it
--- commits late; some may be returned twice. The first read returns all rows, as does the first one after
--- the server restarted or failed over, because its transaction ids may be lower. Rows restored from a dump
--- may have ids above any transaction of this server; only a full read returns them.
+-- Reads the revocations since the previous read. The cursor is the oldest transaction that was open
+-- then: every transaction below it was visible or rolled back, so no revocation is missed, even if
+-- it commits late, but some may be returned twice. The first read returns all rows, as does the
+-- first one after the server restarted or failed over, because its transaction ids may be lower.
+-- Rows restored from a dump may have ids above any transaction of this server; only a full read
+-- returns them.
 -- $1 the cursor of the previous read, $2 the start time of its server; both null for the first read
 with server as (
     select pg_postmaster_start_time() as server_started_at,

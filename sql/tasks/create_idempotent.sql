@@ -1,7 +1,7 @@
 -- Creates a task with an Idempotency-Key. The first request claims the key and creates the task; a
--- concurrent copy waits for it and returns the same values. A key more than a day old can be claimed
--- again. Returns no row, and claims nothing, if the account was deleted or has the maximum number of
--- tasks; concurrent requests can exceed that.
+-- concurrent copy waits for it and returns the same values. A key more than a day old can be
+-- claimed again. Returns no row, and claims nothing, if the account was deleted or has the maximum
+-- number of tasks, which concurrent requests can exceed.
 -- $1 user id, $2 task id, $3 title, $4 description, $5 completed, $6 the time that the id contains,
 -- $7 the maximum number of tasks, $8 key, $9 whether to delete the user's oldest keys beyond 10,000
 with claim as (

@@ -1,5 +1,5 @@
--- Lists a page of a user's tasks, newest first. Each row has the revision of the list; an empty page
--- is one row that has nothing else.
+-- Lists a page of a user's tasks, newest first. Each row has the revision of the list; for an empty
+-- page, there is one row whose id is null.
 -- $1 user id, $2 completed or null for all, $3 text to search for or null, $4 the last id of the
 -- previous page or null, $5 limit, $6 size of the page in bytes
 select t.id, l.user_id, t.title, t.description, t.completed, t.created_at, t.updated_at, l.revision
@@ -8,8 +8,8 @@ left join lateral (
     select id, user_id, title, description, completed, created_at, updated_at
     from (
         select *,
-            -- The least size of the tasks as JSON, without the last two: the page goes on after it
-            -- exceeds $6, by one task that completes the page and one that shows that there are more.
+            -- The minimum JSON size of the tasks, without this one and the previous one: the
+            -- previous one completes the page, and this one shows that there are more.
             sum(200 + octet_length(title) + coalesce(octet_length(description), 0)) over (
                 order by id desc rows between unbounded preceding and 2 preceding
             ) as size

@@ -1,7 +1,8 @@
 -- Reads a short page of tasks, newest first, for each of several requests. The rows are numbered by
--- request. Each row has the revision of the list; an empty page is one row whose id is null.
--- $1 user ids, $2 the last id of the previous page or null, $3 limit, up to 101: one of each
--- per request
+-- request. Each row has the revision of the list; for an empty page, there is one row whose id is
+-- null.
+-- $1 user ids, $2 the last id of the previous page or null, $3 limit, up to 101: one of each per
+-- request
 select page.id, list.user_id, page.title, page.description, page.completed, page.created_at,
        page.updated_at, list.revision, request.ordinal
 -- The subqueries hide the length of the arrays from the planner. Otherwise it would plan each length

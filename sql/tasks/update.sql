@@ -1,8 +1,8 @@
--- Changes a task if its version allows it. Always returns one row: the changed task, or nulls and
--- whether the version is the reason.
--- $1 user id, $2 task id, $3 title or null to keep it, $4 whether to change the description, $5 its new
--- value or null, $6 whether to toggle completed, $7 completed or null to keep it, $8 versions or null,
--- $9 whether the task must be in one of the versions (true) or in none (false)
+-- Changes a task if its version matches. Always returns one row: the changed task, or nulls and
+-- whether the version was the reason.
+-- $1 user id, $2 task id, $3 title or null to keep it, $4 whether to change the description, $5 its
+-- new value or null, $6 whether to toggle completed, $7 completed or null to keep it, $8 versions
+-- or null, $9 whether the task must be in one of the versions (true) or in none (false)
 with list as (
     update task_lists set revision = revision + 1
     where user_id = $1 and exists (

@@ -32,14 +32,14 @@ pub(crate) struct PasswordHasher {
 #[derive(Clone, Copy)]
 pub(crate) struct HashClient {
     pub(crate) network: IpAddr,
-    /// When it no longer waits for the result.
+    /// When the client stops waiting for the result.
     pub(crate) deadline: Deadline,
 }
 
 /// The result of verifying a password.
 pub(crate) struct Verification {
     pub(crate) matches: bool,
-    /// The new hash of a matching password whose stored hash has an outdated cost.
+    /// The new hash to store, if the password matches and the stored hash has an outdated cost.
     pub(crate) rehashed: Option<String>,
 }
 
@@ -101,8 +101,8 @@ impl PasswordHasher {
         self.run(client, work).await
     }
 
-    /// Runs a job on one of the threads. Fails if the queue has no room for it, or loses its room
-    /// to another network.
+    /// Runs a job on one of the threads. Fails if the queue is full, or if a job of another network
+    /// displaces this one.
     async fn run<T: Send + 'static>(
         &self,
         client: HashClient,
@@ -167,8 +167,8 @@ fn verify_blocking(password: &str, hash: &str, cost: u32) -> Result<Verification
     let matches = bcrypt_verify(password, hash)?;
     let stored_cost = cost_of(hash).unwrap_or(cost);
     if !matches {
-        // A failed attempt takes as long on an older, cheaper hash: each increment of the cost
-        // doubles the work, so these add up to the difference.
+        // A failed attempt must take as long for an older, cheaper hash. Each increment of the cost
+        // doubles the work, so these verifications add up to the difference.
         for cost in stored_cost..cost {
             bcrypt_verify(password, &dummy_hash(cost))?;
         }

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// How many threads work for one network at a time.
+/// The maximum number of threads that work for one network.
 const MAX_RUNNING_PER_NETWORK: usize = 2;
-/// How much later a job is due for each job that its network added recently. With half the time in
-/// which a full queue drains, a client of a quiet network is served before all busy ones.
+/// The delay of a job for each job that its network added recently. It is half the time in which a
+/// full queue drains, so that a client of a quiet network is served before the clients of busy
+/// networks.
 const DELAY_PER_JOB: Duration = Duration::from_secs(2);
 /// The time in which a network's count of jobs halves.
 const HALF_LIFE: Duration = Duration::from_secs(60);
@@ -19,22 +20,23 @@ const COUNTS: usize = 1 << 16;
 
 pub(super) struct Job {
     pub(super) network: IpAddr,
-    /// Gone when the caller no longer waits for the result.
+    /// Expires when the caller stops waiting for the result.
     pub(super) caller: Weak<()>,
     pub(super) work: Box<dyn FnOnce() + Send>,
 }
 
-/// Jobs that wait for a thread. A job is due the later, the more jobs its network added recently, so a
-/// client of a quiet network is next, however many jobs of busy ones are waiting.
+/// Jobs that wait for a thread. A job is due later the more jobs its network added recently. A
+/// client of a quiet network is therefore served next, however many jobs of busy networks are
+/// waiting.
 pub(super) struct JobQueue {
     capacity: usize,
-    /// In the order of their arrival, with the times at which they are due.
+    /// The waiting jobs in order of arrival, each with the time at which it is due.
     waiting: Vec<(Instant, Job)>,
     /// The networks of the jobs that are running.
     running: Vec<IpAddr>,
-    /// How many jobs the networks added recently, refused ones included, and when they added the
-    /// last, in seconds since `start`. The hash of a network is its index: memory is bounded, and a
-    /// flood of new networks raises the counts of all.
+    /// For each network, the number of jobs that it added recently, rejected ones included, and the
+    /// time of the last one in seconds since `start`. The index is the hash of the network. This
+    /// bounds the memory, but a flood of new networks raises the counts of all networks.
     recent: Vec<(f64, f64)>,
     hasher: RandomState,
     start: Instant,
@@ -53,8 +55,8 @@ impl JobQueue {
         }
     }
 
-    /// Adds a job. If the queue is full, the job takes the place of the job of another network that
-    /// is due last, if that is due after it.
+    /// Adds a job. If the queue is full, drops the job of another network that is due last, or
+    /// fails if that job is due no later than the new one.
     pub(super) fn add(&mut self, job: Job, now: Instant) -> Result<()> {
         let due = now + DELAY_PER_JOB * self.count(job.network, now);
         self.remove_abandoned();
@@ -70,8 +72,8 @@ impl JobQueue {
         Ok(())
     }
 
-    /// Takes the next job out of the queue: the oldest of the network whose job is due first, among
-    /// those for which fewer threads work than may.
+    /// Takes the next job out of the queue. Of the networks that may use another thread, chooses
+    /// the one whose job is due first, and takes its oldest job.
     pub(super) fn start_next(&mut self) -> Option<Job> {
         self.remove_abandoned();
         let running = |network: IpAddr| self.running.iter().filter(|n| **n == network).count();
@@ -96,8 +98,8 @@ impl JobQueue {
             .retain(|(_, job)| job.caller.strong_count() > 0);
     }
 
-    /// Counts a job. Returns how many there were before, halved every minute, and rounded so that a
-    /// single one is forgotten after a minute.
+    /// Counts a job. Returns the previous count, halved for each minute since the last job and
+    /// rounded, so that a single job is forgotten after a minute.
     fn count(&mut self, network: IpAddr, now: Instant) -> u32 {
         let index = self.hasher.hash_one(network) as usize % COUNTS;
         let (count, updated) = &mut self.recent[index];

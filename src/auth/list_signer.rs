@@ -1,5 +1,6 @@
-//! Entity tags of lists, and cursors of their changes. Both are keyed with the JWT secret, which a
-//! restore of the database replaces: revisions from before it may be used again after it.
+//! Entity tags of lists, and cursors of their changes. Both are keyed with the JWT secret. A
+//! restore of the database replaces the secret, because it may reuse revisions that clients have
+//! already seen.
 
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, crypto};
 use secrecy::{ExposeSecret, SecretString};
@@ -50,7 +51,7 @@ impl ListSigner {
     pub(crate) fn entity_tag(&self, user_id: Uuid, revision: i64) -> Result<String, Error> {
         let mut tag = self.sign(&format!("tag {user_id} {revision}"))?;
         tag.truncate(TAG_LENGTH);
-        // A hyphen could begin what looks like the suffix of a compressing proxy.
+        // A hyphen could start text that looks like the suffix of a compressing proxy.
         Ok(format!("\"{}\"", tag.replace('-', ".")))
     }
 

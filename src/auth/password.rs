@@ -8,9 +8,9 @@ use crate::error::FieldError;
 const MIN_CHARACTERS: usize = 8;
 /// bcrypt ignores everything after 72 bytes; longer passwords are rejected instead of truncated.
 const MAX_BYTES: usize = 72;
-/// How much of a password the estimate of its strength reads, in code points. The estimate takes time
-/// in proportion to the combinations of characters that may stand for letters: up to 70 ms for this
-/// length, half a second for 72. What follows makes a password only stronger.
+/// The number of code points that the strength estimate reads. The estimate takes time in
+/// proportion to the number of combinations of characters that may stand for letters: up to 70 ms
+/// for this length, half a second for 72. Further characters can only make a password stronger.
 const MAX_ESTIMATED: usize = 32;
 
 /// A new password of valid length, and the JSON pointer at which the client sent it.

@@ -8,8 +8,8 @@ use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota};
 use parking_lot::Mutex;
 
-/// How many keys are expected to be in use at a time. Each takes about 100 bytes; beyond this number,
-/// those whose quota is full again are removed.
+/// The expected maximum number of keys. Each takes about 100 bytes. Beyond this number, keys whose
+/// quota is full again are removed.
 const MAX_KEYS: usize = 50_000;
 
 /// Limits the number of requests per minute of each key, on this instance.
@@ -20,7 +20,7 @@ pub(crate) struct RateLimiter<K: Clone + Eq + Hash> {
 }
 
 impl<K: Clone + Eq + Hash> RateLimiter<K> {
-    /// Allows `burst` requests at once. A rate of 0 disables the limit.
+    /// Allows bursts of `burst` requests. A rate of 0 disables the limit.
     pub(crate) fn new(per_minute: u32, burst: u32) -> Self {
         let burst = NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN);
         let rate = NonZeroU32::new(per_minute).map(Quota::per_minute);

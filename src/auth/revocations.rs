@@ -71,12 +71,12 @@ impl Revocations {
         Ok(self.contains(session, epoch))
     }
 
-    /// Adds what this instance has just revoked.
+    /// Adds the revocations that this instance has just made.
     pub(crate) fn insert(&self, revocations: impl IntoIterator<Item = Revocation>) {
         self.merge(revocations, None);
     }
 
-    /// Reads what was revoked since the last refresh, unless another task has just done so.
+    /// Reads the revocations since the last refresh, unless another task has just done so.
     async fn refresh(&self, db: Queries<'_>, now: Instant, max_age: Duration) -> Result<()> {
         let mut cursor = timeout_at(db.deadline().at(), self.cursor.lock())
             .await

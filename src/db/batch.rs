@@ -151,7 +151,7 @@ async fn dispatch<Q: BatchQuery>(
                 let permits = (fast_permit, permit);
                 tokio::spawn(run_batch(connections.clone(), lease, batch, permits));
             }
-            // Queries that arrived during the attempt get an attempt of their own.
+            // Queries that arrived during the attempt remain queued for the next one.
             Err(error) => fail(waiting.drain(..queued_before).map(|p| p.reply), &error),
         }
     }

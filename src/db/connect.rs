@@ -63,7 +63,7 @@ impl From<tokio_postgres::Error> for ConnectError {
 /// certificate, or a schema that cannot be created.
 fn is_fatal(error: &tokio_postgres::Error) -> bool {
     if let Some(code) = error.code() {
-        // XX000 is how a proxy reports failures of its own.
+        // Proxies report their own failures as XX000.
         return !is_connection_error(error) && *code != SqlState::INTERNAL_ERROR;
     }
     let text = error.to_string();

@@ -21,16 +21,18 @@ use crate::telemetry::metrics::Metrics;
 
 /// The longest wait for a connection while the queue is short-lived.
 const QUEUE_TARGET: Duration = Duration::from_millis(500);
-/// The longest wait once the queue has not been empty for `QUEUE_TARGET`. A standing queue makes
-/// every request late and none faster ("controlled delay").
+/// The longest wait once the queue has not been empty for `QUEUE_TARGET`. A standing queue delays
+/// every request without increasing the throughput ("controlled delay").
 const QUEUE_SHED_AFTER: Duration = Duration::from_millis(50);
 /// The maximum number of concurrent searches, which leaves most of the pool to other requests.
 const MAX_SEARCHES: usize = 5;
-/// The same for one user, so that no user delays the searches of all others.
+/// The maximum number of concurrent searches of one user, so that no user delays the searches of
+/// all others.
 const MAX_SEARCHES_PER_USER: usize = 2;
-/// One user's share of the connections for writes of tasks, as a divisor. These writes lock the row of
-/// the user's list, so with more they would only wait for each other. At least two, so that the
-/// next one is at the server when the lock is released.
+/// The maximum number of concurrent task writes of one user is the size of the pool divided by
+/// this. These writes lock the row of the user's list, so more of them would only wait for each
+/// other. At least two are allowed, so that the next one is at the server when the lock is
+/// released.
 const WRITES_PER_USER_DIVISOR: u32 = 4;
 
 pub(super) struct Connections {

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// All database work of a request, from the end of its body: acquiring connections and running
-/// its statements.
+/// Limits all database work of a request, counted from the end of its body: acquiring connections
+/// and running statements.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same for a request that hashes passwords. Includes waiting for other attempts on the account
-/// and for a hashing thread; a full queue of those takes 4 s to drain.
+/// Limits a request that hashes passwords, including the wait for other attempts on the account and
+/// for a hashing thread. A full hash queue takes 4 s to drain.
 pub(crate) const PASSWORD_REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
-/// Checking whether an access token is revoked, which precedes reading the body.
+/// Limits the check whether an access token is revoked, which precedes reading the body.
 pub(crate) const AUTHENTICATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The time after which no further statement is sent.

@@ -1,4 +1,4 @@
-//! Why a statement has no result, and what an error of PostgreSQL means for its connection.
+//! Errors of statements, and whether the connection can be used again.
 
 use std::error::Error as _;
 use std::fmt;
@@ -11,7 +11,7 @@ use tokio_postgres::error::{Severity, SqlState};
 /// The result of a statement.
 pub(crate) type Result<T, E = DbError> = std::result::Result<T, E>;
 
-/// Why a statement has no result. Nothing was changed, except possibly after `ConnectionLost`.
+/// Why a statement failed. Nothing was changed, except possibly after `ConnectionLost`.
 #[derive(Clone, Debug)]
 pub(crate) enum DbError {
     /// The statement was not sent or was rolled back; another attempt may succeed.
@@ -73,7 +73,7 @@ impl fmt::Display for DbError {
 /// The message of an error with its cause; `Display` of a server's error is only "db error".
 pub(crate) fn error_message(error: &Error) -> String {
     match (error.as_db_error(), error.source()) {
-        // Without detail and hint, which may quote a row.
+        // Omits the detail and the hint, which may quote a row.
         (Some(db), _) => format!("{} (SQLSTATE {})", db.message(), db.code().code()),
         (None, Some(source)) => format!("{error}: {source}"),
         (None, None) => error.to_string(),

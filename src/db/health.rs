@@ -89,7 +89,7 @@ impl Health {
         }
     }
 
-    /// Connects and migrates, retrying for as long as `give_up_after` allows. Fails at once if
+    /// Connects and migrates, retrying for as long as `give_up_after` allows. Fails immediately if
     /// waiting cannot help.
     pub(super) async fn wait_until_ready(
         &self,
@@ -177,7 +177,7 @@ impl Health {
             sleep(RECONNECT_INTERVAL).await;
         }
         self.record_response();
-        // Before the state changes: the next failure has to be able to start a probe.
+        // Reset before the state changes, so that the next failure can start a probe.
         self.probing.store(false, Ordering::Release);
         self.state.send_replace(State::Up);
         let seconds = started.elapsed().as_secs_f64();

@@ -17,7 +17,8 @@ use super::migrations;
 const MIN_SERVER_VERSION: i32 = 130_000;
 /// How often a long migration, or the wait for another instance's, is logged.
 const MIGRATION_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// After a migration could not lock a table. Queries that queued behind it run meanwhile.
+/// The pause after a migration could not lock a table. Meanwhile, the queries that queued behind it
+/// run.
 const TABLE_LOCK_BACKOFF: Duration = Duration::from_secs(2);
 
 /// What is known about a database server.
@@ -87,7 +88,7 @@ async fn inspect_server(endpoint: &Endpoint, client: &Client) -> Result<ServerIn
         )));
     }
     let migrations_due = with_timeout(migrations::due(client)).await?;
-    // The server read its clock about halfway between the two.
+    // Assumes that the server read its clock halfway between sending and receiving.
     let now = (sent_at.as_microsecond() + received_at.as_microsecond()) as f64 / 2e6;
     Ok(ServerInfo {
         version,
@@ -139,7 +140,7 @@ async fn migrate(client: &mut Client) -> Result<usize, ConnectError> {
         match timeout(MIGRATION_LOG_INTERVAL, migrations.as_mut()).await {
             Ok(applied) => break applied,
             Err(_) => info!(
-                "migrating the schema, or waiting for another instance to do so: {} s so far",
+                "still migrating the schema, or waiting for another instance to do so, after {} s",
                 started.elapsed().as_secs()
             ),
         }

@@ -50,8 +50,8 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         Some(keyed)
     }
 
-    /// Returns the semaphore of a key, and a permit yet to be acquired. Its drop removes an unused
-    /// semaphore in any case.
+    /// Returns the semaphore of a key, and a permit that is yet to be acquired. Dropping the permit
+    /// removes an unused semaphore, even if the permit was never acquired.
     fn request(&self, key: K) -> (Arc<Semaphore>, KeyedPermit<K>) {
         let new = || Arc::new(Semaphore::new(self.permits_per_key));
         let semaphore = self

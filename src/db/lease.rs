@@ -174,7 +174,7 @@ impl Lease {
         if let Ok(result) = timeout_at(until.min(probe_at), &mut statement).await {
             return Ok(result);
         }
-        // A statement that starts with less time than that is late for other reasons.
+        // A statement that starts with less time left is late for other reasons.
         if probe_at <= until {
             health.start_probe("a statement is slow".into());
         }

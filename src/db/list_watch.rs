@@ -1,6 +1,5 @@
-//! Requests that wait until a list changes. A change made by this instance wakes them at once. One
-//! query a second finds the changes of other instances for all watched lists; it runs only while
-//! there are any.
+//! Requests that wait until a list changes. A change made by this instance wakes them immediately.
+//! While lists are watched, one query a second finds the changes made by other instances.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -116,7 +115,7 @@ async fn poll(database: Database) {
                     database.watched_lists.record(user_id, revision);
                 }
             }
-            // If the database is down, the watchers learn it from its health.
+            // If the database is down, `Health` notifies the watchers.
             Err(error) => debug!("cannot read the revisions of watched lists: {error}"),
         }
     }

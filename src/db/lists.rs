@@ -64,7 +64,7 @@ pub(crate) async fn changes(
         Some((position, change))
     };
     let mut changes: Vec<_> = rows.iter().filter_map(change).collect();
-    // Formally, the statement does not order its rows.
+    // SQL does not guarantee the order of these rows.
     changes.sort_by_key(|(position, _)| *position);
     Ok(rows.first().map(|row| Changes {
         changes,

@@ -1,8 +1,8 @@
 //! The database: a small facade over a pool of connections.
 //!
-//! [`Queries`] runs a statement of `sql/` with the deadline of its request; the table modules are
-//! made of it. A statement has its connection to itself: one that shared a connection with a write
-//! would wait for its commit. Hot reads are batched (`batch`); writes are not.
+//! [`Queries`] runs a statement of `sql/` with the deadline of its request; the modules of the
+//! tables are built on it. No two statements share a connection, because one would wait for the
+//! commit of the other. Hot reads are batched (`batch`); writes are not.
 //!
 //! Imports point one way: tables → batch → retry → lease → connections → pool, keyed_semaphore →
 //! health → sockets, inspect → url → connect → tls.
@@ -57,7 +57,7 @@ use retry::Repeat;
 use sockets::CONNECT_TIMEOUT;
 use statements::Sql;
 
-/// How recent a response has to be for the database to count as ready without a round trip.
+/// The database counts as ready without a round trip if it has responded within this time.
 const READY_WITHIN: Duration = Duration::from_secs(5);
 
 /// The database. Clones share the pool.
@@ -154,7 +154,7 @@ impl<'a> Queries<'a> {
         self.deadline
     }
 
-    /// Runs a read. If its connection is lost it runs again.
+    /// Runs a read. Retries it if its connection is lost.
     async fn read(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Read, sql, params).await
     }
@@ -165,15 +165,16 @@ impl<'a> Queries<'a> {
         batcher.submit(connections, self.deadline, query).await
     }
 
-    /// Runs a read that may scan all rows of this user. Few of these run at a time.
+    /// Runs a read that may scan all rows of this user. The number of concurrent searches is
+    /// limited.
     async fn search(self, user_id: Uuid, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         let connections = &self.database.connections;
         let _permit = connections.acquire_search(user_id, self.deadline).await?;
         self.query(Repeat::Read, sql, params).await
     }
 
-    /// Runs a write of this user's tasks, and wakes the watchers of their list. Few of these run at a
-    /// time.
+    /// Runs a write of this user's tasks, and wakes the watchers of their list. The number of
+    /// concurrent writes of one user is limited.
     async fn write_tasks(
         self,
         repeat: Repeat,
@@ -190,13 +191,13 @@ impl<'a> Queries<'a> {
         Ok(rows)
     }
 
-    /// Runs a write. If its connection is lost it does not run again.
+    /// Runs a write. Does not retry it if its connection is lost.
     async fn write(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Never, sql, params).await
     }
 
-    /// Runs a write that inserts rows under ids that the caller chose. If its connection is lost it
-    /// runs again, and finds the rows if the first run inserted them.
+    /// Runs a write that inserts rows under ids that the caller chose. Retries it if its connection
+    /// is lost; the retry finds the rows if the first attempt inserted them.
     async fn insert(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Insert, sql, params).await
     }

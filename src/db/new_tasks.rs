@@ -21,7 +21,7 @@ pub(crate) enum CreateOutcome {
     QuotaExceeded,
     /// The account has been deleted.
     NoSuchUser,
-    /// A task with the ID exists, in this version, or was deleted.
+    /// The ID belongs to a task of this version, or to a deleted task (`None`).
     IdTaken(Option<Timestamp>),
 }
 
@@ -45,7 +45,7 @@ pub(crate) async fn create(
         &created_at.0,
         &max_tasks,
         &key,
-        // Trims the user's keys now and then, at a hundredth of the cost.
+        // Deletes the user's surplus keys in one of a hundred requests, to reduce the cost.
         &(fastrand::u8(..100) == 0),
     ];
     let created = || Task {

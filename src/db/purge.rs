@@ -11,9 +11,9 @@ use super::statements::Sql;
 use super::{Database, Deadline, REQUEST_TIMEOUT, Result};
 
 const INTERVAL: Duration = Duration::from_secs(600);
-/// The limit in the statements.
+/// The maximum number of rows that one statement deletes; repeated in the statements.
 const BATCH: u64 = 500;
-/// Between batches, so that a purge does not slow down requests.
+/// The pause between batches, so that a purge does not slow down requests.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// When the last batch was purged.

@@ -34,7 +34,7 @@ impl SessionState {
 
 pub(crate) struct NewSession {
     pub(crate) id: Uuid,
-    /// Seconds of inactivity until it expires.
+    /// Seconds of inactivity until the session expires.
     pub(crate) idle: f64,
     pub(crate) user_agent: Option<String>,
     /// The client's network, to be recorded as one that the account uses.
@@ -110,14 +110,15 @@ pub(crate) async fn refresh(
     Ok(row.map(|row| (user(row), SessionState::from_row(id, row))))
 }
 
-/// Ends the session of a refresh token that has already been used. Returns whether there was one.
+/// Ends the session of a refresh token that has already been used. Returns whether the session
+/// existed.
 pub(crate) async fn end_reused(db: Queries<'_>, id: Uuid, generation: i32) -> Result<bool> {
     let params: Params = &[&id, &generation];
     Ok(db.execute(Sql::SessionsEndReused, params).await? > 0)
 }
 
 /// Ends the session of a refresh token, unless the token belongs to an earlier epoch. Returns
-/// whether there was one.
+/// whether a session ended.
 pub(crate) async fn end_by_refresh_token(
     db: Queries<'_>,
     id: Uuid,
@@ -147,14 +148,14 @@ pub(crate) async fn end(db: Queries<'_>, user_id: Uuid, id: Uuid, epoch: i32) ->
     Ok(db.execute(Sql::SessionsEnd, params).await? > 0)
 }
 
-/// Ends every session of a user except `keep`, and returns those that ended.
+/// Ends every session of a user except `keep`, and returns the ended sessions.
 pub(crate) async fn end_others(db: Queries<'_>, user_id: Uuid, keep: Uuid) -> Result<Vec<Uuid>> {
     let params: Params = &[&user_id, &keep];
     let rows = db.write(Sql::SessionsEndOthers, params).await?;
     Ok(rows.iter().map(|row| row.get("id")).collect())
 }
 
-/// Reads what was revoked since an earlier read, and the cursor for the next read.
+/// Reads the revocations since an earlier read, and the cursor for the next read.
 pub(crate) async fn revoked_since(
     db: Queries<'_>,
     since: Option<Cursor>,

@@ -52,7 +52,8 @@ pub(crate) enum Conditional<T> {
 }
 
 impl<T> Conditional<T> {
-    /// Reads the row returned by such a write; `done` returns `None` if the task was not changed.
+    /// Reads the row returned by a write with preconditions; `done` returns `None` if the task was
+    /// not changed.
     fn from_rows(rows: &[Row], done: impl Fn(&Row) -> Option<T>) -> Self {
         match rows.first().map(|row| (done(row), row)) {
             Some((Some(done), _)) => Self::Done(done),
@@ -70,8 +71,8 @@ pub(crate) async fn get(db: Queries<'_>, user_id: Uuid, id: Uuid) -> Result<Opti
 }
 
 /// Reads a page of a user's tasks: up to `limit` tasks that follow the task `after`. A long page
-/// ends early, at least one task after the first ones whose JSON exceeds `max_bytes`. Also reads the
-/// revision of the list, or `None` if the account was deleted.
+/// ends early: at least one task after its JSON exceeds `max_bytes`, to show that there are more.
+/// Also reads the revision of the list, or `None` if the account was deleted.
 pub(crate) async fn list(
     db: Queries<'_>,
     user_id: Uuid,
@@ -109,13 +110,13 @@ pub(crate) async fn list(
     Ok(tasks_and_revision(&rows, filter))
 }
 
-/// Reads the rows of a page. Each has the revision of the list; an empty page is one row whose id is
-/// null.
+/// Reads the rows of a page. Each has the revision of the list; for an empty page, there is one row
+/// whose id is null.
 fn tasks_and_revision(rows: &[Row], filter: &Filter) -> (Vec<Task>, Option<i64>) {
     let revision = rows.first().and_then(|row| row.get("revision"));
     let has_task = |row: &&Row| row.get::<_, Option<Uuid>>(0).is_some();
     let mut tasks: Vec<Task> = rows.iter().filter(has_task).map(task).collect();
-    // Formally, the statements do not order their rows.
+    // SQL does not guarantee the order of these rows.
     match filter.oldest_first {
         true => tasks.sort_by_key(|task| task.id),
         false => tasks.sort_by_key(|task| Reverse(task.id)),

@@ -1,5 +1,5 @@
-//! Parses `DATABASE_URL` as libpq does. Where that is probably not what was meant, as with a raw `@`
-//! in a password, the URL is rejected.
+//! Parses `DATABASE_URL` as libpq does. Rejects a URL that libpq probably reads differently than
+//! intended, for example with a raw `@` in the password.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;

@@ -10,7 +10,7 @@ use super::statements::Sql;
 use super::{Queries, Result, user};
 use crate::domain::{Email, TokenLifetimes, User};
 
-/// What a login needs to know before the password is verified.
+/// The data needed to verify the password of a login.
 pub(crate) struct LoginRecord {
     /// The ID and the password hash, if there is an account.
     pub(crate) account: Option<(Uuid, String)>,

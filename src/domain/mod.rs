@@ -1,5 +1,5 @@
-//! Domain types. Those with a `parse` function are valid by construction. This module knows neither
-//! HTTP nor SQL.
+//! Domain types. Types with a `parse` function are valid by construction. This module does not
+//! depend on HTTP or SQL.
 
 use uuid::Uuid;
 

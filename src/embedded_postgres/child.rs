@@ -1,8 +1,8 @@
 //! Child processes that end with this process, however it ends.
 //!
-//! Linux signals a process when its parent ends if the process itself has requested that, after its
-//! last change of user. So the service spawns its own program, which requests the signal and then
-//! replaces itself with a program of PostgreSQL.
+//! Linux signals a process when its parent ends, but only if the process has requested the signal
+//! after its last change of user. Therefore the service spawns its own program, which requests the
+//! signal and then replaces itself with a program of PostgreSQL.
 
 use std::{
     env, io,
@@ -43,8 +43,8 @@ pub fn become_child() -> io::Result<()> {
     Err(process::Command::new(program).args(arguments).exec())
 }
 
-/// A command that Linux sends `signal` when this process ends. On other systems it outlives a killed
-/// process; the next start stops it.
+/// A command that Linux sends `signal` when this process ends. On other systems the command
+/// outlives a killed service, and the next start stops it.
 ///
 /// Linux sends the signal when the *thread* that spawned the command ends. The main thread and the
 /// runtime's workers live as long as the process, because nothing uses `block_in_place`.

@@ -22,7 +22,7 @@ const INITDB_TIMEOUT: Duration = Duration::from_secs(120);
 /// Prefix of the directories in which initdb has not finished.
 const UNFINISHED: &str = "cluster.unfinished-";
 
-/// A cluster and what runs it.
+/// A cluster, and the programs, the user and the settings that run it.
 #[derive(Clone)]
 pub(super) struct Cluster {
     pub(super) data_dir: PathBuf,
@@ -93,7 +93,7 @@ impl Cluster {
         command.arg("--pgdata").arg(directory).args([
             "--encoding=UTF8",
             locale,
-            // These rules apply only to a server that is started without those of `access`.
+            // These rules apply only to a server that is started without the rules of `access`.
             "--auth-local=peer",
             "--auth-host=reject",
             &format!("--username={SUPERUSER}"),

@@ -66,7 +66,7 @@ impl Postgres {
         Postgres::start_with(data_dir, &[]).await
     }
 
-    /// The same with additional PostgreSQL settings, such as `("max_connections", "300")`.
+    /// Like [`Postgres::start`], with additional settings, such as `("max_connections", "300")`.
     pub async fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Result<Postgres, Error> {
         let existing = data_dir::existing_ancestor(data_dir);
         let (data_dir, os_user) = data_dir::create(data_dir)?;

@@ -41,7 +41,8 @@ impl OsUser {
         })
     }
 
-    /// Checks that this user can reach `directory`, whose missing parts will be created accordingly.
+    /// Checks that this user can reach `directory`. Missing parts will be created with access for
+    /// this user.
     pub(super) fn check_traversable(&self, directory: &Path) -> Result<(), Error> {
         let mut ancestors = directory.ancestors();
         let Some(closed) = ancestors.find(|ancestor| !self.may_traverse(ancestor)) else {

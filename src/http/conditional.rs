@@ -85,7 +85,7 @@ impl Preconditions {
         Ok(!self.if_none_match.contains(&version))
     }
 
-    /// Whether the request is to create a task, and fails if there is one (`If-None-Match: *`).
+    /// Whether the request creates a task and fails if the task exists (`If-None-Match: *`).
     pub(crate) fn requires_absence(&self) -> bool {
         matches!(self.if_none_match, TagList::Any)
     }

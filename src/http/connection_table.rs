@@ -123,8 +123,8 @@ impl ConnectionTable {
 }
 
 impl OpenConnections {
-    /// Evicts the longest idle connections, of one network or of all. Returns their number, which
-    /// depends on `limit`, the number of connections that there may be.
+    /// Evicts the connections that have been idle longest, of one network or of all: a share of
+    /// `limit`, the maximum number of connections. Returns the number evicted.
     fn evict_idle(&mut self, network: Option<IpAddr>, limit: usize) -> usize {
         let mut idle: Vec<_> = self
             .connections

@@ -68,7 +68,7 @@ impl<'a> RequestContext<'a> {
             .get_or_insert_with(Instant::now);
     }
 
-    /// Records that the request has waited for a change. Deadlines start again.
+    /// Records that the request has waited for a change. Its deadlines then start anew.
     pub(crate) fn record_wait(&self, waited: Duration) {
         let mut timing = self.timing.lock();
         timing.waited += waited;
@@ -167,7 +167,7 @@ impl<'a> RequestContext<'a> {
         Query::new(self.head.uri.query().unwrap_or_default())
     }
 
-    /// The client's network, between which rate limits and shares are divided.
+    /// The client's network, to which rate limits and shares apply.
     pub(crate) fn network(&self) -> IpAddr {
         client_network(self.client)
     }

@@ -105,7 +105,7 @@ impl RequestFramer {
 #[derive(Default)]
 struct HeadScanner {
     started: bool,
-    /// The number of bytes in the current line so far.
+    /// The number of bytes scanned of the current line.
     line: usize,
     /// How many bytes of the line match `content-length:`.
     matched: usize,

@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 use crate::domain::ValidationError;
 use crate::error::{Error, FieldError, Result};
 
-/// The fields of a JSON object, and the errors found in them so far. Fields are named by JSON
-/// pointers, as in the errors.
+/// The fields of a JSON object, and the errors found in them. Fields are named by JSON pointers, as
+/// in the errors.
 pub(crate) struct JsonFields {
     /// `None` if the body is not an object. That is then its only error.
     fields: Option<Map<String, Value>>,
@@ -88,7 +88,7 @@ impl JsonFields {
         }
     }
 
-    /// Returns the parsed values or, if there are any errors, all of them at once.
+    /// Returns the parsed values or, if there are errors, all of them.
     pub(crate) fn finish_with<T>(self, values: Option<T>) -> Result<T> {
         match values {
             Some(values) if self.errors.is_empty() => Ok(values),

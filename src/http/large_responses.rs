@@ -14,10 +14,10 @@ use crate::http::context::RequestContext;
 const LARGE_BODY: usize = 16 * 1024;
 /// How many large responses may be sent at the same time. Each takes up to 1 MiB of memory.
 const MAX_LARGE_RESPONSES: usize = 128;
-/// The share of one network.
+/// The maximum number for one network.
 const MAX_PER_NETWORK: usize = MAX_LARGE_RESPONSES / 4;
-/// How many lists of one user may be read from the database, or be large and not yet sent, at the
-/// same time.
+/// The maximum number of lists of one user that are being read from the database, or are large and
+/// not yet sent.
 const MAX_PER_USER: usize = 4;
 
 /// The permits for large responses.
@@ -43,9 +43,9 @@ impl LargeResponses {
         }
     }
 
-    /// Calls `read` for the body of a response to a user, with a permit if it is large. Only then
-    /// does the request depend on the clients that share its network or the service. While it waits
-    /// for them it holds no body, so it reads again afterwards.
+    /// Calls `read` for the body of a response to a user, with a permit if it is large. Only large
+    /// responses compete with those of other users for permits. A request that waits for one drops
+    /// the body, and reads it again afterwards.
     pub(crate) async fn read<T: AsRef<[u8]>, F: Future<Output = Result<T>>>(
         &self,
         context: &RequestContext<'_>,

@@ -1,5 +1,5 @@
-//! `Prefer: wait=N` (RFC 7240): a request that waits until a list changes. Meanwhile it holds its
-//! connection to the client, and nothing else.
+//! `Prefer: wait=N` (RFC 7240): a request that waits until a list changes. A waiting request holds
+//! only its connection to the client.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ use crate::http::context::RequestContext;
 use crate::http::middleware::{AuthenticatedUser, check_session};
 use crate::http::response::{Response, with_preference_applied};
 
-/// Further requests of a user are answered at once.
+/// The maximum number of waiting requests of one user. Further requests do not wait.
 const MAX_WAITS_PER_USER: usize = 4;
 /// How often a waiting request checks its session. The check knows revocations that are at least
 /// one second old.
 const SESSION_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long a request may wait, and whether it has.
+/// How long a request may wait, and whether it has waited.
 pub(crate) struct ListWait<'a> {
     context: &'a RequestContext<'a>,
     user: &'a AuthenticatedUser,

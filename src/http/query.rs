@@ -6,7 +6,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, FieldError, Result};
 
-/// A percent-decoded query string, and the errors found in its parameters so far.
+/// A percent-decoded query string, and the errors found in its parameters.
 pub(crate) struct Query<'a> {
     /// A value is `None` if it does not decode to UTF-8.
     pairs: Vec<(Cow<'a, str>, Option<Cow<'a, str>>)>,
@@ -57,7 +57,7 @@ impl<'a> Query<'a> {
         }
     }
 
-    /// Returns all recorded errors at once, if there are any.
+    /// Fails with all recorded errors, if there are any.
     pub(crate) fn finish(self) -> Result<()> {
         match self.errors.is_empty() {
             true => Ok(()),

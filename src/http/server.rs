@@ -49,8 +49,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
 /// limits on large responses apply to it.
 #[cfg(target_os = "linux")]
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
-/// How long the kernel holds data that the client does not accept, after the connection was closed
-/// too.
+/// How long the kernel holds data that the client does not acknowledge, even after the connection
+/// was closed.
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long one scrape of the metrics may take.

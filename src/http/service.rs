@@ -113,7 +113,7 @@ fn log_error(context: &RequestContext<'_>, error: &Error) {
             format!("authentication failed reason={reason} {request}{email}")
         };
         match failure {
-            // The rate limit bounds the failed logins, so each has its line (FR-010).
+            // The rate limit bounds the number of failed logins, so each is logged (FR-010).
             AuthFailure::Login(reason) if reason != LoginFailure::RateLimited => {
                 warn!("{}", line());
             }

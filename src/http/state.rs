@@ -116,8 +116,8 @@ impl AppState {
         counted.map_err(|retry_after| Error::TooManyRequests { retry_after })
     }
 
-    /// Records sessions that this instance has revoked, so that it rejects their access tokens at
-    /// once.
+    /// Records sessions that this instance has revoked, so that it rejects their access tokens
+    /// immediately.
     pub(crate) fn record_revoked(&self, reason: RevocationReason, sessions: &[Uuid]) {
         let revocations = sessions.iter().map(|session_id| Revocation {
             session_id: *session_id,

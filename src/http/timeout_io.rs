@@ -23,9 +23,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// nginx and most load balancers 60 s), so that they never send a request into a closing
 /// connection.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(150);
-/// While the socket does not accept all of a response, it must accept [`MIN_WRITE_BYTES`] within
-/// this time, or the rest of the response: 16 KiB/s. Slow mobile connections reach that, even with
-/// a stall of a few seconds.
+/// While a response is being sent, the socket must accept [`MIN_WRITE_BYTES`], or all that is left,
+/// within this time. That is 16 KiB/s, which slow mobile connections reach even with a stall of a
+/// few seconds.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const MIN_WRITE_BYTES: usize = 160 * 1024;
 /// How long, and how much, a client may still send after the service has closed its side.
@@ -34,8 +34,8 @@ const LINGER_BYTES: usize = 8 * 1024 * 1024;
 
 /// The socket of a client.
 pub(crate) trait ClientSocket: AsyncRead + AsyncWrite + Unpin {
-    /// Makes closing the socket reset the connection, so that the kernel discards unread data at
-    /// once.
+    /// Makes closing the socket reset the connection, so that the kernel discards unread data
+    /// immediately.
     fn reset_on_close(&self) {}
 }
 

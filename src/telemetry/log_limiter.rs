@@ -1,6 +1,5 @@
-//! Limits the number of log lines about requests that the service refuses or that are slow, so that
-//! a client that sends many of them does not fill the disk or make the journal drop the lines about
-//! others.
+//! Limits the number of log lines about rejected and slow requests, so that one client cannot fill
+//! the disk or make the journal drop the lines about other clients.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -17,29 +16,29 @@ const WINDOW: Duration = Duration::from_secs(1);
 /// all others are counted together.
 const MAX_NETWORKS: usize = 1000;
 
-/// What happened to the requests that the lines are about.
+/// Why a request is logged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum LineKind {
     /// Authentication failed.
     Authentication,
-    /// They took long.
+    /// The request was slow.
     Slow,
-    /// The service or its database had no capacity for them. All clients share a limit, because an
-    /// outage affects all of them.
+    /// The service or its database had no capacity for the request. All clients share a limit,
+    /// because an outage affects all of them.
     Capacity,
 }
 
-/// Writes lines up to a limit, then one line at the end of the window with the number of those that
-/// were suppressed.
+/// Writes lines up to a limit, then one line at the end of the window with the number of suppressed
+/// lines.
 #[derive(Clone, Default)]
 pub(crate) struct LogLimiter(Arc<Mutex<Window>>);
 
-/// The lines of this window by network; `None` stands for several.
+/// The lines of this window by network; `None` stands for several networks.
 type Window = HashMap<(LineKind, Option<IpAddr>), Lines>;
 
 struct Lines {
     count: u64,
-    /// The client of the last one.
+    /// The client of the last line.
     client: IpAddr,
 }
 

@@ -12,7 +12,7 @@ use prometheus::{
 
 use super::labels::{AuthFailure, LoginFailure, RevocationReason, TokenRejection};
 
-/// The metrics of the service; their help texts say what each one means.
+/// The metrics of the service, which their help texts explain.
 pub(crate) struct Metrics {
     registry: Registry,
     start_time: f64,
@@ -31,7 +31,8 @@ pub(crate) struct Metrics {
     waiting_requests: IntGauge,
 }
 
-/// Up to the longest graceful shutdown (10 s); 1 s is the service's objective.
+/// The histogram buckets of durations, up to the longest graceful shutdown (10 s). Requests should
+/// take less than 1 s.
 const SECONDS: &[f64] = &[
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
@@ -84,7 +85,7 @@ impl Metrics {
             waiting_requests: gauge("http_waiting_requests", "Requests that wait for a list to change"),
             registry,
         };
-        // Creates all series at zero: one that appears with its first event has no rate, and is
+        // Creates all series at zero. A series that first appears with an event has no rate, and is
         // missing from sums.
         for method in METHODS.into_iter().chain([OTHER_METHOD]) {
             metrics.declare_response(UNMATCHED_ROUTE, method, "404");

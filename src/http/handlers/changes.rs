@@ -1,4 +1,4 @@
-//! `/api/v1/{user_id}/changes`: what has changed in the signed-in user's list of tasks.
+//! `/api/v1/{user_id}/changes`: changes of the signed-in user's list of tasks.
 
 use serde::Serialize;
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
 use crate::telemetry::labels::TokenRejection;
 
-/// How many changes one statement reads, which limits the memory that a long page takes.
+/// The maximum number of changes that one statement reads. Limits the memory for a long page.
 const MAX_READ: i64 = 100;
 
 /// `GET /api/v1/{user_id}/changes`
@@ -69,7 +69,7 @@ fn last_of(revision: i64) -> Position {
     (revision, Uuid::max())
 }
 
-/// A page of changes, as far as it has been written.
+/// A page of changes that is being assembled.
 struct Page {
     /// The members of the JSON arrays.
     tasks: Vec<u8>,
@@ -86,7 +86,7 @@ impl Page {
     fn new(since: Option<ChangesCursor>) -> Self {
         let start = ChangesCursor {
             position: (0, Uuid::nil()),
-            // Before the list is read, this leaves out all deletions.
+            // Leaves out all deletions until the list has been read.
             started_at: i64::MAX,
         };
         Self {

@@ -10,8 +10,8 @@ use crate::http::json_fields::JsonFields;
 use crate::http::middleware::AuthenticatedUser;
 use crate::telemetry::labels::{LoginFailure, RevocationReason, TokenRejection};
 
-/// A password is verified again if its hash changes meanwhile: the second attempt covers another
-/// login that rehashed it, the third is a reserve. Each attempt checks for a lockout first.
+/// The maximum number of verifications. A password is verified again if its hash changes meanwhile,
+/// for example because another login rehashes it. Each attempt checks for a lockout first.
 pub(super) const MAX_ATTEMPTS: usize = 3;
 
 /// Verifies the credentials of a login and stores its session.
@@ -49,10 +49,10 @@ pub(super) async fn log_in(
     Err(Error::InvalidCredentials(reason))
 }
 
-/// Verifies the password of a signed-in user, whose changes the caller has made exclusive. Returns
-/// their address and the verified hash.
+/// Verifies the password of a signed-in user, while the caller prevents concurrent account changes.
+/// Returns the user's address and the verified hash.
 ///
-/// Failures have a counter of their own, which only requests with an access token increment.
+/// Failures have a separate counter, which only requests with an access token increment.
 pub(super) async fn verify_current_password(
     context: &RequestContext<'_>,
     user: &AuthenticatedUser,

@@ -98,7 +98,7 @@ fn parse_cursor(text: &str) -> Option<Uuid> {
     (id.simple().to_string() == text).then_some(id)
 }
 
-/// A page of tasks, as far as it has been written.
+/// A page of tasks that is being assembled.
 #[derive(Default)]
 pub(super) struct Page {
     /// A JSON array without its closing bracket.
@@ -110,8 +110,8 @@ pub(super) struct Page {
 }
 
 impl Page {
-    /// Appends up to `limit` tasks, or fewer if they are large. `found` has one more if there are
-    /// more.
+    /// Appends up to `limit` tasks, or fewer if they are large. `found` has an extra task if there
+    /// are more.
     pub(super) fn append(
         &mut self,
         found: &[Task],
@@ -136,7 +136,7 @@ impl Page {
         Ok(())
     }
 
-    /// The size up to which tasks are appended.
+    /// The number of bytes left on the page.
     pub(super) fn room(&self) -> usize {
         (MAX_PAGE_BYTES + 1).saturating_sub(self.json.len())
     }

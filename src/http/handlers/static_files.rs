@@ -1,4 +1,4 @@
-//! The files of the documentation. They are compressed once, when a client first accepts that.
+//! The files of the documentation. Each is compressed once, when a client first accepts gzip.
 
 use std::collections::HashMap;
 use std::io::{self, Read};
@@ -38,7 +38,7 @@ impl StaticFile {
         }
     }
 
-    /// Compresses the file on a blocking thread, unless that has been done before.
+    /// Compresses the file on a blocking thread, or returns the result of an earlier call.
     async fn gzip(&'static self) -> Result<Bytes> {
         let compress = || {
             let mut compressed = Vec::new();

@@ -42,7 +42,7 @@ pub(crate) async fn list(
             tasks::list(db, user.id, &params.filter, after, limit + 1, room).await?;
         page.append(&found, limit, revision)
     };
-    // The limit says little about the size: most clients do not set it.
+    // Reads a short page first: the query is batched, and returns most lists in full.
     let first = params.limit.min(tasks::MAX_BATCHED_LIMIT);
     let read = || async {
         let mut page = Page::default();
@@ -56,7 +56,7 @@ pub(crate) async fn list(
     {
         append(&mut page, Some(last), params.limit - first).await?;
     }
-    // Not before the tasks: the tag must not be newer than the number.
+    // Counted after the tasks are read, because the tag must not be newer than the count.
     let mut total = None;
     if params.total {
         total = Some(tasks::count(db, user.id, &params.filter).await?);
