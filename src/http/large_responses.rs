@@ -6,9 +6,9 @@ use std::net::IpAddr;
 use bytes::Bytes;
 use uuid::Uuid;
 
+use crate::db::Deadline;
 use crate::db::keyed_semaphore::{KeyedPermit, KeyedSemaphore};
 use crate::error::Result;
-use crate::http::context::RequestContext;
 
 /// A body that is larger than this needs a permit until it has been sent or dropped.
 const LARGE_BODY: usize = 16 * 1024;
@@ -48,19 +48,20 @@ impl LargeResponses {
     /// the body, and reads it again afterwards.
     pub(crate) async fn read<T: AsRef<[u8]>, F: Future<Output = Result<T>>>(
         &self,
-        context: &RequestContext<'_>,
         user_id: Uuid,
+        network: IpAddr,
+        deadline: Deadline,
         read: impl Fn() -> F,
     ) -> Result<(T, Option<LargeResponsePermit>)> {
-        let of_user = self.users.acquire(user_id, context.deadline()).await?;
+        let of_user = self.users.acquire(user_id, deadline).await?;
         let mut body = read().await?;
         if body.as_ref().len() <= LARGE_BODY {
             return Ok((body, None));
         }
-        let mut permit = self.try_acquire(context.network());
+        let mut permit = self.try_acquire(network);
         if permit.is_none() {
             drop(body);
-            permit = Some(self.acquire(context).await?);
+            permit = Some(self.acquire(network, deadline).await?);
             body = read().await?;
         }
         let permit = permit.map(|permit| LargeResponsePermit {
@@ -73,12 +74,13 @@ impl LargeResponses {
     /// Waits for a permit for a body of this size, if it needs one, that belongs to no user.
     pub(crate) async fn acquire_if_large(
         &self,
-        context: &RequestContext<'_>,
+        network: IpAddr,
+        deadline: Deadline,
         size: usize,
     ) -> Result<Option<LargeResponsePermit>> {
         match size <= LARGE_BODY {
             true => Ok(None),
-            false => self.acquire(context).await.map(Some),
+            false => self.acquire(network, deadline).await.map(Some),
         }
     }
 
@@ -90,8 +92,7 @@ impl LargeResponses {
         })
     }
 
-    async fn acquire(&self, context: &RequestContext<'_>) -> Result<LargeResponsePermit> {
-        let (network, deadline) = (context.network(), context.deadline());
+    async fn acquire(&self, network: IpAddr, deadline: Deadline) -> Result<LargeResponsePermit> {
         Ok(LargeResponsePermit {
             _user: None,
             _network: self.networks.acquire(network, deadline).await?,

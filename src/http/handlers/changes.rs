@@ -31,14 +31,20 @@ pub(crate) async fn list(
             page.append(context.queries(), user.id, limit).await?;
             Ok(page)
         };
-        let (page, permit) = app.large_responses.read(context, user.id, read).await?;
+        let (page, permit) = app
+            .large_responses
+            .read(user.id, context.network(), context.deadline(), read)
+            .await?;
         if page.count > 0 || !wait.wait_for_change(page.revision).await? {
             break (page, permit);
         }
     };
     if permit.is_none() && page.goes_on(limit) {
         let size = (limit - page.count) as usize * ESTIMATED_TASK_BYTES;
-        permit = app.large_responses.acquire_if_large(context, size).await?;
+        permit = app
+            .large_responses
+            .acquire_if_large(context.network(), context.deadline(), size)
+            .await?;
     }
     while page.goes_on(limit) {
         page.append(context.queries(), user.id, limit).await?;

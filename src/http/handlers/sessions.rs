@@ -18,7 +18,9 @@ pub(crate) async fn list(
         serde_json::to_vec(&sessions).map_err(Error::serialize)
     };
     let large_responses = &context.app.large_responses;
-    let (body, permit) = large_responses.read(context, user.id, read).await?;
+    let (body, permit) = large_responses
+        .read(user.id, context.network(), context.deadline(), read)
+        .await?;
     Ok(response::json_with_permit(body, permit))
 }
 

@@ -62,7 +62,8 @@ impl StaticFile {
             false => Bytes::from_static(self.data),
         };
         let large_responses = &context.app.large_responses;
-        let permit = large_responses.acquire_if_large(context, body.len());
+        let (network, deadline) = (context.network(), context.deadline());
+        let permit = large_responses.acquire_if_large(network, deadline, body.len());
         let body = attach_permit(body, permit.await?);
         let mut response = response::bytes(StatusCode::OK, self.content_type, body);
         let headers = response.headers_mut();

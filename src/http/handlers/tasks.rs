@@ -49,7 +49,10 @@ pub(crate) async fn list(
         append(&mut page, params.after, first).await?;
         Ok(page)
     };
-    let (mut page, permit) = app.large_responses.read(context, user.id, read).await?;
+    let (mut page, permit) = app
+        .large_responses
+        .read(user.id, context.network(), context.deadline(), read)
+        .await?;
     if let Some(last) = page.next()
         && params.limit > first
         && page.room() > 0
