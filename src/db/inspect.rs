@@ -32,7 +32,7 @@ pub(crate) struct ServerInfo {
     pub(crate) migrations_applied: usize,
     /// Whether searches ignore the case of letters beyond ASCII; true until the schema exists.
     pub(crate) search_ignores_case: bool,
-    /// Seconds by which the server's clock is ahead.
+    /// Seconds by which the server's clock is ahead of this machine's.
     pub(crate) clock_difference: f64,
     /// Whether connections go through a transaction pooler that supports prepared statements.
     pub(crate) has_pooler: bool,
@@ -102,7 +102,8 @@ async fn inspect_server(endpoint: &Endpoint, client: &Client) -> Result<ServerIn
 }
 
 /// Detects a transaction pooler, which gives the backend that one connection has just used to the
-/// next connection. Behind one, a statement prepared on one backend has to work on another.
+/// next connection. Behind a pooler, a statement that was prepared on one backend must work on
+/// another.
 async fn detect_pooler(endpoint: &Endpoint, first: &Client) -> Result<bool, ConnectError> {
     const SQL: &str = "select pg_backend_pid() as pid";
     let second = endpoint.contact().await?;

@@ -28,8 +28,8 @@ pub(super) enum Verification {
     Full,
 }
 
-/// Creates the TLS configuration. Without `roots`, the operating system's are trusted. The error
-/// completes a sentence that begins with the variable's name.
+/// Creates the TLS configuration. Without `roots`, trusts the operating system's root certificates.
+/// The error completes a sentence that begins with the variable's name.
 pub(super) fn connector(
     verification: Verification,
     roots: Option<RootCertStore>,

@@ -65,7 +65,7 @@ async fn a_task_is_created_under_the_id_that_the_client_chose() {
     let list = ann.get(ann.tasks()).await.expect(200).json();
     let list = list.as_array().unwrap();
     assert_eq!(list.len(), 4);
-    // Sorted by the time of creation, as the clients say.
+    // Sorted by the creation times that the clients' IDs encode.
     assert!(
         list.windows(2)
             .all(|pair| pair[0]["created_at"].as_str() > pair[1]["created_at"].as_str())
@@ -174,7 +174,7 @@ async fn an_id_that_is_not_a_recent_uuid_of_version_7_is_422() {
         .expect(404);
 }
 
-/// Also if another request deletes the task while a copy waits for the list.
+/// Holds even if the task is deleted while a copy of the request waits for the lock on the list.
 #[tokio::test]
 async fn concurrent_copies_create_one_task_which_a_deletion_removes_for_good() {
     let server = Server::start().await;

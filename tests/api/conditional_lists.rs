@@ -159,7 +159,7 @@ async fn if_none_match_compares_list_tags_weakly() {
     }
 }
 
-/// Otherwise a client would miss a change.
+/// If such lists could differ, a client would miss a change.
 #[tokio::test]
 async fn lists_with_the_same_tag_are_equal_while_they_change() {
     let server = Server::start().await;

@@ -104,7 +104,7 @@ async fn start_with_40_connections(variables: &[(&str, &str)]) -> (Process, Sock
     (process, address)
 }
 
-/// Makes this machine a trusted proxy, which has no share of its own.
+/// Makes this machine a trusted proxy, whose connections are not limited.
 const TRUSTED: (&str, &str) = ("TRUSTED_PROXIES", "127.0.0.1");
 
 /// Opens a connection and sends an incomplete request.

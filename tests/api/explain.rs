@@ -374,7 +374,7 @@ cases! {
         "all": "nth(7), null, null, null, 1001, 1048577" => rows 1000, pages THOUSAND;
         "no tasks": "nth(4000), null, null, null, 1001, 1048577" => rows 1, pages A_ROW;
         "the first open": "nth(7), false, null, null, 51, 1048577" => rows 51, pages FIFTY_ONE, rows_discarded 2;
-        // As above.
+        // A filter with few matches reads all tasks of the user.
         "the completed": "nth(7), true, null, null, 51, 1048577" => rows 25, pages THOUSAND, rows_discarded 975;
         "a search": "nth(7), null, 'PLANTS', null, 51, 1048577" => rows 10, pages THOUSAND, rows_discarded 990;
     }

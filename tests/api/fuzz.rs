@@ -27,7 +27,7 @@ const CLOSED: &str = "closed without a response";
 struct FuzzClient {
     address: SocketAddr,
     connection: Option<Wire>,
-    /// Whether each case uses a new connection, because it may not be exactly one request.
+    /// Whether each case uses a new connection, because its bytes may not be exactly one request.
     one_shot: bool,
 }
 

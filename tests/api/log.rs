@@ -16,7 +16,8 @@ pub(crate) fn unique_id() -> String {
     format!("test-{}", uuid::Uuid::now_v7().simple())
 }
 
-/// Sends a request and returns the log once it contains that request, and so all earlier ones.
+/// Sends a request and returns the log once it contains that request, and therefore all earlier
+/// requests.
 pub(crate) async fn read_log(server: &Server) -> String {
     let id = unique_id();
     server
@@ -489,7 +490,7 @@ async fn no_input_can_forge_a_log_line() {
     ];
     for line_break in breaks {
         let forged = format!("ann@example.com{line_break}{FORGED_LINE}");
-        // As an e-mail address, with and without spaces.
+        // The forged line as an e-mail address, with and without spaces.
         login(&server, &forged, &forged).await.expect(401);
         for email in [
             forged.replace(' ', "\u{a0}"),

@@ -11,7 +11,7 @@ use crate::harness::{Database, PASSWORD, Process, SECRET, Server, until};
 
 const V1: &str = include_str!("../../sql/migrations/V1__initial.sql");
 
-/// The inserts of the first release, with all its columns, for the user `N`.
+/// The inserts of the first release into all its columns, for the user `N`.
 const V1_INSERTS: &str = "
     insert into users (id, email, password_hash, created_at, updated_at)
     values ('00000000-0000-7000-8000-00000000000N', 'userN@example.com', 'HASH', now(), now());

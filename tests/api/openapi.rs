@@ -89,7 +89,7 @@ impl Document {
         examples
     }
 
-    /// Returns the codes of the problems of a response.
+    /// Returns the problem codes that a response documents.
     fn codes<'a>(&'a self, response: &'a Value) -> BTreeSet<&'a str> {
         let examples = self.examples(&response["content"]["application/problem+json"]);
         examples
@@ -433,7 +433,7 @@ async fn every_documented_status_occurs_and_no_other() {
             documented.insert((operation.id.to_owned(), status.parse::<u16>().unwrap()));
         }
     }
-    // These require a slow client, a bug, and a database outage.
+    // These statuses require a slow client, a bug, or a database outage.
     documented.retain(|(_, status)| ![408, 500, 503].contains(status));
     let missing: Vec<_> = documented.difference(&coverage.seen).collect();
     assert!(missing.is_empty(), "documented, but not seen: {missing:?}");

@@ -75,7 +75,7 @@ enum ConcurrentEdit {
         completed: bool,
         found: bool,
     },
-    /// Deletes the task at this index, modulo their number.
+    /// Deletes the task at this index, modulo the number of tasks.
     Delete(usize),
     /// Deletes the last task of the previous page.
     DeleteLastSeen,

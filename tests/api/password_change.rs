@@ -1,5 +1,5 @@
-//! A password change revokes all earlier tokens, including those of the current session, and returns
-//! new ones for it.
+//! A password change revokes all earlier tokens, including those of the current session, and
+//! returns new tokens for that session.
 
 use std::time::Instant;
 
@@ -135,7 +135,7 @@ async fn a_second_change_revokes_the_tokens_of_the_first() {
     assert_valid([&here, &there], &second).await;
 }
 
-/// The revocation of the earlier tokens must not hide that of the session.
+/// The revocation of the earlier tokens must not hide the revocation of the session.
 #[tokio::test]
 async fn the_session_can_be_revoked_after_a_change() {
     let here = Server::start().await;

@@ -68,7 +68,7 @@ async fn refreshing_continues_the_session() {
     assert_signed_in(server, &ann.access_token).await;
 }
 
-/// Clients send it again from a second tab or after a lost response.
+/// Clients send a token again from a second tab or after a lost response.
 #[tokio::test]
 async fn a_repeat_within_the_grace_period_returns_the_same_successor() {
     let server = Server::start().await;

@@ -22,8 +22,8 @@ async fn send_requests(duration: Duration, servers: [&Server; 2], token: &str) {
     }
 }
 
-/// In the short form, the test waits for the last two seconds of the transaction and moves the time of
-/// the revocation into the past instead.
+/// In the short form, the test waits only for the last two seconds of the transaction, and moves
+/// the time of the revocation into the past.
 #[tokio::test]
 async fn a_revocation_that_commits_late_takes_effect_on_every_instance() {
     let duration = Duration::from_secs(short_or_full(3600, 40));

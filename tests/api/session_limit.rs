@@ -77,7 +77,7 @@ async fn a_login_beyond_the_limit_ends_the_least_recently_used_session() {
     assert!(metrics.contains(counted), "{metrics}");
 }
 
-/// Accounts may have more sessions from before the limit was introduced.
+/// Accounts from before the limit was introduced may have more sessions.
 #[tokio::test]
 async fn lists_more_than_a_hundred_sessions_until_the_next_login_ends_the_surplus() {
     let server = Server::start().await;

@@ -34,7 +34,7 @@ pub(crate) async fn assert_revoked(server: &Server, token: &str, ended: Instant)
         );
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
-    // It is rejected on routes that query the database as well.
+    // Routes that query the database also reject the token.
     server
         .get("/api/v1/auth/me")
         .bearer(token)

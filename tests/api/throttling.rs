@@ -160,7 +160,7 @@ async fn at_most_ten_of_forty_concurrent_logins_are_verified() {
         .await;
         let verified = statuses.iter().filter(|&&status| status == 401).count();
         assert!((1..=10).contains(&verified), "{verified} of 40 for {email}");
-        // The account is locked after ten failures in all.
+        // The account is locked after ten failures in total.
         for _ in verified..10 {
             login(&here, email, ANOTHER_PASSWORD).await.expect(401);
         }

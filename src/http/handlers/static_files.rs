@@ -84,7 +84,7 @@ pub(crate) async fn openapi(context: &RequestContext<'_>) -> Result<Response> {
     FILE.respond(context).await
 }
 
-/// `GET /docs/{file}`: the files of Swagger UI, and this page's own script and style.
+/// `GET /docs/{file}`: the files of Swagger UI, and the script and the style sheet of `/docs`.
 pub(crate) async fn docs_file(context: &RequestContext<'_>, file: &str) -> Result<Response> {
     static FILES: LazyLock<HashMap<&'static str, StaticFile>> = LazyLock::new(|| {
         let own = [("init.js", INIT.as_bytes()), ("docs.css", STYLE.as_bytes())];

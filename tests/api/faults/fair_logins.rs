@@ -26,7 +26,8 @@ struct Attack {
 }
 
 impl Attack {
-    /// Starts `clients` clients, which send what `request` returns for their number and a counter.
+    /// Starts `clients` clients, each of which sends the requests that `request` returns for its
+    /// number and a counter.
     fn start(
         clients: usize,
         request: impl Fn(usize, usize) -> Request + Clone + Send + 'static,
@@ -54,7 +55,7 @@ impl Attack {
         }
     }
 
-    /// Returns the number of responses with this status so far.
+    /// Returns the number of responses received with this status.
     fn count(&self, status: u16) -> usize {
         let statuses = self.statuses.lock().unwrap();
         statuses.iter().filter(|other| **other == status).count()

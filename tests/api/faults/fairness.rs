@@ -270,7 +270,7 @@ async fn unread_files_use_bounded_kernel_memory_and_are_reset() {
         "unread files",
         format!("reset after {:.0?}", start.elapsed()),
     );
-    // The clients that got no permit within 5 s, all at the same moment, do not flood the log.
+    // The clients that got no permit within 5 s fail at the same moment, but do not flood the log.
     server.wait_for_log("slow requests suppressed count=").await;
     drop(streams);
     until("all connections are closed", async || {

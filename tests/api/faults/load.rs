@@ -118,7 +118,7 @@ impl Addresses {
         *self.0.lock().unwrap() = addresses.to_vec();
     }
 
-    /// Returns the address at this index, modulo their number.
+    /// Returns the address at this index, modulo the number of addresses.
     fn get(&self, index: usize) -> Option<SocketAddr> {
         let addresses = self.0.lock().unwrap();
         (!addresses.is_empty()).then(|| addresses[index % addresses.len()])
@@ -255,7 +255,7 @@ impl From<&User> for Credentials {
 }
 
 impl Credentials {
-    /// Reads them from the response to a registration.
+    /// Reads the credentials from the response to a registration.
     pub(super) fn from_tokens(tokens: &Value) -> Credentials {
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         Credentials {

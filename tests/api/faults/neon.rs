@@ -1,4 +1,5 @@
-//! Hosted databases, which are suspended when idle, are behind a pooler, and require TLS.
+//! Hosted databases such as Neon, which are suspended when idle, are behind a pooler, and require
+//! TLS.
 
 use std::{
     fs,

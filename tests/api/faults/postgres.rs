@@ -1,4 +1,4 @@
-//! Faults of the database itself.
+//! Faults of the database server.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! Copies of a list that follow it by its changes or its tag stay right, whatever happens to the
+//! Replicas of a list, kept current by its changes or its tag, stay correct despite faults of the
 //! network, the service and the database.
 
 use std::{
@@ -24,14 +24,15 @@ use crate::conditional_lists::id;
 use crate::harness::{Request, Response, SECRET, Server, User, forge, until};
 use crate::metrics::gauge;
 
-/// What the writers and the replicas share.
+/// The state that the writers and the replicas share.
 struct World {
     /// The user as a client of each instance, whose address changes at a restart.
     users: RwLock<Vec<User>>,
-    /// What was acknowledged, in this order: a task and its `updated_at`, or `None` if it was deleted.
+    /// The acknowledged writes in order: the task and its `updated_at`, or `None` if it was
+    /// deleted.
     acknowledged: Mutex<Vec<(String, Option<String>)>>,
-    /// The tasks of which a deletion was sent, or which were completed: the writers delete all
-    /// completed tasks now and then.
+    /// The tasks for which a deletion was sent, and the completed tasks: the writers sometimes
+    /// delete all completed tasks.
     may_be_deleted: Mutex<BTreeSet<String>>,
     writes: AtomicUsize,
     stop: AtomicBool,
@@ -88,7 +89,7 @@ async fn send(request: Request, expected: &[u16]) -> Option<Response> {
     Some(response)
 }
 
-/// Changes its own tasks at random, and now and then deletes all completed ones.
+/// Changes its own tasks at random, and sometimes deletes all completed tasks.
 async fn write(world: Arc<World>) {
     let mut own: Vec<String> = Vec::new();
     while !world.is_stopped() {
@@ -165,7 +166,7 @@ struct Replica {
     deleted: BTreeSet<String>,
     /// The cursor or the tag.
     state: String,
-    /// How often it was brought up to date, and how often there was nothing to do.
+    /// The number of successful updates, and how many of them found no change.
     counts: [usize; 2],
 }
 
@@ -193,7 +194,7 @@ impl Replica {
         self
     }
 
-    /// Brings the copy up to date. It then has everything that was acknowledged before.
+    /// Brings the copy up to date, and asserts that it contains every write acknowledged before.
     async fn synchronize_and_verify(&mut self, world: &World) -> bool {
         let known = world.acknowledged.lock().unwrap().len();
         let user = world.user();
@@ -452,7 +453,7 @@ async fn create_users(server: &Server, count: usize) -> Vec<User> {
     rows.iter().map(user).collect()
 }
 
-/// With two connections to the database, one of which is for the health probe.
+/// The pool has two connections, one of them for the health probe.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_requests_wait_and_a_change_wakes_only_those_of_its_list() {
     let _guard = start_light_load().await;
@@ -502,7 +503,7 @@ async fn a_thousand_requests_wait_and_a_change_wakes_only_those_of_its_list() {
             times[0], times[1]
         ),
     );
-    // 20 of them are for the connection.
+    // Each connection takes about 20 KiB of this.
     assert!(each < 150, "{each} KiB for each waiting request");
     assert!(times[1] < Duration::from_secs(10), "{times:?}");
 }

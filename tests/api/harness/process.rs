@@ -90,12 +90,12 @@ impl Process {
         self.pid
     }
 
-    /// Returns what the process has written to stderr so far.
+    /// Returns what the process has written to stderr.
     pub(crate) fn log(&self) -> String {
         self.stderr.lock().unwrap().clone()
     }
 
-    /// Returns what the process has written to stdout so far.
+    /// Returns what the process has written to stdout.
     pub(crate) fn output(&self) -> String {
         self.stdout.lock().unwrap().clone()
     }

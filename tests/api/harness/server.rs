@@ -161,7 +161,7 @@ impl Server {
         Lock::acquire(&self.database_url(), statement).await
     }
 
-    /// Returns what the server has written to stderr so far.
+    /// Returns what the server has written to stderr.
     pub(crate) fn log(&self) -> String {
         self.process.log()
     }
