@@ -20,6 +20,18 @@ const MAX_PER_NETWORK: usize = MAX_LARGE_RESPONSES / 4;
 /// not yet sent.
 const MAX_PER_USER: usize = 4;
 
+/// A body, or the part of it that was read first.
+pub(crate) trait ResponseBody {
+    /// Whether the whole body needs a permit.
+    fn is_large(&self) -> bool;
+}
+
+impl<T: AsRef<[u8]>> ResponseBody for T {
+    fn is_large(&self) -> bool {
+        self.as_ref().len() > LARGE_BODY
+    }
+}
+
 /// The permits for large responses.
 pub(crate) struct LargeResponses {
     total: KeyedSemaphore<()>,
@@ -46,7 +58,7 @@ impl LargeResponses {
     /// Calls `read` for the body of a response to a user, with a permit if it is large. Only large
     /// responses compete with those of other users for permits. A request that waits for one drops
     /// the body, and reads it again afterwards.
-    pub(crate) async fn read<T: AsRef<[u8]>, F: Future<Output = Result<T>>>(
+    pub(crate) async fn read<T: ResponseBody, F: Future<Output = Result<T>>>(
         &self,
         user_id: Uuid,
         network: IpAddr,
@@ -55,7 +67,7 @@ impl LargeResponses {
     ) -> Result<(T, Option<LargeResponsePermit>)> {
         let of_user = self.users.acquire(user_id, deadline).await?;
         let mut body = read().await?;
-        if body.as_ref().len() <= LARGE_BODY {
+        if !body.is_large() {
             return Ok((body, None));
         }
         let mut permit = self.try_acquire(network);

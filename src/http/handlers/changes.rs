@@ -8,7 +8,8 @@ use crate::db::Queries;
 use crate::db::lists::{self, Change, Changes, Position};
 use crate::error::Error;
 use crate::http::context::RequestContext;
-use crate::http::handlers::page::{ESTIMATED_TASK_BYTES, MAX_PAGE_BYTES, parse_limit};
+use crate::http::handlers::page::{MAX_PAGE_BYTES, parse_limit};
+use crate::http::large_responses::ResponseBody;
 use crate::http::list_wait::ListWait;
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
@@ -25,29 +26,22 @@ pub(crate) async fn list(
     let app = context.app;
     let (since, limit) = parse_params(context, user.id)?;
     let mut wait = ListWait::new(context, &user);
-    let (mut page, mut permit) = loop {
+    let (mut page, permit) = loop {
         let read = || async {
-            let mut page = Page::new(since);
-            page.append(context.queries(), user.id, limit).await?;
+            let mut page = Page::new(since, limit);
+            page.append(context.queries(), user.id).await?;
             Ok(page)
         };
         let (page, permit) = app
             .large_responses
             .read(user.id, context.network(), context.deadline(), read)
             .await?;
-        if page.count > 0 || !wait.wait_for_change(page.revision).await? {
+        if page.room < limit || !wait.wait_for_change(page.revision).await? {
             break (page, permit);
         }
     };
-    if permit.is_none() && page.goes_on(limit) {
-        let size = (limit - page.count) as usize * ESTIMATED_TASK_BYTES;
-        permit = app
-            .large_responses
-            .acquire_if_large(context.network(), context.deadline(), size)
-            .await?;
-    }
-    while page.goes_on(limit) {
-        page.append(context.queries(), user.id, limit).await?;
+    while page.goes_on() {
+        page.append(context.queries(), user.id).await?;
     }
     let cursor = app.list_signer.write_cursor(user.id, page.next)?;
     let response = response::json_with_permit(page.into_json(&cursor), permit);
@@ -80,16 +74,18 @@ struct Page {
     /// The members of the JSON arrays.
     tasks: Vec<u8>,
     deleted: Vec<u8>,
-    count: i64,
+    /// How many more changes may be appended.
+    room: i64,
     has_more: bool,
-    /// The revision of the list when it was last read.
+    /// The revision of the list when it was first read. Later changes belong to the next page, so that
+    /// none of them repeats a task of this page.
     revision: i64,
     /// Where the next page starts.
     next: ChangesCursor,
 }
 
 impl Page {
-    fn new(since: Option<ChangesCursor>) -> Self {
+    fn new(since: Option<ChangesCursor>, limit: i64) -> Self {
         let start = ChangesCursor {
             position: (0, Uuid::nil()),
             // Leaves out all deletions until the list has been read.
@@ -98,30 +94,31 @@ impl Page {
         Self {
             tasks: Vec::new(),
             deleted: Vec::new(),
-            count: 0,
+            room: limit,
             has_more: true,
-            revision: 0,
+            revision: i64::MAX,
             next: since.unwrap_or(start),
         }
     }
 
-    /// Whether there are more changes that fit on the page.
-    fn goes_on(&self, limit: i64) -> bool {
-        self.has_more && self.count < limit && !self.is_full()
+    /// Whether there are more changes that belong to the page.
+    fn goes_on(&self) -> bool {
+        let is_complete = self.next.position >= last_of(self.revision);
+        self.has_more && !is_complete && self.room > 0 && self.size() <= MAX_PAGE_BYTES
     }
 
-    fn is_full(&self) -> bool {
-        self.tasks.len() + self.deleted.len() > MAX_PAGE_BYTES
+    fn size(&self) -> usize {
+        self.tasks.len() + self.deleted.len()
     }
 
     /// Reads and appends changes.
-    async fn append(&mut self, db: Queries<'_>, user_id: Uuid, limit: i64) -> Result<(), Error> {
+    async fn append(&mut self, db: Queries<'_>, user_id: Uuid) -> Result<(), Error> {
         let ChangesCursor {
             position,
             started_at,
         } = self.next;
         // One change beyond the limit shows that there are more.
-        let limit = MAX_READ.min(limit - self.count);
+        let limit = MAX_READ.min(self.room);
         let deleted_after = position.max(last_of(started_at));
         let read = lists::changes(db, user_id, position, deleted_after, limit + 1).await?;
         let read = read.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
@@ -129,7 +126,7 @@ impl Page {
         if deleted_after < last_of(read.purged_revision) || position.0 > read.revision {
             return Err(Error::CursorExpired);
         }
-        self.revision = read.revision;
+        self.revision = self.revision.min(read.revision);
         self.next.started_at = started_at.min(read.revision);
         self.write(&read, limit as usize)
     }
@@ -137,7 +134,11 @@ impl Page {
     fn write(&mut self, read: &Changes, limit: usize) -> Result<(), Error> {
         let mut written = 0;
         for (position, change) in read.changes.iter().take(limit) {
-            if self.is_full() {
+            if self.size() > MAX_PAGE_BYTES {
+                break;
+            }
+            if position.0 > self.revision {
+                self.next.position = last_of(self.revision);
                 break;
             }
             match change {
@@ -147,7 +148,7 @@ impl Page {
             self.next.position = *position;
             written += 1;
         }
-        self.count += written as i64;
+        self.room -= written as i64;
         self.has_more = written < read.changes.len();
         if !self.has_more {
             self.next.position = last_of(read.revision);
@@ -174,9 +175,9 @@ impl Page {
     }
 }
 
-impl AsRef<[u8]> for Page {
-    fn as_ref(&self) -> &[u8] {
-        &self.tasks
+impl ResponseBody for Page {
+    fn is_large(&self) -> bool {
+        self.tasks.is_large() || self.goes_on()
     }
 }
 

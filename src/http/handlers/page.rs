@@ -17,7 +17,7 @@ const MAX_LIMIT: i64 = 1000;
 const MAX_SEARCH_TEXT: usize = 100;
 /// A page ends early once its JSON exceeds this size.
 pub(super) const MAX_PAGE_BYTES: usize = 1024 * 1024;
-pub(super) const ESTIMATED_TASK_BYTES: usize = 400;
+const ESTIMATED_TASK_BYTES: usize = 400;
 
 /// The query parameters of a list of tasks.
 pub(super) struct ListParams {

@@ -117,6 +117,31 @@ async fn unread_lists_of_one_user_use_bounded_memory_and_do_not_delay_other_user
     assert_eq!(server.stop().await.code(), Some(0));
 }
 
+/// The first hundred changes are small, the others are not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_that_end_with_large_tasks_count_as_a_large_response() {
+    let _guard = start_light_load().await;
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    let mallory = server.user().await;
+    let cursor = mallory.changes_since("", 1).await.cursor;
+    insert_large_tasks(&sql, &mallory, 100).await;
+    sql.execute("delete from tasks", &[]).await.unwrap();
+    insert_large_tasks(&sql, &mallory, 40).await;
+    let target = format!("{}?since={cursor}&limit=140", mallory.changes());
+    let whole = mallory.get(&target).await.expect(200).body.len();
+    assert!(whole > 150_000, "{whole} bytes");
+    let mut streams = Vec::new();
+    for _ in 0..4 {
+        let token = Some(mallory.access_token.as_str());
+        streams.push(request_without_reading(server.addr(), &target, token).await);
+    }
+    // Four is the share of a user.
+    assert_eq!(mallory.get(&target).await.status, 503);
+    drop(streams);
+    mallory.get(&target).await.expect(200);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn serves_a_short_list_while_its_network_holds_all_its_large_response_permits() {
     let _guard = start_light_load().await;
