@@ -61,24 +61,14 @@ select u.id, count(t.id) from users u left join tasks t on t.user_id = u.id grou
 -- conditions of the triggers.
 create function record_task_change() returns trigger language plpgsql as $$
 begin
-    if tg_op = 'DELETE' then
-        with list as (
-            update task_lists set revision = revision + 1, tasks = tasks - 1
-            where user_id = old.user_id
-            returning revision
-        )
-        insert into deleted_tasks (user_id, revision, id, deleted_at)
-        select old.user_id, revision, old.id, clock_timestamp() from list;
-    else
-        with list as (
-            update task_lists set revision = revision + 1, tasks = tasks + (tg_op = 'INSERT')::integer
-            where user_id = new.user_id
-            returning revision
-        )
-        update tasks t set revision = list.revision
-        from list
-        where t.user_id = new.user_id and t.id = new.id;
-    end if;
+    with list as (
+        update task_lists set revision = revision + 1, tasks = tasks + (tg_op = 'INSERT')::integer
+        where user_id = new.user_id
+        returning revision
+    )
+    update tasks t set revision = list.revision
+    from list
+    where t.user_id = new.user_id and t.id = new.id;
     return null;
 end
 $$;
@@ -86,5 +76,22 @@ create trigger record_created_task after insert on tasks
     for each row when (new.revision = 0) execute function record_task_change();
 create trigger record_changed_task after update on tasks
     for each row when (new.revision = old.revision) execute function record_task_change();
-create trigger record_deleted_task after delete on tasks
-    for each row when (strpos(current_query(), 'task_lists') = 0) execute function record_task_change();
+
+-- Runs once for all tasks that a statement deletes: a list row that is updated for each of them would
+-- take quadratic time.
+create function record_deleted_tasks() returns trigger language plpgsql as $$
+begin
+    with list as (
+        update task_lists l set revision = revision + 1, tasks = l.tasks - of_user.tasks
+        from (select user_id, count(*) as tasks from deleted group by user_id) of_user
+        where l.user_id = of_user.user_id
+        returning l.user_id, revision
+    )
+    insert into deleted_tasks (user_id, revision, id, deleted_at)
+    select user_id, list.revision, id, clock_timestamp() from deleted join list using (user_id);
+    return null;
+end
+$$;
+create trigger record_deleted_tasks after delete on tasks referencing old table as deleted
+    for each statement when (strpos(current_query(), 'task_lists') = 0)
+    execute function record_deleted_tasks();

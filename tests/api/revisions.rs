@@ -107,6 +107,29 @@ async fn each_change_raises_the_revision_once_and_a_request_without_effect_does_
     assert_eq!(List::read(&sql, &bob).await.revision, 1);
 }
 
+/// As the previous release does, and operators do. A list that is updated for each task would take quadratic
+/// time.
+#[tokio::test]
+async fn a_deletion_without_a_revision_raises_the_revision_once_for_all_tasks() {
+    let server = Server::start().await;
+    let sql = server.sql().await;
+    let (ann, bob) = (server.user().await, server.user().await);
+    for user in [&ann, &ann, &bob] {
+        user.create_task("a").await;
+    }
+    sql.execute("delete from tasks", &[]).await.unwrap();
+    for (user, tombstones) in [(&ann, 2), (&bob, 1)] {
+        let expected = List {
+            revision: tombstones + 1,
+            tasks: 0,
+            tombstones,
+        };
+        assert_eq!(List::read(&sql, user).await, expected);
+    }
+    let none = sql.execute("delete from tasks", &[]).await.unwrap();
+    assert_eq!((none, List::read(&sql, &ann).await.revision), (0, 3));
+}
+
 /// Concurrent requests wait for the list's lock, in any order, and then see each other's changes.
 #[tokio::test]
 async fn concurrent_changes_of_one_list_keep_its_revision_and_count() {
