@@ -153,12 +153,22 @@ impl<'a> RequestContext<'a> {
     /// The seconds in `Prefer: wait=N` (RFC 7240). Returns `None` if they are missing or malformed.
     pub(crate) fn wait_preference(&self) -> Option<u64> {
         let lines = self.head.headers.get_all(&PREFER).iter();
-        let mut preferences = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
+        let mut preferences = lines.flat_map(|line| {
+            let mut is_quoted = false;
+            line.to_str().unwrap_or_default().split(move |c| {
+                is_quoted ^= c == '"';
+                c == ',' && !is_quoted
+            })
+        });
+        // Of several, the first one counts.
         let seconds = preferences.find_map(|preference| {
-            let (name, value) = preference.split(';').next()?.split_once('=')?;
+            let preference = preference.split(';').next()?;
+            let (name, value) = preference.split_once('=').unwrap_or((preference, ""));
             let is_wait = name.trim().eq_ignore_ascii_case("wait");
-            is_wait.then(|| value.trim().trim_matches('"'))
+            is_wait.then(|| value.trim())
         })?;
+        let unquoted = |text: &'a str| text.strip_prefix('"')?.strip_suffix('"');
+        let seconds = unquoted(seconds).unwrap_or(seconds);
         let is_number = !seconds.is_empty() && seconds.bytes().all(|byte| byte.is_ascii_digit());
         is_number.then(|| seconds.parse().unwrap_or(u64::MAX))
     }

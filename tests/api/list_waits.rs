@@ -145,6 +145,9 @@ async fn a_wait_ends_after_the_preferred_seconds() {
         "wait=1.5",
         "wait=0",
         "waiting=30",
+        "wait, wait=30",
+        "wait=30\"",
+        "foo=\"a, wait=30\"",
     ] {
         assert_eq!(immediate_status(&ann, list(prefer)).await, 304, "{prefer}");
     }
