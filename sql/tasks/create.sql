@@ -4,7 +4,9 @@
 -- $7 the maximum number of tasks
 with list as (
     update task_lists set revision = revision + 1, tasks = tasks + 1
-    where user_id = $1 and tasks < $7
+    where user_id = $1
+      -- A repeated statement fails because the task exists, whatever the number of tasks.
+      and (tasks < $7 or exists (select from tasks where user_id = $1 and id = $2))
     returning revision
 )
 insert into tasks (user_id, id, title, description, completed, created_at, updated_at, revision)

@@ -131,12 +131,14 @@ async fn a_slow_body_is_processed_once_and_closes_no_connection() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writes_blocked_until_their_deadline_get_503_and_are_not_applied_later() {
-    let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
+    let server = Server::with(&[("DB_POOL_SIZE", "20")]).await;
     let sql = server.sql().await;
     let user = server.user().await;
     let task = user.path_of(&user.create_task("one").await);
+    // The writes of one user would wait for each other.
+    let other = server.user().await;
     let lock = server.lock(LOCK).await;
-    let create = |title: &str| user.post(user.tasks()).json(json!({"title": title}));
+    let create = |title: &str| other.create(json!({"title": title}));
     let blocked = [
         create("without a key"),
         create("with a key").header("idempotency-key", "one"),
@@ -167,7 +169,7 @@ async fn writes_blocked_until_their_deadline_get_503_and_are_not_applied_later()
     assert_eq!(count(&sql, unchanged).await, 1);
     let sessions = "select count(*) from sessions";
     let sessions: i64 = sql.query_one(sessions, &[]).await.unwrap().get(0);
-    assert_eq!(sessions, 1, "a rejected login created a session");
+    assert_eq!(sessions, 2, "a rejected login created a session");
 
     // Retrying is safe, as the 503 promises.
     for request in [
@@ -200,7 +202,7 @@ async fn send_and_terminate<const N: usize>(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_response_to_a_write_whose_connection_is_lost_says_whether_a_retry_is_safe() {
-    let server = Server::with(&[("DB_POOL_SIZE", "12")]).await;
+    let server = Server::with(&[("DB_POOL_SIZE", "20")]).await;
     let user = server.user().await;
     let task = user.path_of(&user.create_task("one").await);
     let [created, put, toggled] = send_and_terminate(
@@ -227,7 +229,8 @@ async fn the_response_to_a_write_whose_connection_is_lost_says_whether_a_retry_i
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_committed_before_its_connection_was_lost_is_acknowledged_and_stored_once() {
-    let cluster = Cluster::proxied(&[]).await;
+    // The task is the last one that the quota allows.
+    let cluster = Cluster::proxied(&[("MAX_TASKS_PER_USER", "2")]).await;
     let sql = cluster.sql().await;
     let (server, user) = (&cluster.server, &cluster.user);
     let create = user.post(user.tasks()).json(json!({"title": "new"}));
