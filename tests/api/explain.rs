@@ -327,7 +327,7 @@ cases! {
         "an id that exists": "nth(7), nth(50006), 'dust', null, false, moment(500000), 100000" =>
             rows 1, pages 3 * A_ROW;
         // Without an index on the id, the function reads all tombstones of the user: ten pages more.
-        "an id that was deleted": "nth(7), nth(1000006), 'dust', null, false, moment(500000), 100000" =>
+        "an id that was deleted": "nth(7), nth(1099906), 'dust', null, false, moment(500000), 100000" =>
             rows 1, pages 22, rows_discarded 1;
         "too many tasks": "nth(7), nth(500000), 'dust', null, false, moment(500000), 1000" =>
             rows 1, pages 2 * A_ROW, rows_discarded 1;
