@@ -43,7 +43,7 @@ problems! {
         "Get new tokens with the refresh token and retry once. If that fails as well, ask the user to sign in.";
     INVALID_CREDENTIALS = 401 "invalid_credentials" "Wrong e-mail address or password"
         "No account has this e-mail address and password. The response is the same whether or not the address is registered."
-        "Ask the user to enter both again. After ten wrong attempts in a row, the account is locked for a while.";
+        "Ask the user to enter both again. After ten wrong attempts in a row, the account is locked for your network for a while.";
     INVALID_REFRESH_TOKEN = 401 "invalid_refresh_token" "Invalid refresh token"
         "The refresh token has expired, has already been used, has been modified, or belongs to a session that has ended."
         "Ask the user to sign in again.";

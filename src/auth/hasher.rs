@@ -67,7 +67,7 @@ impl PasswordHasher {
         })
     }
 
-    /// Hashes a new password that is not easy to guess.
+    /// Hashes a new password. Fails if it is easy to guess.
     pub(crate) async fn hash(
         &self,
         password: NewPassword,

@@ -200,7 +200,7 @@ impl Lease {
                 self.connections.isolation.require_transactions(&reason);
             }
             Some(&SqlState::INVALID_SQL_STATEMENT_NAME) => warn!(
-                "the database does not know a prepared statement: is there a transaction pooler that does not support them (PgBouncer before 1.21)?"
+                "the database does not know a prepared statement; a transaction pooler may not support prepared statements (PgBouncer before 1.21)"
             ),
             _ => {}
         }

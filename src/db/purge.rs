@@ -33,7 +33,7 @@ impl Purger {
 
     pub(crate) async fn purge(&self, database: &Database) {
         if let Err(error) = self.purge_all(database).await {
-            warn!("purging expired rows failed, the next attempt is in ten minutes: {error:?}");
+            warn!("cannot purge expired rows: {error:?}; the next attempt is in ten minutes");
         }
     }
 

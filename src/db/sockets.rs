@@ -32,7 +32,7 @@ impl Sockets {
         }
     }
 
-    /// Waits for one of the limited number of sockets that the service may have open at a time.
+    /// Waits until another socket may be opened: the number of open sockets is limited.
     pub(super) async fn acquire(&self) -> Option<OwnedSemaphorePermit> {
         self.permits.clone().acquire_owned().await.ok()
     }

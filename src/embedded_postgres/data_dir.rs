@@ -126,7 +126,7 @@ pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error>
     // checked.
     let group_is_root = meta.gid() == 0 || !geteuid().is_root();
     if meta.mode() & if group_is_root { 0o002 } else { 0o022 } != 0 {
-        return refuse("is writable by other users: close it (chmod go-w)");
+        return refuse("is writable by other users: restrict its permissions (chmod go-w)");
     }
     if fs::symlink_metadata(resolved.join("cluster")).is_ok_and(|meta| !meta.is_dir()) {
         return refuse("contains a “cluster” that is not a directory");
@@ -212,7 +212,7 @@ pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
         .map_err(path_error("read", &path))?;
     let secret = secret.trim();
     let reason = if mode & 0o077 != 0 {
-        "is readable by others: close it (chmod 600), or remove it to create a new one"
+        "is readable by other users: restrict its permissions (chmod 600), or remove it so that a new one is created"
     } else if secret.len() < 32 {
         "has fewer than 32 bytes: remove it to create a new one"
     } else {

@@ -137,8 +137,8 @@ pub fn has_cluster(data_dir: &Path) -> bool {
     data_dir.join("cluster").exists()
 }
 
-/// The configuration of a connection to the embedded PostgreSQL of the service that runs on
-/// `data_dir`, if there is one.
+/// The configuration of a connection to the embedded PostgreSQL that runs in `data_dir`, or `None`
+/// if none is running.
 pub fn running_config(data_dir: &Path) -> Result<Option<tokio_postgres::Config>, Error> {
     if !data_dir.exists() {
         return Ok(None);

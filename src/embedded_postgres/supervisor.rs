@@ -30,7 +30,7 @@ pub(super) async fn supervise(
                 Ok(status) => status.to_string(),
                 Err(error) => error.to_string(),
             };
-            error!("embedded PostgreSQL ended unexpectedly ({status}), restarting it");
+            error!("embedded PostgreSQL ended unexpectedly ({status}); restarting it");
             if started.elapsed() > BACKOFF_RESET {
                 backoff = MIN_BACKOFF;
             }

@@ -17,7 +17,7 @@ use crate::http::json_fields::JsonFields;
 
 /// The largest body that is read. A task of the maximum length fits, even fully escaped.
 const MAX_BODY_BYTES: usize = 16 * 1024;
-/// The time from the request head to the end of the body. Generous, for slow mobile connections.
+/// The time from the request head to the end of the body. Long enough for slow mobile connections.
 const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 /// An unread body up to this size is discarded, so that the connection can be reused.
 const MAX_DRAIN_BYTES: usize = 64 * 1024;

@@ -50,9 +50,8 @@ impl ConnectionState {
     /// head, if any.
     pub(crate) fn on_request(&self, body: &Incoming) -> Option<&'static str> {
         self.set_body_length(body.size_hint().exact());
-        self.take_malformed().then_some(
-            "a line of the head ends in a bare CR or LF, or Content-Length is there twice",
-        )
+        self.take_malformed()
+            .then_some("a line of the head ends in a bare CR or LF, or Content-Length is repeated")
     }
 
     /// Records that the response is ready.

@@ -8,7 +8,7 @@ use crate::error::{Error, FieldError, Result};
 /// The fields of a JSON object, and the errors found in them. Fields are named by JSON pointers, as
 /// in the errors.
 pub(crate) struct JsonFields {
-    /// `None` if the body is not an object. That is then its only error.
+    /// `None` if the body is not an object, which is then the only error.
     fields: Option<Map<String, Value>>,
     errors: Vec<FieldError>,
 }

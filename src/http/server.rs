@@ -124,7 +124,7 @@ impl Acceptor {
                     debug!("connection closed before it was accepted: {error}")
                 }
                 Err(error) => {
-                    // Probably out of file descriptors.
+                    // The process has probably run out of file descriptors.
                     error!("cannot accept connections: {error}");
                     sleep(Duration::from_millis(100)).await;
                 }

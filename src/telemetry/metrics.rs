@@ -51,8 +51,11 @@ impl Metrics {
         let counter = |name, help, labels: &[&str]| {
             register(&registry, IntCounterVec::new(opts(name, help), labels))
         };
-        let build = opts("build_info", "1, with the version of the service")
-            .const_label("version", env!("CARGO_PKG_VERSION"));
+        let build = opts(
+            "build_info",
+            "Always 1; the label is the version of the service",
+        )
+        .const_label("version", env!("CARGO_PKG_VERSION"));
         register(&registry, IntGauge::with_opts(build)).set(1);
         #[cfg(target_os = "linux")]
         registry
@@ -78,11 +81,11 @@ impl Metrics {
             db_connections: register(&registry, IntGaugeVec::new(db_connections, &["state"])),
             hash_queue: gauge("password_hash_queue_length", "Password hashes queued or being computed"),
             hash_duration: histogram("password_hash_duration_seconds", "Seconds that a password hash took, queueing included"),
-            logins: counter("logins_total", "Login attempts by result", &["result"]),
-            tokens_rejected: counter("tokens_rejected_total", "Access and refresh tokens rejected by reason", &["reason"]),
-            sessions_revoked: counter("sessions_revoked_total", "Sessions revoked by reason", &["reason"]),
+            logins: counter("logins_total", "Login attempts, by result", &["result"]),
+            tokens_rejected: counter("tokens_rejected_total", "Rejected access and refresh tokens, by reason", &["reason"]),
+            sessions_revoked: counter("sessions_revoked_total", "Revoked sessions, by reason", &["reason"]),
             open_connections: gauge("http_open_connections", "Open client connections"),
-            waiting_requests: gauge("http_waiting_requests", "Requests that wait for a list to change"),
+            waiting_requests: gauge("http_waiting_requests", "Requests waiting for a list to change"),
             registry,
         };
         // Creates all series at zero. A series that first appears with an event has no rate, and is
