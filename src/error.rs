@@ -1,4 +1,4 @@
-//! Errors that end a request: the response sent to the client and what is logged.
+//! Errors that end a request: their responses and their log fields.
 
 use std::borrow::Cow;
 

@@ -99,7 +99,7 @@ problems! {
         "Too many wrong passwords were entered for one account, or too many sign-in requests came from your network."
         "Wait for the number of seconds in the Retry-After header. Until then, attempts are rejected without being checked.";
     TOO_MANY_REQUESTS = 429 "too_many_requests" "Too many requests"
-        "You change tasks faster than one user may. Nothing was changed."
+        "You change tasks faster than the limit for one user allows. Nothing was changed."
         "Wait for the number of seconds in the Retry-After header, and send changes less often.";
     INTERNAL = 500 "internal" "Internal error"
         "There is a bug in the service, or the database did not confirm a change. The operator can find the cause in the log by the request ID."

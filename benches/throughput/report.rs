@@ -49,7 +49,7 @@ fn machine() -> Value {
     })
 }
 
-/// The results of one kind of work in one round so far.
+/// The results of one kind of work in one round.
 #[derive(Default)]
 pub(crate) struct Round {
     pub(crate) service: Option<Load>,
@@ -87,7 +87,7 @@ impl Round {
     }
 }
 
-/// All results so far, which are also written to a file after each measurement.
+/// All results, which are also written to a file after each measurement.
 pub(crate) struct Report {
     figures: Value,
     path: PathBuf,

@@ -14,7 +14,7 @@ pub(crate) struct CpuSampler {
     pub(crate) postmaster: Option<u32>,
 }
 
-/// CPU time used so far.
+/// The CPU time used since the process started.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Cpu {
     pub(crate) server: Option<Duration>,

@@ -158,7 +158,7 @@ pub(crate) struct BenchUser {
 }
 
 impl BenchUser {
-    /// Returns the user number `n` with a token like those of the service.
+    /// Returns the user number `n` with a token like the service's.
     pub(crate) fn new(n: u64) -> Result<Self> {
         let id = id(n);
         let now = jiff::Timestamp::now().as_second();

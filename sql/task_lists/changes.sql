@@ -1,8 +1,8 @@
 -- Reads the changes of a user's list after a position, oldest first: tasks that were changed and
 -- still exist, and ids that were deleted. Each row has the state of the list; if there are no
 -- changes, one row has only the state.
--- $1 user id, $2 and $3 the revision and the id of the last known change, $4 and $5 those of the
--- last known deletion, $6 limit
+-- $1 user id, $2 and $3 the revision and the id of the last known change, $4 and $5 the revision
+-- and the id of the last known deletion, $6 limit
 select change.id, l.user_id, change.title, change.description, change.completed,
        change.created_at, change.updated_at, change.revision, change.deleted_at,
        l.revision as list_revision, l.purged_revision

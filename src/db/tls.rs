@@ -19,12 +19,13 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 /// How strictly the server's certificate is verified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verification {
-    /// Not at all: `disable`, `allow` and `prefer`, which do not protect against an active attacker
-    /// in any case.
+    /// No verification: `disable`, `allow` and `prefer`, which do not protect against an active
+    /// attacker in any case.
     None,
-    /// The chain but not the name: `verify-ca`.
+    /// Verifies the chain but not the name: `verify-ca`.
     Chain,
-    /// The chain and the name: `verify-full`, and `require`, which in libpq accepts any certificate.
+    /// Verifies the chain and the name: `verify-full`, and `require`, which in libpq accepts any
+    /// certificate.
     Full,
 }
 

@@ -24,11 +24,11 @@ pub(crate) const MAX_ACCESS_TTL: Duration = Duration::from_hours(24);
 /// Lifetimes of tokens and sessions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TokenLifetimes {
-    /// Of an access token, from its issue.
+    /// The lifetime of an access token, from its issue.
     pub(crate) access: Duration,
-    /// Of a session, from its last refresh.
+    /// The lifetime of a session, from its last refresh.
     pub(crate) refresh_idle: Duration,
-    /// Of a session, from its login.
+    /// The lifetime of a session, from its login.
     pub(crate) refresh_max: Duration,
     /// How long a used refresh token still returns its successor.
     pub(crate) refresh_grace: Duration,

@@ -43,7 +43,7 @@ impl Body<'_> {
         value.map(JsonFields::new).ok_or_else(missing)
     }
 
-    /// Reads a JSON object. No body is the same as an empty object.
+    /// Reads a JSON object. A missing body counts as an empty object.
     pub(crate) async fn optional_json_object(self) -> Result<JsonFields> {
         let value = self.read_json().await?;
         Ok(JsonFields::new(value.unwrap_or_else(|| json!({}))))
@@ -109,9 +109,9 @@ fn check_media_type(head: &Parts, cors: &Cors) -> Result<()> {
 
 /// Reads and discards the part of the body that the handler did not read.
 ///
-/// Returns `false` if the connection cannot be reused: the rest is too long, too slow or malformed,
-/// or the client is waiting for `100 Continue` and may or may not send the body after another
-/// response.
+/// Returns `false` if the connection cannot be reused: the unread part is too long, too slow or
+/// malformed, or the client is waiting for `100 Continue` and may or may not send the body after
+/// another response.
 pub(crate) async fn drain(head: &Parts, unread: Option<Incoming>) -> bool {
     let Some(body) = unread.filter(|body| !body.is_end_stream()) else {
         return true;

@@ -1,4 +1,4 @@
-//! The context of a request: its head, its deadline, and what is logged about it.
+//! The context of a request: its head, its deadline, and the values that are logged.
 
 use std::net::IpAddr;
 use std::sync::OnceLock;
@@ -160,7 +160,7 @@ impl<'a> RequestContext<'a> {
                 c == ',' && !is_quoted
             })
         });
-        // Of several, the first one counts.
+        // The first `wait` preference counts.
         let seconds = preferences.find_map(|preference| {
             let preference = preference.split(';').next()?;
             let (name, value) = preference.split_once('=').unwrap_or((preference, ""));

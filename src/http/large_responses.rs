@@ -56,8 +56,8 @@ impl LargeResponses {
     }
 
     /// Calls `read` for the body of a response to a user, with a permit if it is large. Only large
-    /// responses compete with those of other users for permits. A request that waits for one drops
-    /// the body, and reads it again afterwards.
+    /// responses wait for permits, for which all users compete. A request that waits drops the
+    /// body, and reads it again afterwards.
     pub(crate) async fn read<T: ResponseBody, F: Future<Output = Result<T>>>(
         &self,
         user_id: Uuid,
@@ -83,7 +83,7 @@ impl LargeResponses {
         Ok((body, permit))
     }
 
-    /// Waits for a permit for a body of this size, if it needs one, that belongs to no user.
+    /// Waits for a permit if a body of this size needs one. The body belongs to no user.
     pub(crate) async fn acquire_if_large(
         &self,
         network: IpAddr,

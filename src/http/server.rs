@@ -263,7 +263,7 @@ fn connection_limit() -> usize {
     connections.clamp(16, MAX_CONNECTIONS) as usize
 }
 
-/// Serves `GET /metrics` on a listener of its own.
+/// Serves `GET /metrics` on a separate listener.
 pub(crate) async fn serve_metrics(listener: TcpListener, app: Arc<AppState>) {
     loop {
         let Ok((stream, _)) = listener.accept().await else {

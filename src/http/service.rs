@@ -51,7 +51,7 @@ pub(crate) async fn handle(
         router::dispatch(&context, body).await
     })
     .await;
-    // After these errors the rest of the request may be incomplete or ambiguous.
+    // After these errors the unread part of the request may be incomplete or ambiguous.
     let must_close = matches!(
         result,
         Err(Error::RequestTimeout | Error::MalformedRequest(_))

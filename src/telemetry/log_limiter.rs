@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 /// How many lines of each kind a client network may cause in each [`WINDOW`].
 const MAX_LINES: u64 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
-/// How many networks are counted separately in each window, at about 100 bytes each. Beyond that,
-/// all others are counted together.
+/// The maximum number of networks that are counted separately in a window, at about 100 bytes each.
+/// All other networks are counted together.
 const MAX_NETWORKS: usize = 1000;
 
 /// Why a request is logged.

@@ -152,7 +152,7 @@ async fn an_id_that_is_not_a_recent_uuid_of_version_7_is_422() {
         let refused = ann.create_with_id(&id, json!({"title": "a"})).await;
         let problem = refused.problem(422, "validation_failed");
         assert_eq!(problem["errors"][0]["parameter"], "id", "{id}");
-        // All errors at once.
+        // The response lists all errors.
         let refused = ann.create_with_id(&id, json!({"completed": 1})).await;
         assert_eq!(
             refused.problem(422, "validation_failed")["errors"]

@@ -146,8 +146,8 @@ async fn closes_the_longest_idle_connections_at_the_connection_limit() {
         );
         new.push(wire);
     }
-    // Their order can differ slightly: a connection without a request is idle once the server handles it,
-    // which can be after the first response to the next connection.
+    // The order of eviction can differ slightly: a connection without a request is idle once the
+    // server handles it, which can be after the first response to the next connection.
     let mut closed = 0;
     for wire in &mut idle[..12] {
         let readable = wire.is_readable(Duration::from_millis(200)).await;

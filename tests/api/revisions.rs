@@ -107,8 +107,8 @@ async fn each_change_raises_the_revision_once_and_a_request_without_effect_does_
     assert_eq!(List::read(&sql, &bob).await.revision, 1);
 }
 
-/// As the previous release does, and operators do. A list that is updated for each task would take quadratic
-/// time.
+/// The previous release and operators delete tasks in this way. Updating the list once per task
+/// would take quadratic time.
 #[tokio::test]
 async fn a_deletion_without_a_revision_raises_the_revision_once_for_all_tasks() {
     let server = Server::start().await;

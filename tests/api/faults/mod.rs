@@ -38,9 +38,9 @@ use crate::harness::{DataDir, SECRET, Server, User, until};
 use load::{Addresses, Credentials, Load, RequestLog, Work, percentile, summary};
 use proxy::Proxy;
 
-/// The service's deadline for database work is 5 s; the rest allows for a busy machine.
+/// The service's deadline for database work is 5 s; the additional time allows for a busy machine.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(8);
-/// The service recovers within 5 s of the database; the rest allows for a busy machine.
+/// The service recovers within 5 s of the database; the additional time allows for a busy machine.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Selects a parameter for the short form or the full form of the tests.
@@ -71,7 +71,7 @@ fn report(test: &str, counts: impl AsRef<str>) {
     println!("faults: {test}: {}", counts.as_ref());
 }
 
-/// A server with a PostgreSQL of its own, optionally with a [`Proxy`] between them.
+/// A server and its own PostgreSQL, optionally with a [`Proxy`] between them.
 struct Cluster {
     server: Server,
     user: User,

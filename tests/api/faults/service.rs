@@ -12,7 +12,7 @@ use super::{
 use crate::connections::{listening_socket, start_with_sockets};
 use crate::harness::{DataDir, SECRET, Server, User, until};
 
-/// The service shuts down within 10 s; the rest allows for a busy machine.
+/// The service shuts down within 10 s; the additional time allows for a busy machine.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(13);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

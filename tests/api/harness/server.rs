@@ -30,7 +30,7 @@ use super::{
 
 request_methods!(Server);
 
-/// A running server with a database of its own; both are removed when this is dropped.
+/// A running server and its own database. Both are removed when this is dropped.
 pub(crate) struct Server {
     // Dropped before the database: fields are dropped in the order of declaration.
     process: Process,
