@@ -4,7 +4,7 @@ use std::hash::Hash;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-use governor::clock::{Clock, DefaultClock};
+use governor::clock::Clock;
 use governor::{DefaultKeyedRateLimiter, Quota};
 use parking_lot::Mutex;
 
@@ -15,7 +15,6 @@ const MAX_KEYS: usize = 50_000;
 /// Limits the number of requests per minute of each key, on this instance.
 pub(crate) struct RateLimiter<K: Clone + Eq + Hash> {
     limiter: Option<DefaultKeyedRateLimiter<K>>,
-    clock: DefaultClock,
     last_pruned: Mutex<Option<Instant>>,
 }
 
@@ -27,7 +26,6 @@ impl<K: Clone + Eq + Hash> RateLimiter<K> {
         let quota = rate.map(|rate| rate.allow_burst(burst));
         Self {
             limiter: quota.map(governor::RateLimiter::keyed),
-            clock: DefaultClock::default(),
             last_pruned: Mutex::default(),
         }
     }
@@ -43,9 +41,8 @@ impl<K: Clone + Eq + Hash> RateLimiter<K> {
             true => shared_key,
             false => key,
         };
-        limiter
-            .check_key(key)
-            .map_err(|until| until.wait_time_from(self.clock.now()).as_secs() + 1)
+        let checked = limiter.check_key(key);
+        checked.map_err(|until| until.wait_time_from(limiter.clock().now()).as_secs() + 1)
     }
 
     /// Whether [`MAX_KEYS`] keys are in use, after those whose quota is full again were removed. They

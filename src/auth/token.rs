@@ -83,10 +83,9 @@ impl TokenIssuer {
         previous: Option<&SecretString>,
         access_ttl: Duration,
     ) -> Result<Self> {
-        let secrets: Vec<&[u8]> = std::iter::once(secret)
-            .chain(previous)
-            .map(|secret| secret.expose_secret().as_bytes())
-            .collect();
+        let secrets = std::iter::once(secret).chain(previous);
+        let secrets = secrets.map(|secret| secret.expose_secret().as_bytes());
+        let secrets: Vec<&[u8]> = secrets.collect();
         let mut strict = Validation::new(Algorithm::HS256);
         strict.leeway = 0;
         strict.validate_nbf = true;
@@ -100,7 +99,6 @@ impl TokenIssuer {
             .iter()
             .map(|secret| derive_key(secret, "todo-api refresh token v1"))
             .collect::<Result<Vec<_>, _>>()?;
-        let derived: Vec<&[u8]> = derived.iter().map(String::as_bytes).collect();
         Ok(Self {
             access: KeyRing::new("JWT", &secrets, strict),
             expired_access: KeyRing::new("JWT", &secrets, expired),
@@ -168,16 +166,14 @@ fn validate_claims(claims: AccessClaims) -> Result<AccessClaims, TokenRejection>
 }
 
 impl KeyRing {
-    fn new(typ: &str, secrets: &[&[u8]], validation: Validation) -> Self {
+    fn new(typ: &str, secrets: &[impl AsRef<[u8]>], validation: Validation) -> Self {
         let mut header = Header::new(Algorithm::HS256);
         header.typ = Some(typ.to_owned());
+        let verifying = secrets.iter().map(AsRef::as_ref);
         Self {
             header,
-            signing: EncodingKey::from_secret(secrets.first().copied().unwrap_or_default()),
-            verifying: secrets
-                .iter()
-                .map(|secret| DecodingKey::from_secret(secret))
-                .collect(),
+            signing: EncodingKey::from_secret(secrets[0].as_ref()),
+            verifying: verifying.map(DecodingKey::from_secret).collect(),
             validation,
         }
     }

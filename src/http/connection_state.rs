@@ -61,9 +61,9 @@ impl ConnectionState {
 
     /// Records that all pending output was written. Returns whether that completes a response.
     pub(crate) fn on_flushed(&self) -> bool {
-        self.phase
-            .compare_exchange(RESPONDED, WAITING, Relaxed, Relaxed)
-            .is_ok()
+        let phase = &self.phase;
+        let completed = phase.compare_exchange(RESPONDED, WAITING, Relaxed, Relaxed);
+        completed.is_ok()
     }
 
     /// Since when the connection has been idle; `None` from the first byte of a request to the end

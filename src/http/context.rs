@@ -62,10 +62,8 @@ impl<'a> RequestContext<'a> {
 
     /// Records that the body has been read. Deadlines start here, so a slow upload does not count.
     pub(crate) fn set_complete(&self) {
-        self.timing
-            .lock()
-            .complete_at
-            .get_or_insert_with(Instant::now);
+        let mut timing = self.timing.lock();
+        timing.complete_at.get_or_insert_with(Instant::now);
     }
 
     /// Records that the request has waited for a change. Its deadlines then start anew.

@@ -84,7 +84,11 @@ impl RequestFramer {
                 FramingState::ChunkSize(parser) => {
                     if let Some(size) = parser.feed(rest[0]) {
                         self.state = match size {
-                            0 => FramingState::Trailer(HeadScanner::trailer()),
+                            // The first line of a trailer section may be its last, empty one.
+                            0 => FramingState::Trailer(HeadScanner {
+                                started: true,
+                                ..HeadScanner::default()
+                            }),
                             size => FramingState::Chunk(size.saturating_add(2)),
                         };
                     }
@@ -115,15 +119,6 @@ struct HeadScanner {
 }
 
 impl HeadScanner {
-    /// Returns a scanner for a trailer section, in which the first line may already be the final
-    /// empty one.
-    fn trailer() -> Self {
-        Self {
-            started: true,
-            ..Self::default()
-        }
-    }
-
     /// Scans up to the end of the head. Returns the position of the end if it is in `bytes`.
     fn feed(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;

@@ -160,7 +160,10 @@ impl Acceptor {
                 debug!("cannot set TCP_NODELAY: {error}");
             }
             app.metrics.open_connections.inc();
-            serve_connection(stream, peer, &app, permit.state.clone(), closing).await;
+            let state = permit.state.clone();
+            if let Err(error) = serve_connection(stream, peer, &app, state, closing).await {
+                debug!("connection from {peer} ended: {error}");
+            }
             app.metrics.open_connections.dec();
             drop(permit);
         });
@@ -178,7 +181,7 @@ async fn serve_connection(
     app: &Arc<AppState>,
     state: Arc<ConnectionState>,
     closing: CancellationToken,
-) {
+) -> hyper::Result<()> {
     let io = TokioIo::new(TimeoutStream::new(stream, state.clone()));
     let service = service_fn(|request: Request<Incoming>| {
         let head_error = state.on_request(request.body());
@@ -197,7 +200,7 @@ async fn serve_connection(
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
     let evicted = tokio::select! {
-        ended = connection.as_mut() => return log_end(peer, ended),
+        ended = connection.as_mut() => return ended,
         () = state.evicted() => true,
         () = closing.cancelled() => false,
     };
@@ -206,21 +209,14 @@ async fn serve_connection(
         true => FIRST_REQUEST_TIMEOUT,
         false => Duration::ZERO,
     };
-    let ended = match timeout(wait, connection.as_mut()).await {
+    match timeout(wait, connection.as_mut()).await {
         Ok(ended) => ended,
         // Dropped, because after a graceful shutdown the client could keep its side open.
-        Err(_) if evicted && state.idle_since().is_some() => return,
+        Err(_) if evicted && state.idle_since().is_some() => Ok(()),
         Err(_) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
-    };
-    log_end(peer, ended);
-}
-
-fn log_end(peer: IpAddr, ended: hyper::Result<()>) {
-    if let Err(error) = ended {
-        debug!("connection from {peer} ended: {error}");
     }
 }
 
@@ -237,7 +233,7 @@ pub(crate) async fn check_health(app: &Arc<AppState>) -> io::Result<()> {
         client.read_exact(&mut status_line).await?;
         io::Result::Ok(&status_line == b"HTTP/1.1 200 OK")
     };
-    match tokio::select! { () = serving => false, checked = checking => checked? } {
+    match tokio::select! { _ = serving => false, checked = checking => checked? } {
         true => Ok(()),
         false => Err(io::Error::other("GET /healthz did not return 200")),
     }

@@ -73,6 +73,7 @@ impl AppState {
             .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
         let passwords = PasswordHasher::new(config.bcrypt_cost, metrics.clone())
             .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
+        let (attempts, writes) = (config.auth_rate_per_minute, config.writes_per_minute);
         Ok(Arc::new(Self {
             tokens,
             list_signer,
@@ -80,15 +81,9 @@ impl AppState {
             revocations: Arc::default(),
             login_slots: KeyedSemaphore::new(MAX_CONCURRENT_LOGINS),
             account_changes: KeyedSemaphore::new(1),
-            attempt_limiter: RateLimiter::new(
-                config.auth_rate_per_minute,
-                config.auth_rate_per_minute,
-            ),
+            attempt_limiter: RateLimiter::new(attempts, attempts),
             // A burst of five seconds' worth.
-            write_limiter: RateLimiter::new(
-                config.writes_per_minute,
-                config.writes_per_minute / 12,
-            ),
+            write_limiter: RateLimiter::new(writes, writes / 12),
             cors: Cors::new(&config.cors_origins),
             limited_log: LogLimiter::default(),
             purger: Arc::default(),
