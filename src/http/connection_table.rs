@@ -110,12 +110,10 @@ impl ConnectionTable {
         if let Some(share) = self.shares.try_acquire(network) {
             return Some(share);
         }
-        open.exhausted
-            .retain(|_, since| since.elapsed() < EVICTION_INTERVAL);
-        if open.exhausted.contains_key(&network) {
-            return None;
-        }
-        if open.evict_idle(Some(network), self.limit / 2) == 0 {
+        let exhausted = &mut open.exhausted;
+        exhausted.retain(|_, since| since.elapsed() < EVICTION_INTERVAL);
+        let was_searched = exhausted.contains_key(&network);
+        if !was_searched && open.evict_idle(Some(network), self.limit / 2) == 0 {
             open.exhausted.insert(network, Instant::now());
         }
         self.shares.try_acquire(network)

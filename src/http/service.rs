@@ -64,10 +64,8 @@ pub(crate) async fn handle(
             response::problem(&error, &context.id)
         }
     };
-    let is_api = context
-        .route()
-        .unwrap_or(head.uri.path())
-        .starts_with("/api/");
+    let path = context.route().unwrap_or(head.uri.path());
+    let is_api = path.starts_with("/api/");
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, context.id.clone());
     headers.insert(CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

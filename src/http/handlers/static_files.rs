@@ -46,12 +46,9 @@ impl StaticFile {
             encoder.read_to_end(&mut compressed)?;
             Ok(compressed.into())
         };
-        let gzip = self
-            .gzip
-            .get_or_try_init(async || spawn_blocking(compress).await?);
-        gzip.await
-            .cloned()
-            .map_err(|error: io::Error| Error::Internal(format!("cannot compress: {error}")))
+        let run = async || spawn_blocking(compress).await?;
+        let gzip: io::Result<_> = self.gzip.get_or_try_init(run).await.cloned();
+        gzip.map_err(|error| Error::Internal(format!("cannot compress: {error}")))
     }
 
     async fn respond(&'static self, context: &RequestContext<'_>) -> Result<Response> {
