@@ -5,7 +5,8 @@
 with list as (
     update task_lists set revision = revision + 1, tasks = tasks + 1
     where user_id = $1
-      -- A repeated statement fails because the task exists, whatever the number of tasks.
+      -- A retry has to fail because the task exists, even if the user has the maximum number of
+      -- tasks.
       and (tasks < $7 or exists (select from tasks where user_id = $1 and id = $2))
     returning revision
 )

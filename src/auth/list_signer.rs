@@ -1,6 +1,6 @@
 //! Entity tags of lists, and cursors of their changes. Both are keyed with the JWT secret. A
-//! restore of the database replaces the secret, because it may reuse revisions that clients have
-//! already seen.
+//! restore of the database replaces the secret, because the restored database may reuse revisions
+//! that clients have already seen.
 
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, crypto};
 use secrecy::{ExposeSecret, SecretString};

@@ -44,8 +44,8 @@ pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
     /// The maximum number of rows that one statement returns, which bounds its memory.
     const MAX_ROWS: usize;
 
-    /// The maximum number of rows that the query returns, or more if a statement should have fewer
-    /// queries than rows.
+    /// The number of rows that this query counts as in a batch: at least the maximum that it
+    /// returns. A higher number makes batches smaller.
     fn max_rows(&self) -> usize;
 
     /// The user whose rows the query reads.

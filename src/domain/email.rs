@@ -20,7 +20,8 @@ impl Email {
     /// RFC 5321, section 4.5.3.1.3, allows 256 bytes including the angle brackets.
     const MAX_BYTES: usize = 254;
 
-    /// Requires exactly one `@` with text on both sides, and no forbidden characters.
+    /// Parses and normalizes an address. Requires exactly one `@` with text on both sides, and no
+    /// forbidden characters.
     pub(crate) fn parse(text: &str) -> Result<Self, ValidationError> {
         // Normalized again, because case folding can denormalize a text.
         let address: String = text.trim().nfc().flat_map(fold_case).nfc().collect();

@@ -214,7 +214,7 @@ pub fn jwt_secret(data_dir: &Path) -> Result<String, Error> {
     let reason = if mode & 0o077 != 0 {
         "is readable by other users: restrict its permissions (chmod 600), or remove it so that a new one is created"
     } else if secret.len() < 32 {
-        "has fewer than 32 bytes: remove it to create a new one"
+        "has fewer than 32 bytes: remove it so that a new one is created"
     } else {
         return Ok(secret.to_owned());
     };

@@ -33,7 +33,7 @@ use crate::telemetry::log_limiter::LineKind;
 
 /// hyper responds with 431 to longer heads.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
-/// Each connection takes about 20 KiB.
+/// An idle connection takes about 20 KiB.
 const MAX_CONNECTIONS: u64 = 16_384;
 /// File descriptors for everything but client connections.
 const RESERVED_FDS: u64 = 100;

@@ -1,4 +1,5 @@
-//! `DATABASE_URL` is parsed as libpq does, or rejected without revealing any part of the password.
+//! `DATABASE_URL` is parsed as libpq parses it, or rejected without revealing any part of the
+//! password.
 //!
 //! `psql`, which uses libpq, and the service connect to a server that records their messages.
 

@@ -51,7 +51,7 @@ async fn page(user: &User, target: &str) -> (Vec<String>, Option<String>) {
     (ids, next)
 }
 
-/// Fetches all pages from `target` on.
+/// Fetches all pages, starting at `target`.
 async fn fetch_pages(user: &User, target: String) -> Vec<Vec<String>> {
     let mut pages = Vec::new();
     let mut target = Some(target);

@@ -136,7 +136,7 @@ async fn changes_that_end_with_large_tasks_count_as_a_large_response() {
         let token = Some(mallory.access_token.as_str());
         streams.push(request_without_reading(server.addr(), &target, token).await);
     }
-    // Four is the share of a user.
+    // A user can have four large lists at a time.
     assert_eq!(mallory.get(&target).await.status, 503);
     drop(streams);
     mallory.get(&target).await.expect(200);
