@@ -1,8 +1,8 @@
 -- Revocations are read by transaction instead of by time, tokens of a session can be revoked without
 -- ending it, and the number of sessions of an account is limited.
 
--- The transaction that wrote the revocation. Its time tells when it was written, not when it became
--- visible; "every transaction below the oldest open one" is exact.
+-- The transaction that wrote the revocation. A timestamp would tell when the revocation was
+-- written, not when it became visible. The oldest open transaction is an exact limit.
 alter table revocations add column xid xid8 not null default pg_current_xact_id();
 create index revocations_by_xid on revocations (xid);
 
@@ -12,7 +12,7 @@ alter table sessions add column epoch integer not null default 0;
 -- Tokens of epochs before this one are revoked; by default, all tokens.
 alter table revocations add column before_epoch integer not null default 2147483647;
 
--- As before, except that a session may already have a revocation of its earlier epochs.
+-- Replaces the function, because a session may already have a revocation of its earlier epochs.
 create or replace function record_ended_sessions() returns trigger language plpgsql as $$
 begin
     insert into revocations (session_id, ended_at)
@@ -23,9 +23,9 @@ begin
 end
 $$;
 
--- Ends the least recently used sessions of an account beyond `most`, the new one included, and returns
--- them. A function takes its snapshot when it is called, when the caller holds the lock on the
--- account, so that it sees the sessions of all previous logins.
+-- Ends the least recently used sessions of an account beyond `most`, including the new one, and
+-- returns them. A volatile function takes its snapshot when it is called. The caller has locked the
+-- account by then, so the function sees the sessions of all previous logins.
 create function end_surplus_sessions(account uuid, new_session uuid, most integer) returns uuid[]
 language sql volatile as $$
     with ended as (

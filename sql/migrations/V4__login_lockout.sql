@@ -1,6 +1,6 @@
--- Failed logins are counted by account and client network, and for all networks together that the
--- account does not use. E-mail addresses are compared in NFC, with Unicode's simple case folding and
--- without invisible characters.
+-- Failed logins are counted by account and client network, and, with one count, for all networks
+-- that the account does not use. E-mail addresses are compared in NFC, with Unicode's simple case
+-- folding and without invisible characters.
 
 -- `sign_in_failures` stays for the previous release.
 create table login_failures (
@@ -28,7 +28,7 @@ create table login_networks (
 create index login_networks_by_time on login_networks (last_used_at);
 
 -- Converts the stored addresses to the form that logins now look up. Two accounts whose addresses
--- become equal keep them; only the one in the new form can log in.
+-- would become equal keep them, and only the account whose address has the new form can log in.
 with renamed as (
     select distinct on (address) id, address
     from users,

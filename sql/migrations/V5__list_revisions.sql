@@ -11,7 +11,7 @@ create table task_lists (
     purged_revision bigint  not null default 0
 ) with (fillfactor = 50);
 
--- Tasks from before this migration have revision 0, which does not rewrite the table.
+-- Existing tasks have revision 0. Adding a constant default does not rewrite the table.
 alter table tasks add column revision bigint not null default 0;
 create index tasks_by_revision on tasks (user_id, revision, id);
 
@@ -27,8 +27,8 @@ create table deleted_tasks (
 create index deleted_tasks_by_id on deleted_tasks (user_id, id);
 create index deleted_tasks_by_time on deleted_tasks (deleted_at);
 
--- Whether a task was deleted. A function takes its snapshot when it is called, when the caller has
--- locked the list, so that it sees all previous deletions.
+-- Whether a task was deleted. A volatile function takes its snapshot when it is called. The caller
+-- has locked the list by then, so the function sees all previous deletions.
 create function was_deleted(owner uuid, task uuid) returns boolean language plpgsql volatile as $$
 begin
     return exists (select from deleted_tasks where user_id = owner and id = task);

@@ -18,7 +18,8 @@ const TAG_LENGTH: usize = 22;
 pub(crate) struct ChangesCursor {
     /// The last change that the client has.
     pub(crate) position: Position,
-    /// The client never had tasks that were deleted up to this revision.
+    /// The revision at which the client started without a copy. Deletions up to it are left out,
+    /// because the client never had those tasks.
     pub(crate) started_at: i64,
 }
 

@@ -72,7 +72,7 @@ impl Health {
         timeout_at(until, known).await.is_ok() && self.is_up()
     }
 
-    /// Waits until the database is up; returns false if it is not in time.
+    /// Waits until the database is up; returns false if it is not up by then.
     pub(super) async fn wait_until_up(&self, until: Instant) -> bool {
         let mut state = self.state.subscribe();
         let up = state.wait_for(|state| *state == State::Up);

@@ -15,13 +15,13 @@ use super::migrations;
 
 /// PostgreSQL 13, in the form of `server_version_num`.
 const MIN_SERVER_VERSION: i32 = 130_000;
-/// How often a long migration, or the wait for another instance's, is logged.
+/// The interval of log messages during a long migration, or while another instance migrates.
 const MIGRATION_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// The pause after a migration could not lock a table. Meanwhile, the queries that queued behind it
 /// run.
 const TABLE_LOCK_BACKOFF: Duration = Duration::from_secs(2);
 
-/// What is known about a database server.
+/// Information about a database server.
 #[derive(Clone, Debug)]
 pub(crate) struct ServerInfo {
     pub(crate) version: String,

@@ -38,8 +38,8 @@ impl WatchedLists {
         }
     }
 
-    /// Forgets the lists whose watchers are gone and returns the others. If there are none, polling
-    /// ends until there is a watcher again.
+    /// Removes the lists without watchers and returns the others. If none are left, polling stops
+    /// until there is a watcher again.
     fn to_poll(&self) -> Vec<Uuid> {
         let mut lists = self.0.lock();
         lists
@@ -68,7 +68,8 @@ pub(crate) struct ListWatcher<'a> {
 }
 
 impl Database {
-    /// Watches a list, unless it has `max` watchers already. Changes are seen from now on.
+    /// Watches a list, unless it has `max` watchers already. The watcher sees changes made after
+    /// this call.
     pub(crate) fn watch_list(&self, user_id: Uuid, max: usize) -> Option<ListWatcher<'_>> {
         let mut lists = self.watched_lists.0.lock();
         let sender = lists.revisions.entry(user_id).or_default();
@@ -87,8 +88,8 @@ impl Database {
 }
 
 impl ListWatcher<'_> {
-    /// Waits until the list has a later revision than `seen`; returns false if it does not in time.
-    /// Fails if the database goes down.
+    /// Waits until the list has a later revision than `seen`; returns false if `until` passes
+    /// first. Fails if the database goes down.
     pub(crate) async fn wait_for_change(&mut self, seen: i64, until: Instant) -> Result<bool> {
         let health = &self.database.connections.health;
         let changed = self.revision.wait_for(|revision| *revision > seen);

@@ -33,7 +33,7 @@ pub(crate) struct LockoutKey {
 }
 
 impl LockoutKey {
-    /// Logins with this address from this network, whether or not there is an account.
+    /// The key for logins with this address from this network, whether or not there is an account.
     pub(crate) fn login(email: &Email, network: String) -> Self {
         Self {
             account: email.as_str().to_owned(),
@@ -41,7 +41,7 @@ impl LockoutKey {
         }
     }
 
-    /// Password confirmations of an authenticated user, from any network.
+    /// The key for password confirmations of an authenticated user, from any network.
     pub(crate) fn authenticate(user_id: Uuid) -> Self {
         Self {
             account: user_id.to_string(),

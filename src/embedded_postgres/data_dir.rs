@@ -118,8 +118,8 @@ pub(super) fn check(data_dir: &Path) -> Result<(PathBuf, Option<OsUser>), Error>
     {
         let user = geteuid();
         return refuse(&format!(
-            "belongs to another user (id {owner}) than the one that runs todo-api (id {user}): \
-             run todo-api as its owner, or set DATA_DIR to another directory"
+            "belongs to another user (id {owner}), but todo-api runs as user id {user}: \
+             run todo-api as the owner, or set DATA_DIR to another directory"
         ));
     }
     // Group write access is allowed unless root runs the service, because the owner of each file is

@@ -101,7 +101,7 @@ impl Postgres {
         &self.cluster.socket_dir
     }
 
-    /// The directory that contains cluster, log and secret, as an absolute path.
+    /// The absolute path of the directory that contains the cluster, the log and the secret.
     pub fn data_dir(&self) -> &Path {
         &self.cluster.data_dir
     }

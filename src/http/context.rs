@@ -27,7 +27,7 @@ pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const PREFER: HeaderName = HeaderName::from_static("prefer");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// What the router, the middleware and the handlers know about a request.
+/// The data of a request that the router, the middleware and the handlers use.
 pub(crate) struct RequestContext<'a> {
     pub(crate) app: &'a AppState,
     pub(crate) head: &'a Parts,

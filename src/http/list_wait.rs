@@ -13,7 +13,7 @@ use crate::http::response::{Response, with_preference_applied};
 
 /// The maximum number of waiting requests of one user. Further requests do not wait.
 const MAX_WAITS_PER_USER: usize = 4;
-/// How often a waiting request checks its session. The check knows revocations that are at least
+/// How often a waiting request checks its session. The check sees every revocation that is at least
 /// one second old.
 const SESSION_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -40,8 +40,8 @@ impl<'a> ListWait<'a> {
         }
     }
 
-    /// Waits until the list has a later revision than `seen`. Returns false if it does not in time,
-    /// if the request cannot wait, or if the service is shutting down.
+    /// Waits until the list has a later revision than `seen`. Returns false if the time passes
+    /// first, if the request cannot wait, or if the service is shutting down.
     pub(crate) async fn wait_for_change(&mut self, seen: i64) -> Result<bool, Error> {
         let app = self.context.app;
         let started = Instant::now();

@@ -42,11 +42,11 @@ const RESERVED_FDS: u64 = 100;
 const ACCEPT_GRACE: Duration = Duration::from_millis(500);
 /// How long shutdown waits for the first request of a new connection, which is probably in flight.
 const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long shutdown waits for connections to end. With the grace time, it stays below the 10 s
-/// after which container runtimes kill a process.
+/// How long shutdown waits for connections to end. Together with `ACCEPT_GRACE`, this is less than
+/// the 10 s after which container runtimes kill a process.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
-/// How many unsent bytes of a response the kernel holds. The rest stays with the service, where the
-/// limits on large responses apply to it.
+/// How many unsent bytes of a response the kernel holds. The service holds the other bytes, to
+/// which the limits on large responses apply.
 #[cfg(target_os = "linux")]
 const MAX_UNSENT_BYTES: u32 = 64 * 1024;
 /// How long the kernel holds data that the client does not acknowledge, even after the connection

@@ -1,6 +1,6 @@
 //! The socket of a client as hyper sees it, with the timeouts that hyper does not have: for idle
 //! connections, slow heads, and responses that the client does not read. Before closing, it reads
-//! what the client still sends, so that an early response is not lost to a reset.
+//! the data that the client is still sending, so that an early response is not lost to a reset.
 
 use std::io;
 use std::pin::Pin;
@@ -199,8 +199,9 @@ impl<S: ClientSocket> AsyncWrite for TimeoutStream<S> {
         Poll::Ready(Ok(()))
     }
 
-    /// Closes the service's side, then briefly reads what the client still sends: closing a socket
-    /// with unread bytes resets the connection, and the reset can overtake the response.
+    /// Closes the service's side, then briefly reads the data that the client is still sending:
+    /// closing a socket with unread bytes resets the connection, and the reset can overtake the
+    /// response.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.linger.is_none() {

@@ -19,7 +19,7 @@ pub(crate) const ACCESS: &str = "access";
 /// The longest value of a field, in characters.
 const MAX_FIELD: usize = 256;
 
-/// Whether stderr is the journal. `JOURNAL_STREAM` alone does not tell: a child process inherits it
+/// Whether stderr is the journal. `JOURNAL_STREAM` alone is not enough: a child process inherits it
 /// even if its stderr is redirected.
 static IS_JOURNAL: LazyLock<bool> = LazyLock::new(|| {
     let stderr = io::stderr().as_fd().try_clone_to_owned().map(File::from);
