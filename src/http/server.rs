@@ -91,7 +91,7 @@ pub(crate) async fn serve(
     }
 }
 
-/// Limits what the kernel holds for each client. Accepted sockets inherit the options.
+/// Limits the data that the kernel holds for each client. Accepted sockets inherit the options.
 #[cfg(target_os = "linux")]
 fn limit_send_queue(listener: &TcpListener) -> io::Result<()> {
     let socket = socket2::SockRef::from(listener);

@@ -160,8 +160,8 @@ impl Metrics {
         GaugeGuard::new(&self.hash_queue)
     }
 
-    /// Encodes all metrics as Prometheus text, with the pool's current `connections`, of which
-    /// `idle` are idle.
+    /// Encodes all metrics as Prometheus text, with the current number of connections in the pool
+    /// and the number of idle ones.
     pub(crate) fn encode(&self, (connections, idle): (u32, u32)) -> Vec<u8> {
         for (state, count) in [("idle", idle), ("in_use", connections.saturating_sub(idle))] {
             let gauge = self.db_connections.with_label_values(&[state]);

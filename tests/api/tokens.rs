@@ -313,7 +313,7 @@ fn modified(secret: &str, user: &User, other: &User) -> Attacks {
         ".$token",
         "..",
         "$token.$payload.$signature",
-        // rejectsValidJsonSerialization, and the flattened one.
+        // rejectsValidJsonSerialization, and the flattened serialization.
         "$serialized",
         "$flattened",
         // Characters around and within the token.

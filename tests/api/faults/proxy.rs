@@ -18,11 +18,11 @@ use tokio::{
 /// The simulated condition of the network, which affects all packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NetworkCondition {
-    /// Delivers them immediately.
+    /// Delivers packets immediately.
     Normal,
-    /// Delivers them after this delay, in each direction.
+    /// Delivers packets after this delay, in each direction.
     Slow(Duration),
-    /// Delays them until the condition changes.
+    /// Delays packets until the condition changes.
     Blackhole,
     /// Delivers half of a response, then resets the connection.
     Reset,
