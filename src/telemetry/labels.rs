@@ -1,6 +1,6 @@
-//! The reasons that log lines and metric labels name.
+//! The reasons that appear in log lines and in metric labels.
 
-/// Defines enums with a label for each variant, all of which `LABELS` lists.
+/// Defines enums with a label for each variant. `LABELS` lists all labels.
 macro_rules! labels {
     ($($(#[$doc:meta])* $name:ident { $($variant:ident = $label:literal,)* })*) => {$(
         $(#[$doc])*

@@ -13,7 +13,7 @@ async fn sheds_logins_when_the_hash_queue_is_full_while_reads_continue() {
     raise_file_limit();
     // More clients than the capacity of the queue, which grows with the number of cores.
     let clients = 200 * std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    // Enough connections for the logins and the reads: this is not about the pool.
+    // Enough connections for the logins and the reads, so that the pool is not the limit.
     let server = Server::with(&[("BCRYPT_COST", "11"), ("DB_POOL_SIZE", "20")]).await;
     let ann = server.user().await;
     let path = ann.path_of(&ann.create_task("water the plants").await);
