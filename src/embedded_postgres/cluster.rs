@@ -17,7 +17,7 @@ use super::{
     path_error, run,
 };
 
-/// Includes writing about 40 MB to a slow disk.
+/// Long enough to write about 40 MB to a slow disk.
 const INITDB_TIMEOUT: Duration = Duration::from_secs(120);
 /// Prefix of the directories in which initdb has not finished.
 const UNFINISHED: &str = "cluster.unfinished-";
