@@ -338,7 +338,8 @@ async fn returns_422_for_a_malformed_cursor_and_410_for_an_unknown_one() {
         .await
         .expect(200);
 
-    // First a new secret without the previous one, as after a restore; then a rotation.
+    // The first case replaces the secret without keeping the previous one, as after a restore. The
+    // second case rotates it.
     let tag = ann.list_tag().await;
     for (previous, status, unchanged) in [("", 410, 200), (server.secret(), 200, 200)] {
         let variables = [
