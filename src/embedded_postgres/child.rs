@@ -52,7 +52,7 @@ pub(super) fn command(program: &Path, signal: Signal) -> Command {
     if !CAN_BECOME.load(Ordering::Relaxed) {
         return Command::new(program);
     }
-    // This program, even if an upgrade has replaced its file.
+    // Runs this program even if an upgrade has replaced its file.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg(BECOME)

@@ -14,7 +14,7 @@ use super::{Error, path_error};
 /// Larger than any file that is read as a whole.
 const READ_LIMIT: u64 = 64 << 10;
 
-/// Whether files of this user are as trustworthy as our own.
+/// Whether files of this user are as trustworthy as the service's own.
 pub(super) fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == geteuid().as_raw()
 }

@@ -336,7 +336,7 @@ async fn reports_a_server_on_which_search_is_case_sensitive() {
         check.output()
     };
     assert!(check().await.contains("search ignores case"));
-    // The function that the migration creates without ICU and UTF-8 locales.
+    // Creates the function as the migration does without ICU and UTF-8 locales.
     let sql = server.sql().await;
     sql.batch_execute(
         "create or replace function fold_case(text) returns text language sql immutable parallel safe
