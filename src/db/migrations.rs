@@ -7,8 +7,8 @@ type Migration = (i32, &'static str, &'static str);
 
 macro_rules! migrations {
     ($($version:literal $name:literal),* $(,)?) => {
-        /// All migrations: version, name and text. They only add, so that the previous release still
-        /// runs. A database may lack any of them, not only the last ones.
+        /// All migrations: version, name and text. They only add to the schema, so that the
+        /// previous release still runs. A database may lack any of them, not only the last ones.
         const MIGRATIONS: &[Migration] = &[$((
             $version,
             $name,

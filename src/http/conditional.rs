@@ -20,7 +20,7 @@ pub(crate) fn entity_tag(version: Timestamp) -> String {
 pub(crate) struct Preconditions {
     /// `Any` if the header is absent.
     if_match: TagList<Timestamp>,
-    /// Empty if the header is absent.
+    /// Empty if the header is absent or malformed.
     if_none_match: TagList<Timestamp>,
 }
 

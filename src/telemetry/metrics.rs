@@ -1,4 +1,4 @@
-//! Prometheus metrics. A label has only values that this code names, never text from a client.
+//! Prometheus metrics. Labels have only values that this code defines, never text from a client.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -1,5 +1,6 @@
-//! Request smuggling: requests on whose end a proxy and the service could disagree. The service rejects
-//! each of them, or responds and closes the connection; it never serves a request hidden behind them.
+//! Request smuggling: requests whose end a proxy and the service could locate differently. The
+//! service rejects each of them, or responds and closes the connection; it never serves a request
+//! hidden behind them.
 
 use futures_util::future::join_all;
 use tokio_postgres::Client;

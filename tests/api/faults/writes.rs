@@ -62,7 +62,7 @@ async fn a_slow_body_is_processed_once_and_closes_no_connection() {
     let token = user.access_token.as_str();
     let task = user.path_of(&user.create_task("one").await);
     let tasks = user.tasks();
-    // Another user, because changing the password revokes sessions.
+    // Uses another user, because changing the password revokes sessions.
     let other = server.user().await;
     let new_password = "another-Lantern-43-harbour";
     let requests = [
