@@ -17,8 +17,8 @@ use crate::error::{Error, Result};
 
 /// A revocation takes effect on every instance within this time.
 const MAX_AGE: Duration = Duration::from_secs(1);
-/// Age from which the cache is refreshed in the background, so that requests wait for it only if the
-/// database takes longer than the remaining 200 ms.
+/// The age at which the cache is refreshed in the background, so that requests wait for it only if
+/// the database takes longer than the remaining 200 ms.
 const REFRESH_AFTER: Duration = Duration::from_millis(800);
 /// Entries are kept until every token that they revoke has expired, even if clocks differ by the
 /// prune interval.

@@ -27,7 +27,7 @@ struct Lists {
 }
 
 impl WatchedLists {
-    /// Tells the watchers of a list that it has this revision.
+    /// Notifies the watchers of a list of its new revision.
     pub(super) fn record(&self, user_id: Uuid, revision: i64) {
         if let Some(sender) = self.0.lock().revisions.get(&user_id) {
             sender.send_if_modified(|known| {

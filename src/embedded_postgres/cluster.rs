@@ -154,7 +154,7 @@ impl Cluster {
 pub(super) fn first_error_line(text: &str) -> Option<String> {
     const LEVELS: [&str; 3] = ["FATAL:", "PANIC:", "error:"];
     let is_error = |line: &&str| {
-        // Except for the rejection of a client that connected too early.
+        // Ignores the rejection of a client that connected too early.
         LEVELS.iter().any(|level| line.contains(level)) && !line.contains("the database system is")
     };
     let line = text

@@ -336,7 +336,7 @@ impl RequestLog {
         self.records.lock().unwrap().clone()
     }
 
-    /// Returns the number of requests of this kind that were sent since then and succeeded.
+    /// Returns the number of requests of this kind that were sent since `from` and succeeded.
     pub(super) fn successes_since(&self, from: Instant, work: Work) -> usize {
         let records = self.records.lock().unwrap();
         let is_counted = |record: &&RequestRecord| {
@@ -345,7 +345,7 @@ impl RequestLog {
         records.iter().filter(is_counted).count()
     }
 
-    /// Returns whether the last `count` requests since then all succeeded.
+    /// Returns whether the last `count` requests sent since `since` all succeeded.
     pub(super) fn has_recovered(&self, count: usize, since: Instant) -> bool {
         let mut records = self.sent_between(since, Instant::now());
         records.sort_by_key(RequestRecord::finished_at);
