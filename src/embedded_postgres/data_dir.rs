@@ -167,7 +167,7 @@ pub(super) async fn lock(data_dir: &Path) -> Result<File, Error> {
             Ok(()) => {}
             Err(TryLockError::Error(error)) => return Err(path_error("lock", &path)(error)),
             Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
-                return Err(format!("another todo-api runs on DATA_DIR {data_dir}"));
+                return Err(format!("another todo-api is using DATA_DIR {data_dir}"));
             }
             Err(TryLockError::WouldBlock) => sleep(POLL_INTERVAL).await,
         }

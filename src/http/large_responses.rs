@@ -122,7 +122,7 @@ impl AsRef<[u8]> for PermitBody {
     }
 }
 
-/// Attaches a permit to a body, which holds it until it has been sent or dropped.
+/// Attaches a permit to a body. The body holds the permit until it has been sent or dropped.
 pub(crate) fn attach_permit(body: Bytes, permit: Option<LargeResponsePermit>) -> Bytes {
     match permit {
         Some(permit) => Bytes::from_owner(PermitBody(body, permit)),
