@@ -4,7 +4,7 @@
 //!
 //! | name | content |
 //! |---|---|
-//! | `lock` | locked while a service runs on this directory |
+//! | `lock` | locked while a service uses this directory |
 //! | `cluster/` | PostgreSQL's data directory |
 //! | `socket/` | the only address that PostgreSQL listens on (in a temporary directory if this path is too long for a socket) |
 //! | `pg_hba.conf`, `pg_ident.conf` | the rules that say who can connect |
