@@ -173,6 +173,27 @@ async fn a_wait_ends_after_the_preferred_seconds() {
     assert_eq!(immediate_status(&ann, list).await, 304);
 }
 
+/// The poll of the lists alone would take half a second for each change on average.
+#[tokio::test]
+async fn changes_of_the_same_instance_wake_requests_at_once() {
+    let server = start().await;
+    let ann = server.user().await;
+    let mut total = Duration::ZERO;
+    for _ in 0..10 {
+        let waiting = tokio::spawn(ann.wait_for_list(&ann.list_tag().await).send());
+        until_waiting(&server, 1).await;
+        let start = Instant::now();
+        ann.create_task("a").await;
+        waiting.await.unwrap().expect(200);
+        total += start.elapsed();
+        until_waiting(&server, 0).await;
+    }
+    assert!(
+        total < Duration::from_millis(2500),
+        "{total:?} for ten changes"
+    );
+}
+
 #[tokio::test]
 async fn four_requests_of_a_user_can_wait_and_further_ones_return_immediately() {
     let server = start().await;
