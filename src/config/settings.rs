@@ -47,7 +47,7 @@ const SETTINGS: [Setting; 21] = [
     ("TRUSTED_PROXIES", "", Text, "proxies whose X-Forwarded-For is used: addresses or CIDR blocks"),
     ("DB_POOL_SIZE", "20", Integer(1..=20), "connections to the database"),
     ("REGISTRATION", "open", OneOf(&["open", "closed"]), "whether new accounts can be registered"),
-    ("AUTH_RATE_PER_MINUTE", "100 per core", Integer(0..=1_000_000), "authentication requests from one network; 0: off"),
+    ("AUTH_RATE_PER_MINUTE", "100 per core", Integer(0..=1_000_000), "auth requests from a network; 0: off"),
     ("BCRYPT_COST", "12", Integer(10..=16), "each step doubles the time of a login"),
     ("WRITES_PER_MINUTE", "7200", Integer(0..=1_000_000), "changes of tasks by one user; 0: off"),
     ("MAX_TASKS_PER_USER", "100000", Integer(1..=1_000_000_000), "tasks that one user can have"),
