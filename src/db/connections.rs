@@ -108,12 +108,22 @@ impl Connections {
         }
     }
 
+    /// Waits until this user may write tasks, for no longer than other requests wait for a connection.
     pub(super) async fn acquire_task_write(
         &self,
         user_id: Uuid,
         deadline: Deadline,
     ) -> Result<KeyedPermit<Uuid>> {
-        let deadline = deadline.min(Deadline::after(QUEUE_TARGET));
-        self.writes_per_user.acquire(user_id, deadline).await
+        if !self.health.is_up_after_startup(deadline.at()).await {
+            return Err(DbError::Unavailable("the database is down".into()));
+        }
+        let limit = match self.health.sockets.is_connecting() {
+            true => CONNECT_TIMEOUT,
+            false => QUEUE_TARGET,
+        };
+        let deadline = deadline.min(Deadline::after(limit));
+        let permit = self.writes_per_user.acquire(user_id, deadline);
+        let permit = self.health.while_up(permit).await;
+        permit.unwrap_or_else(|| Err(DbError::Unavailable("the database went down".into())))
     }
 }

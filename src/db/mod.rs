@@ -182,11 +182,14 @@ impl<'a> Queries<'a> {
         sql: Sql,
         params: Params<'_>,
     ) -> Result<Vec<Row>> {
-        let connections = &self.database.connections;
-        let _permit = connections
-            .acquire_task_write(user_id, self.deadline)
-            .await?;
-        let rows = self.query(repeat, sql, params).await?;
+        let (connections, deadline) = (&self.database.connections, self.deadline);
+        // Each attempt has its own permit: the user's other writes need not wait during the backoff.
+        let attempt = || async {
+            let _permit = connections.acquire_task_write(user_id, deadline).await?;
+            let mut lease = connections.acquire(deadline).await?;
+            lease.query(deadline, sql, params).await
+        };
+        let rows = connections.retry(deadline, repeat, attempt).await?;
         self.record_revision(user_id, &rows);
         Ok(rows)
     }
