@@ -11,9 +11,10 @@ create table task_lists (
     purged_revision bigint  not null default 0
 ) with (fillfactor = 50);
 
--- Existing tasks have revision 0. Adding a constant default does not rewrite the table.
+-- Tasks from before this migration have revision 0, which does not rewrite the table. No other
+-- revision has more than one task, so the index does not need the id.
 alter table tasks add column revision bigint not null default 0;
-create index tasks_by_revision on tasks (user_id, revision, id);
+create index tasks_by_revision on tasks (user_id, revision);
 
 -- No foreign key: a row is only inserted by a transaction that has locked its list, and a trigger
 -- deletes it with the list.

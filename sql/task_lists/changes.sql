@@ -8,12 +8,21 @@ select change.id, l.user_id, change.title, change.description, change.completed,
        l.revision as list_revision, l.purged_revision
 from task_lists l
 left join lateral (
+    -- Only tasks from before there were revisions have a revision in common: 0.
     (
         select id, title, description, completed, created_at, updated_at, revision,
                null::timestamptz as deleted_at
         from tasks
-        where user_id = $1 and (revision, id) > ($2::bigint, $3::uuid)
-        order by revision, id
+        where user_id = $1 and $2::bigint = 0 and revision = 0 and id > $3::uuid
+        order by user_id, id
+        limit $6
+    )
+    union all
+    (
+        select id, title, description, completed, created_at, updated_at, revision, null
+        from tasks
+        where user_id = $1 and revision > $2
+        order by user_id, revision
         limit $6
     )
     union all

@@ -310,6 +310,25 @@ async fn a_replica_is_correct_even_if_tasks_are_deleted_between_its_first_pages(
     assert_eq!(Value::from_iter(replica.into_values()), list);
 }
 
+/// Tasks from before there were revisions share the revision 0.
+#[tokio::test]
+async fn changes_include_each_task_without_a_revision_once() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let mut tasks = Vec::new();
+    for title in ["a", "b", "c", "d", "e"] {
+        tasks.push(ann.create_task(title).await);
+    }
+    let reset = "alter table tasks disable trigger user;
+                 update tasks set revision = 0 where title <> 'b';
+                 alter table tasks enable trigger user";
+    server.sql().await.batch_execute(reset).await.unwrap();
+    tasks[1..].rotate_left(1);
+    for limit in [1, 2, 3, 1000] {
+        assert_eq!(ann.changes_since("", limit).await.tasks, tasks, "{limit}");
+    }
+}
+
 #[tokio::test]
 async fn returns_422_for_a_malformed_cursor_and_410_for_an_unknown_one() {
     let server = Server::start().await;
