@@ -1,7 +1,8 @@
 //! Integration tests: they run the real program against a real PostgreSQL.
 //!
-//! All tests are one binary and share an embedded PostgreSQL, on which each test has its own database.
-//! With `TEST_DATABASE_URL` they use that server instead; its user must be able to create databases.
+//! All tests are one binary and share an embedded PostgreSQL. Tests that use only users they create
+//! share a server (`Server::shared`); the others have a server and a database of their own. With
+//! `TEST_DATABASE_URL` they use that PostgreSQL instead; its user must be able to create databases.
 
 #![allow(clippy::unwrap_used)]
 

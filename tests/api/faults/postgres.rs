@@ -64,14 +64,13 @@ async fn detects_a_frozen_database_and_recovers() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_users_slow_writes_affect_no_other_user_and_are_not_mistaken_for_a_lost_database() {
     let _guard = start_light_load().await;
-    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "4")]).await;
+    let cluster = Cluster::direct(&[("DB_POOL_SIZE", "8")]).await;
     let slow = cluster.server.user().await;
     let task = slow.create_task("slow").await;
     let load = cluster.load(6, 4);
     let requests = load.requests.clone();
     let sql = cluster.sql().await;
-    // One connection is reserved for the health probe.
-    until("every connection of the pool is open", async || {
+    until("several connections are open", async || {
         backends(&sql).await.len() >= 3
     })
     .await;
@@ -92,7 +91,7 @@ async fn a_users_slow_writes_affect_no_other_user_and_are_not_mistaken_for_a_los
             let edit = slow.patch(slow.path_of(&task));
             tokio::spawn(edit.json(serde_json::json!({"completed": true})).send())
         };
-        let edits: Vec<_> = (0..6).map(|_| edit()).collect();
+        let edits: Vec<_> = (0..12).map(|_| edit()).collect();
         sleep(Duration::from_millis(3500)).await;
         lock.commit().await.unwrap();
         let mut served = 0;
