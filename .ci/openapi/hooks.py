@@ -4,12 +4,13 @@ Before a request is sent:
 
 - a request that would end the session or the account of the whole run is sent as another user;
 - a valid body gets values that a schema cannot describe: a password that is hard to guess, the
-  account's current password, or a refresh token that the service issued.
+  account's current password, a refresh token or cursor that the service issued, or the ID of a new task.
 """
 
 import json
 import os
 import secrets
+import time
 import unicodedata
 import urllib.request
 import zlib
@@ -58,6 +59,12 @@ def before_call(context, case, kwargs):
     if operation == "logout" and not is_valid:
         # A logout with a bearer token does not read its body, valid or not.
         case.headers.pop("Authorization", None)
+    if is_valid and operation == "listChanges" and case.query.get("since"):
+        # Only the service can write a cursor.
+        case.query["since"] = ""
+    if is_valid and operation == "updateTaskWithPut" and case.headers.get("If-None-Match") == "*":
+        case.path_parameters["id"] = new_id()
+        case.body.setdefault("title", "A title")
     if is_valid and isinstance(case.body, dict):
         # A quarter of the bodies keep values that only the service can reject. The choice depends only on
         # the body, so that scenarios can be replayed.
@@ -86,6 +93,12 @@ def insert_real_values(operation, body, use_real_values):
     elif operation in ("updateTask", "updateTaskWithPut") and not TASK_FIELDS & body.keys():
         # Unknown members are ignored, and a change without known members is rejected.
         body["completed"] = True
+
+
+def new_id():
+    """Returns a UUID of version 7 with the present time."""
+    millis, digits = f"{int(time.time() * 1000):012x}", secrets.token_hex(9)
+    return f"{millis[:8]}-{millis[8:]}-7{digits[:3]}-8{digits[3:6]}-{digits[6:18]}"
 
 
 def strengthen(password):

@@ -125,9 +125,10 @@ async fn closes_the_longest_idle_connections_at_the_connection_limit() {
     }
     let mut idle = Vec::new();
     for number in 0..35 {
-        // Some connections have not sent a request yet.
+        // Some of the oldest connections have not sent a request yet. Younger ones might reach the
+        // timeout of the first request while they are checked.
         let mut wire = Wire::connect(address).await;
-        if number % 4 > 0 {
+        if number > 12 || number % 4 > 0 {
             assert_eq!(get_health(&mut wire).await, 200);
         }
         idle.push(wire);

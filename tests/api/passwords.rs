@@ -226,6 +226,10 @@ async fn rejects_passwords_that_are_easy_to_guess_with_advice() {
     register(&server, "ann@example.com", PASSWORD)
         .await
         .expect(201);
+    let strong_end = format!("{}{PASSWORD}", "0".repeat(40));
+    register(&server, "bob@example.com", &strong_end)
+        .await
+        .expect(201);
 }
 
 #[tokio::test]
