@@ -7,7 +7,7 @@
 //! | [`cli`] | the commands; `serve` wires the service, `shutdown` receives signals |
 //! | `http` | everything between a connection and a handler, and the handlers; see below |
 //! | `config` | the table of settings |
-//! | `auth` | tokens, passwords, revoked sessions, login rate limiting |
+//! | `auth` | tokens, tags and cursors of lists, passwords and their hashing, revoked sessions, rate limits |
 //! | `error` | everything that can go wrong; `problem` describes it to clients |
 //! | `db` | connection pool, retries and batching; the queries of each table; migrations; purging |
 //! | `domain` | values that are valid by construction, such as an e-mail address or a title |
