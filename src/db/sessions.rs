@@ -37,7 +37,7 @@ pub(crate) struct NewSession {
     /// Seconds of inactivity until the session expires.
     pub(crate) idle: f64,
     pub(crate) user_agent: Option<String>,
-    /// The client's network, to be recorded as one that the account uses.
+    /// The client's network, which is recorded for the account.
     pub(crate) network: String,
 }
 

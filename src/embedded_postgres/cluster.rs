@@ -109,8 +109,8 @@ impl Cluster {
         Err(format!("initdb failed in {data_dir}: {reason}"))
     }
 
-    /// Removes the directories of interrupted runs of initdb. One that cannot be removed is harmless:
-    /// the next run uses another name.
+    /// Removes the directories of interrupted runs of initdb. A directory that cannot be removed does
+    /// no harm, because the next run uses another name.
     fn remove_unfinished(&self) {
         for entry in fs::read_dir(&self.data_dir).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(UNFINISHED)

@@ -134,8 +134,8 @@ fn options_or_405(context: &RequestContext<'_>, allow: &'static str) -> Result<R
 }
 
 /// Splits a path into segments, ignoring a slash at the end. Each segment is percent-decoded
-/// separately, so that `%2F` does not split; one that is not UTF-8 stays encoded and matches no
-/// route.
+/// separately, so that `%2F` does not split. A segment that is not UTF-8 stays encoded and matches
+/// no route.
 fn split_path(path: &str) -> impl Iterator<Item = Cow<'_, str>> {
     let path = path.strip_prefix('/').unwrap_or(path);
     let path = path.strip_suffix('/').unwrap_or(path);

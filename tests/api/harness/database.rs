@@ -132,8 +132,8 @@ impl Database {
         Database { name }
     }
 
-    /// Creates a database whose schema is current by cloning one that was migrated once. An external
-    /// server gets no template database, because nothing would drop it.
+    /// Creates a database with the current schema by cloning a migrated template database. On an
+    /// external server there is no template, because nothing would drop it.
     pub(crate) async fn create_migrated() -> Database {
         static TEMPLATE: OnceCell<()> = OnceCell::const_new();
         if !is_embedded().await {
