@@ -1,17 +1,17 @@
 //! The command line: its arguments, and the commands other than `serve`.
 
-use std::io::{self, IsTerminal, Write};
+mod accounts;
+
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use lexopt::Arg::{Long, Short, Value};
+use serde_json::json;
 use tokio::runtime::Runtime;
 
-use crate::auth::hasher::hash_new_password;
 use crate::config::{self, Config};
-use crate::db::users::{self, LockoutKey};
-use crate::db::{Database, Deadline, Endpoint, REQUEST_TIMEOUT, ServerInfo};
-use crate::domain::{Email, TokenLifetimes};
+use crate::db::{Database, Endpoint, ServerInfo};
 use crate::embedded_postgres::{self, Postgres};
 use crate::serve::{BoxError, CASE_SENSITIVE, serve};
 use crate::shutdown::ShutdownSignals;
@@ -26,10 +26,16 @@ todo-api: a multi-user todo back end over HTTP and PostgreSQL
 
 usage: todo-api [COMMAND]
 
-  serve                serve the API (default)
-  migrate              apply the migrations that are due
-  check                print the settings and inspect the database
-  set-password EMAIL   set an account's password and revoke its sessions
+  serve                    serve the API (default)
+  migrate                  apply the migrations that are due
+  check                    print the settings and inspect the database
+  user list                list the accounts
+  user show EMAIL          show an account
+  user export EMAIL        print everything that is stored of a person, as JSON
+  user disable EMAIL       refuse logins and revoke the sessions; `user enable EMAIL` undoes it
+  user delete EMAIL        delete an account and its tasks
+  user set-password EMAIL  set the password and revoke the sessions
+  --json                   print JSON, with `check` and `user`
   --help, --version
 
 environment (secrets also in the file that <NAME>_FILE names, or as systemd credential):
@@ -42,30 +48,32 @@ pub fn run() -> ExitCode {
         logging::print_fatal(&format!("cannot run PostgreSQL: {error}"));
         return ExitCode::FAILURE;
     }
-    let words = match parse_args() {
-        Ok(words) => words,
+    let (words, json) = match parse_args() {
+        Ok(arguments) => arguments,
         Err(error) => return usage_error(&error.to_string()),
     };
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    execute(&words).unwrap_or_else(|error| {
+    execute(&words, json).unwrap_or_else(|error| {
         logging::print_fatal(&error.to_string());
         ExitCode::FAILURE
     })
 }
 
-/// Returns the command and its arguments. The options `--help` and `--version` count as commands.
-fn parse_args() -> Result<Vec<String>, lexopt::Error> {
+/// Returns the command and its arguments, and whether there is the option `--json`. The options
+/// `--help` and `--version` count as commands.
+fn parse_args() -> Result<(Vec<String>, bool), lexopt::Error> {
     let mut parser = lexopt::Parser::from_env();
-    let mut words = Vec::new();
+    let (mut words, mut json) = (Vec::new(), false);
     while let Some(argument) = parser.next()? {
         match argument {
-            Short('h') | Long("help") => return Ok(vec!["--help".into()]),
-            Short('V') | Long("version") => return Ok(vec!["--version".into()]),
+            Short('h') | Long("help") => return Ok((vec!["--help".into()], json)),
+            Short('V') | Long("version") => return Ok((vec!["--version".into()], json)),
+            Long("json") => json = true,
             Value(word) => words.push(word.into_string()?),
             other => return Err(other.unexpected()),
         }
     }
-    Ok(words)
+    Ok((words, json))
 }
 
 fn usage_error(error: &str) -> ExitCode {
@@ -73,17 +81,23 @@ fn usage_error(error: &str) -> ExitCode {
     ExitCode::from(2)
 }
 
-fn execute(words: &[&str]) -> Result<ExitCode, BoxError> {
+fn execute(words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
     match words {
+        ["check"] => return Runtime::new()?.block_on(check(&Config::from_env()?, json)),
+        ["user", command @ ..] if accounts::is_command(command) => {
+            let config = config_and_log()?;
+            return Runtime::new()?.block_on(accounts::run(&config, command, json));
+        }
+        ["user", ..] => {
+            return Ok(usage_error(
+                "`user` requires a command and an e-mail address",
+            ));
+        }
+        _ if json => return Ok(usage_error("this command does not support --json")),
         ["--help"] => print(&format!("{USAGE}{}", config::help()))?,
         ["--version"] => print(concat!("todo-api ", env!("CARGO_PKG_VERSION")))?,
-        ["check"] => return Runtime::new()?.block_on(check(&Config::from_env()?)),
         [] | ["serve"] => Runtime::new()?.block_on(serve(config_and_log()?))?,
         ["migrate"] => Runtime::new()?.block_on(migrate(&config_and_log()?))?,
-        ["set-password", email] => {
-            Runtime::new()?.block_on(set_password(&config_and_log()?, email))?;
-        }
-        ["set-password"] => return Ok(usage_error("set-password requires an e-mail address")),
         _ => {
             return Ok(usage_error(&format!(
                 "unknown command “{}”",
@@ -159,70 +173,48 @@ async fn migrate(config: &Config) -> Result<(), BoxError> {
     print(&format!("{applied} migrations applied"))
 }
 
-async fn set_password(config: &Config, email: &str) -> Result<(), BoxError> {
-    let email = Email::parse(email).map_err(|error| error.detail)?;
-    let password = read_new_password()?;
-    let hash = hash_new_password(&password, email.as_str(), config.bcrypt_cost)?;
-    let revoked = with_database(config, async |database, _| {
-        replace_password(database, &email, &hash, config.lifetimes).await
-    })
-    .await?;
-    print(&format!("password set, {revoked} sessions revoked"))
-}
-
-async fn replace_password(
-    database: &Database,
-    email: &Email,
-    new_hash: &str,
-    lifetimes: TokenLifetimes,
-) -> Result<usize, BoxError> {
-    let location = database.location();
-    let failed = |error| format!("cannot set the password in {location}: {error}");
-    let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
-    let key = LockoutKey::login(email, String::new());
-    let record = users::for_login(db, &key).await.map_err(failed)?;
-    let (id, hash) = record
-        .account
-        .ok_or_else(|| format!("there is no account with this address in {location}"))?;
-    // A lockout would reject the change.
-    users::clear_failures(db, id).await.map_err(failed)?;
-    let change = users::change_password(db, id, &hash, new_hash, None, lifetimes).await;
-    let change = change
-        .map_err(failed)?
-        .ok_or("the password was changed concurrently; nothing was done")?;
-    Ok(change.ended.len())
-}
-
-/// Prompts for the password twice on a terminal; otherwise reads it from the first line of standard
-/// input.
-fn read_new_password() -> Result<String, BoxError> {
-    let stdin = io::stdin();
-    if !stdin.is_terminal() {
-        return Ok(stdin.lines().next().transpose()?.unwrap_or_default());
-    }
-    let password = rpassword::prompt_password("New password: ")?;
-    if rpassword::prompt_password("Repeat the password: ")? != password {
-        return Err("the passwords differ; nothing was changed".into());
-    }
-    Ok(password)
-}
-
 /// Prints the settings and the state of the database. Fails if `serve` could not use the database.
-async fn check(config: &Config) -> Result<ExitCode, BoxError> {
-    print(&config.report.join("\n"))?;
+async fn check(config: &Config, json: bool) -> Result<ExitCode, BoxError> {
+    if !json {
+        for line in &config.report {
+            print(&line.to_string())?;
+        }
+    }
     let Some(endpoint) = running_endpoint(config)? else {
         let version = embedded_postgres::dry_run(&config.data_dir).await?;
-        print(&format!(
-            "embedded PostgreSQL {version} in {}: not running (`todo-api serve` starts it)",
-            config.data_dir.display()
-        ))?;
+        let data_dir = config.data_dir.display();
+        if json {
+            let database =
+                json!({"location": data_dir.to_string(), "running": false, "version": version});
+            print(&json!({"settings": config.report, "database": database}).to_string())?;
+        } else {
+            print(&format!(
+                "embedded PostgreSQL {version} in {data_dir}: not running (`todo-api serve` starts it)"
+            ))?;
+        }
         return Ok(ExitCode::SUCCESS);
     };
-    print(&format!("database {}", endpoint.location))?;
-    match endpoint.inspect(false).await {
-        Ok(server) => print_server_info(&server).map(|()| ExitCode::SUCCESS),
-        Err(error) => print(&format!("  cannot be used: {error}")).map(|()| ExitCode::FAILURE),
+    let location = &endpoint.location;
+    let inspected = endpoint.inspect(false).await;
+    let is_usable = inspected.is_ok();
+    if json {
+        let mut database = match inspected {
+            Ok(server) => serde_json::to_value(server)?,
+            Err(error) => json!({"error": error.to_string()}),
+        };
+        database["location"] = json!(location);
+        print(&json!({"settings": config.report, "database": database}).to_string())?;
+    } else {
+        print(&format!("database {location}"))?;
+        match inspected {
+            Ok(server) => print_server_info(&server)?,
+            Err(error) => print(&format!("  cannot be used: {error}"))?,
+        }
     }
+    Ok(match is_usable {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
 }
 
 fn print_server_info(server: &ServerInfo) -> Result<(), BoxError> {

@@ -74,6 +74,8 @@ pub(crate) enum Error {
     /// The user in the path is not the user of the token.
     Forbidden,
     WrongPassword,
+    /// The password is right, but an operator disabled the account.
+    AccountDisabled,
     RegistrationClosed,
     NotFound,
     TaskNotFound,
@@ -156,6 +158,7 @@ impl Error {
             Self::InvalidCredentials(_) => &problem::INVALID_CREDENTIALS,
             Self::Forbidden => &problem::FORBIDDEN,
             Self::WrongPassword => &problem::WRONG_PASSWORD,
+            Self::AccountDisabled => &problem::ACCOUNT_DISABLED,
             Self::RegistrationClosed => &problem::REGISTRATION_CLOSED,
             Self::NotFound => &problem::NOT_FOUND,
             Self::TaskNotFound => &problem::TASK_NOT_FOUND,
@@ -246,6 +249,7 @@ impl Error {
                 Some(AuthFailure::Login(*reason))
             }
             Self::WrongPassword => Some(AuthFailure::Login(LoginFailure::WrongPassword)),
+            Self::AccountDisabled => Some(AuthFailure::Login(LoginFailure::AccountDisabled)),
             _ => None,
         }
     }

@@ -53,6 +53,9 @@ problems! {
     WRONG_PASSWORD = 403 "wrong_password" "Wrong password"
         "The password that confirms this change is wrong. Nothing was changed."
         "Ask the user to enter the password again.";
+    ACCOUNT_DISABLED = 403 "account_disabled" "Account disabled"
+        "The password is right, but the operator of this service has disabled the account."
+        "Tell the user to contact the operator. Trying again does not help.";
     REGISTRATION_CLOSED = 403 "registration_closed" "Registration is closed"
         "The operator of this service does not accept new accounts."
         "Ask the operator for an account.";

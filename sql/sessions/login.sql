@@ -1,12 +1,12 @@
 -- Creates a session for a user whose password was verified, clears the failures from this network,
 -- records the network, replaces an outdated hash, and ends the least recently used sessions beyond a
--- hundred. Returns no row if the password was changed, the account deleted or a lockout began
--- meanwhile. The row lock serializes logins with each other and with password changes.
+-- hundred. Returns no row if the password was changed, the account deleted or disabled, or a lockout
+-- began meanwhile. The row lock serializes logins with each other and with password changes.
 -- $1 user id, $2 the hash that was verified, $3 the hash to store, $4 session id, $5 seconds of
 -- inactivity until the session expires, $6 user agent, $7 network
 with account as (
     select id, email, created_at, updated_at from users u
-    where id = $1 and password_hash = $2
+    where id = $1 and password_hash = $2 and disabled_at is null
       and not exists (
           select from login_failures f
           where f.account = u.email

@@ -11,7 +11,7 @@ with session as (
                            clock_timestamp() + $4::float8 * interval '1 second')
     from users u
     where s.id = $1
-      and u.id = s.user_id
+      and u.id = s.user_id and u.disabled_at is null
       and s.expires_at > clock_timestamp()
       and (s.generation = $2
            or (s.generation = $2 + 1

@@ -1,7 +1,7 @@
 -- Reads the account for a login. Always returns one row: the account, if it exists, and the seconds until
 -- logins with this address, registered or not, are accepted from this network again.
 -- $1 e-mail address, $2 network
-select u.id, u.password_hash,
+select u.id, u.password_hash, u.disabled_at is not null as is_disabled,
        coalesce((
            select extract(epoch from max(f.blocked_until) - clock_timestamp())
            from login_failures f

@@ -18,8 +18,8 @@ use crate::embedded_postgres;
 use crate::telemetry::logging;
 
 use origin::normalize_origin;
-use settings::EnvReader;
 pub(crate) use settings::help;
+use settings::{EnvReader, ReportLine};
 
 pub(crate) struct Config {
     /// The server at `DATABASE_URL`; `None` for an embedded PostgreSQL in `data_dir`.
@@ -41,8 +41,8 @@ pub(crate) struct Config {
     pub(crate) lifetimes: TokenLifetimes,
     pub(crate) wait_max: u32,
     pub(crate) log_filter: String,
-    /// One line per setting, with its value and source; secrets are hidden.
-    pub(crate) report: Vec<String>,
+    /// The value and the source of each setting; secrets are hidden.
+    pub(crate) report: Vec<ReportLine>,
 }
 
 impl Config {

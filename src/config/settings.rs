@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use secrecy::SecretString;
+use serde::Serialize;
 
 use crate::domain::MAX_ACCESS_TTL;
 
@@ -95,10 +96,25 @@ pub(crate) fn help() -> String {
     SETTINGS.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
+/// A setting in the output of `check`.
+#[derive(Serialize)]
+pub(crate) struct ReportLine {
+    name: String,
+    /// “…” for a secret.
+    value: String,
+    source: String,
+}
+
+impl fmt::Display for ReportLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<24} {:<28} {}", self.name, self.value, self.source)
+    }
+}
+
 /// Reads settings and reports their values and sources.
 #[derive(Default)]
 pub(super) struct EnvReader {
-    pub(super) report: Vec<String>,
+    pub(super) report: Vec<ReportLine>,
 }
 
 impl EnvReader {
@@ -187,7 +203,12 @@ impl EnvReader {
     }
 
     fn record(&mut self, name: &str, value: &str, source: &str) {
-        self.report.push(format!("{name:<24} {value:<28} {source}"));
+        let (name, value, source) = (name.into(), value.into(), source.into());
+        self.report.push(ReportLine {
+            name,
+            value,
+            source,
+        });
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures_util::TryFutureExt;
 use jiff::Timestamp;
 use log::info;
+use serde::Serialize;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -22,13 +23,14 @@ const MIGRATION_LOG_INTERVAL: Duration = Duration::from_secs(10);
 const TABLE_LOCK_BACKOFF: Duration = Duration::from_secs(2);
 
 /// Information about a database server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct ServerInfo {
     pub(crate) version: String,
     /// Whether the connection to the server, or to a pooler in front of it, is encrypted.
     pub(crate) tls: bool,
     pub(crate) migrations_due: usize,
     /// How many migrations were applied during this contact.
+    #[serde(skip)]
     pub(crate) migrations_applied: usize,
     /// Whether searches ignore the case of letters beyond ASCII; true until the schema exists.
     pub(crate) search_ignores_case: bool,

@@ -23,6 +23,7 @@ migrations! {
     3 "revocation_cursor_and_session_epochs",
     4 "login_lockout",
     5 "list_revisions",
+    7 "disabled_accounts",
 }
 
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.

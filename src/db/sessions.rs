@@ -67,7 +67,7 @@ pub(crate) type Cursor = (i64, Timestamp);
 
 /// Creates a session for a user whose password was verified against `verified`, and stores `hash`.
 /// Returns the sessions that ended because the account had too many; `None` if the password was
-/// changed or the account deleted concurrently.
+/// changed, or the account deleted or disabled, concurrently.
 pub(crate) async fn login(
     db: Queries<'_>,
     id: Uuid,

@@ -45,11 +45,14 @@ statements! {
     TasksListOldest = "tasks/list_oldest.sql",
     TasksListNewestBatch = "tasks/list_newest_batch.sql",
     TasksUpdate = "tasks/update.sql",
+    UsersAccounts = "users/accounts.sql",
     UsersDelete = "users/delete.sql",
+    UsersExport = "users/export.sql",
     UsersForLogin = "users/for_login.sql",
     UsersForPasswordCheck = "users/for_password_check.sql",
     UsersGet = "users/get.sql",
     UsersRegister = "users/register.sql",
+    UsersSetDisabled = "users/set_disabled.sql",
     UsersSetPassword = "users/set_password.sql",
 }
 

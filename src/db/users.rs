@@ -8,12 +8,13 @@ use super::retry::Repeat;
 use super::sessions::{NewSession, SessionState};
 use super::statements::Sql;
 use super::{Queries, Result, user};
-use crate::domain::{Email, TokenLifetimes, User};
+use crate::domain::{Account, Email, Rfc3339, TokenLifetimes, User};
 
 /// The data needed to verify the password of a login.
 pub(crate) struct LoginRecord {
     /// The ID and the password hash, if there is an account.
     pub(crate) account: Option<(Uuid, String)>,
+    pub(crate) is_disabled: bool,
     /// Seconds until the lockout ends; 0 or less if there is no lockout.
     pub(crate) retry_after_secs: f64,
 }
@@ -94,6 +95,7 @@ pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<Login
     let id: Option<Uuid> = rows.first().and_then(|row| row.get("id"));
     Ok(LoginRecord {
         account: id.zip(rows.first().and_then(|row| row.get("password_hash"))),
+        is_disabled: rows.first().is_some_and(|row| row.get("is_disabled")),
         retry_after_secs: retry_after_secs(&rows),
     })
 }
@@ -169,4 +171,57 @@ pub(crate) async fn change_password(
 pub(crate) async fn delete(db: Queries<'_>, id: Uuid, verified: &str) -> Result<Option<Vec<Uuid>>> {
     let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
     Ok(rows.first().map(|row| row.get("session_ids")))
+}
+
+/// Reads at most `limit` accounts in the order of their addresses, beginning with `email`.
+pub(crate) async fn accounts(db: Queries<'_>, email: &str, limit: i64) -> Result<Vec<Account>> {
+    let rows = db.read(Sql::UsersAccounts, &[&email, &limit]).await?;
+    let account = |row: &Row| Account {
+        id: row.get("id"),
+        email: row.get("email"),
+        created_at: Rfc3339(row.get("created_at")),
+        updated_at: Rfc3339(row.get("updated_at")),
+        disabled_at: row.get::<_, Option<_>>("disabled_at").map(Rfc3339),
+        last_used_at: row.get::<_, Option<_>>("last_used_at").map(Rfc3339),
+        locked_until: row.get::<_, Option<_>>("locked_until").map(Rfc3339),
+        sessions: row.get("sessions"),
+        tasks: row.get("tasks"),
+    };
+    Ok(rows.iter().map(account).collect())
+}
+
+/// Disables an account and ends its sessions, or enables it. Returns the sessions that ended, or
+/// `None` if the account was deleted.
+///
+/// The second statement sees the sessions of logins that the first one waited for.
+pub(crate) async fn set_disabled(
+    db: Queries<'_>,
+    id: Uuid,
+    disabled: bool,
+) -> Result<Option<Vec<Uuid>>> {
+    let deadline = db.deadline;
+    db.run(Repeat::Never, |mut lease| async move {
+        lease.begin(deadline).await?;
+        let params: Params = &[&id, &disabled];
+        let changed = lease.query(deadline, Sql::UsersSetDisabled, params).await?;
+        let ended = match disabled {
+            true => {
+                let params: Params = &[&id, &Uuid::nil()];
+                lease
+                    .query(deadline, Sql::SessionsEndOthers, params)
+                    .await?
+            }
+            false => Vec::new(),
+        };
+        lease.end(deadline, true).await?;
+        let ended = ended.iter().map(|row| row.get("id")).collect();
+        Ok((!changed.is_empty()).then_some(ended))
+    })
+    .await
+}
+
+/// Reads everything that is stored of a user, as JSON. Returns `None` if the account was deleted.
+pub(crate) async fn export(db: Queries<'_>, id: Uuid) -> Result<Option<String>> {
+    let rows = db.read(Sql::UsersExport, &[&id]).await?;
+    Ok(rows.first().map(|row| row.get("document")))
 }

@@ -13,7 +13,7 @@ pub(crate) use email::Email;
 pub(crate) use session::{MAX_ACCESS_TTL, Session, TokenLifetimes};
 pub(crate) use task::{Completion, DeletedTask, Description, NewTask, Task, TaskChange, Title};
 pub(crate) use timestamp::Rfc3339;
-pub(crate) use user::User;
+pub(crate) use user::{Account, User};
 
 /// Parses an id in the spelling that the API uses: a UUID in lower case with hyphens. Clients
 /// compare ids as text, so other spellings of the same UUID are rejected.

@@ -44,6 +44,7 @@ labels! {
         UnknownAccount = "unknown_account",
         InvalidEmail = "invalid_email",
         PasswordChangedConcurrently = "password_changed_concurrently",
+        AccountDisabled = "account_disabled",
         Throttled = "throttled",
         RateLimited = "rate_limited",
     }

@@ -8,7 +8,7 @@ use crate::harness::{DataDir, PASSWORD, Process, SECRET, Server};
 use serde_json::json;
 
 /// Runs a command with this standard input and only these environment variables.
-fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
+pub(crate) fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_todo-api"))
         .args(arguments)
         .env_clear()
@@ -28,11 +28,11 @@ fn run(arguments: &[&str], variables: &[(&str, &str)], input: &str) -> Output {
     child.wait_with_output().expect("the program exits")
 }
 
-fn stdout(output: &Output) -> String {
+pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -41,7 +41,7 @@ const NEW_PASSWORD: &str = "seven Co\u{308}pper ke\u{301}ttles";
 
 fn set_password(email: &str, password: &str, variables: &[(&str, &str)]) -> Output {
     let input = format!("{password}\n");
-    run(&["set-password", email], variables, &input)
+    run(&["user", "set-password", email], variables, &input)
 }
 
 #[tokio::test]
@@ -98,7 +98,7 @@ async fn set_password_clears_lockouts_and_revokes_sessions() {
 }
 
 #[tokio::test]
-async fn set_password_and_check_work_while_the_service_runs() {
+async fn user_and_check_work_while_the_service_runs() {
     let data = DataDir::new();
     let service = Process::spawn(
         &[],
@@ -116,6 +116,7 @@ async fn set_password_and_check_work_while_the_service_runs() {
         "{}",
         stderr(&output)
     );
+    assert!(run(&["user", "list"], &variables, "").status.success());
     let output = run(&["check"], &variables, "");
     assert!(output.status.success());
     assert!(
@@ -131,7 +132,9 @@ async fn only_serve_creates_a_database() {
     let data = DataDir::new();
     let variables = [("DATA_DIR", data.text())];
     for (arguments, code) in [
-        (&["set-password", "ann@example.com"][..], 1),
+        (&["user", "set-password", "ann@example.com"][..], 1),
+        (&["user", "list"], 1),
+        (&["user", "delete", "ann@example.com"], 1),
         (&["migrate"], 1),
         (&["check"], 0),
     ] {
@@ -258,6 +261,13 @@ async fn check_prints_each_setting_and_its_source_but_no_secret() {
     ] {
         assert!(output.contains(line), "{line} is not in {output}");
     }
+    let output = run(&["check", "--json"], &variables, "");
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let cost = json!({"name": "BCRYPT_COST", "value": "11", "source": "environment"});
+    let settings = document["settings"].as_array().expect("the settings");
+    assert!(settings.contains(&cost), "{document}");
+    assert_eq!(document["database"]["migrations_due"], 0, "{document}");
+    assert!(!document.to_string().contains(SECRET) && !document.to_string().contains(&url));
     // The help text fits on one screen.
     assert!(
         help.lines().count() <= 40 && help.lines().all(|line| line.len() <= 100),
@@ -332,9 +342,14 @@ async fn check_fails_fast_if_the_database_is_unreachable() {
         ("DATABASE_URL", "postgres://nobody@127.0.0.1:9/none"),
         ("JWT_SECRET", SECRET),
     ];
-    let output = run(&["check"], &variables, "");
-    assert_eq!(output.status.code(), Some(1));
-    assert!(stdout(&output).contains("cannot be used"));
+    for (arguments, expected) in [
+        (&["check"][..], "cannot be used"),
+        (&["check", "--json"], "\"error\":"),
+    ] {
+        let output = run(arguments, &variables, "");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stdout(&output).contains(expected), "{}", stdout(&output));
+    }
 }
 
 #[tokio::test]
@@ -342,7 +357,10 @@ async fn an_unknown_command_prints_one_line_and_exits_with_2() {
     for arguments in [
         &["dance"][..],
         &["--dance"],
-        &["set-password"],
+        &["user"],
+        &["user", "disable"],
+        &["user", "list", "more"],
+        &["migrate", "--json"],
         &["check", "more"],
     ] {
         let output = run(arguments, &[], "");

@@ -405,12 +405,21 @@ cases! {
             "nth(7), nth(50007), 'dust', true, null, false, true, array[moment(50007)], true" =>
             rows 1, pages 2 * A_ROW;
     }
+    "users/accounts.sql" {
+        // The account, its list, sessions, networks and failures.
+        "an account": "'user7@example.com', 1" => rows 1, pages 5 * A_ROW, rows_discarded 3;
+        "fifty": "'user7@example.com', 50" => rows 50, pages 50 * 5 * A_ROW, rows_discarded 150;
+    }
     "users/delete.sql" {
         // Nine pages per task and tombstone, to find and to delete them.
         "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 11_000, rows_discarded 1;
         // The account, a session with its revocation, and two keys.
         "without tasks": "nth(4000), hash(4000)" => rows 1, pages 3 * A_WRITE;
         "the password was changed": "nth(7), hash(8)" => rows 0, pages 2 * A_ROW, rows_discarded 2;
+    }
+    "users/export.sql" {
+        "with 1,000 tasks": "nth(7)" => rows 1, pages 3 * THOUSAND, sorted 1000;
+        "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
     }
     "users/for_password_check.sql" {
         "a user": "nth(7)" => rows 1, pages 2 * A_ROW;
@@ -433,6 +442,10 @@ cases! {
         "a known address":
             "nth(500000), 'user7@example.com', hash(1), nth(500000), 1e6, 'Firefox', '192.0.2.7'" =>
             rows 0, pages A_ROW;
+    }
+    "users/set_disabled.sql" {
+        "an account": "nth(7), true" => rows 1, pages A_WRITE;
+        "an unknown user": "nth(500000), true" => rows 0, pages A_ROW;
     }
     "users/set_password.sql" {
         "the verified hash": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE, rows_discarded 1;

@@ -54,7 +54,7 @@ fn listed(header: &str) -> BTreeSet<String> {
 }
 
 /// The problem codes of the API.
-const CODES: [&str; 28] = [
+const CODES: [&str; 29] = [
     "malformed_json",
     "malformed_request",
     "missing_token",
@@ -63,6 +63,7 @@ const CODES: [&str; 28] = [
     "invalid_refresh_token",
     "forbidden",
     "wrong_password",
+    "account_disabled",
     "registration_closed",
     "quota_exceeded",
     "not_found",

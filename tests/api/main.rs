@@ -19,6 +19,7 @@ mod startup;
 
 // The API.
 mod acceptance;
+mod accounts;
 mod client_ids;
 mod conditional_lists;
 mod cors;

@@ -649,6 +649,12 @@ async fn specific_errors(coverage: &mut Coverage, server: &Server, user: &User) 
         .await;
     let wrong = json!({"password": "wrong"});
     coverage.check_json(&client, "deleteMe", 403, wrong).await;
+    let disabled = server.user().await;
+    let sql = server.sql().await;
+    let disable = "update users set disabled_at = now() where email = $1";
+    sql.execute(disable, &[&disabled.email]).await.unwrap();
+    let right = json!({"email": disabled.email, "password": disabled.password});
+    coverage.check_json(&anonymous, "login", 403, right).await;
     let closed = server.sibling(&[("REGISTRATION", "closed")]).await;
     let late = json!({"email": "late@example.com", "password": EXAMPLE_PASSWORD});
     let closed = Client::anonymous(&closed);

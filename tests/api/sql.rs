@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const OWNED: [&str; 4] = ["tasks", "task_lists", "deleted_tasks", "sessions"];
 
 /// Statements that use these tables without `user_id = $1`, and the reason.
-const NOT_BY_OWNER: [(&str, &str); 7] = [
+const NOT_BY_OWNER: [(&str, &str); 8] = [
     (
         "deleted_tasks/purge.sql",
         "deletes old tombstones of all users",
@@ -33,6 +33,7 @@ const NOT_BY_OWNER: [(&str, &str); 7] = [
         "users/register.sql",
         "creates a session for the user that the statement creates: $1",
     ),
+    ("users/accounts.sql", "lists the accounts for the operator"),
     (
         "sessions/purge.sql",
         "deletes expired sessions of all users",

@@ -220,7 +220,10 @@ async fn fatal_errors_have_error_priority_in_the_journal() {
         (&["--dance"], ("LISTEN_ADDR", "127.0.0.1:0")),
         (&[], ("BCRYPT_COST", "9")),
         (&[], ("DATA_DIR", "/dev/null")),
-        (&["set-password", "ann@example.com"], ("RUST_LOG", "off")),
+        (
+            &["user", "set-password", "ann@example.com"],
+            ("RUST_LOG", "off"),
+        ),
     ];
     for (arguments, variable) in cases {
         for (stream, is_journal) in [("stderr", true), ("8:12345", false)] {

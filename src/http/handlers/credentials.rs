@@ -39,6 +39,9 @@ pub(super) async fn log_in(
             check_lockout(users::record_failure(db, &key).await?)?;
             return Err(Error::InvalidCredentials(reason));
         };
+        if record.is_disabled {
+            return Err(Error::AccountDisabled);
+        }
         let new_hash = verification.rehashed.as_deref().unwrap_or(&hash);
         if let Some((user, ended)) = sessions::login(db, id, &hash, new_hash, session).await? {
             app.record_revoked(RevocationReason::SessionLimit, &ended);

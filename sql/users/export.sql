@@ -1,0 +1,15 @@
+-- Reads everything that is stored of a user, except the password hash, as one JSON document; no row if
+-- there is no such account.
+-- $1 user id
+select json_build_object(
+    'user', to_jsonb(u) - 'password_hash',
+    'task_lists', (select json_agg(t) from task_lists t where t.user_id = $1),
+    'tasks', (select json_agg(t order by t.id) from tasks t where t.user_id = $1),
+    'deleted_tasks', (select json_agg(t) from deleted_tasks t where t.user_id = $1),
+    'sessions', (select json_agg(t) from sessions t where t.user_id = $1),
+    'login_networks', (select json_agg(t) from login_networks t where t.user_id = $1),
+    'login_failures', (select json_agg(t) from login_failures t where t.account in (u.email, $1::text)),
+    'idempotency_keys', (select json_agg(t) from idempotency_keys t where t.user_id = $1)
+)::text as document
+from users u
+where u.id = $1
