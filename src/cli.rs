@@ -95,7 +95,10 @@ fn execute(words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
         }
         _ if json => return Ok(usage_error("this command does not support --json")),
         ["--help"] => print(&format!("{USAGE}{}", config::help()))?,
-        ["--version"] => print(concat!("todo-api ", env!("CARGO_PKG_VERSION")))?,
+        ["--version"] => {
+            let (version, commit) = (env!("CARGO_PKG_VERSION"), env!("COMMIT"));
+            print(&format!("todo-api {version} ({commit})"))?;
+        }
         [] | ["serve"] => Runtime::new()?.block_on(serve(config_and_log()?))?,
         ["migrate"] => Runtime::new()?.block_on(migrate(&config_and_log()?))?,
         _ => {

@@ -109,10 +109,15 @@ impl Database {
         Ok(info)
     }
 
+    /// Whether the database responded when it was last used.
+    pub(crate) fn is_up(&self) -> bool {
+        self.connections.health.is_up()
+    }
+
     /// Whether the database responds. Makes a round trip if the last response is not recent.
     pub(crate) async fn is_ready(&self) -> bool {
         let health = &self.connections.health;
-        health.is_up()
+        self.is_up()
             && (health.has_responded_within(READY_WITHIN)
                 || self.ping(CONNECT_TIMEOUT).await.is_ok())
     }

@@ -271,7 +271,8 @@ pub(crate) async fn serve_metrics(listener: TcpListener, app: Arc<AppState>) {
             let service = service_fn(async |request: Request<Incoming>| {
                 Ok::<_, Infallible>(match request.uri().path() {
                     "/metrics" => {
-                        let text = app.metrics.encode(app.database.connection_counts());
+                        let (database, metrics) = (&app.database, &app.metrics);
+                        let text = metrics.encode(database.is_up(), database.connection_counts());
                         response::bytes(StatusCode::OK, prometheus::TEXT_FORMAT, text)
                     }
                     _ => response::empty(StatusCode::NOT_FOUND),

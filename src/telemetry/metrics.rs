@@ -20,6 +20,7 @@ pub(crate) struct Metrics {
     request_duration: HistogramVec,
     pub(crate) db_acquire_duration: Histogram,
     pub(crate) db_query_duration: Histogram,
+    database_up: IntGauge,
     db_pool_waiters: IntGauge,
     db_connections: IntGaugeVec,
     hash_queue: IntGauge,
@@ -51,11 +52,9 @@ impl Metrics {
         let counter = |name, help, labels: &[&str]| {
             register(&registry, IntCounterVec::new(opts(name, help), labels))
         };
-        let build = opts(
-            "build_info",
-            "Always 1; the label is the version of the service",
-        )
-        .const_label("version", env!("CARGO_PKG_VERSION"));
+        let build = opts("build_info", "Always 1; the labels say what is running")
+            .const_label("version", env!("CARGO_PKG_VERSION"))
+            .const_label("commit", env!("COMMIT"));
         register(&registry, IntGauge::with_opts(build)).set(1);
         #[cfg(target_os = "linux")]
         registry
@@ -77,6 +76,7 @@ impl Metrics {
             request_duration: register(&registry, HistogramVec::new(request_duration, &["route"])),
             db_acquire_duration: histogram("db_pool_acquire_duration_seconds", "Seconds spent waiting for a database connection, failures included"),
             db_query_duration: histogram("db_query_duration_seconds", "Seconds until a statement completed or was abandoned"),
+            database_up: gauge("database_up", "1 if the database responded when it was last used, else 0"),
             db_pool_waiters: gauge("db_pool_waiters", "Statements waiting for a database connection"),
             db_connections: register(&registry, IntGaugeVec::new(db_connections, &["state"])),
             hash_queue: gauge("password_hash_queue_length", "Password hashes queued or being computed"),
@@ -160,9 +160,10 @@ impl Metrics {
         GaugeGuard::new(&self.hash_queue)
     }
 
-    /// Encodes all metrics as Prometheus text, with the current number of connections in the pool
-    /// and the number of idle ones.
-    pub(crate) fn encode(&self, (connections, idle): (u32, u32)) -> Vec<u8> {
+    /// Encodes all metrics as Prometheus text, with the current state of the database, the number of
+    /// connections in the pool and the number of idle ones.
+    pub(crate) fn encode(&self, is_up: bool, (connections, idle): (u32, u32)) -> Vec<u8> {
+        self.database_up.set(is_up.into());
         for (state, count) in [("idle", idle), ("in_use", connections.saturating_sub(idle))] {
             let gauge = self.db_connections.with_label_values(&[state]);
             gauge.set(count.into());

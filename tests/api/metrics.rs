@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::commands::{run, stdout};
 use crate::harness::{PASSWORD, Server};
 
 /// Gets `/metrics` from the address that the log names.
@@ -144,6 +145,9 @@ async fn all_series_exist_from_the_start_and_clients_cannot_add_any() {
             "{name}"
         );
     }
+    let version = stdout(&run(&["--version"], &[], ""));
+    let commit = version.split(['(', ')']).nth(1).expect("a commit");
+    assert_eq!(commit.len(), 12, "{version}");
     for name in [
         "todo_api_http_request_duration_seconds_bucket{route=\"/healthz\",le=\"1\"}",
         "todo_api_db_pool_acquire_duration_seconds_count",
@@ -152,7 +156,7 @@ async fn all_series_exist_from_the_start_and_clients_cannot_add_any() {
         "todo_api_db_pool_waiters 0",
         "todo_api_password_hash_queue_length 0",
         "todo_api_password_hash_duration_seconds_count",
-        "todo_api_build_info{version=",
+        &format!("todo_api_build_info{{commit=\"{commit}\",version="),
         "process_start_time_seconds",
     ] {
         assert!(text.contains(name), "{name} is not in {text}");

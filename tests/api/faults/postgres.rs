@@ -17,6 +17,7 @@ use super::{
     process_and_children, report, short_or_full, signal_all, start_light_load, until_served,
 };
 use crate::harness::{DataDir, Process, SECRET, Server, until};
+use crate::metrics::gauge;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn detects_a_frozen_database_and_recovers() {
@@ -376,7 +377,8 @@ async fn waits_for_a_database_that_is_unavailable_at_startup() {
         .stop()
         .await;
     let url = directory.database_url();
-    let server = Server::listening(&[("DATABASE_URL", &url)]).await;
+    let variables = [("DATABASE_URL", &*url), ("METRICS_ADDR", "127.0.0.1:0")];
+    let server = Server::listening(&variables).await;
     let start = Instant::now();
 
     // `check` does not wait.
@@ -401,6 +403,7 @@ async fn waits_for_a_database_that_is_unavailable_at_startup() {
         rejected += 1;
         sleep(Duration::from_millis(50)).await;
     }
+    assert_eq!(gauge(&server, "todo_api_database_up").await, 0);
     let lines = waits();
     // Logged about every ten seconds.
     assert!(
@@ -417,6 +420,7 @@ async fn waits_for_a_database_that_is_unavailable_at_startup() {
     .await;
     let ready = started.elapsed();
     assert!(ready < RECOVERY_TIMEOUT, "ready only after {ready:?}");
+    assert_eq!(gauge(&server, "todo_api_database_up").await, 1);
     let user = server.user().await;
     user.create_task("created late").await;
     report(
