@@ -336,6 +336,51 @@ fn help_readme_and_example_file_agree_with_the_settings() {
     }
 }
 
+/// Returns the man page: the text of `--help`, and what it leaves out.
+fn man_page(help: &str) -> String {
+    let entries = |lines: &str| -> String {
+        let entry = |line: &str| {
+            let (name, text) = line.trim_start().split_once("  ").unwrap_or((line, ""));
+            format!(".TP\n.B {}\n{}\n", name.trim(), text.trim())
+        };
+        let lines = lines.lines().filter(|line| line.starts_with("  "));
+        lines.map(entry).collect::<String>().replace('-', "\\-")
+    };
+    let (commands, settings) = help.split_once("environment (").expect("the settings");
+    let title = commands
+        .lines()
+        .next()
+        .expect("a title")
+        .replacen(": ", " \\- ", 1);
+    format!(
+        ".\\\" Generated from `todo-api --help` by the test that compares it.\n\
+         .TH TODO\\-API 1\n.SH NAME\n{title}\n\
+         .SH SYNOPSIS\n.B todo\\-api\n[\\fICOMMAND\\fR] [\\fB\\-\\-json\\fR]\n\
+         .SH COMMANDS\n{}\
+         .SH ENVIRONMENT\nSecrets are also read from the file that \\fINAME\\fB_FILE\\fR names, or from a \
+         systemd credential.\n{}\
+         .SH EXIT STATUS\n0 on success, 1 after a failure, 2 for wrong arguments, 3 if there is no account with \
+         this address.\n\
+         .SH FILES\n.TP\n.I /etc/todo\\-api.env\nThe settings of \\fBtodo\\-api.service\\fR.\n\
+         .TP\n.I /etc/credstore/todo\\-api.*\nIts secrets.\n\
+         .SH SEE ALSO\n\\fBtodo\\-api\\-admin\\fR runs a command as the user of the service, with its settings \
+         and secrets.\n.I /usr/share/doc/todo\\-api/operations.md\n",
+        entries(commands),
+        entries(settings),
+    )
+}
+
+/// `UPDATE_MAN_PAGE=1 cargo test man_page` writes the page.
+#[test]
+fn the_man_page_agrees_with_help() {
+    let page = man_page(&stdout(&run(&["--help"], &[], "")));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/todo-api.1");
+    if std::env::var_os("UPDATE_MAN_PAGE").is_some() {
+        std::fs::write(path, &page).expect("the page is written");
+    }
+    assert_eq!(std::fs::read_to_string(path).expect("a man page"), page);
+}
+
 #[tokio::test]
 async fn check_fails_fast_if_the_database_is_unreachable() {
     let variables = [

@@ -47,7 +47,7 @@ fn field<'a>(line: &'a str, key: &str) -> Option<&'a str> {
         .map(|(_, value)| value)
 }
 
-/// The `failregex` for fail2ban in docs/operations.md. It matches lines of the journal
+/// The `failregex` for fail2ban in packaging/fail2ban/filter.conf. It matches lines of the journal
 /// (`host todo-api[pid]: …`) and of a file. It lists every field up to the address, and none of
 /// them can contain white space, so that no value can be mistaken for another field.
 const FAIL_REGEX: &str = r"^\s*(?:\S+ todo-api\[\d+\]:\s+|\S*\s*WARN\s+)authentication (?:failed reason=\S+ method=\S+ path=\S+|failures suppressed count=\d+) client=<HOST>(?:\s|$)";
@@ -729,10 +729,10 @@ async fn fail_login_from(server: &Server, client: &str) {
 }
 
 #[test]
-fn the_operations_manual_contains_the_tested_filter() {
-    let documentation = include_str!("../../docs/operations.md");
+fn the_package_contains_the_tested_filter() {
+    let filter = include_str!("../../packaging/fail2ban/filter.conf");
     assert!(
-        documentation.contains(&format!("failregex = {FAIL_REGEX}")),
-        "docs/operations.md does not contain: failregex = {FAIL_REGEX}"
+        filter.contains(&format!("failregex = {FAIL_REGEX}\n")),
+        "{filter}"
     );
 }

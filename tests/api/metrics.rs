@@ -163,6 +163,76 @@ async fn all_series_exist_from_the_start_and_clients_cannot_add_any() {
     }
 }
 
+/// Returns the metrics of a query, each with the labels that its matchers name.
+fn selectors(query: &str) -> Vec<(&str, Vec<&str>)> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let selector = |(start, _): (usize, &str)| {
+        let rest = &query[start..];
+        let (name, rest) = rest.split_at(rest.find(|c| !is_name(c)).unwrap_or(rest.len()));
+        let matchers = rest
+            .strip_prefix('{')
+            .and_then(|rest| rest.split('}').next());
+        let labels = matchers
+            .into_iter()
+            .flat_map(|matchers| matchers.split(", "));
+        (
+            name,
+            labels
+                .map(|label| label.split(['=', '!']).next().expect("a label"))
+                .collect(),
+        )
+    };
+    ["todo_api_", "process_"]
+        .iter()
+        .flat_map(|prefix| query.match_indices(prefix))
+        .map(selector)
+        .collect()
+}
+
+#[tokio::test]
+async fn each_query_of_the_dashboard_names_exported_series_and_labels() {
+    let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
+    let text = scrape(&server).await;
+    let dashboard = include_str!("../../packaging/grafana/todo-api.json");
+    let dashboard: Value = serde_json::from_str(dashboard).expect("JSON");
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let targets = panels
+        .iter()
+        .flat_map(|panel| panel["targets"].as_array().expect("targets"));
+    let mut count = 0;
+    for target in targets {
+        let query = target["expr"].as_str().expect("a query");
+        let grouping = query
+            .split("by (")
+            .skip(1)
+            .flat_map(|rest| rest.split(')').next());
+        let grouping: Vec<&str> = grouping.flat_map(|labels| labels.split(", ")).collect();
+        for (name, labels) in selectors(query) {
+            let is_series = |line: &&str| {
+                line.strip_prefix(name)
+                    .is_some_and(|rest| rest.starts_with(['{', ' ']))
+            };
+            let series = text
+                .lines()
+                .find(is_series)
+                .unwrap_or_else(|| panic!("{name} is not exported"));
+            // Prometheus adds the label `instance`.
+            for label in labels
+                .iter()
+                .chain(&grouping)
+                .filter(|label| **label != "instance")
+            {
+                assert!(
+                    series.contains(&format!("{label}=\"")),
+                    "{query}: {series} has no {label}"
+                );
+            }
+            count += 1;
+        }
+    }
+    assert!(count > 20, "{count} selectors");
+}
+
 #[tokio::test]
 async fn the_api_does_not_serve_metrics() {
     let server = Server::with(&[("METRICS_ADDR", "127.0.0.1:0")]).await;
