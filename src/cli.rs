@@ -6,13 +6,15 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use lexopt::Arg::{Long, Short, Value};
-use serde_json::json;
+use lexopt::Arg::{self, Long, Short};
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
+use tokio::time::timeout;
 
 use crate::config::{self, Config};
 use crate::db::{Database, Endpoint, ServerInfo};
 use crate::embedded_postgres::{self, Postgres};
+use crate::mail;
 use crate::serve::{BoxError, CASE_SENSITIVE, serve};
 use crate::shutdown::ShutdownSignals;
 use crate::telemetry::logging;
@@ -69,7 +71,7 @@ fn parse_args() -> Result<(Vec<String>, bool), lexopt::Error> {
             Short('h') | Long("help") => return Ok((vec!["--help".into()], json)),
             Short('V') | Long("version") => return Ok((vec!["--version".into()], json)),
             Long("json") => json = true,
-            Value(word) => words.push(word.into_string()?),
+            Arg::Value(word) => words.push(word.into_string()?),
             other => return Err(other.unexpected()),
         }
     }
@@ -176,48 +178,92 @@ async fn migrate(config: &Config) -> Result<(), BoxError> {
     print(&format!("{applied} migrations applied"))
 }
 
-/// Prints the settings and the state of the database. Fails if `serve` could not use the database.
+/// Prints the settings and the state of the database and of mail. Fails if `serve` could not use one of
+/// them.
 async fn check(config: &Config, json: bool) -> Result<ExitCode, BoxError> {
     if !json {
         for line in &config.report {
             print(&line.to_string())?;
         }
     }
-    let Some(endpoint) = running_endpoint(config)? else {
-        let version = embedded_postgres::dry_run(&config.data_dir).await?;
-        let data_dir = config.data_dir.display();
-        if json {
-            let database =
-                json!({"location": data_dir.to_string(), "running": false, "version": version});
-            print(&json!({"settings": config.report, "database": database}).to_string())?;
-        } else {
-            print(&format!(
-                "embedded PostgreSQL {version} in {data_dir}: not running (`todo-api serve` starts it)"
-            ))?;
-        }
-        return Ok(ExitCode::SUCCESS);
-    };
-    let location = &endpoint.location;
-    let inspected = endpoint.inspect(false).await;
-    let is_usable = inspected.is_ok();
-    if json {
-        let mut database = match inspected {
-            Ok(server) => serde_json::to_value(server)?,
-            Err(error) => json!({"error": error.to_string()}),
-        };
-        database["location"] = json!(location);
-        print(&json!({"settings": config.report, "database": database}).to_string())?;
-    } else {
-        print(&format!("database {location}"))?;
-        match inspected {
-            Ok(server) => print_server_info(&server)?,
-            Err(error) => print(&format!("  cannot be used: {error}"))?,
-        }
+    let database = check_database(config, json).await?;
+    let mail = check_mail(config).await;
+    match json {
+        true => print(
+            &json!({"settings": config.report, "database": database, "mail": mail}).to_string(),
+        )?,
+        false => print_mail(&mail)?,
     }
+    let is_usable = [database, mail]
+        .iter()
+        .all(|checked| checked["error"].is_null());
     Ok(match is_usable {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// Returns the state of the database, and prints it unless the output is JSON.
+async fn check_database(config: &Config, json: bool) -> Result<Value, BoxError> {
+    let Some(endpoint) = running_endpoint(config)? else {
+        let version = embedded_postgres::dry_run(&config.data_dir).await?;
+        let data_dir = config.data_dir.display().to_string();
+        if !json {
+            print(&format!(
+                "embedded PostgreSQL {version} in {data_dir}: not running (`todo-api serve` starts it)"
+            ))?;
+        }
+        return Ok(json!({"location": data_dir, "running": false, "version": version}));
+    };
+    let location = &endpoint.location;
+    let inspected = endpoint.inspect(false).await;
+    if !json {
+        print(&format!("database {location}"))?;
+        match &inspected {
+            Ok(server) => print_server_info(server)?,
+            Err(error) => print(&format!("  cannot be used: {error}"))?,
+        }
+    }
+    let mut database = match inspected {
+        Ok(server) => serde_json::to_value(server)?,
+        Err(error) => json!({"error": error.to_string()}),
+    };
+    database["location"] = json!(location);
+    Ok(database)
+}
+
+/// Connects to the mail server, greets it and authenticates. Returns null if there is none.
+async fn check_mail(config: &Config) -> Value {
+    let Some(mail) = &config.mail else {
+        return Value::Null;
+    };
+    let (server, login) = (mail.server.location(), mail.server.has_credentials());
+    let error = match timeout(mail::ATTEMPT_TIMEOUT, mail.server.connect()).await {
+        Ok(Ok(mut connection)) => {
+            let tls = connection.is_encrypted();
+            connection.quit().await.ok();
+            return json!({"server": server, "tls": tls, "login": login});
+        }
+        Ok(Err(error)) => mail::error_chain(&error),
+        Err(_) => "timed out".to_owned(),
+    };
+    json!({"server": server, "error": error})
+}
+
+fn print_mail(mail: &Value) -> Result<(), BoxError> {
+    let Some(server) = mail["server"].as_str() else {
+        return print("no mail: SMTP_URL is not set (it also needs MAIL_FROM and PUBLIC_URL)");
+    };
+    let words = |name: &str, yes, no| if mail[name] == true { yes } else { no };
+    let state = match mail["error"].as_str() {
+        Some(error) => format!("cannot be used: {error}"),
+        None => format!(
+            "TLS {}\n  login {}",
+            words("tls", "in use", "not in use"),
+            words("login", "accepted", "not needed")
+        ),
+    };
+    print(&format!("mail server {server}\n  {state}"))
 }
 
 fn print_server_info(server: &ServerInfo) -> Result<(), BoxError> {

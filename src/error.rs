@@ -69,6 +69,8 @@ pub(crate) enum Error {
     InvalidToken(TokenRejection),
     /// The refresh token was rejected. The reason is only logged.
     InvalidRefreshToken(TokenRejection),
+    /// The token from a mail was rejected. The reason is only logged.
+    InvalidMailToken(TokenRejection),
     /// A login failed. The reason is only logged.
     InvalidCredentials(LoginFailure),
     /// The user in the path is not the user of the token.
@@ -76,6 +78,8 @@ pub(crate) enum Error {
     WrongPassword,
     /// The password is right, but an operator disabled the account.
     AccountDisabled,
+    /// The password is right, but the address has to be verified first.
+    EmailUnverified,
     RegistrationClosed,
     NotFound,
     TaskNotFound,
@@ -155,10 +159,12 @@ impl Error {
             Self::MissingToken => &problem::MISSING_TOKEN,
             Self::InvalidToken(_) => &problem::INVALID_TOKEN,
             Self::InvalidRefreshToken(_) => &problem::INVALID_REFRESH_TOKEN,
+            Self::InvalidMailToken(_) => &problem::INVALID_MAIL_TOKEN,
             Self::InvalidCredentials(_) => &problem::INVALID_CREDENTIALS,
             Self::Forbidden => &problem::FORBIDDEN,
             Self::WrongPassword => &problem::WRONG_PASSWORD,
             Self::AccountDisabled => &problem::ACCOUNT_DISABLED,
+            Self::EmailUnverified => &problem::EMAIL_UNVERIFIED,
             Self::RegistrationClosed => &problem::REGISTRATION_CLOSED,
             Self::NotFound => &problem::NOT_FOUND,
             Self::TaskNotFound => &problem::TASK_NOT_FOUND,
@@ -241,13 +247,14 @@ impl Error {
     pub(crate) fn authentication_failure(&self) -> Option<AuthFailure> {
         match self {
             Self::MissingToken => Some(AuthFailure::Token(TokenRejection::MissingToken)),
-            Self::InvalidToken(reason) | Self::InvalidRefreshToken(reason) => {
-                Some(AuthFailure::Token(*reason))
-            }
+            Self::InvalidToken(reason)
+            | Self::InvalidRefreshToken(reason)
+            | Self::InvalidMailToken(reason) => Some(AuthFailure::Token(*reason)),
             Self::Forbidden => Some(AuthFailure::Token(TokenRejection::NotOwner)),
             Self::InvalidCredentials(reason) | Self::TooManyAttempts { reason, .. } => {
                 Some(AuthFailure::Login(*reason))
             }
+            Self::EmailUnverified => Some(AuthFailure::Login(LoginFailure::EmailUnverified)),
             Self::WrongPassword => Some(AuthFailure::Login(LoginFailure::WrongPassword)),
             Self::AccountDisabled => Some(AuthFailure::Login(LoginFailure::AccountDisabled)),
             _ => None,

@@ -7,6 +7,7 @@
 //! | [`cli`] | the commands; `serve` wires the service, `shutdown` receives signals |
 //! | `http` | everything between a connection and a handler, and the handlers; see below |
 //! | `config` | the table of settings |
+//! | `mail` | sends mail over SMTP |
 //! | `auth` | tokens, tags and cursors of lists, passwords and their hashing, revoked sessions, rate limits |
 //! | `error` | everything that can go wrong; `problem` describes it to clients |
 //! | `db` | connection pool, retries and batching; the queries of each table; migrations; purging |
@@ -42,6 +43,7 @@ mod domain;
 pub mod embedded_postgres;
 mod error;
 mod http;
+mod mail;
 mod problem;
 mod serve;
 mod shutdown;

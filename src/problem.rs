@@ -47,6 +47,9 @@ problems! {
     INVALID_REFRESH_TOKEN = 401 "invalid_refresh_token" "Invalid refresh token"
         "The refresh token has expired, has already been used, has been modified, or belongs to a session that has ended."
         "Ask the user to sign in again.";
+    INVALID_MAIL_TOKEN = 401 "invalid_mail_token" "Invalid link"
+        "The token from the mail has expired or has been modified, or the password or the address has changed since it was sent. A link that resets the password works once."
+        "Ask the user to request a new mail.";
     FORBIDDEN = 403 "forbidden" "Forbidden"
         "The user ID in the path is not the ID of the signed-in user."
         "Use the ID of the signed-in user. Getting a new token does not help.";
@@ -56,6 +59,9 @@ problems! {
     ACCOUNT_DISABLED = 403 "account_disabled" "Account disabled"
         "The password is right, but the operator of this service has disabled the account."
         "Tell the user to contact the operator. Trying again does not help.";
+    EMAIL_UNVERIFIED = 403 "email_unverified" "E-mail address not verified"
+        "The password is right, but this service requires a verified e-mail address."
+        "Ask the user to open the link in the mail, or request another one with “POST /api/v1/auth/email/resend”.";
     REGISTRATION_CLOSED = 403 "registration_closed" "Registration is closed"
         "The operator of this service does not accept new accounts."
         "Ask the operator for an account.";
@@ -99,7 +105,7 @@ problems! {
         "This Idempotency-Key was used within the last 24 hours for a task with different values."
         "Use a new key for each new task. Reuse a key only to retry the same request.";
     TOO_MANY_ATTEMPTS = 429 "too_many_attempts" "Too many attempts"
-        "Too many wrong passwords were entered for one account, or too many sign-in requests came from your network."
+        "Too many wrong passwords were entered for one account, too many sign-in requests came from your network, or the address of one account was changed too often."
         "Wait for the number of seconds in the Retry-After header. Until then, attempts are rejected without being checked.";
     TOO_MANY_REQUESTS = 429 "too_many_requests" "Too many requests"
         "You change tasks faster than the limit for one user allows. Nothing was changed."

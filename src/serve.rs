@@ -12,7 +12,7 @@ use log::{error, info, warn};
 use sd_notify::NotifyState;
 use secrecy::SecretString;
 use tokio::net::TcpListener;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -69,10 +69,14 @@ pub(crate) async fn serve(config: Config) -> Result<(), BoxError> {
     notify(NotifyState::Stopping);
     watchdog.abort();
     stop.cancel();
+    let deadline = Instant::now() + server::SHUTDOWN_TIMEOUT;
     if !serving.is_finished()
         && let Err(error) = serving.await
     {
         error!("the server failed during shutdown: {error}");
+    }
+    if let Some(mailer) = &app.mail {
+        mailer.drain(deadline).await;
     }
     app.limited_log.end_window();
     if let Some(postgres) = opened.postgres {

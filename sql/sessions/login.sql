@@ -5,7 +5,7 @@
 -- $1 user id, $2 the hash that was verified, $3 the hash to store, $4 session id, $5 seconds of
 -- inactivity until the session expires, $6 user agent, $7 network
 with account as (
-    select id, email, created_at, updated_at from users u
+    select id, email, email_verified, created_at, updated_at from users u
     where id = $1 and password_hash = $2 and disabled_at is null
       and not exists (
           select from login_failures f
@@ -46,5 +46,5 @@ with account as (
         having count(*) >= 100) oldest
     where n.user_id = recorded.user_id and n.last_used_at = oldest.last_used_at and n.network <> $7
 )
-select id, email, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
+select id, email, email_verified, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
 from account

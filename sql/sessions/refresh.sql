@@ -16,7 +16,7 @@ with session as (
       and (s.generation = $2
            or (s.generation = $2 + 1
                and s.rotated_at > clock_timestamp() - $3::float8 * interval '1 second'))
-    returning u.id, u.email, u.created_at, u.updated_at, s.generation, s.epoch,
+    returning u.id, u.email, u.email_verified, u.created_at, u.updated_at, s.generation, s.epoch,
               extract(epoch from s.expires_at - clock_timestamp())::float8 as expires_in
 ), recorded as (
     -- Updated at most once an hour.
@@ -37,4 +37,4 @@ with session as (
         having count(*) >= 100) oldest
     where n.user_id = recorded.user_id and n.last_used_at = oldest.last_used_at and n.network <> $6
 )
-select id, email, created_at, updated_at, generation, epoch, expires_in from session
+select id, email, email_verified, created_at, updated_at, generation, epoch, expires_in from session

@@ -9,6 +9,7 @@ select json_build_object(
     'sessions', (select json_agg(t) from sessions t where t.user_id = $1),
     'login_networks', (select json_agg(t) from login_networks t where t.user_id = $1),
     'login_failures', (select json_agg(t) from login_failures t where t.account in (u.email, $1::text)),
+    'mail_requests', (select json_agg(t) from mail_requests t where t.email = u.email),
     'idempotency_keys', (select json_agg(t) from idempotency_keys t where t.user_id = $1)
 )::text as document
 from users u

@@ -3,6 +3,7 @@
 pub(crate) mod hasher;
 mod job_queue;
 pub(crate) mod list_signer;
+pub(crate) mod mail_token;
 pub(crate) mod password;
 pub(crate) mod rate_limiter;
 pub(crate) mod revocations;

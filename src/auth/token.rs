@@ -59,7 +59,7 @@ fn deserialize_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D:
 }
 
 /// Signs with the current key, and verifies with the current and the previous key.
-struct KeyRing {
+pub(super) struct KeyRing {
     /// The only accepted header (`alg` and `typ`), so that a token cannot choose its key or
     /// algorithm (RFC 8725, sections 3.1 and 3.10).
     header: Header,
@@ -86,10 +86,7 @@ impl TokenIssuer {
         let secrets = std::iter::once(secret).chain(previous);
         let secrets = secrets.map(|secret| secret.expose_secret().as_bytes());
         let secrets: Vec<&[u8]> = secrets.collect();
-        let mut strict = Validation::new(Algorithm::HS256);
-        strict.leeway = 0;
-        strict.validate_nbf = true;
-        strict.set_required_spec_claims(&["exp", "sub"]);
+        let strict = strict_validation();
         let mut expired = strict.clone();
         expired.validate_exp = false;
         let mut without_expiry = Validation::new(Algorithm::HS256);
@@ -165,8 +162,17 @@ fn validate_claims(claims: AccessClaims) -> Result<AccessClaims, TokenRejection>
     Ok(claims)
 }
 
+/// Requires a subject and an expiry time in the future.
+pub(super) fn strict_validation() -> Validation {
+    let mut strict = Validation::new(Algorithm::HS256);
+    strict.leeway = 0;
+    strict.validate_nbf = true;
+    strict.set_required_spec_claims(&["exp", "sub"]);
+    strict
+}
+
 impl KeyRing {
-    fn new(typ: &str, secrets: &[impl AsRef<[u8]>], validation: Validation) -> Self {
+    pub(super) fn new(typ: &str, secrets: &[impl AsRef<[u8]>], validation: Validation) -> Self {
         let mut header = Header::new(Algorithm::HS256);
         header.typ = Some(typ.to_owned());
         let verifying = secrets.iter().map(AsRef::as_ref);
@@ -178,11 +184,11 @@ impl KeyRing {
         }
     }
 
-    fn sign<T: Serialize>(&self, claims: &T) -> Result<String> {
+    pub(super) fn sign<T: Serialize>(&self, claims: &T) -> Result<String> {
         encode(&self.header, claims, &self.signing).map_err(internal)
     }
 
-    fn verify<T: DeserializeOwned>(&self, token: &str) -> Result<T, TokenRejection> {
+    pub(super) fn verify<T: DeserializeOwned>(&self, token: &str) -> Result<T, TokenRejection> {
         if token.len() > MAX_BYTES {
             return Err(TokenRejection::Oversized);
         }

@@ -105,19 +105,19 @@ async fn delete(db: Queries<'_>, id: Uuid) -> Result<Option<Vec<Uuid>>, DbError>
     }
 }
 
-/// Lifts all lockouts and replaces the password. Returns the sessions that ended.
+/// Replaces the password, which lifts all lockouts. Returns the sessions that ended.
 async fn set_password(
     db: Queries<'_>,
     id: Uuid,
     new_hash: &str,
     config: &Config,
 ) -> Result<Option<Vec<Uuid>>, DbError> {
-    users::clear_failures(db, id).await?;
     let Some(check) = users::for_password_check(db, id).await? else {
         return Ok(None);
     };
     let lifetimes = config.lifetimes;
-    let change = users::change_password(db, id, &check.hash, new_hash, None, lifetimes).await?;
+    let change =
+        users::change_password(db, id, &check.hash, new_hash, None, false, lifetimes).await?;
     Ok(change.map(|change| change.ended))
 }
 

@@ -1,6 +1,7 @@
 //! The configuration, read from the environment. An invalid setting is an error that names the
 //! variable and the values it accepts, and contains no secret.
 
+mod mail;
 mod origin;
 mod settings;
 
@@ -17,6 +18,7 @@ use crate::domain::TokenLifetimes;
 use crate::embedded_postgres;
 use crate::telemetry::logging;
 
+pub(crate) use mail::{EmailVerification, MailConfig};
 use origin::normalize_origin;
 pub(crate) use settings::help;
 use settings::{EnvReader, ReportLine};
@@ -40,6 +42,9 @@ pub(crate) struct Config {
     pub(crate) max_tasks_per_user: i32,
     pub(crate) lifetimes: TokenLifetimes,
     pub(crate) wait_max: u32,
+    /// `None` if no mail is sent.
+    pub(crate) mail: Option<MailConfig>,
+    pub(crate) email_verification: EmailVerification,
     pub(crate) log_filter: String,
     /// The value and the source of each setting; secrets are hidden.
     pub(crate) report: Vec<ReportLine>,
@@ -74,6 +79,7 @@ impl Config {
             refresh_grace: seconds("REFRESH_TOKEN_GRACE")?,
         };
         lifetimes.refresh_idle = lifetimes.refresh_idle.min(lifetimes.refresh_max);
+        let (mail, email_verification) = MailConfig::read(&mut env)?;
         let config = Self {
             server,
             data_dir: data_dir.unwrap_or_default().into(),
@@ -91,6 +97,8 @@ impl Config {
             max_tasks_per_user: env.parsed("MAX_TASKS_PER_USER")?,
             lifetimes,
             wait_max: env.parsed("WAIT_MAX")?,
+            mail,
+            email_verification,
             log_filter: env.parsed("RUST_LOG")?,
             report: env.report,
         };

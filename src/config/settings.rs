@@ -36,7 +36,7 @@ const YEAR: u32 = 31_536_000;
 /// All settings, in the order used by `--help` and `check`. Tests compare README.md and
 /// systemd/todo-api.env.example with this table.
 #[rustfmt::skip]
-const SETTINGS: [Setting; 21] = [
+const SETTINGS: [Setting; 28] = [
     ("DATABASE_URL", "", Secret(0), "postgres://…; unset: an embedded PostgreSQL in DATA_DIR"),
     ("DATA_DIR", ".todo-api", Text, "directory of the embedded PostgreSQL"),
     ("PGSSLROOTCERT", "", Text, "file with the CA certificates for DATABASE_URL"),
@@ -57,6 +57,13 @@ const SETTINGS: [Setting; 21] = [
     ("REFRESH_TOKEN_MAX_TTL", "7776000", Integer(1..=YEAR), "seconds a session lasts in total"),
     ("REFRESH_TOKEN_GRACE", "10", Integer(0..=300), "seconds a used refresh token may be repeated"),
     ("WAIT_MAX", "30", Integer(0..=30), "seconds a request may wait for a change; 0: off"),
+    ("SMTP_URL", "", Secret(0), "mail server, smtps://user:password@host or smtp://…; unset: no mail"),
+    ("MAIL_FROM", "", Text, "sender of mails; required with SMTP_URL"),
+    ("MAIL_NAME", "Todo", Text, "name of the service in mails"),
+    ("PUBLIC_URL", "", Text, "URL of the service, for links in mails; required with SMTP_URL"),
+    ("APP_RESET_URL", "", Text, "page of the app that sets a new password"),
+    ("APP_VERIFY_URL", "", Text, "page of the app that verifies an address"),
+    ("EMAIL_VERIFICATION", "optional with SMTP_URL", OneOf(&["off", "optional", "required"]), "of addresses"),
     ("RUST_LOG", "info", Text, "log filter; info,access=debug adds a line for each request"),
 ];
 

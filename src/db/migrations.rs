@@ -23,6 +23,7 @@ migrations! {
     3 "revocation_cursor_and_session_epochs",
     4 "login_lockout",
     5 "list_revisions",
+    6 "mail",
     7 "disabled_accounts",
 }
 

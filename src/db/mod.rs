@@ -19,6 +19,7 @@ pub(crate) mod keyed_semaphore;
 mod lease;
 mod list_watch;
 pub(crate) mod lists;
+pub(crate) mod mail;
 mod migrations;
 pub(crate) mod new_tasks;
 mod pool;
@@ -239,6 +240,7 @@ fn user(row: &Row) -> User {
     User {
         id: row.get("id"),
         email: row.get("email"),
+        email_verified: row.get("email_verified"),
         created_at: Rfc3339(row.get("created_at")),
         updated_at: Rfc3339(row.get("updated_at")),
     }

@@ -45,6 +45,8 @@ impl Purger {
             Sql::LoginNetworksPurge,
             Sql::IdempotencyKeysPurge,
             Sql::DeletedTasksPurge,
+            Sql::MailRequestsPurge,
+            Sql::PendingRegistrationsPurge,
         ] {
             loop {
                 *self.0.lock() = Some(Instant::now());

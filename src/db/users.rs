@@ -15,6 +15,10 @@ pub(crate) struct LoginRecord {
     /// The ID and the password hash, if there is an account.
     pub(crate) account: Option<(Uuid, String)>,
     pub(crate) is_disabled: bool,
+    /// Whether the account's address is verified.
+    pub(crate) email_verified: bool,
+    /// The password hash of a registration that waits for its verification.
+    pub(crate) pending_hash: Option<String>,
     /// Seconds until the lockout ends; 0 or less if there is no lockout.
     pub(crate) retry_after_secs: f64,
 }
@@ -92,10 +96,13 @@ pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<User>> {
 pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<LoginRecord> {
     let params: Params = &[&key.account, &key.network];
     let rows = db.read(Sql::UsersForLogin, params).await?;
-    let id: Option<Uuid> = rows.first().and_then(|row| row.get("id"));
+    let row = rows.first();
+    let id: Option<Uuid> = row.and_then(|row| row.get("id"));
     Ok(LoginRecord {
-        account: id.zip(rows.first().and_then(|row| row.get("password_hash"))),
-        is_disabled: rows.first().is_some_and(|row| row.get("is_disabled")),
+        account: id.zip(row.and_then(|row| row.get("password_hash"))),
+        is_disabled: row.is_some_and(|row| row.get("is_disabled")),
+        email_verified: row.and_then(|row| row.get("email_verified")) == Some(true),
+        pending_hash: row.and_then(|row| row.get("pending_hash")),
         retry_after_secs: retry_after_secs(&rows),
     })
 }
@@ -127,7 +134,8 @@ pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64> {
 }
 
 /// Replaces the hash that was verified, ends every session except `keep`, and revokes the tokens of
-/// `keep`, all in one transaction. Returns `None` if the password was changed concurrently.
+/// `keep`, all in one transaction. Without `keep` it is a reset, which also clears all lockouts;
+/// `proves_email` marks the address as verified. Returns `None` if the password was changed concurrently.
 ///
 /// Two statements are needed because the second one must see the sessions of logins that the first
 /// one waited for.
@@ -137,12 +145,13 @@ pub(crate) async fn change_password(
     verified: &str,
     hash: &str,
     keep: Option<Uuid>,
+    proves_email: bool,
     lifetimes: TokenLifetimes,
 ) -> Result<Option<PasswordChange>> {
     let deadline = db.deadline;
     db.run(Repeat::Never, |mut lease| async move {
         lease.begin(deadline).await?;
-        let params: Params = &[&id, &verified, &hash];
+        let params: Params = &[&id, &verified, &hash, &keep.is_none(), &proves_email];
         let changed = lease.query(deadline, Sql::UsersSetPassword, params).await?;
         let Some(user) = changed.first().map(user) else {
             lease.end(deadline, false).await?;

@@ -27,7 +27,9 @@ pub(crate) struct User {
     pub(crate) id: Uuid,
     /// A normalized [`Email`](super::Email).
     pub(crate) email: String,
+    /// Whether the user has proved to own the address.
+    pub(crate) email_verified: bool,
     pub(crate) created_at: Rfc3339,
-    /// The time of the last password change, or of the registration.
+    /// The time of the last change of the password or the address, or of the registration.
     pub(crate) updated_at: Rfc3339,
 }

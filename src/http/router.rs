@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::cors::ALL_METHODS;
-use crate::http::handlers::{account, auth, changes, meta, sessions, static_files, tasks};
+use crate::http::handlers::{account, auth, changes, mail, meta, sessions, static_files, tasks};
 use crate::http::middleware::{authenticate, require_owner};
 use crate::http::response::{self, Response};
 
@@ -17,7 +17,7 @@ use crate::http::response::{self, Response};
 /// them. The match arms, the `Allow` header and the route's label in metrics all come from here.
 macro_rules! routes {
     (|$context:ident, $body:ident| $(
-        [/ $($segment:tt)/ *] {
+        [/ $($segment:tt)/ *] $(if let Some($bound:ident) = $option:expr =>)? {
             $($($method:ident)|+ => $handler:expr),+ $(,)?
         }
     )+) => {
@@ -32,7 +32,7 @@ macro_rules! routes {
             match segments.as_slice() {
                 // An empty segment is not a parameter.
                 segments if segments.contains(&"") => Err(Error::NotFound),
-                $([$(segment!(pattern $segment)),*] => {
+                $([$(segment!(pattern $segment)),*] $(if let Some($bound) = $option)? => {
                     $context.set_route(path!($($segment)*));
                     match head.method {
                         $($(method!(pattern $method))|+ => $handler,)+
@@ -88,6 +88,8 @@ routes! { |context, body|
     [/"openapi.json"] { GET => static_files::openapi(context).await }
     [/docs] { GET => Ok(meta::docs(context)) }
     [/docs/{file}] { GET => static_files::docs_file(context, file).await }
+    [/account/reset] if let Some(_mailer) = &context.app.mail => { GET => Ok(meta::reset_page(context)) }
+    [/account/verify] if let Some(_mailer) = &context.app.mail => { GET => Ok(meta::verify_page(context)) }
     [/problems/{code}] { GET => meta::problem(context, code) }
     [/api/v1/auth/register] { POST => auth::register(context, body).await }
     [/api/v1/auth/login] { POST => auth::login(context, body).await }
@@ -99,6 +101,21 @@ routes! { |context, body|
     }
     [/api/v1/auth/password] {
         PUT => account::change_password(context, authenticate(context).await?, body).await,
+    }
+    [/api/v1/auth/password/forgot] if let Some(mailer) = &context.app.mail => {
+        POST => mail::forgot_password(context, mailer, body).await,
+    }
+    [/api/v1/auth/password/reset] if let Some(mailer) = &context.app.mail => {
+        POST => mail::reset_password(context, mailer, body).await,
+    }
+    [/api/v1/auth/email] if let Some(mailer) = &context.app.mail => {
+        PUT => mail::change_email(context, mailer, authenticate(context).await?, body).await,
+    }
+    [/api/v1/auth/email/verify] if let Some(mailer) = &context.app.mail => {
+        POST => mail::verify_email(context, mailer, body).await,
+    }
+    [/api/v1/auth/email/resend] if let Some(mailer) = &context.app.mail => {
+        POST => mail::resend(context, mailer, body).await,
     }
     [/api/v1/auth/sessions] {
         GET => sessions::list(context, authenticate(context).await?).await,

@@ -45,6 +45,8 @@ const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long shutdown waits for connections to end. Together with `ACCEPT_GRACE`, this is less than
 /// the 10 s after which container runtimes kill a process.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(9);
+/// How long shutdown takes at most.
+pub(crate) const SHUTDOWN_TIMEOUT: Duration = ACCEPT_GRACE.saturating_add(DRAIN_TIMEOUT);
 /// How many unsent bytes of a response the kernel holds. The service holds the other bytes, to
 /// which the limits on large responses apply.
 #[cfg(target_os = "linux")]

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::http::client_ip::{client_network, network_prefix};
 use crate::http::cors::Cors;
 use crate::http::large_responses::LargeResponses;
+use crate::mail::Mailer;
 use crate::telemetry::labels::{LoginFailure, RevocationReason};
 use crate::telemetry::log_limiter::LogLimiter;
 use crate::telemetry::metrics::Metrics;
@@ -35,6 +36,10 @@ const RECENTLY_RESPONDED: Duration = Duration::from_secs(1);
 /// from filling the hash queue.
 const MAX_CONCURRENT_LOGINS: usize = 5;
 
+/// How many changes of the address a user may request at once. Each sends a notice to the present
+/// address, which may belong to someone else if it is not verified. Another one is allowed each minute.
+const MAX_ADDRESS_CHANGES: u32 = 10;
+
 /// The state shared by all handlers.
 pub(crate) struct AppState {
     pub(crate) config: Config,
@@ -44,10 +49,13 @@ pub(crate) struct AppState {
     pub(crate) revocations: Arc<Revocations>,
     pub(crate) passwords: PasswordHasher,
     pub(crate) login_slots: KeyedSemaphore<LockoutKey>,
-    /// Password changes and account deletions of a user run one after another.
+    /// Changes of a user's password or address, and deletions, run one after another.
     pub(crate) account_changes: KeyedSemaphore<Uuid>,
     attempt_limiter: RateLimiter<IpAddr>,
     write_limiter: RateLimiter<Uuid>,
+    address_change_limiter: RateLimiter<Uuid>,
+    /// `None` if no mail server is configured.
+    pub(crate) mail: Option<Arc<Mailer>>,
     pub(crate) cors: Cors,
     pub(crate) large_responses: LargeResponses,
     pub(crate) metrics: Arc<Metrics>,
@@ -61,7 +69,7 @@ pub(crate) struct AppState {
 impl AppState {
     /// Creates the state. Errors are a single line for the operator.
     pub(crate) fn new(
-        config: Config,
+        mut config: Config,
         secret: &SecretString,
         database: Database,
         metrics: Arc<Metrics>,
@@ -71,6 +79,10 @@ impl AppState {
             .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
         let list_signer = ListSigner::new(secret, previous_secret)
             .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
+        let mail = config.mail.take();
+        let mail = mail.map(|mail| Mailer::new(mail, secret, previous_secret, metrics.clone()));
+        let mail = mail.transpose();
+        let mail = mail.map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
         let passwords = PasswordHasher::new(config.bcrypt_cost, metrics.clone())
             .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
         let (attempts, writes) = (config.auth_rate_per_minute, config.writes_per_minute);
@@ -84,6 +96,8 @@ impl AppState {
             attempt_limiter: RateLimiter::new(attempts, attempts),
             // A burst of five seconds' worth.
             write_limiter: RateLimiter::new(writes, writes / 12),
+            address_change_limiter: RateLimiter::new(1, MAX_ADDRESS_CHANGES),
+            mail,
             cors: Cors::new(&config.cors_origins),
             limited_log: LogLimiter::default(),
             purger: Arc::default(),
@@ -99,6 +113,15 @@ impl AppState {
     pub(crate) fn count_attempt(&self, client: IpAddr) -> Result<()> {
         let (network, shared) = (client_network(client), network_prefix(client, 16, 32));
         let counted = self.attempt_limiter.check(&network, &shared);
+        counted.map_err(|retry_after| Error::TooManyAttempts {
+            retry_after,
+            reason: LoginFailure::RateLimited,
+        })
+    }
+
+    /// Counts a request to change a user's address. Fails if there are too many.
+    pub(crate) fn count_address_change(&self, user_id: Uuid) -> Result<()> {
+        let counted = self.address_change_limiter.check(&user_id, &user_id);
         counted.map_err(|retry_after| Error::TooManyAttempts {
             retry_after,
             reason: LoginFailure::RateLimited,

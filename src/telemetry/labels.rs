@@ -18,7 +18,7 @@ macro_rules! labels {
 }
 
 labels! {
-    /// Why an access token or a refresh token was rejected.
+    /// Why an access token, a refresh token or a token from a mail was rejected.
     TokenRejection {
         MissingToken = "missing_token",
         MultipleAuthorizationHeaders = "multiple_authorization_headers",
@@ -36,6 +36,7 @@ labels! {
         ReusedRefreshToken = "reused_refresh_token",
         NoSuchUser = "no_such_user",
         NotOwner = "not_owner",
+        Superseded = "superseded_token",
     }
 
     /// Why a login, or the current password that a change requires, was rejected.
@@ -43,6 +44,7 @@ labels! {
         WrongPassword = "wrong_password",
         UnknownAccount = "unknown_account",
         InvalidEmail = "invalid_email",
+        EmailUnverified = "email_unverified",
         PasswordChangedConcurrently = "password_changed_concurrently",
         AccountDisabled = "account_disabled",
         Throttled = "throttled",
@@ -57,6 +59,18 @@ labels! {
         PasswordChanged = "password_changed",
         AccountDeleted = "account_deleted",
         SessionLimit = "session_limit",
+        PasswordReset = "password_reset",
+        EmailChanged = "email_changed",
+    }
+
+    /// What became of a mail.
+    MailOutcome {
+        Sent = "sent",
+        Rejected = "rejected",
+        Deferred = "deferred",
+        Unreachable = "unreachable",
+        Unsupported = "unsupported",
+        QueueFull = "queue_full",
     }
 }
 

@@ -10,7 +10,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use super::labels::{AuthFailure, LoginFailure, RevocationReason, TokenRejection};
+use super::labels::{AuthFailure, LoginFailure, MailOutcome, RevocationReason, TokenRejection};
 
 /// The metrics of the service, which their help texts explain.
 pub(crate) struct Metrics {
@@ -28,6 +28,8 @@ pub(crate) struct Metrics {
     logins: IntCounterVec,
     tokens_rejected: IntCounterVec,
     sessions_revoked: IntCounterVec,
+    mails: IntCounterVec,
+    mail_queue: IntGauge,
     pub(crate) open_connections: IntGauge,
     waiting_requests: IntGauge,
 }
@@ -82,8 +84,10 @@ impl Metrics {
             hash_queue: gauge("password_hash_queue_length", "Password hashes queued or being computed"),
             hash_duration: histogram("password_hash_duration_seconds", "Seconds that a password hash took, queueing included"),
             logins: counter("logins_total", "Login attempts, by result", &["result"]),
-            tokens_rejected: counter("tokens_rejected_total", "Rejected access and refresh tokens, by reason", &["reason"]),
+            tokens_rejected: counter("tokens_rejected_total", "Rejected tokens, by reason", &["reason"]),
             sessions_revoked: counter("sessions_revoked_total", "Revoked sessions, by reason", &["reason"]),
+            mails: counter("mails_total", "Mails that were sent or given up, by result", &["result"]),
+            mail_queue: gauge("mail_queue_length", "Mails being sent or waiting for their next attempt"),
             open_connections: gauge("http_open_connections", "Open client connections"),
             waiting_requests: gauge("http_waiting_requests", "Requests waiting for a list to change"),
             registry,
@@ -98,6 +102,7 @@ impl Metrics {
             (&metrics.logins, LoginFailure::LABELS),
             (&metrics.tokens_rejected, TokenRejection::LABELS),
             (&metrics.sessions_revoked, RevocationReason::LABELS),
+            (&metrics.mails, MailOutcome::LABELS),
         ] {
             for label in labels {
                 counters.with_label_values(&[*label]);
@@ -143,6 +148,16 @@ impl Metrics {
     pub(crate) fn record_revoked(&self, reason: RevocationReason, sessions: usize) {
         let counter = self.sessions_revoked.with_label_values(&[reason.label()]);
         counter.inc_by(sessions as u64);
+    }
+
+    /// Counts a mail that was sent or given up.
+    pub(crate) fn record_mail(&self, outcome: MailOutcome) {
+        self.mails.with_label_values(&[outcome.label()]).inc();
+    }
+
+    /// Counts a mail as queued until the guard is dropped.
+    pub(crate) fn mail_queued(&self) -> GaugeGuard {
+        GaugeGuard::new(&self.mail_queue)
     }
 
     /// Counts a statement as waiting until the guard is dropped.

@@ -157,14 +157,17 @@ async fn an_export_contains_every_row_of_a_person_and_no_other() {
             .await
             .expect(401);
     }
+    // As if a mail had been requested.
+    let sql = server.sql().await;
+    let mail = "insert into mail_requests (email, latest_at) select email, now() from users";
+    sql.batch_execute(mail).await.expect("a row");
     let output = user(&server, &["export", &ann.email], 0);
     let document = json_of(&output);
-    let sql = server.sql().await;
     let query = "select table_name::text from information_schema.columns
                  where table_schema = 'public' and column_name = 'user_id'";
     let tables = sql.query(query, &[]).await.expect("the tables");
     let tables = tables.iter().map(|row| row.get::<_, String>(0));
-    for table in tables.chain(["login_failures".to_owned()]) {
+    for table in tables.chain(["login_failures", "mail_requests"].map(str::to_owned)) {
         let rows = document[&table].as_array().map_or(0, Vec::len);
         assert!(rows > 0, "{table} is not in {document}");
     }

@@ -124,7 +124,7 @@ pub(crate) fn assert_tokens(response: &Response, email: &str) -> Value {
 
 /// Asserts that a value has exactly the members of a user, and so contains no hash.
 fn assert_user(user: &Value, email: &str) {
-    let expected = ["id", "email", "created_at", "updated_at"];
+    let expected = ["id", "email", "email_verified", "created_at", "updated_at"];
     assert_eq!(members(user), BTreeSet::from(expected));
     assert_eq!(user["email"], email);
     let id = text(user, "id");

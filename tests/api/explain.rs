@@ -62,9 +62,19 @@ from generate_series(1, 5000) n, generate_series(1, case n when 8 then 100 else 
 insert into idempotency_keys (user_id, key, task_id, title, description, completed, created_at)
 select nth(1 + n % 5000), 'key ' || n, nth(n), 'sweep the floor', null, false,
        now() - n * interval '8 seconds'
-from generate_series(1, 10000) n";
+from generate_series(1, 10000) n;
 
-const TABLES: [&str; 9] = [
+insert into pending_registrations (email, id, password_hash, registered_at)
+select 'pending' || n || '@example.com', nth(2000000 + n), hash(n), now() - n * interval '100 seconds'
+from generate_series(1, 3000) n;
+
+-- Even users have used up their quota.
+insert into mail_requests (email, latest_at, second_at, third_at)
+select 'user' || n || '@example.com', now() - n * interval '1 second', now() - interval '51 minutes',
+       case n % 2 when 0 then now() - interval '55 minutes' end
+from generate_series(1, 3000) n";
+
+const TABLES: [&str; 11] = [
     "users",
     "task_lists",
     "tasks",
@@ -74,6 +84,8 @@ const TABLES: [&str; 9] = [
     "login_failures",
     "login_networks",
     "idempotency_keys",
+    "pending_registrations",
+    "mail_requests",
 ];
 
 /// PostgreSQL uses custom plans for the first five executions of a prepared statement, and then a
@@ -190,6 +202,35 @@ cases! {
         "thousands are due": "" => rows 500, pages A_BATCH,
             given "update login_networks set last_used_at = now() - interval '31 days'
                    where user_id <= nth(2000)";
+    }
+    "mail_requests/count.sql" {
+        "an account": "'user7@example.com'" => rows 1, pages A_WRITE;
+        "a pending registration": "'pending7@example.com'" => rows 1, pages A_WRITE;
+        "an unknown address": "'nobody@example.com'" => rows 1, pages A_WRITE;
+        "the quota is used up": "'user8@example.com'" => rows 0, pages A_WRITE;
+    }
+    "mail_requests/purge.sql" {
+        "nothing is due": "" => rows 0, pages A_ROW;
+        "twenty are due": "" => rows 20, pages 130,
+            given "update mail_requests set latest_at = now() - interval '2 days'
+                   where email ~ '^user17[67][0-9]@'";
+    }
+    "pending_registrations/confirm.sql" {
+        "a registration": "nth(2000007), hash(7), hash(8)" => rows 1, pages 3 * A_WRITE;
+        "a registration of a taken address": "nth(2000007), hash(7), hash(8)" => rows 1, pages 3 * A_WRITE,
+            given "update users set email = 'pending7@example.com' where id = nth(7)";
+        "the registration was replaced": "nth(2000007), hash(9), hash(8)" =>
+            rows 0, pages A_ROW, rows_discarded 1;
+    }
+    "pending_registrations/purge.sql" {
+        "nothing is due": "" => rows 0, pages A_ROW;
+        "twenty are due": "" => rows 20, pages 170,
+            given "update pending_registrations set registered_at = now() - interval '9 days'
+                   where id between nth(2000011) and nth(2000030)";
+    }
+    "pending_registrations/replace.sql" {
+        "a new address": "nth(500000), 'new@example.com', hash(1)" => rows 1, pages A_WRITE;
+        "a pending address": "nth(500000), 'pending7@example.com', hash(1)" => rows 1, pages A_WRITE;
     }
     "revocations/since.sql" {
         "the first read": "null, null" => rows 10_001, pages 230,
@@ -421,6 +462,11 @@ cases! {
         "with 1,000 tasks": "nth(7)" => rows 1, pages 3 * THOUSAND, sorted 1000;
         "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
     }
+    "users/for_mail_token.sql" {
+        "a user": "nth(7)" => rows 1, pages 2 * A_ROW;
+        "a pending registration": "nth(2000007)" => rows 1, pages 2 * A_ROW;
+        "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
+    }
     "users/for_password_check.sql" {
         "a user": "nth(7)" => rows 1, pages 2 * A_ROW;
         "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
@@ -447,9 +493,18 @@ cases! {
         "an account": "nth(7), true" => rows 1, pages A_WRITE;
         "an unknown user": "nth(500000), true" => rows 0, pages A_ROW;
     }
+    "users/set_email.sql" {
+        "the present address": "nth(7), 'user7@example.com', hash(7), 'new@example.com'" =>
+            rows 1, pages A_WRITE;
+        "another address": "nth(7), 'user8@example.com', hash(7), 'new@example.com'" =>
+            rows 0, pages A_ROW, rows_discarded 1;
+    }
     "users/set_password.sql" {
-        "the verified hash": "nth(7), hash(7), hash(70000)" => rows 1, pages 2 * A_WRITE, rows_discarded 1;
-        "another hash": "nth(7), hash(8), hash(70000)" => rows 0, pages A_ROW, rows_discarded 2;
+        "the verified hash": "nth(7), hash(7), hash(70000), false, false" =>
+            rows 1, pages 2 * A_WRITE, rows_discarded 3;
+        "another hash": "nth(7), hash(8), hash(70000), false, false" =>
+            rows 0, pages A_ROW, rows_discarded 2;
+        "a reset": "nth(7), hash(7), hash(70000), true, true" => rows 1, pages 2 * A_WRITE;
     }
 }
 

@@ -54,17 +54,19 @@ fn listed(header: &str) -> BTreeSet<String> {
 }
 
 /// The problem codes of the API.
-const CODES: [&str; 29] = [
+const CODES: [&str; 31] = [
     "malformed_json",
     "malformed_request",
     "missing_token",
     "invalid_token",
     "invalid_credentials",
     "invalid_refresh_token",
+    "invalid_mail_token",
     "forbidden",
     "wrong_password",
     "account_disabled",
     "registration_closed",
+    "email_unverified",
     "quota_exceeded",
     "not_found",
     "task_not_found",

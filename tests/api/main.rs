@@ -47,6 +47,8 @@ mod isolation;
 mod lockout;
 mod log;
 mod login_enumeration;
+mod mail;
+mod mail_delivery;
 mod password_change;
 mod passwords;
 mod races;

@@ -7,7 +7,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::harness::{Request, Response, Server, User};
+use crate::harness::{MailServer, Request, Response, Server, User};
 
 const DOCUMENT: &str = include_str!("../../src/openapi.json");
 
@@ -178,7 +178,7 @@ async fn serves_the_openapi_document() {
 
 #[tokio::test]
 async fn every_path_allows_exactly_the_documented_methods() {
-    let server = Server::shared().await;
+    let (server, _) = Server::shared_with_mail().await;
     let document = Document::read();
     for (path, mut methods) in document.methods() {
         if methods.contains("GET") {
@@ -212,14 +212,14 @@ fn every_example_of_a_problem_has_the_status_of_its_response() {
 
 #[tokio::test]
 async fn every_example_of_a_request_succeeds_with_the_documented_status() {
-    let server = Server::start().await;
+    let (server, mails) = &Server::with_mail(&[]).await;
     let document = Document::read();
     for operation in document.operations() {
         let body = &operation.spec["requestBody"];
         for (content_type, content) in body["content"].as_object().into_iter().flatten() {
             for (name, example) in document.examples(content) {
                 // The examples use Ann's address, which must be free for registration.
-                let user = register(&server, "ann@example.com").await;
+                let user = register(server, "ann@example.com").await;
                 if operation.id == "register" {
                     user.delete("/api/v1/auth/me")
                         .json(json!({"password": user.password}))
@@ -237,6 +237,15 @@ async fn every_example_of_a_request_succeeds_with_the_documented_status() {
                 if operation.id == "refresh" {
                     // Only the service can issue a valid token.
                     example["refresh_token"] = user.refresh_token.clone().into();
+                }
+                if operation.id == "verifyEmail" {
+                    example["token"] = mails.token_of(&user, "/account/verify").await.into();
+                }
+                if operation.id == "resetPassword" {
+                    let body = json!({"email": user.email});
+                    let forgot = server.post("/api/v1/auth/password/forgot");
+                    forgot.json(body).await.expect(202);
+                    example["token"] = mails.token_of(&user, "/account/reset").await.into();
                 }
                 let path =
                     document.fill_path(operation.path, &[("user_id", &user.id), ("id", &task)]);
@@ -286,12 +295,8 @@ async fn every_example_of_an_invalid_value_matches_the_response() {
 
 /// Registers this address with the password of the examples. Deletes its account first, if any.
 async fn register(server: &Server, email: &str) -> User {
-    server
-        .sql()
-        .await
-        .execute("delete from users where email = $1", &[&email])
-        .await
-        .unwrap();
+    let sql = "delete from users; delete from mail_requests";
+    server.sql().await.batch_execute(sql).await.unwrap();
     let body = json!({"email": email, "password": EXAMPLE_PASSWORD});
     server
         .post("/api/v1/auth/register")
@@ -416,16 +421,17 @@ fn assert_same_members_except_errors(example: &Value, real: &Value, location: &s
 
 #[tokio::test]
 async fn every_documented_status_occurs_and_no_other() {
-    let server = Server::start().await;
+    let (server, mails) = &Server::with_mail(&[]).await;
     let mut coverage = Coverage {
         document: Document::read(),
         seen: BTreeSet::new(),
     };
     let (user, other) = (server.user().await, server.user().await);
-    common_errors(&mut coverage, &server, &user, &other).await;
-    successes(&mut coverage, &server).await;
-    specific_errors(&mut coverage, &server, &user).await;
-    rate_limits(&mut coverage, &server).await;
+    common_errors(&mut coverage, server, &user, &other).await;
+    successes(&mut coverage, server).await;
+    mail_routes(&mut coverage, server, mails).await;
+    specific_errors(&mut coverage, server, &user).await;
+    rate_limits(&mut coverage, server).await;
 
     let mut documented = BTreeSet::new();
     for operation in coverage.document.operations() {
@@ -602,6 +608,65 @@ async fn successes(coverage: &mut Coverage, server: &Server) {
     coverage.check(&anonymous, "root", 307).await;
 }
 
+/// The operations that exist only if mail is configured.
+const MAIL_ROUTES: [&str; 7] = [
+    "forgotPassword",
+    "resetPassword",
+    "changeEmail",
+    "verifyEmail",
+    "resendVerification",
+    "resetPage",
+    "verifyPage",
+];
+
+async fn mail_routes(coverage: &mut Coverage, server: &Server, mails: &MailServer) {
+    let anonymous = Client::anonymous(server);
+    for id in ["resetPage", "verifyPage"] {
+        coverage.check(&anonymous, id, 200).await;
+    }
+    let (ann, ben) = (server.user().await, server.user().await);
+    let email = json!({"email": ann.email});
+    let resend = coverage.check_json(&anonymous, "resendVerification", 202, email.clone());
+    resend.await;
+    let forgot = coverage.check_json(&anonymous, "forgotPassword", 202, email);
+    forgot.await;
+    let reset = mails.nth(&ann.email, 3).await.token();
+    let client = Client::new(server, &ann, &[]);
+    for (password, status) in [("wrong", 403), (&ann.password, 202)] {
+        let change = json!({"email": ben.email, "password": password});
+        coverage
+            .check_json(&client, "changeEmail", status, change)
+            .await;
+    }
+    let verify = mails.nth(&ben.email, 1).await.token();
+    let taken = mails.nth(&ben.email, 2).await.token();
+    for (token, status) in [(verify.as_str(), 204), (&taken, 409), (&reset, 401)] {
+        let token = json!({"token": token});
+        coverage
+            .check_json(&anonymous, "verifyEmail", status, token)
+            .await;
+    }
+    for status in [204, 401] {
+        let body = json!({"token": reset, "new_password": EXAMPLE_PASSWORD});
+        coverage
+            .check_json(&anonymous, "resetPassword", status, body)
+            .await;
+    }
+    let required = server.sibling(&[("EMAIL_VERIFICATION", "required")]).await;
+    let required = Client::anonymous(&required);
+    let credentials = json!({"email": "pending@example.com", "password": EXAMPLE_PASSWORD});
+    for (id, status) in [("register", 202), ("login", 403)] {
+        let credentials = credentials.clone();
+        coverage
+            .check_json(&required, id, status, credentials)
+            .await;
+    }
+    let without = Client::anonymous(Server::shared().await);
+    for id in MAIL_ROUTES {
+        coverage.check(&without, id, 404).await;
+    }
+}
+
 /// The operations that change a task.
 const CHANGES: [&str; 3] = ["updateTaskWithPut", "updateTask", "setTaskCompletion"];
 
@@ -675,6 +740,10 @@ async fn rate_limits(coverage: &mut Coverage, server: &Server) {
         .await;
     let delete = json!({"password": user.password});
     coverage.check_json(&client, "deleteMe", 429, delete).await;
+    let change = json!({"email": "new@example.com", "password": user.password});
+    coverage
+        .check_json(&client, "changeEmail", 429, change)
+        .await;
 
     let limits = [("WRITES_PER_MINUTE", "1"), ("MAX_TASKS_PER_USER", "1")];
     let limited = server.sibling(&limits).await;
@@ -713,6 +782,10 @@ async fn rate_limits(coverage: &mut Coverage, server: &Server) {
         ("register", &credentials),
         ("login", &credentials),
         ("refresh", &refresh),
+        ("forgotPassword", &credentials),
+        ("resetPassword", &credentials),
+        ("verifyEmail", &credentials),
+        ("resendVerification", &credentials),
     ] {
         coverage.check_json(&limited, id, 429, body.clone()).await;
     }

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::auth::{ANOTHER_PASSWORD, login, refresh};
-use crate::harness::{Response, Server, User};
+use crate::auth::{ANOTHER_PASSWORD, login, refresh, register};
+use crate::harness::{MailServer, PASSWORD, Response, Server, User, unique};
 
 /// Moves all timestamps of the matching rows into the past, as if that time had passed. Reads the names
 /// of the columns from the schema, so that it includes new columns.
@@ -46,17 +46,19 @@ pub(crate) async fn age(
 }
 
 /// The tables whose rows expire.
-const PURGED: [&str; 6] = [
+const PURGED: [&str; 8] = [
     "deleted_tasks",
     "sessions",
     "revocations",
     "login_failures",
     "login_networks",
     "idempotency_keys",
+    "mail_requests",
+    "pending_registrations",
 ];
 
-async fn counts(sql: &tokio_postgres::Client) -> [i64; 6] {
-    let mut counts = [0; 6];
+async fn counts(sql: &tokio_postgres::Client) -> [i64; 8] {
+    let mut counts = [0; 8];
     for (count, table) in counts.iter_mut().zip(PURGED) {
         *count = sql
             .query_one(&format!("select count(*) from {table}"), &[])
@@ -73,8 +75,11 @@ async fn create_with_key(user: &User) -> Response {
     create.header("idempotency-key", "the-only-one").await
 }
 
-/// Creates a row in each of these tables with requests of a new user.
-async fn create_rows(server: &Server) -> User {
+/// Creates a row in each of these tables with requests of a new user. `requiring` is an instance that
+/// requires verified addresses.
+async fn create_rows(server: &Server, requiring: &Server) -> User {
+    let email = format!("pending{}@example.com", unique());
+    register(requiring, &email, PASSWORD).await.expect(202);
     let user = server.user().await;
     let second = login(server, &user.email, &user.password)
         .await
@@ -98,25 +103,32 @@ async fn create_rows(server: &Server) -> User {
 async fn expired_rows_are_purged_after_requests() {
     let first = Server::start().await;
     let sql = first.sql().await;
-    create_rows(&first).await;
-    create_rows(&first).await;
+    let mails = MailServer::start();
+    let variables = [
+        &mails.variables()[..],
+        &[("EMAIL_VERIFICATION", "required")],
+    ]
+    .concat();
+    let requiring = first.sibling(&variables).await;
+    create_rows(&first, &requiring).await;
+    create_rows(&first, &requiring).await;
     for table in PURGED {
         age(&sql, table, "91 days", "true").await;
     }
-    let live = create_rows(&first).await;
-    assert_eq!(counts(&sql).await, [3; 6]);
+    let live = create_rows(&first, &requiring).await;
+    assert_eq!(counts(&sql).await, [3; 8]);
 
     // An idle instance sends no queries, so that its database can suspend. Waiting until it is ready
     // would send a request.
     let second = Server::listening(&[("DATABASE_URL", &first.database_url())]).await;
     let until = Instant::now() + Duration::from_millis(1500);
     while Instant::now() < until {
-        assert_eq!(counts(&sql).await, [3; 6]);
+        assert_eq!(counts(&sql).await, [3; 8]);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 
     let deadline = Instant::now() + Duration::from_secs(15);
-    while counts(&sql).await != [1; 6] {
+    while counts(&sql).await != [1; 8] {
         assert!(
             Instant::now() < deadline,
             "{:?} rows are left in {PURGED:?}",

@@ -67,7 +67,7 @@ pub(crate) async fn change_password(
             .hash(new.clone(), &email, context.hash_client())
             .await?;
         let keep = Some(user.session);
-        let change = users::change_password(db, user.id, &verified, &hash, keep, lifetimes);
+        let change = users::change_password(db, user.id, &verified, &hash, keep, false, lifetimes);
         if let Some(change) = change.await? {
             let ended = Error::InvalidToken(TokenRejection::RevokedSession);
             let session = change.kept.ok_or(ended)?;

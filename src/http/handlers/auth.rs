@@ -4,6 +4,7 @@ use hyper::StatusCode;
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::config::EmailVerification;
 use crate::db::sessions::{self, SessionState};
 use crate::db::users;
 use crate::domain::{Email, User};
@@ -11,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::handlers::credentials::{log_in, new_password};
+use crate::http::handlers::mail::{register_pending, send_verification};
 use crate::http::response::{self, Response};
 use crate::telemetry::labels::{LoginFailure, RevocationReason, TokenRejection};
 
@@ -41,9 +43,15 @@ pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Re
     let client = context.hash_client();
     let hash = app.passwords.hash(password, email.as_str(), client);
     let hash = hash.await?;
+    if let Some(mailer) = &app.mail
+        && app.config.email_verification == EmailVerification::Required
+    {
+        return register_pending(context, mailer, &email, &hash).await;
+    }
     let session = context.new_session();
     let user = users::register(db, &email, &hash, &session).await?;
     let user = user.ok_or(Error::EmailTaken)?;
+    send_verification(context, &email).await;
     let response = token_response(context, StatusCode::CREATED, &user, session.state())?;
     Ok(response::with_location(response, "/api/v1/auth/me".into()))
 }

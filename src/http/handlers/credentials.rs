@@ -1,6 +1,7 @@
 //! Verification of e-mail addresses and passwords, with lockout.
 
 use crate::auth::password::{NewPassword, check_length, normalize};
+use crate::config::EmailVerification;
 use crate::db::sessions::{self, NewSession};
 use crate::db::users::{self, LockoutKey};
 use crate::domain::{Email, User};
@@ -36,11 +37,24 @@ pub(super) async fn log_in(
             None => LoginFailure::UnknownAccount,
         };
         let Some((id, hash)) = record.account.filter(|_| verification.matches) else {
+            if let Some(pending) = record.pending_hash.as_deref()
+                && app
+                    .passwords
+                    .verify(password, Some(pending), client)
+                    .await?
+                    .matches
+            {
+                return Err(Error::EmailUnverified);
+            }
             check_lockout(users::record_failure(db, &key).await?)?;
             return Err(Error::InvalidCredentials(reason));
         };
         if record.is_disabled {
             return Err(Error::AccountDisabled);
+        }
+        let is_required = app.config.email_verification == EmailVerification::Required;
+        if is_required && !record.email_verified {
+            return Err(Error::EmailUnverified);
         }
         let new_hash = verification.rehashed.as_deref().unwrap_or(&hash);
         if let Some((user, ended)) = sessions::login(db, id, &hash, new_hash, session).await? {

@@ -4,6 +4,7 @@ pub(crate) mod account;
 pub(crate) mod auth;
 pub(crate) mod changes;
 mod credentials;
+pub(crate) mod mail;
 pub(crate) mod meta;
 mod page;
 pub(crate) mod sessions;

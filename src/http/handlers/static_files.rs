@@ -1,4 +1,4 @@
-//! The files of the documentation. Each is compressed once, when a client first accepts gzip.
+//! The files of the pages. Each is compressed once, when a client first accepts gzip.
 
 use std::collections::HashMap;
 use std::io::{self, Read};
@@ -20,8 +20,12 @@ use crate::http::large_responses::attach_permit;
 use crate::http::response::{self, Response};
 
 pub(super) const OPENAPI: &str = include_str!("../../openapi.json");
-const INIT: &str = include_str!("../../docs/init.js");
-const STYLE: &str = include_str!("../../docs/docs.css");
+const OWN_FILES: [(&str, &str); 4] = [
+    ("init.js", include_str!("../../docs/init.js")),
+    ("docs.css", include_str!("../../docs/docs.css")),
+    ("account.js", include_str!("../../docs/account.js")),
+    ("account.css", include_str!("../../docs/account.css")),
+];
 
 struct StaticFile {
     content_type: &'static str,
@@ -81,10 +85,10 @@ pub(crate) async fn openapi(context: &RequestContext<'_>) -> Result<Response> {
     FILE.respond(context).await
 }
 
-/// `GET /docs/{file}`: the files of Swagger UI, and the script and the style sheet of `/docs`.
+/// `GET /docs/{file}`: the files of Swagger UI, and the scripts and style sheets of the pages.
 pub(crate) async fn docs_file(context: &RequestContext<'_>, file: &str) -> Result<Response> {
     static FILES: LazyLock<HashMap<&'static str, StaticFile>> = LazyLock::new(|| {
-        let own = [("init.js", INIT.as_bytes()), ("docs.css", STYLE.as_bytes())];
+        let own = OWN_FILES.map(|(name, text)| (name, text.as_bytes()));
         let swagger_ui = SwaggerUi::static_files().iter();
         own.into_iter()
             .chain(swagger_ui.map(|(file, data)| (file.file_name(), &data[..])))

@@ -15,6 +15,8 @@ mod user;
 
 mod server;
 
+mod mail;
+
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -23,6 +25,7 @@ use std::{
 use tokio::time::sleep;
 
 pub(crate) use database::{Database, Lock};
+pub(crate) use mail::{MailServer, PUBLIC_URL};
 pub(crate) use process::Process;
 pub(crate) use request::{Request, Response};
 pub(crate) use scratch::{DataDir, is_alive};
@@ -39,7 +42,7 @@ const WAIT_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Returns a number that is unique within this run.
-fn unique() -> u64 {
+pub(crate) fn unique() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }

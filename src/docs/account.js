@@ -1,0 +1,89 @@
+// The pages to which mails lead. The token is in the fragment of the URL, which browsers never send: only
+// the button uses it, so a scanner that opens the link changes nothing.
+"use strict";
+
+(() => {
+  // URLs are relative to this file, because a proxy may serve the API under a prefix.
+  const api = new URL("../api/v1/", document.currentScript.src);
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  const form = document.querySelector(token ? "form:not(#request)" : "#request");
+  const message = document.getElementById("message");
+  const field = (id) => document.getElementById(id);
+
+  // Returns the address in a token. For display only: the signature is not verified.
+  function parseAddress(text) {
+    try {
+      const payload = text.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
+      const bytes = Uint8Array.from(atob(payload), (character) => character.charCodeAt(0));
+      return JSON.parse(new TextDecoder().decode(bytes)).email;
+    } catch {
+      return "";
+    }
+  }
+
+  function show(text) {
+    message.textContent = text;
+    message.hidden = false;
+  }
+
+  async function send(body) {
+    const response = await fetch(new URL(form.dataset.path, api), {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+    });
+    if (response.ok) {
+      form.hidden = true;
+      show(form.dataset.done);
+      message.focus();
+      // The token must not stay in the history.
+      history.replaceState(null, "", location.pathname);
+      return;
+    }
+    const problem = await response.json();
+    if (problem.code === "invalid_mail_token") {
+      show("This link is no longer valid: it has expired, has been used, or a newer one has replaced it.");
+      message.append(" ", newMailLink());
+    } else {
+      show(problem.detail);
+      field("new-password")?.focus();
+    }
+  }
+
+  function newMailLink() {
+    const link = document.createElement("a");
+    link.href = location.pathname;
+    link.textContent = "Get a new mail";
+    return link;
+  }
+
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    message.hidden = true;
+    const password = field("new-password");
+    if (password && form.id === "reset" && password.value !== field("repeated").value) {
+      show("The passwords differ.");
+      field("repeated").focus();
+      return;
+    }
+    const button = form.querySelector("button");
+    button.disabled = true;
+    try {
+      await send({ token, ...Object.fromEntries(new FormData(form)) });
+    } catch {
+      show("The service cannot be reached. Check your connection and try again.");
+    }
+    button.disabled = false;
+  });
+
+  field("show")?.addEventListener("change", (event) => {
+    for (const id of ["new-password", "repeated"]) {
+      field(id).type = event.target.checked ? "text" : "password";
+    }
+  });
+
+  for (const element of form.querySelectorAll(".address")) {
+    element.value = parseAddress(token);
+  }
+  form.hidden = false;
+})();
