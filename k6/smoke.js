@@ -17,6 +17,9 @@ export default function () {
   request('readyz', 'GET', '/readyz');
   request('openapi', 'GET', '/openapi.json');
   request('docs', 'GET', '/docs');
+  // 404 without a mail server.
+  request('reset page', 'GET', '/account/reset', { status: [200, 404] });
+  request('verify page', 'GET', '/account/verify', { status: [200, 404] });
   request('problem page', 'GET', '/problems/validation_failed');
 
   const [{ email, tasks, token }] = registerUsers(1);
@@ -67,6 +70,18 @@ export default function () {
   request('refused for another user', 'GET', '/api/v1/another-user/tasks', { token, status: 403 });
   request('refused as invalid', 'POST', tasks, { token, body: {}, status: 422 });
 
+  // Without a mail server these routes are 404; the token is invalid in any case.
+  const newPassword = `another-${PASSWORD}`;
+  request('forgotten password', 'POST', '/api/v1/auth/password/forgot', { body: { email }, status: [202, 404] });
+  request('resend', 'POST', '/api/v1/auth/email/resend', { body: { email }, status: [202, 404] });
+  request('refused reset', 'POST', '/api/v1/auth/password/reset', {
+    body: { token: 'none', new_password: newPassword }, status: [401, 404],
+  });
+  request('refused verification', 'POST', '/api/v1/auth/email/verify', { body: { token: 'none' }, status: [401, 404] });
+  request('change of address', 'PUT', '/api/v1/auth/email', {
+    token, body: { email: `new-${email}`, password: PASSWORD }, status: [202, 404],
+  });
+
   const second = toUser(logIn(email));
   const sessions = request('sessions', 'GET', '/api/v1/auth/sessions', { token }).json();
   const other = sessions.find((session) => !session.current);
@@ -79,7 +94,7 @@ export default function () {
     body: { refresh_token: third.refreshToken },
   }));
   request('end other sessions', 'DELETE', '/api/v1/auth/sessions', { token: fourth.token, status: 204 });
-  const passwords = { current_password: PASSWORD, new_password: `another-${PASSWORD}` };
+  const passwords = { current_password: PASSWORD, new_password: newPassword };
   const changed = toUser(request('change the password', 'PUT', '/api/v1/auth/password', {
     token: fourth.token, body: passwords,
   }));

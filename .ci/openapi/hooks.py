@@ -73,8 +73,9 @@ def before_call(context, case, kwargs):
 
 
 def insert_real_values(operation, body, use_real_values):
-    if operation == "register":
-        body["password"] = strengthen(body["password"])
+    if operation in ("register", "changeEmail"):
+        if operation == "register":
+            body["password"] = strengthen(body["password"])
         email = unicodedata.normalize("NFC", body["email"].strip()).lower()
         if use_real_values or len(email.encode()) > 254 or any(ord(char) > 0xFFFF for char in email):
             # The schema limits the length in characters, not bytes, and cannot exclude invisible characters
@@ -84,6 +85,8 @@ def insert_real_values(operation, body, use_real_values):
         body["new_password"] = strengthen(body["new_password"])
         if use_real_values:
             body["current_password"] = guest.password
+    elif operation == "resetPassword":
+        body["new_password"] = strengthen(body["new_password"])
     elif operation == "deleteMe" and use_real_values:
         body["password"] = guest.password
     elif operation == "login" and use_real_values:

@@ -45,7 +45,7 @@
       show("This link is no longer valid: it has expired, has been used, or a newer one has replaced it.");
       message.append(" ", newMailLink());
     } else {
-      show(problem.detail);
+      show(problem.detail.charAt(0).toUpperCase() + problem.detail.slice(1));
       field("new-password")?.focus();
     }
   }
@@ -76,11 +76,18 @@
     button.disabled = false;
   });
 
+  form.addEventListener("input", () => {
+    message.hidden = true;
+  });
+
   field("show")?.addEventListener("change", (event) => {
     for (const id of ["new-password", "repeated"]) {
       field(id).type = event.target.checked ? "text" : "password";
     }
   });
+
+  // A link that is opened in the same tab changes only the fragment.
+  window.addEventListener("hashchange", () => location.reload());
 
   for (const element of form.querySelectorAll(".address")) {
     element.value = parseAddress(token);
