@@ -79,7 +79,8 @@ async fn temporary_failures_are_retried_and_permanent_ones_are_not() {
 #[tokio::test]
 async fn shutdown_sends_the_mails_in_the_queue() {
     let (server, recorder) = Server::with_mail(&[]).await;
-    recorder.delay(Duration::from_millis(100));
+    // Longer than the server accepts connections after the signal.
+    recorder.delay(Duration::from_millis(700));
     let users = [
         server.user().await,
         server.user().await,
