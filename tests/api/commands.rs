@@ -99,7 +99,7 @@ async fn set_password_clears_lockouts_and_revokes_sessions() {
 
 #[tokio::test]
 async fn user_and_check_work_while_the_service_runs() {
-    let data = DataDir::new();
+    let data = DataDir::initialized().await;
     let service = Process::spawn(
         &[],
         &[
@@ -153,7 +153,7 @@ async fn only_serve_creates_a_database() {
 
 #[tokio::test]
 async fn commands_start_a_stopped_embedded_postgres_and_stop_it_again() {
-    let data = DataDir::new();
+    let data = DataDir::initialized().await;
     let variables = [
         ("DATA_DIR", data.text()),
         ("LISTEN_ADDR", "127.0.0.1:0"),

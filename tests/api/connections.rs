@@ -49,7 +49,7 @@ async fn get_health(wire: &mut Wire) -> u16 {
 #[tokio::test]
 async fn serves_every_socket_that_systemd_passes_and_passes_none_to_postgres() {
     let sockets = [listening_socket(), listening_socket()];
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let process = start_with_sockets(&sockets, &[("DATA_DIR", directory.text())]);
     process.wait_for_log("database ready").await;
     for socket in &sockets {

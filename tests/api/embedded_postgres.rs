@@ -189,7 +189,7 @@ async fn data_survives_if_service_and_postgres_are_killed() {
 
 #[tokio::test]
 async fn stops_postgres_on_each_signal() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
         let server = serve(&directory).await;
         let postgres = running_postgres(&directory);
@@ -283,7 +283,7 @@ async fn other_users_cannot_access_private_files() {
 
 #[tokio::test]
 async fn postgres_listens_on_no_network_address() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let server = serve(&directory).await;
     let addresses: String = server
         .sql()
@@ -297,7 +297,7 @@ async fn postgres_listens_on_no_network_address() {
 
 #[tokio::test]
 async fn commits_are_durable() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let server = serve(&directory).await;
     let sql = server.sql().await;
     for setting in ["fsync", "synchronous_commit", "full_page_writes"] {
@@ -312,7 +312,7 @@ async fn commits_are_durable() {
 
 #[tokio::test]
 async fn postgres_does_not_inherit_the_environment() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     // PGPORT would change the name of the socket.
     let server = Server::with(&[
         ("DATA_DIR", directory.text()),
@@ -405,10 +405,9 @@ async fn supports_special_characters_in_the_path() {
 
 #[tokio::test]
 async fn ignores_a_lock_file_whose_pid_was_reused() {
-    let other = DataDir::new();
+    let other = DataDir::initialized().await;
     let other_postgres = Postgres::start(other.path()).await.unwrap();
-    let directory = DataDir::new();
-    create_cluster(&directory).await;
+    let directory = DataDir::initialized().await;
     // After a crash, another process may get the pid. PostgreSQL would assume that this process serves
     // the cluster, because the same user runs it.
     let pid = running_postgres(&other);
@@ -424,8 +423,7 @@ async fn ignores_a_lock_file_whose_pid_was_reused() {
 
 #[tokio::test]
 async fn rejects_a_cluster_of_a_version_that_is_not_installed() {
-    let directory = DataDir::new();
-    create_cluster(&directory).await;
+    let directory = DataDir::initialized().await;
     let version = directory.path().join("cluster/PG_VERSION");
     fs::write(&version, "9\n").unwrap();
     let error = start_error(directory.path()).await;
@@ -437,8 +435,7 @@ async fn rejects_a_cluster_of_a_version_that_is_not_installed() {
 
 #[tokio::test]
 async fn reports_why_postgres_cannot_start() {
-    let directory = DataDir::new();
-    create_cluster(&directory).await;
+    let directory = DataDir::initialized().await;
     let settings = directory.path().join("cluster/postgresql.conf");
     fs::write(&settings, "shared_buffers = plenty\n").unwrap();
     let error = start_error(directory.path()).await;
@@ -452,9 +449,8 @@ async fn only_root_and_the_service_user_can_connect() {
         // PostgreSQL runs as the same user, and other users cannot enter the socket directory.
         return;
     }
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     // Earlier versions created clusters that trust every local user.
-    create_cluster(&directory).await;
     let rules = directory.path().join("cluster/pg_hba.conf");
     fs::write(&rules, "local all all trust\n").unwrap();
 

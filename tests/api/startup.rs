@@ -47,7 +47,7 @@ async fn last_error(variables: &[(&str, &str)]) -> String {
 
 #[tokio::test]
 async fn startup_logs_end_with_the_addresses_and_the_data_directory() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let server = Server::with(&[("DATA_DIR", directory.text())]).await;
     server.wait_for_log("/docs").await;
     let log = server.log();
@@ -67,7 +67,7 @@ async fn startup_logs_end_with_the_addresses_and_the_data_directory() {
 
 #[tokio::test]
 async fn startup_logs_contain_no_secret() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let server = Server::with(&[("DATA_DIR", directory.text())]).await;
     let secret = fs::read_to_string(directory.path().join("jwt-secret")).unwrap();
     assert!(!server.log().contains(secret.trim()));
@@ -282,7 +282,7 @@ async fn reads_secrets_from_files() {
 
 #[tokio::test]
 async fn exits_if_the_database_rejects_the_password() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let postgres = Postgres::start(directory.path()).await.unwrap();
     let (client, connection) = postgres
         .config()
@@ -369,13 +369,7 @@ async fn exits_if_the_database_lacks_the_required_tls() {
 
 #[tokio::test]
 async fn waits_for_an_unavailable_database() {
-    let directory = DataDir::new();
-    // Creates the database, which is then stopped.
-    Postgres::start(directory.path())
-        .await
-        .unwrap()
-        .stop()
-        .await;
+    let directory = DataDir::initialized().await;
     let server = Server::listening(&[("DATABASE_URL", &directory.database_url())]).await;
     server.wait_for_log("waiting for the database").await;
     server.get("/healthz").await.expect(200);

@@ -189,7 +189,7 @@ impl Drop for PgBouncer {
 
 #[tokio::test]
 async fn pgbouncer_in_session_mode_is_supported() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let postgres = start_with_hba(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "session").await else {
         return report(
@@ -216,7 +216,7 @@ async fn pgbouncer_in_session_mode_is_supported() {
 
 #[tokio::test]
 async fn rejects_a_pooler_without_prepared_statements_with_a_clear_error() {
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let postgres = start_with_hba(&directory, "local all all trust\n", &[]).await;
     let Some(pooler) = PgBouncer::start(&directory, &postgres, "transaction").await else {
         return report(
@@ -309,7 +309,7 @@ struct Tls {
 
 impl Tls {
     async fn start() -> Tls {
-        let directory = DataDir::new();
+        let directory = DataDir::initialized().await;
         let certificates = directory.parent().join("certificates");
         fs::create_dir(&certificates).unwrap();
         create_certificates(&certificates);

@@ -370,12 +370,7 @@ async fn assert_healthy(address: std::net::SocketAddr) {
 
 #[tokio::test]
 async fn waits_for_a_database_that_is_unavailable_at_startup() {
-    let directory = DataDir::new();
-    Postgres::start(directory.path())
-        .await
-        .unwrap()
-        .stop()
-        .await;
+    let directory = DataDir::initialized().await;
     let url = directory.database_url();
     let variables = [("DATABASE_URL", &*url), ("METRICS_ADDR", "127.0.0.1:0")];
     let server = Server::listening(&variables).await;

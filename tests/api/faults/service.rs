@@ -18,7 +18,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(13);
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_tasks_survive_a_killed_service() {
     let _guard = start_light_load().await;
-    let directory = DataDir::new();
+    let directory = DataDir::initialized().await;
     let variables = [("DATA_DIR", directory.text())];
     let mut server = Server::with(&variables).await;
     let user = server.user().await;

@@ -1,6 +1,7 @@
 //! The temporary directory of a test run, and the cleanup when the run ends.
 
 use std::{
+    env,
     fs::{self, Permissions},
     io::Write,
     os::unix::{fs::PermissionsExt, process::CommandExt},
@@ -60,7 +61,7 @@ fn scratch() -> &'static Scratch {
             .prefix("todo-api-tests-")
             // When tests run as root, PostgreSQL runs as another user, who needs access.
             .permissions(Permissions::from_mode(0o755))
-            .tempdir()
+            .tempdir_in(parent())
             .unwrap()
             .keep()
             .canonicalize()
@@ -78,6 +79,22 @@ fn scratch() -> &'static Scratch {
         let watcher = Mutex::new(watcher.stdin.take().unwrap());
         Scratch { root, watcher }
     })
+}
+
+/// Returns the directory for temporary files. Without `TMPDIR` this is the memory file system of
+/// Linux, because clusters are created and copied many times faster there than on a disk. A
+/// container may restrict it to a few megabytes.
+fn parent() -> PathBuf {
+    const MEMORY: &str = "/dev/shm";
+    const REQUIRED_BYTES: u64 = 4 << 30;
+    let has_room = || {
+        rustix::fs::statvfs(MEMORY)
+            .is_ok_and(|stats| stats.f_bavail * stats.f_frsize > REQUIRED_BYTES)
+    };
+    match env::var_os("TMPDIR") {
+        None if has_room() => MEMORY.into(),
+        _ => env::temp_dir(),
+    }
 }
 
 /// Returns the directory with all files of this run.
