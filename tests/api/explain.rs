@@ -4,9 +4,10 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
+use tokio::sync::OnceCell;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-use crate::harness::Server;
+use crate::harness::Database;
 use crate::sql::files;
 
 /// 100 users with 1,000 tasks each that were created in turn, so that a page of the table rarely has two
@@ -587,15 +588,21 @@ impl PlanStats {
     }
 }
 
-/// Creates a database with the service's schema and these rows.
-async fn create_filled_database() -> (Server, Client) {
-    let server = Server::start().await;
-    let sql = server.sql().await;
-    sql.batch_execute(ROWS).await.expect("rows");
-    sql.batch_execute("vacuum analyze")
-        .await
-        .expect("statistics");
-    (server, sql)
+/// Creates a database with the service's schema and these rows, by cloning the first one.
+async fn create_filled_database() -> (Database, Client) {
+    static TEMPLATE: OnceCell<Database> = OnceCell::const_new();
+    let database = Database::clone_of(&TEMPLATE, async || {
+        let database = Database::create_migrated().await;
+        let sql = database.sql().await;
+        sql.batch_execute(ROWS).await.expect("rows");
+        sql.batch_execute("vacuum analyze")
+            .await
+            .expect("statistics");
+        database
+    })
+    .await;
+    let sql = database.sql().await;
+    (database, sql)
 }
 
 /// Runs a statement twice in transactions that are rolled back: once to count the rows, once to
@@ -701,7 +708,7 @@ fn every_statement_has_cases() {
 
 #[tokio::test]
 async fn statements_read_little_more_than_they_return() {
-    let (_server, sql) = create_filled_database().await;
+    let (_database, sql) = create_filled_database().await;
     let statements = statements();
     let mut violations = Vec::new();
     for case in CASES {
@@ -727,7 +734,7 @@ async fn statements_read_little_more_than_they_return() {
 
 #[tokio::test]
 async fn a_late_page_costs_no_more_than_the_first() {
-    let (_server, sql) = create_filled_database().await;
+    let (_database, sql) = create_filled_database().await;
     let statements = statements();
     for (file, with) in [
         (
@@ -767,7 +774,7 @@ async fn a_late_page_costs_no_more_than_the_first() {
 // Also verifies that the cases detect a missing index.
 #[tokio::test]
 async fn every_index_keeps_a_statement_within_its_limits() {
-    let (_server, sql) = create_filled_database().await;
+    let (_database, sql) = create_filled_database().await;
     let statements = statements();
     let indexes = row(
         &sql,
@@ -793,7 +800,7 @@ async fn every_index_keeps_a_statement_within_its_limits() {
 
 #[tokio::test]
 async fn detects_statements_that_read_too_much() {
-    let (_server, sql) = create_filled_database().await;
+    let (_database, sql) = create_filled_database().await;
     let statements = statements();
     let case = Case {
         rows: 10,

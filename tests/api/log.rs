@@ -490,14 +490,15 @@ async fn no_input_can_forge_a_log_line() {
     ];
     for line_break in breaks {
         let forged = format!("ann@example.com{line_break}{FORGED_LINE}");
-        // The forged line as an e-mail address, with and without spaces.
-        login(&server, &forged, &forged).await.expect(401);
+        // As an e-mail address, with and without spaces. A login verifies a password, which is slow.
+        let address = format!("x{line_break}client=6.6.6.6{line_break}@example.com");
+        login(&server, &address, "short").await.expect(401);
         for email in [
+            forged.clone(),
             forged.replace(' ', "\u{a0}"),
-            format!("x{line_break}client=6.6.6.6{line_break}@example.com"),
+            address,
             format!("client=6.6.6.6{line_break}@6.6.6.6"),
         ] {
-            login(&server, &email, "short").await.expect(401);
             server
                 .post("/api/v1/auth/register")
                 .json(json!({"email": email, "password": "short"}))

@@ -97,10 +97,10 @@ async fn duration_ratio(server: &Server, known: &str, rounds: usize) -> f64 {
 /// Without the dummy hash, the ratio would be 10 or more.
 #[tokio::test]
 async fn known_and_unknown_addresses_take_the_same_time() {
-    let server = Server::with(&[("BCRYPT_COST", "11")]).await;
+    let server = Server::start().await;
     let ann = server.register("ann@example.com").await;
-    let ratio = duration_ratio(&server, &ann.email, 21).await;
-    assert!((0.5..2.0).contains(&ratio), "{ratio}");
+    let ratio = duration_ratio(&server, &ann.email, 11).await;
+    assert!((0.4..2.5).contains(&ratio), "{ratio}");
 }
 
 /// Verifying the stored hash alone would take a quarter of the time, because its cost is lower by 2.
@@ -109,6 +109,6 @@ async fn accounts_with_a_lower_cost_take_the_same_time() {
     let before = Server::with(&[("BCRYPT_COST", "10")]).await;
     let ann = before.register("ann@example.com").await;
     let server = before.sibling(&[("BCRYPT_COST", "12")]).await;
-    let ratio = duration_ratio(&server, &ann.email, 9).await;
+    let ratio = duration_ratio(&server, &ann.email, 5).await;
     assert!((0.5..2.0).contains(&ratio), "{ratio}");
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use crate::auth::{
     ANOTHER_PASSWORD, assert_signed_in, assert_time, change_password, delete_account, login,
@@ -416,6 +417,7 @@ impl StatementCounter {
 
 #[tokio::test]
 async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
+    const PAUSE: Duration = Duration::from_millis(8);
     let server = Server::start().await;
     let ann = server.user().await;
     let mut statements = StatementCounter {
@@ -426,6 +428,7 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(2) {
         ann.get(OTHER_USERS_TASKS).await.expect(403);
+        sleep(PAUSE).await;
     }
 
     let before = statements.poll().await;
@@ -433,9 +436,10 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
     let stop = tokio::sync::Notify::new();
     let load = async {
         let mut requests = 0;
-        while started.elapsed() < Duration::from_secs(5) {
+        while started.elapsed() < Duration::from_secs(4) {
             ann.get(OTHER_USERS_TASKS).await.expect(403);
             requests += 1;
+            sleep(PAUSE).await;
         }
         stop.notify_one();
         requests
@@ -444,7 +448,7 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
         loop {
             tokio::select! {
                 () = stop.notified() => break,
-                () = tokio::time::sleep(Duration::from_millis(3)) => {
+                () = sleep(PAUSE) => {
                     statements.poll().await;
                 }
             }
@@ -453,18 +457,18 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
     };
     let (requests, queries) = tokio::join!(load, watch);
     let seconds = started.elapsed().as_secs_f64();
-    assert!(requests > 100, "only {requests} requests");
-    assert!(queries >= 3, "only {queries} queries");
+    assert!(requests > 50, "only {requests} requests");
+    assert!(queries >= 2, "only {queries} queries");
     assert!(
         queries as f64 <= 2.0 * seconds + 2.0,
         "{queries} queries for {requests} requests in {seconds} s"
     );
 
-    // Statements of the last requests may follow, then none for three seconds.
+    // Statements of the last requests may follow, then none.
     let deadline = Instant::now() + Duration::from_secs(12);
     let mut seen = statements.poll().await;
     let mut quiet_since = Instant::now();
-    while quiet_since.elapsed() < Duration::from_secs(3) {
+    while quiet_since.elapsed() < Duration::from_millis(2500) {
         let now = statements.poll().await;
         if now > seen {
             seen = now;
@@ -474,7 +478,7 @@ async fn revocations_take_at_most_two_queries_a_second_and_none_when_idle() {
             Instant::now() < deadline,
             "an idle service keeps querying the database"
         );
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        sleep(Duration::from_millis(20)).await;
     }
 }
 

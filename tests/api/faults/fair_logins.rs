@@ -3,7 +3,9 @@
 
 use std::{
     collections::BTreeMap,
+    num::NonZero,
     sync::{Arc, Mutex},
+    thread::available_parallelism,
     time::{Duration, Instant},
 };
 
@@ -99,7 +101,8 @@ async fn assert_served(
         "{rounds} requests of the victim, slowest {slowest:.2?}, {overtaken} of the attack served meanwhile; {}",
         attack.summary()
     );
-    assert!(overtaken <= 5 * rounds, "{summary}");
+    // A queue without shares would serve at least 16 before.
+    assert!(overtaken <= 10 * rounds, "{summary}");
     summary
 }
 
@@ -111,12 +114,18 @@ fn log_in(server: &Server, email: &str, password: &str) -> Request {
 
 /// A login waits for a busier network only while one of that network's passwords is being hashed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn serves_a_login_while_up_to_a_hundred_networks_log_in_continuously() {
+async fn serves_a_login_while_many_networks_log_in_continuously() {
     let _guard = start_heavy_load().await;
     let cost = short_or_full("10", "12");
-    for (networks, clients) in [(1, 60), (10, 60), (100, 200)] {
+    for (networks, clients) in [(1, 40), short_or_full((20, 60), (100, 200))] {
         let server = Arc::new(
-            Server::with(&[("TRUSTED_PROXIES", "127.0.0.1"), ("BCRYPT_COST", cost)]).await,
+            Server::with(&[
+                ("TRUSTED_PROXIES", "127.0.0.1"),
+                ("BCRYPT_COST", cost),
+                // The logins must not compete for connections.
+                ("DB_POOL_SIZE", "20"),
+            ])
+            .await,
         );
         let victim = server.user().await;
         let target = server.clone();
@@ -125,10 +134,13 @@ async fn serves_a_login_while_up_to_a_hundred_networks_log_in_continuously() {
             log_in(&target, &format!("{client}-{count}@example.com"), PASSWORD)
                 .header("x-forwarded-for", format!("203.0.113.{network}"))
         });
-        // At this point every network has been served, and the queue is full.
-        attack.until_count(401, 60).await;
-        attack.until_count(503, 60).await;
-        let summary = assert_served(&attack, 401, short_or_full(6, 30), async |_| {
+        // Every network sends so often that its logins are due later than those of the victim,
+        // even if they have been waiting for long. There is a queue of 16 for each core but one.
+        attack.until_count(503, 15 * networks).await;
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        let queue = 16 * cores.saturating_sub(1).max(1);
+        attack.until_count(401, attack.count(401) + queue).await;
+        let summary = assert_served(&attack, 401, short_or_full(3, 30), async |_| {
             log_in(&server, &victim.email, &victim.password).await
         });
         report(&format!("{networks} networks log in"), summary.await);
@@ -158,8 +170,8 @@ async fn serves_a_login_during_password_changes_of_eight_accounts() {
         let request = account.put("/api/v1/auth/password").json(passwords);
         request.header("x-forwarded-for", "203.0.113.1")
     });
-    attack.until_count(422, 20).await;
-    let summary = assert_served(&attack, 422, short_or_full(6, 30), async |_| {
+    attack.until_count(422, 10).await;
+    let summary = assert_served(&attack, 422, short_or_full(3, 30), async |_| {
         let queued = metric(&server, "todo_api_password_hash_queue_length").await;
         assert!(
             queued <= ACCOUNTS,

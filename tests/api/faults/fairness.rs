@@ -235,22 +235,35 @@ async fn resets_connections_that_read_slower_than_16_kib_per_second() {
     assert!(steady.is_ok_and(|read| read > 900_000), "{steady:?}");
 }
 
-/// Returns the length of the kernel's send queue for each connection of a server: the bytes that have not
-/// been sent or acknowledged. Includes connections that the server has closed.
-fn send_queues(server: SocketAddr) -> Vec<u64> {
-    let port = format!(":{:04X}", server.port());
+/// A connection of a server in the kernel's table.
+pub(super) struct Socket {
+    /// Whether the server has not closed it.
+    pub(super) is_open: bool,
+    /// The length of the send queue: the bytes that have not been sent or acknowledged.
+    queue: u64,
+}
+
+/// Reads the connections of a server. The kernel takes milliseconds to format the table, so this
+/// first waits a little, for the callers that poll it.
+pub(super) async fn sockets(server: SocketAddr) -> Vec<Socket> {
+    sleep(Duration::from_millis(100)).await;
+    let port = format!(":{:04X} ", server.port());
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
-    let queue = |line: &str| {
+    let socket = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let (local, state, queues) = (fields[1], fields[3], fields[4]);
+        let (local, state, queues, inode) = (fields[1], fields[3], fields[4], fields[9]);
         const LISTEN: &str = "0A";
         const TIME_WAIT: &str = "06";
-        if !local.ends_with(&port) || [LISTEN, TIME_WAIT].contains(&state) {
+        if !local.ends_with(port.trim_end()) || [LISTEN, TIME_WAIT].contains(&state) {
             return None;
         }
-        u64::from_str_radix(queues.split_once(':')?.0, 16).ok()
+        Some(Socket {
+            is_open: inode != "0",
+            queue: u64::from_str_radix(queues.split_once(':')?.0, 16).ok()?,
+        })
     };
-    table.lines().skip(1).filter_map(queue).collect()
+    let lines = table.lines().filter(|line| line.contains(&port));
+    lines.filter_map(socket).collect()
 }
 
 #[cfg(target_os = "linux")]
@@ -265,15 +278,14 @@ async fn unread_files_use_bounded_kernel_memory_and_are_reset() {
         streams.push(send_without_reading(server.addr(), BUNDLE, None).await);
     }
     until("the files are sent", async || {
-        let busy = send_queues(server.addr())
-            .into_iter()
-            .filter(|queue| *queue > 0);
-        busy.count() >= LARGE_RESPONSES_PER_NETWORK
+        let sockets = sockets(server.addr()).await;
+        sockets.iter().filter(|socket| socket.queue > 0).count() >= LARGE_RESPONSES_PER_NETWORK
     })
     .await;
     sleep(Duration::from_secs(1)).await;
-    let queues = send_queues(server.addr());
-    let (total, largest) = (queues.iter().sum::<u64>(), *queues.iter().max().unwrap());
+    let queues = sockets(server.addr()).await;
+    let queues = queues.iter().map(|socket| socket.queue);
+    let (total, largest) = (queues.clone().sum::<u64>(), queues.max().unwrap());
     report(
         "unread files",
         format!("{clients} clients; {total} bytes in the kernel"),
@@ -288,7 +300,7 @@ async fn unread_files_use_bounded_kernel_memory_and_are_reset() {
     // The clients keep their connections open; other clients may get the permits meanwhile.
     let start = Instant::now();
     until("the first connections are reset", async || {
-        send_queues(server.addr()).len() <= clients - LARGE_RESPONSES_PER_NETWORK
+        sockets(server.addr()).await.len() <= clients - LARGE_RESPONSES_PER_NETWORK
     })
     .await;
     report(
@@ -299,7 +311,7 @@ async fn unread_files_use_bounded_kernel_memory_and_are_reset() {
     server.wait_for_log("slow requests suppressed count=").await;
     drop(streams);
     until("all connections are closed", async || {
-        send_queues(server.addr()).is_empty()
+        sockets(server.addr()).await.is_empty()
     })
     .await;
 }

@@ -30,9 +30,9 @@ use crate::harness::User;
 /// Longer than any timeout of the service.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// The pause between a client's requests, so that the load does not saturate the machine.
-const THINK_TIME: Duration = Duration::from_millis(4);
+const THINK_TIME: Duration = Duration::from_millis(15);
 /// The pause before a client retries.
-const RETRY_BACKOFF: Duration = Duration::from_millis(25);
+const RETRY_BACKOFF: Duration = Duration::from_millis(40);
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -52,8 +52,8 @@ pub(crate) fn short_or_full<T>(short: T, full: T) -> T {
     }
 }
 
-/// The number of tests under load that run at the same time.
-const CONCURRENT_LOADS: u32 = 3;
+/// The number of tests with a light load that run at the same time.
+const CONCURRENT_LOADS: u32 = 8;
 
 static LOADS: Semaphore = Semaphore::const_new(CONCURRENT_LOADS as usize);
 
@@ -62,9 +62,9 @@ async fn start_light_load() -> SemaphorePermit<'static> {
     LOADS.acquire().await.unwrap()
 }
 
-/// Waits until a test whose load uses the whole machine may run alone.
+/// Waits until a test whose load uses a core may run. Two of them never run at the same time.
 async fn start_heavy_load() -> SemaphorePermit<'static> {
-    LOADS.acquire_many(CONCURRENT_LOADS).await.unwrap()
+    LOADS.acquire_many(CONCURRENT_LOADS / 2 + 1).await.unwrap()
 }
 
 fn report(test: &str, counts: impl AsRef<str>) {
@@ -222,10 +222,10 @@ async fn assert_outage_is_survived(
     assert!(detected < RESPONSE_TIMEOUT, "detected after {detected:?}");
 
     let detected_at = Instant::now();
-    sleep(short_or_full(
-        Duration::from_secs(1),
-        Duration::from_secs(10),
-    ))
+    sleep(short_or_full(Duration::ZERO, Duration::from_secs(10))).await;
+    until("requests are rejected", async || {
+        requests.sent_between(detected_at, Instant::now()).len() > 50
+    })
     .await;
     cluster.server.get("/healthz").await.expect(200);
     let unready = cluster.server.get("/readyz").await;
@@ -233,7 +233,6 @@ async fn assert_outage_is_survived(
     unready.header("retry-after");
     let during = requests.sent_between(detected_at, Instant::now());
     let counts = summary(&during);
-    assert!(during.len() > 50, "too few requests: {counts}");
     assert!(
         during
             .iter()

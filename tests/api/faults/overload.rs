@@ -1,7 +1,6 @@
 //! Overload: too many connections, too many requests, and abusive clients.
 
 use std::{
-    fs,
     net::SocketAddr,
     sync::{
         Arc, Mutex,
@@ -10,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::stream::{self, StreamExt};
 use tokio::{
     io::AsyncWriteExt,
     net::TcpStream,
@@ -20,7 +20,7 @@ use tokio_postgres::Client as Sql;
 
 use super::{
     Cluster, RECOVERY_TIMEOUT, RESPONSE_TIMEOUT, backends,
-    fairness::{BUNDLE, insert_large_tasks, request_without_reading},
+    fairness::{BUNDLE, insert_large_tasks, request_without_reading, sockets},
     load::{Addresses, Client, Credentials, Load, RequestLog, RequestRecord, percentile, summary},
     memory,
     proxy::NetworkCondition,
@@ -47,7 +47,7 @@ fn watch_backends(sql: Sql) -> (Arc<AtomicUsize>, tokio::task::JoinHandle<()>) {
 async fn serves_two_thousand_connections_with_twenty_backends() {
     const CONNECTIONS: usize = 2000;
     raise_file_limit();
-    let _guard = start_heavy_load().await;
+    let _guard = start_light_load().await;
     let cluster = Cluster::direct(&[("DB_POOL_SIZE", "20")]).await;
     let (max_backends, sampler) = watch_backends(cluster.sql().await);
     let pid = cluster.server.pid();
@@ -61,30 +61,28 @@ async fn serves_two_thousand_connections_with_twenty_backends() {
     }
     let requests = Arc::new(RequestLog::default());
     let credentials = cluster.credentials();
-    // Each connection sends one request per round; a fifth of them are writes.
-    let rounds = short_or_full(1, 6);
-    let round = short_or_full(Duration::from_secs(6), Duration::from_secs(10));
-    let start = tokio::time::Instant::now();
-    let mut running = JoinSet::new();
-    for (number, mut client) in clients.into_iter().enumerate() {
-        let (requests, credentials) = (requests.clone(), credentials.clone());
-        let task = cluster.task.clone();
-        running.spawn(async move {
-            for turn in 0..rounds {
-                let offset = round * number as u32 / CONNECTIONS as u32;
-                sleep_until(start + round * turn + offset).await;
+    // Each connection sends one request per round; a fifth of them are writes. As many requests are
+    // outstanding as do not wait for a connection too long on a busy machine.
+    let rounds = short_or_full(1, 12);
+    for round in 0..rounds {
+        let requests = &requests;
+        let (credentials, task) = (&credentials, &cluster.task);
+        let sent = clients
+            .iter_mut()
+            .enumerate()
+            .map(async |(number, client)| {
                 if number % 5 == 0 {
-                    let title = format!("round {turn} of {number}");
-                    client.create(&credentials, &title, &requests).await;
+                    let title = format!("round {round} of {number}");
+                    client.create(credentials, &title, requests).await
                 } else {
-                    client.read(&credentials, &task, &requests).await;
+                    client.read(credentials, task, requests).await
                 }
-            }
-            // Keep the connection open until all clients have finished.
-            client
-        });
+            });
+        stream::iter(sent)
+            .buffer_unordered(40)
+            .collect::<Vec<_>>()
+            .await;
     }
-    let clients = running.join_all().await;
     let (resident, peak) = memory(pid);
     sampler.abort();
     drop(clients);
@@ -98,7 +96,7 @@ async fn serves_two_thousand_connections_with_twenty_backends() {
         ),
     );
     let records = requests.all();
-    assert_eq!(records.len(), CONNECTIONS * rounds as usize);
+    assert_eq!(records.len(), CONNECTIONS * rounds);
     assert!(
         records.iter().all(RequestRecord::is_success),
         "{}",
@@ -164,12 +162,12 @@ async fn sheds_excess_requests_quickly_at_twice_the_capacity() {
         &cluster,
         &users,
         capacity / 4,
-        Duration::from_secs(2),
+        Duration::from_secs(1),
         "before",
     )
     .await;
 
-    let duration = short_or_full(Duration::from_secs(5), Duration::from_secs(60));
+    let duration = short_or_full(Duration::from_secs(3), Duration::from_secs(60));
     let requests = create_at_rate(&cluster, &users, 2 * capacity, duration, "during").await;
     let end = Instant::now();
     let mut recovered = None;
@@ -272,23 +270,14 @@ impl AbusiveClient {
     }
 }
 
-/// Returns the number of the service's open sockets, from the kernel's table.
-fn open_connections(address: SocketAddr) -> usize {
-    let port = format!(":{:04X}", address.port());
-    let table = fs::read_to_string("/proc/net/tcp").unwrap();
-    let is_open = |line: &&str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let (local, state, inode) = (fields[1], fields[3], fields[9]);
-        // Skip the listener and sockets that no process owns.
-        local.ends_with(&port) && state != "0A" && inode != "0"
-    };
-    table.lines().skip(1).filter(is_open).count()
+async fn open_connections(address: SocketAddr) -> usize {
+    let sockets = sockets(address).await;
+    sockets.iter().filter(|socket| socket.is_open).count()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn abusive_clients_are_disconnected_without_affecting_others() {
     raise_file_limit();
-    let _guard = start_light_load().await;
     let server = Server::with(&[("DB_POOL_SIZE", "8")]).await;
     let user = Arc::new(server.user().await);
     let sql = server.sql().await;
@@ -302,7 +291,7 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
     until_served(&requests, 51, 0).await;
 
     let pid = server.pid();
-    let (before, idle) = (open_connections(server.addr()), memory(pid).0);
+    let (before, idle) = (open_connections(server.addr()).await, memory(pid).0);
     let count = short_or_full(160, 1000);
     let start = Instant::now();
     let mut abusive = JoinSet::new();
@@ -325,18 +314,18 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
         while let Some(stream) = abusive.try_join_next() {
             streams.push(stream.unwrap());
         }
-        max_open = max_open.max(open_connections(server.addr()));
-        if streams.len() == count && open_connections(server.addr()) <= before {
+        let open = open_connections(server.addr()).await;
+        max_open = max_open.max(open);
+        if streams.len() == count && open <= before {
             break;
         }
         assert!(
             start.elapsed() < limit,
             "{} of {} connections are still open; {} clients have returned",
-            open_connections(server.addr()).saturating_sub(before),
+            open.saturating_sub(before),
             count,
             streams.len()
         );
-        sleep(Duration::from_millis(100)).await;
     }
     let disconnected = start.elapsed();
     let during = requests.sent_between(start, Instant::now());
@@ -354,7 +343,7 @@ async fn abusive_clients_are_disconnected_without_affecting_others() {
         max_open - before > count / 2,
         "never more than {max_open} connections"
     );
-    assert!(during.len() > 500, "{}", summary(&during));
+    assert!(during.len() > 200, "{}", summary(&during));
     assert!(
         during.iter().all(RequestRecord::is_success),
         "{}",

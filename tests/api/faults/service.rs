@@ -24,7 +24,7 @@ async fn acknowledged_tasks_survive_a_killed_service() {
     let user = server.user().await;
     let addresses = Addresses::new(&[server.addr()]);
     let load = Load::new(&addresses).writing(8, &Credentials::from(&user));
-    let kills = short_or_full(2, 20);
+    let kills = short_or_full(1, 20);
     let mut slowest = Duration::ZERO;
     for _ in 0..kills {
         until_served(&load.requests, 0, 101).await;
@@ -60,7 +60,7 @@ async fn every_accepted_request_gets_a_response_during_shutdown() {
     let load = Load::new(&addresses)
         .reading(16, &credentials, task)
         .writing(8, &credentials);
-    let stops = short_or_full(2, 20);
+    let stops = short_or_full(1, 20);
     let mut slowest = Duration::ZERO;
     for _ in 0..stops {
         until_served(&load.requests, 101, 51).await;
@@ -121,7 +121,7 @@ async fn no_request_fails_while_the_service_restarts_with_a_passed_socket() {
     let load = Load::new(&Addresses::new(&[address]))
         .reading(16, &credentials, task)
         .writing(8, &credentials);
-    let restarts = short_or_full(2, 20);
+    let restarts = short_or_full(1, 20);
     for _ in 0..restarts {
         until_served(&load.requests, 101, 51).await;
         let status = process.stop().await;
@@ -159,7 +159,7 @@ async fn the_other_instance_serves_while_one_of_two_is_killed() {
     let load = Load::new(&addresses)
         .reading(8, &credentials, task)
         .writing(8, &credentials);
-    let kills = short_or_full(2, 20);
+    let kills = short_or_full(1, 20);
     for _ in 0..kills {
         until_served(&load.requests, 101, 51).await;
         one.kill();

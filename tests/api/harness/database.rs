@@ -60,7 +60,7 @@ impl SharedPostgres {
                     ("fsync", "off"),
                     ("full_page_writes", "off"),
                     ("synchronous_commit", "off"),
-                    ("max_wal_size", "8GB"),
+                    ("max_wal_size", "1GB"),
                     ("checkpoint_timeout", "1h"),
                 ];
                 let started = Postgres::start_with(&root().join("shared"), &settings)
@@ -132,15 +132,27 @@ impl Database {
         Database { name }
     }
 
-    /// Creates a database with the current schema by cloning a migrated template database. On an
-    /// external server there is no template, because nothing would drop it.
+    /// Creates a database with the current schema.
     pub(crate) async fn create_migrated() -> Database {
-        static TEMPLATE: OnceCell<()> = OnceCell::const_new();
+        static TEMPLATE: OnceCell<Database> = OnceCell::const_new();
+        Database::clone_of(&TEMPLATE, create_template).await
+    }
+
+    /// Clones the database that `create` returns. Calls it once, unless the server is an external
+    /// one, on which nothing would drop the template.
+    pub(crate) async fn clone_of(
+        template: &OnceCell<Database>,
+        create: impl AsyncFn() -> Database,
+    ) -> Database {
         if !is_embedded().await {
-            return Database::create().await;
+            return create().await;
         }
-        TEMPLATE.get_or_init(create_template).await;
-        Database::create_with("template migrated").await
+        let template = template.get_or_init(async || {
+            let database = create().await;
+            wait_until_unused(&database.name).await;
+            database
+        });
+        Database::create_with(&format!("template {}", template.await.name)).await
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -187,22 +199,27 @@ async fn execute(statement: String) -> Result<(), String> {
         .unwrap()
 }
 
-/// Creates the database `migrated` with the service's schema.
-async fn create_template() {
-    execute("create database migrated".into()).await.unwrap();
-    let url = SharedPostgres::get().database_url("migrated");
+/// Creates a database with the service's schema.
+async fn create_template() -> Database {
+    let database = Database::create().await;
     let variables = [
-        ("DATABASE_URL", url.as_str()),
+        ("DATABASE_URL", &*database.url()),
         ("JWT_SECRET", SECRET),
         ("RUST_LOG", "info"),
     ];
     let migrate = Process::spawn(&["migrate"], &variables);
     assert!(migrate.ended().await.success(), "{}", migrate.log());
-    // A database with open connections cannot be a template.
-    until("the migration's connections are closed", async || {
-        let probe = "do $$ begin assert not exists
-                     (select 1 from pg_stat_activity where datname = 'migrated'); end $$";
-        execute(probe.into()).await.is_ok()
+    database
+}
+
+/// Waits until no connection to a database is open, so that it can be a template.
+async fn wait_until_unused(name: &str) {
+    let assert_unused = format!(
+        "do $$ begin assert not exists
+         (select 1 from pg_stat_activity where datname = '{name}'); end $$"
+    );
+    until("the template's connections are closed", async || {
+        execute(assert_unused.clone()).await.is_ok()
     })
     .await;
 }

@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::OnceCell,
+    sync::{OnceCell, Semaphore},
     time::{sleep, timeout},
 };
 use tokio_postgres::Client;
@@ -191,6 +191,10 @@ impl Server {
 
     /// Registers this e-mail address with the password [`PASSWORD`].
     pub(crate) async fn register(&self, email: &str) -> User {
+        // The queue of a server with one hashing thread has room for 16 passwords, and tests share
+        // a server.
+        static REGISTRATIONS: Semaphore = Semaphore::const_new(8);
+        let _permit = REGISTRATIONS.acquire().await.unwrap();
         let response = self
             .post("/api/v1/auth/register")
             .json(json!({"email": email, "password": PASSWORD}))
