@@ -134,8 +134,11 @@ async fn connections_reset_during_a_response_lose_no_acknowledged_task() {
         "{}",
         summary(&flapping)
     );
+    // Retries may fill the queue.
     let is_expected = |request: &RequestRecord| {
-        request.is_success() || request.is_retryable_503("database_unavailable")
+        request.is_success()
+            || request.is_retryable_503("database_unavailable")
+            || request.is_retryable_503("overloaded")
     };
     assert!(
         requests.all().iter().all(is_expected),
