@@ -67,6 +67,8 @@ async fn set_password_clears_lockouts_and_revokes_sessions() {
     let output = set_password(" Ann@Example.com ", NEW_PASSWORD, &variables);
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(stdout(&output).contains("1 sessions revoked"));
+    let line = format!("INFO  password set user_id={} sessions_revoked=1", ann.id);
+    assert!(stderr(&output).contains(&line), "{}", stderr(&output));
     for (password, status) in [(PASSWORD, 401), ("seven Cöpper kéttles", 200)] {
         server
             .post("/api/v1/auth/login")

@@ -460,8 +460,8 @@ cases! {
         "the password was changed": "nth(7), hash(8)" => rows 0, pages 2 * A_ROW, rows_discarded 2;
     }
     "users/export.sql" {
-        "with 1,000 tasks": "nth(7)" => rows 1, pages 3 * THOUSAND, sorted 1000;
-        "an unknown user": "nth(500000)" => rows 0, pages A_ROW;
+        "with 1,000 tasks": "nth(7)" => rows 1, pages 3 * THOUSAND, sorted 1000, reads_all "the failures of the first release are few";
+        "an unknown user": "nth(500000)" => rows 0, pages A_ROW, reads_all "the failures of the first release are few";
     }
     "users/for_mail_token.sql" {
         "a user": "nth(7)" => rows 1, pages 2 * A_ROW;
