@@ -244,7 +244,7 @@ async fn check_mail(config: &Config) -> Value {
             connection.quit().await.ok();
             return json!({"server": server, "tls": tls, "login": login});
         }
-        Ok(Err(error)) => mail::error_chain(&error),
+        Ok(Err(error)) => error.to_string(),
         Err(_) => "timed out".to_owned(),
     };
     json!({"server": server, "error": error})

@@ -35,6 +35,8 @@ const QUEUE_CAPACITY: usize = 1000;
 pub(crate) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The pauses between the three attempts: one for a restart of the server, one for greylisting.
 const BACKOFFS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(30)];
+/// How long a mail waits before its first attempt, so that composing it does not slow down the response.
+const RESPONSE_TIME: Duration = Duration::from_millis(20);
 /// How long an idle connection is kept.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -69,14 +71,18 @@ impl Mailer {
         }))
     }
 
-    /// Adds a mail to the queue. Drops it if the queue is full.
-    pub(crate) fn send(self: &Arc<Self>, mail: Mail) {
+    /// Adds a mail to the queue. Drops it if the queue is full. Takes as long if there is no mail.
+    pub(crate) fn send(self: &Arc<Self>, mail: Option<Mail>) {
         let Ok(permit) = self.queue.clone().try_acquire_owned() else {
             return self.give_up(MailOutcome::QueueFull, "the queue is full", 0);
         };
         let (mailer, queued) = (self.clone(), self.metrics.mail_queued());
         self.deliveries.spawn(async move {
-            mailer.deliver(mail).await;
+            let wait = sleep(RESPONSE_TIME);
+            mailer.closing.run_until_cancelled(wait).await;
+            if let Some(mail) = mail {
+                mailer.deliver(mail).await;
+            }
             drop((permit, queued));
         });
     }
@@ -131,7 +137,7 @@ impl Mailer {
         };
         let connection = match timeout(ATTEMPT_TIMEOUT, attempt).await {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return Err((classify(&error), error_chain(&error))),
+            Ok(Err(error)) => return Err((classify(&error), error.to_string())),
             Err(_) => return Err((MailOutcome::Unreachable, "timed out".into())),
         };
         *slot = Some((connection, Instant::now()));
@@ -160,16 +166,4 @@ impl Mailer {
 async fn reusable(open: Option<(AsyncSmtpConnection, Instant)>) -> Option<AsyncSmtpConnection> {
     let (mut connection, _) = open?;
     connection.test_connected().await.then_some(connection)
-}
-
-/// The message of an error with its causes.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    let texts = std::iter::once(error.to_string()).chain(causes.map(ToString::to_string));
-    texts
-        .reduce(|text, cause| match text.contains(&cause) {
-            true => text,
-            false => format!("{text}: {cause}"),
-        })
-        .unwrap_or_default()
 }

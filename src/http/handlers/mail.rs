@@ -29,9 +29,8 @@ pub(crate) async fn forgot_password(
     mailer: &Arc<Mailer>,
     body: Body<'_>,
 ) -> Result<Response> {
-    if let Some(account) = read_recipient(context, body).await? {
-        mailer.send(Mail::PasswordReset(account));
-    }
+    let account = read_recipient(context, body).await?;
+    mailer.send(account.map(Mail::PasswordReset));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
 
@@ -42,9 +41,8 @@ pub(crate) async fn resend(
     body: Body<'_>,
 ) -> Result<Response> {
     let account = read_recipient(context, body).await?;
-    if let Some(account) = account.filter(|account| !account.is_verified) {
-        mailer.send(Mail::Verification(account));
-    }
+    let account = account.filter(|account| !account.is_verified);
+    mailer.send(account.map(Mail::Verification));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
 
@@ -134,13 +132,13 @@ pub(crate) async fn change_email(
     let new = email.to_string();
     if mail::count(db, &email).await?.is_some() {
         let (email, session) = (new.clone(), user.session);
-        mailer.send(Mail::AddressChange {
+        mailer.send(Some(Mail::AddressChange {
             account,
             email,
             session,
-        });
+        }));
     }
-    mailer.send(Mail::ChangeNotice { to, email: new });
+    mailer.send(Some(Mail::ChangeNotice { to, email: new }));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
 
@@ -190,11 +188,11 @@ pub(super) async fn register_pending(
 ) -> Result<Response> {
     let db = context.password_queries();
     mail::register(db, email, hash).await?;
-    match mail::count(db, email).await?.flatten() {
-        Some(pending) if pending.is_pending => mailer.send(Mail::Verification(pending)),
-        Some(account) => mailer.send(Mail::AlreadyRegistered { to: account.email }),
-        None => {}
-    }
+    let registered = mail::count(db, email).await?.flatten();
+    mailer.send(registered.map(|account| match account.is_pending {
+        true => Mail::Verification(account),
+        false => Mail::AlreadyRegistered { to: account.email },
+    }));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
 
@@ -206,6 +204,6 @@ pub(super) async fn send_verification(context: &RequestContext<'_>, email: &Emai
     if let Some(mailer) = app.mail.as_ref().filter(|_| is_on)
         && let Ok(Some(Some(account))) = mail::count(context.password_queries(), email).await
     {
-        mailer.send(Mail::Verification(account));
+        mailer.send(Some(Mail::Verification(account)));
     }
 }
