@@ -21,7 +21,7 @@ use super::{
     raise_file_limit, report, short_or_full, signal_all, start_light_load,
 };
 use crate::conditional_lists::id;
-use crate::harness::{Request, Response, SECRET, Server, User, forge, until};
+use crate::harness::{Request, Response, Server, User, until};
 use crate::metrics::gauge;
 
 /// The state that the writers and the replicas share.
@@ -428,31 +428,6 @@ async fn requests_that_wait_get_503_when_the_database_is_lost() {
     cluster.proxy().set_condition(NetworkCondition::Normal);
 }
 
-/// Creates users with tokens. Registering them would take too long.
-async fn create_users(server: &Server, count: usize) -> Vec<User> {
-    let ann = server.user().await;
-    let sql = server.sql().await;
-    let insert = format!(
-        "insert into users (id, email, password_hash, created_at, updated_at)
-         select gen_random_uuid(), 'bulk' || n || '@example.com', repeat('x', 60), now(), now()
-         from generate_series(1, {count}) n
-         returning id::text, email"
-    );
-    let rows = sql.query(&insert, &[]).await.unwrap();
-    let now = jiff::Timestamp::now().as_second();
-    let user = |row: &tokio_postgres::Row| {
-        let (id, email): (String, String) = (row.get(0), row.get(1));
-        let claims = json!({
-            "user_id": id, "sub": id, "email": email, "sid": id, "iat": now, "exp": now + 3600,
-        });
-        let access_token = forge(SECRET, json!({"alg": "HS256", "typ": "JWT"}), claims);
-        let mut user = ann.clone();
-        (user.id, user.email, user.access_token) = (id, email, access_token);
-        user
-    };
-    rows.iter().map(user).collect()
-}
-
 /// The pool has two connections, one of them for the health probe.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_requests_wait_and_a_change_wakes_only_those_of_its_list() {
@@ -461,7 +436,7 @@ async fn a_thousand_requests_wait_and_a_change_wakes_only_those_of_its_list() {
     let variables = [("METRICS_ADDR", "127.0.0.1:0"), ("DB_POOL_SIZE", "2")];
     let server = Server::with(&variables).await;
     let there = server.sibling(&[]).await;
-    let users = create_users(&server, 250).await;
+    let users = server.users(250).await;
     let mut tags = Vec::new();
     for user in &users {
         tags.push(user.list_tag().await);

@@ -38,6 +38,9 @@ pub(crate) const SECRET: &str = "a secret of the tests, and 32 bytes or more of 
 /// The password of every user that the harness registers.
 pub(crate) const PASSWORD: &str = "mossy-Lantern-42-harbour";
 
+/// The hash of [`PASSWORD`] with the default `BCRYPT_COST` of test servers.
+const PASSWORD_HASH: &str = "$2b$10$abcdefghijklmnopqrstuut26eJFqvnNaaoES.5d8lrd.gefLe/hW";
+
 const WAIT_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
