@@ -56,10 +56,13 @@ fn new_address() -> String {
     format!("mail{}@example.com", unique())
 }
 
-/// Requests a reset, and returns the token. The user has received `count` mails so far.
+/// Requests a reset for the `count`th time, and returns the token.
 async fn reset_token((server, mails): &(Server, MailServer), user: &User, count: usize) -> String {
     request_mail(server, FORGOT, &user.email).await;
-    mails.nth(&user.email, count + 1).await.token()
+    let mail = mails
+        .nth_about(&user.email, "reset your password", count)
+        .await;
+    mail.token()
 }
 
 /// Returns whether the user's address is verified.
@@ -89,7 +92,7 @@ async fn a_forgotten_password_is_reset_by_mail() {
         .header("forwarded", "host=evil.example")
         .await
         .expect(202);
-    let mail = mails.nth(&ann.email, 2).await;
+    let mail = mails.nth_about(&ann.email, "reset", 1).await;
     assert_eq!(mail.header("From"), "Todo <todo@todo.example>");
     assert_eq!(mail.header("Subject"), "Todo: reset your password");
     assert_eq!(mail.header("Auto-Submitted"), "auto-generated");
@@ -242,13 +245,8 @@ async fn of_concurrent_resets_with_one_token_exactly_one_succeeds() {
         .map(|(server, new)| reset(server, &token, new));
     let responses = join_all(resets).await;
     let is_done = |response: &Response| response.status == 204;
-    assert_eq!(
-        responses
-            .iter()
-            .filter(|response| is_done(response))
-            .count(),
-        1
-    );
+    let done = responses.iter().filter(|response| is_done(response));
+    assert_eq!(done.count(), 1, "{responses:?}");
     for (response, password) in responses.iter().zip(&passwords) {
         let expected = if is_done(response) { 200 } else { 401 };
         assert_eq!(login(server, &ann.email, password).await.status, expected);
@@ -358,12 +356,12 @@ async fn an_address_gets_three_mails_an_hour_whether_known_or_not() {
     );
 }
 
-/// If a mail were sent before the response, known addresses would take ten times as long.
+/// If a mail were sent before the response, known addresses would take two seconds longer.
 /// `MAIL_SAMPLES` sets the number of samples, whose medians are printed.
 #[tokio::test]
 async fn known_and_unknown_addresses_take_the_same_time() {
     let (server, mails) = Server::with_mail(&[]).await;
-    mails.delay(Duration::from_millis(20));
+    mails.delay(Duration::from_secs(2));
     let required = server.sibling(&[("EMAIL_VERIFICATION", "required")]).await;
     let samples = std::env::var("MAIL_SAMPLES").ok();
     let samples: usize = samples.map_or(6, |samples| samples.parse().unwrap());
@@ -402,7 +400,7 @@ async fn known_and_unknown_addresses_take_the_same_time() {
         let middle = samples / 2;
         println!("{name}: {:.3} and {:.3} ms", known[middle], unknown[middle]);
         let ratio = known[0] / unknown[0];
-        assert!((0.33..3.0).contains(&ratio), "{name}: {times:?}");
+        assert!((0.1..10.0).contains(&ratio), "{name}: {times:?}");
     }
 }
 
@@ -433,7 +431,9 @@ async fn a_registration_sends_a_link_that_verifies_the_address() {
     // There is nothing left to verify.
     request_mail(server, RESEND, &ann.email).await;
     request_mail(server, FORGOT, &ann.email).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    // Mails are sent in order.
+    let ben = server.user().await;
+    mails.nth(&ben.email, 1).await;
     assert_eq!(mails.received(&ann.email).len(), 2);
 }
 
@@ -559,7 +559,7 @@ async fn a_new_address_is_confirmed_from_its_mail() {
         .await
         .expect(202);
     let link = mails.nth(&new, 1).await;
-    let notice = mails.nth(&ann.email, 2).await;
+    let notice = mails.nth_about(&ann.email, "about to change", 1).await;
     assert_eq!(
         notice.header("Subject"),
         "Todo: your e-mail address is about to change"
@@ -625,7 +625,8 @@ async fn one_of_two_users_gets_the_address_that_both_want() {
     assert_eq!(statuses, [204, 409]);
     // A taken address is not revealed before.
     change_email(&ann, &ben.email, PASSWORD).await.expect(202);
-    let taken = verify(server, &mails.nth(&ben.email, 3).await.token()).await;
+    let mail = mails.nth_about(&ben.email, "new e-mail address", 1).await;
+    let taken = verify(server, &mail.token()).await;
     assert!([204, 409].contains(&taken.status), "{taken:?}");
 }
 

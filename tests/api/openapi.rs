@@ -630,7 +630,7 @@ async fn mail_routes(coverage: &mut Coverage, server: &Server, mails: &MailServe
     resend.await;
     let forgot = coverage.check_json(&anonymous, "forgotPassword", 202, email);
     forgot.await;
-    let reset = mails.nth(&ann.email, 3).await.token();
+    let reset = mails.token_of(&ann, "/account/reset").await;
     let client = Client::new(server, &ann, &[]);
     for (password, status) in [("wrong", 403), (&ann.password, 202)] {
         let change = json!({"email": ben.email, "password": password});
@@ -638,8 +638,9 @@ async fn mail_routes(coverage: &mut Coverage, server: &Server, mails: &MailServe
             .check_json(&client, "changeEmail", status, change)
             .await;
     }
-    let verify = mails.nth(&ben.email, 1).await.token();
-    let taken = mails.nth(&ben.email, 2).await.token();
+    let verify = mails.token_of(&ben, "/account/verify").await;
+    let taken = mails.nth_about(&ben.email, "new e-mail address", 1).await;
+    let taken = taken.token();
     for (token, status) in [(verify.as_str(), 204), (&taken, 409), (&reset, 401)] {
         let token = json!({"token": token});
         coverage

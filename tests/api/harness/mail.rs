@@ -136,9 +136,21 @@ impl MailServer {
 
     /// Waits until this address has received `count` mails, and returns the last one.
     pub(crate) async fn nth(&self, to: &str, count: usize) -> Mail {
-        let description = format!("{count} mails to {to}");
-        until(&description, async || self.received(to).len() >= count).await;
-        self.received(to).swap_remove(count - 1)
+        self.nth_about(to, "", count).await
+    }
+
+    /// Like [`MailServer::nth`], but counts only mails with this text in their subject. Mails that are
+    /// sent within milliseconds may arrive in any order.
+    pub(crate) async fn nth_about(&self, to: &str, subject: &str, count: usize) -> Mail {
+        let mut found = None;
+        until("a mail", async || {
+            let mails = self.received(to).into_iter();
+            let mut mails = mails.filter(|mail| mail.header("Subject").contains(subject));
+            found = mails.nth(count - 1);
+            found.is_some()
+        })
+        .await;
+        found.unwrap()
     }
 }
 
