@@ -1,6 +1,7 @@
 //! Password hashing. It is slow by design, so it runs on a dedicated thread pool, whose bounded
 //! queue is shared fairly between the networks of the clients.
 
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
@@ -20,6 +21,11 @@ use crate::telemetry::metrics::Metrics;
 /// The queue capacity per thread at a cost of 12. A hash takes a quarter of a second at that cost,
 /// so a full queue drains in 4 s. Each increment of the cost halves the capacity.
 const QUEUE_PER_THREAD: usize = 16;
+/// The nice value of the threads, with a third of the usual weight: idle cores hash, and hashing
+/// delays requests little. At a lower priority, logins would time out while requests keep all cores
+/// busy.
+#[cfg(target_os = "linux")]
+const NICE: i32 = 5;
 
 /// A pool of threads that hash passwords.
 pub(crate) struct PasswordHasher {
@@ -44,11 +50,9 @@ pub(crate) struct Verification {
 }
 
 impl PasswordHasher {
-    /// Starts one thread fewer than there are cores, leaving one core for all other work.
-    pub(crate) fn new(cost: u32, metrics: Arc<Metrics>) -> std::io::Result<Self> {
-        let threads = thread::available_parallelism()
-            .map_or(1, |cores| cores.get() - 1)
-            .max(1);
+    /// Starts one thread per core, with a low priority.
+    pub(crate) fn new(cost: u32, metrics: Arc<Metrics>) -> io::Result<Self> {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
         let capacity = threads * (QUEUE_PER_THREAD >> cost.saturating_sub(12));
         let pool = Arc::new(Pool {
             queue: Mutex::new(JobQueue::new(capacity)),
@@ -58,7 +62,10 @@ impl PasswordHasher {
             let pool = pool.clone();
             thread::Builder::new()
                 .name(format!("hash-{number}"))
-                .spawn(move || pool.run_jobs())?;
+                .spawn(move || {
+                    lower_priority();
+                    pool.run_jobs();
+                })?;
         }
         Ok(Self {
             cost,
@@ -151,6 +158,15 @@ impl Pool {
             // No other thread needs to be notified: this one takes the next job of the network.
             queue.finish(job.network);
         }
+    }
+}
+
+/// Lowers the priority of the current thread. Does nothing on systems other than Linux, where the
+/// priority is that of the process.
+fn lower_priority() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        log::warn!("password hashing competes with requests: cannot lower its priority: {error}");
     }
 }
 

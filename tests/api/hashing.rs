@@ -1,5 +1,7 @@
 //! Password hashing does not slow down other requests, and its queue is bounded.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::future::join_all;
@@ -60,4 +62,22 @@ async fn sheds_logins_when_the_hash_queue_is_full_while_reads_continue() {
     let response = register(&server, "late@example.com", PASSWORD).await;
     response.expect(201);
     login(&server, &ann.email, &ann.password).await.expect(200);
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn each_core_has_a_hashing_thread_of_low_priority() {
+    let server = Server::shared().await;
+    let mut threads = BTreeMap::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap() {
+        let stat = fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
+        let (name, fields) = stat.rsplit_once(") ").unwrap();
+        if let Some((_, number)) = name.split_once("(hash-") {
+            // `nice` is field 19 of proc_pid_stat(5), and the name is field 2.
+            let nice: i32 = fields.split(' ').nth(16).unwrap().parse().unwrap();
+            threads.insert(number.parse::<usize>().unwrap(), nice);
+        }
+    }
+    let cores = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(threads, (0..cores).map(|number| (number, 5)).collect());
 }
