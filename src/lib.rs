@@ -29,8 +29,8 @@
 //!    the body is read.
 //! 5. `http::handlers` has one function per route: it parses the request, runs one database query
 //!    and returns a response.
-//! 6. `db` runs a statement from `sql/` on a pooled connection. Reads that arrive at the same time
-//!    share one statement.
+//! 6. `db` runs a statement from `sql/` on a pooled connection. Reads and writes of tasks that arrive
+//!    at the same time share one statement.
 
 // A failed `unwrap` fails the test, as it should.
 #![cfg_attr(test, allow(clippy::unwrap_used))]

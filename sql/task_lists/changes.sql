@@ -3,7 +3,7 @@
 -- changes, one row has only the state.
 -- $1 user id, $2 and $3 the revision and the id of the last known change, $4 and $5 the revision
 -- and the id of the last known deletion, $6 limit
-select change.id, l.user_id, change.title, change.description, change.completed,
+select change.id, change.title, change.description, change.completed,
        change.created_at, change.updated_at, change.revision, change.deleted_at,
        l.revision as list_revision, l.purged_revision
 from task_lists l

@@ -36,6 +36,6 @@ with claim as (
             order by created_at desc offset 9999 limit 1)
         for update skip locked))
 )
-select task_id as id, $1::uuid as user_id, title, description, completed,
+select task_id as id, title, description, completed,
        created_at, created_at as updated_at, (select revision from list) as revision
 from claim

@@ -8,7 +8,7 @@ from unnest((select $1::uuid[]), (select $2::uuid[]))
     with ordinality as request (user_id, id, ordinal)
 -- The limit forces one index lookup per request, however many rows the planner expects.
 cross join lateral (
-    select id, user_id, title, description, completed, created_at, updated_at
+    select id, title, description, completed, created_at, updated_at, user_id
     from tasks t
     where t.user_id = request.user_id and t.id = request.id
     limit 1

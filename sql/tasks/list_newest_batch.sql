@@ -3,8 +3,8 @@
 -- null.
 -- $1 user ids, $2 the last id of the previous page or null, $3 limit, up to 101: one of each per
 -- request
-select page.id, list.user_id, page.title, page.description, page.completed, page.created_at,
-       page.updated_at, list.revision, request.ordinal
+select page.id, page.title, page.description, page.completed, page.created_at, page.updated_at,
+       list.revision, list.user_id, request.ordinal
 -- The subqueries hide the length of the arrays from the planner. Otherwise it would plan each length
 -- anew instead of keeping a generic plan.
 from unnest((select $1::uuid[]), (select $2::uuid[]), (select $3::bigint[]))

@@ -2,10 +2,10 @@
 -- page, there is one row whose id is null.
 -- $1 user id, $2 completed or null for all, $3 text to search for or null, $4 the last id of the
 -- previous page or null, $5 limit, $6 size of the page in bytes
-select t.id, l.user_id, t.title, t.description, t.completed, t.created_at, t.updated_at, l.revision
+select t.id, t.title, t.description, t.completed, t.created_at, t.updated_at, l.revision
 from task_lists l
 left join lateral (
-    select id, user_id, title, description, completed, created_at, updated_at
+    select id, title, description, completed, created_at, updated_at
     from (
         select *,
             -- The minimum JSON size of the tasks, without this one and the previous one: the
@@ -14,7 +14,7 @@ left join lateral (
                 order by id asc rows between unbounded preceding and 2 preceding
             ) as size
         from (
-            select id, user_id, title, description, completed, created_at, updated_at
+            select id, title, description, completed, created_at, updated_at
             from tasks
             where user_id = $1
               and id > coalesce($4::uuid, '00000000-0000-0000-0000-000000000000')

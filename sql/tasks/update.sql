@@ -22,9 +22,9 @@ with list as (
     from list
     where t.user_id = $1 and t.id = $2
       and ($8::timestamptz[] is null or (updated_at = any($8)) = $9)
-    returning id, user_id, title, description, completed, created_at, updated_at, t.revision
+    returning id, title, description, completed, created_at, updated_at, t.revision
 )
-select c.id, c.user_id, c.title, c.description, c.completed, c.created_at, c.updated_at, c.revision,
+select c.id, c.title, c.description, c.completed, c.created_at, c.updated_at, c.revision,
        c.id is null and $8 is not null
            and exists (select from tasks t where t.user_id = $1 and t.id = $2) as version_mismatch
 from (select) one_row left join changed c on true

@@ -17,7 +17,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::yield_now;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
@@ -39,8 +39,13 @@ const MAX_WORKERS: usize = 8;
 /// queue is full.
 const QUEUE_CAPACITY: usize = 1024;
 
+/// The error of the queries of a batch whose task panicked.
+const FAILED: &str = "a batch of queries failed";
+
 /// A query that can share a statement with others of its kind.
 pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
+    /// Whether the query is a write, whose statement may not run again.
+    const IS_WRITE: bool = false;
     /// The maximum number of rows that one statement returns, which bounds its memory.
     const MAX_ROWS: usize;
 
@@ -48,7 +53,7 @@ pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
     /// returns. A higher number makes batches smaller.
     fn max_rows(&self) -> usize;
 
-    /// The user whose rows the query reads.
+    /// The user whose rows the query reads or writes.
     fn user_id(&self) -> Uuid;
 
     /// Runs the queries. The rows are ordered by the column `ordinal`, the 1-based index of the
@@ -80,7 +85,8 @@ impl<Q> Default for Batcher<Q> {
 }
 
 impl<Q: BatchQuery> Batcher<Q> {
-    /// Runs a query together with others and returns its rows.
+    /// Runs a query together with others and returns its rows. The outcome of a write is unknown only
+    /// after `ConnectionLost`.
     pub(super) async fn submit(
         &self,
         connections: &Arc<Connections>,
@@ -94,16 +100,19 @@ impl<Q: BatchQuery> Batcher<Q> {
             reply,
         };
         let queue = self.queue(connections);
-        let rows = async {
-            // If the dispatcher is gone, so is the sender of the reply.
-            queue.send(pending).await.ok();
-            response.await
-        };
-        match timeout_at(deadline.at(), rows).await {
-            Ok(Ok(rows)) => rows,
-            Ok(Err(_)) => Err(DbError::Unavailable("a batch of queries failed".into())),
-            Err(_) => Err(DbError::Unavailable("a query timed out".into())),
+        let timed_out = |_| DbError::Unavailable("a query timed out".into());
+        // If the dispatcher is gone, so is the sender of the reply.
+        let queued = timeout_at(deadline.at(), queue.send(pending)).await;
+        queued.map_err(timed_out)?.ok();
+        if !Q::IS_WRITE {
+            let rows = timeout_at(deadline.at(), response)
+                .await
+                .map_err(timed_out)?;
+            return rows.unwrap_or_else(|_| Err(DbError::Unavailable(FAILED.into())));
         }
+        // A write may be running at its deadline. It is then canceled, and the outcome follows.
+        let rows = response.await;
+        rows.unwrap_or_else(|_| Err(DbError::ConnectionLost(FAILED.into())))
     }
 
     /// Returns the queue of the running dispatcher. Starts a dispatcher on the first call, and
@@ -157,11 +166,16 @@ async fn dispatch<Q: BatchQuery>(
     }
 }
 
-/// Moves queued queries to `waiting`, and drops those whose callers have given up.
+/// Moves queued queries to `waiting`. Removes those whose callers have given up or whose deadlines
+/// have passed.
 fn receive<Q>(queue: &mut mpsc::Receiver<Pending<Q>>, waiting: &mut Vec<Pending<Q>>) {
     let room = QUEUE_CAPACITY.saturating_sub(waiting.len());
     waiting.extend(std::iter::from_fn(|| queue.try_recv().ok()).take(room));
     waiting.retain(|pending| !pending.reply.is_closed());
+    let now = Instant::now();
+    let late = waiting.extract_if(.., |pending| pending.deadline.at() <= now);
+    let error = DbError::Unavailable("the deadline passed before a query was sent".into());
+    fail(late.map(|pending| pending.reply), &error);
 }
 
 /// How many of the waiting queries fit into one statement.
@@ -193,7 +207,11 @@ async fn run_batch<Q: BatchQuery>(
         .unzip();
     let queries = &*queries;
     let mut lease = Some(lease);
-    let mut result = pin!(connections.retry(deadline, Repeat::Read, || {
+    let repeat = match Q::IS_WRITE {
+        true => Repeat::Never,
+        false => Repeat::Read,
+    };
+    let mut result = pin!(connections.retry(deadline, repeat, || {
         let lease = lease.take();
         let connections = &connections;
         async move {
@@ -211,18 +229,33 @@ async fn run_batch<Q: BatchQuery>(
             result.await
         }
     };
-    let mut rows = match result {
-        Ok(rows) => rows.into_iter().peekable(),
+    let rows = match result {
+        Ok(rows) => rows,
         Err(error) => return fail(replies, &error),
     };
+    // Looked up once: comparing names for each row would take longer than reading the values.
+    let position = |name| {
+        let columns = rows.first().map_or(&[][..], Row::columns);
+        columns.iter().position(|column| column.name() == name)
+    };
+    let (ordinals, owners) = (
+        position("ordinal").unwrap_or(0),
+        position("user_id").unwrap_or(0),
+    );
+    let mut rows = rows.into_iter().peekable();
     for ((ordinal, query), reply) in (1_i64..).zip(queries).zip(replies) {
         let rows =
-            std::iter::from_fn(|| rows.next_if(|row| row.get::<_, i64>("ordinal") == ordinal))
-                .filter(|row| row.get::<_, Uuid>("user_id") == query.user_id())
+            std::iter::from_fn(|| rows.next_if(|row| row.get::<_, i64>(ordinals) == ordinal))
+                .filter(|row| row.get::<_, Uuid>(owners) == query.user_id())
                 .collect();
         // A caller that has given up needs no rows.
         reply.send(Ok(rows)).ok();
     }
+}
+
+/// Collects one value of each query, which become an array parameter.
+pub(super) fn column<'a, Q: 'a, T>(queries: &'a [Q], value: impl Fn(&'a Q) -> T) -> Vec<T> {
+    queries.iter().map(value).collect()
 }
 
 fn fail(replies: impl IntoIterator<Item = Reply>, error: &DbError) {

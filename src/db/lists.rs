@@ -3,7 +3,7 @@
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::batch::BatchQuery;
+use super::batch::{BatchQuery, column};
 use super::lease::{Lease, Params};
 use super::statements::Sql;
 use super::tasks::task;
@@ -29,7 +29,7 @@ pub(crate) struct Changes {
 
 /// Reads the revision of a list. Returns `None` if the account was deleted.
 pub(crate) async fn revision(db: Queries<'_>, user_id: Uuid) -> Result<Option<i64>> {
-    let batcher = &db.database.revision_batcher;
+    let batcher = &db.database.batchers.revision;
     let rows = db.batch(batcher, GetRevision(user_id)).await?;
     Ok(rows.first().map(|row| row.get("revision")))
 }
@@ -59,7 +59,7 @@ pub(crate) async fn changes(
                 id: position.1,
                 deleted_at: Rfc3339(deleted_at),
             }),
-            None => Change::Changed(task(row)),
+            None => Change::Changed(task(user_id, row)),
         };
         Some((position, change))
     };
@@ -88,7 +88,7 @@ impl BatchQuery for GetRevision {
     }
 
     async fn execute(lease: &mut Lease, deadline: Deadline, queries: &[Self]) -> Result<Vec<Row>> {
-        let user_ids: Vec<Uuid> = queries.iter().map(|query| query.0).collect();
+        let user_ids = column(queries, |query| query.0);
         let params: Params = &[&user_ids];
         lease.query(deadline, Sql::TaskListsRevisions, params).await
     }

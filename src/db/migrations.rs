@@ -25,6 +25,7 @@ migrations! {
     5 "list_revisions",
     6 "mail",
     7 "disabled_accounts",
+    8 "tasks_reference_lists",
 }
 
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.

@@ -2,9 +2,10 @@
 //!
 //! [`Queries`] runs a statement of `sql/` with the deadline of its request; the modules of the
 //! tables are built on it. No two statements share a connection, because one would wait for the
-//! commit of the other. Hot reads are batched (`batch`); writes are not.
+//! commit of the other. Hot reads and writes are
+//! batched (`batch`).
 //!
-//! Imports point one way: tables → batch → retry → lease → connections → pool, keyed_semaphore →
+//! Imports point one way: tables → task_writes → batch → retry → lease → connections → pool, keyed_semaphore →
 //! health → sockets, inspect → url → connect → tls.
 
 mod batch;
@@ -28,6 +29,8 @@ mod retry;
 pub(crate) mod sessions;
 mod sockets;
 mod statements;
+pub(crate) mod task_changes;
+mod task_writes;
 pub(crate) mod tasks;
 pub(crate) mod tls;
 mod url;
@@ -54,9 +57,12 @@ use lease::{Lease, Params};
 pub(crate) use list_watch::ListWatcher;
 use list_watch::WatchedLists;
 use lists::GetRevision;
+use new_tasks::CreateTask;
 use retry::Repeat;
 use sockets::CONNECT_TIMEOUT;
 use statements::Sql;
+use task_changes::{DeleteTask, UpdateTask};
+use tasks::{GetTask, ListNewest};
 
 /// The database counts as ready without a round trip if it has responded within this time.
 const READY_WITHIN: Duration = Duration::from_secs(5);
@@ -65,9 +71,19 @@ const READY_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub(crate) struct Database {
     connections: Arc<Connections>,
-    batchers: Arc<tasks::Batchers>,
-    revision_batcher: Arc<Batcher<GetRevision>>,
+    batchers: Arc<Batchers>,
     watched_lists: Arc<WatchedLists>,
+}
+
+/// The queues of the batched queries.
+#[derive(Default)]
+struct Batchers {
+    get: Batcher<GetTask>,
+    list_newest: Batcher<ListNewest>,
+    revision: Batcher<GetRevision>,
+    create: Batcher<Arc<CreateTask>>,
+    update: Batcher<Arc<UpdateTask>>,
+    delete: Batcher<Arc<DeleteTask>>,
 }
 
 impl Database {
@@ -76,7 +92,6 @@ impl Database {
         Self {
             connections: Arc::new(Connections::new(endpoint, pool_size, metrics)),
             batchers: Arc::default(),
-            revision_batcher: Arc::default(),
             watched_lists: Arc::default(),
         }
     }
@@ -165,7 +180,7 @@ impl<'a> Queries<'a> {
         self.query(Repeat::Read, sql, params).await
     }
 
-    /// Runs a read together with others of its kind.
+    /// Runs a query together with others of its kind.
     async fn batch<Q: BatchQuery>(self, batcher: &Batcher<Q>, query: Q) -> Result<Vec<Row>> {
         let connections = &self.database.connections;
         batcher.submit(connections, self.deadline, query).await
@@ -179,27 +194,6 @@ impl<'a> Queries<'a> {
         self.query(Repeat::Read, sql, params).await
     }
 
-    /// Runs a write of this user's tasks, and wakes the watchers of their list. The number of
-    /// concurrent writes of one user is limited.
-    async fn write_tasks(
-        self,
-        repeat: Repeat,
-        user_id: Uuid,
-        sql: Sql,
-        params: Params<'_>,
-    ) -> Result<Vec<Row>> {
-        let (connections, deadline) = (&self.database.connections, self.deadline);
-        // Each attempt has its own permit: the user's other writes need not wait during the backoff.
-        let attempt = || async {
-            let _permit = connections.acquire_task_write(user_id, deadline).await?;
-            let mut lease = connections.acquire(deadline).await?;
-            lease.query(deadline, sql, params).await
-        };
-        let rows = connections.retry(deadline, repeat, attempt).await?;
-        self.record_revision(user_id, &rows);
-        Ok(rows)
-    }
-
     /// Runs a write. Does not retry it if its connection is lost.
     async fn write(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
         self.query(Repeat::Never, sql, params).await
@@ -208,7 +202,7 @@ impl<'a> Queries<'a> {
     /// Runs a write that inserts rows under ids that the caller chose. Retries it if its connection
     /// is lost; the retry finds the rows if the first attempt inserted them.
     async fn insert(self, sql: Sql, params: Params<'_>) -> Result<Vec<Row>> {
-        self.query(Repeat::Insert, sql, params).await
+        self.query(Repeat::Insert(None), sql, params).await
     }
 
     /// Like `write`, but returns how many rows the statement changed.

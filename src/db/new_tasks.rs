@@ -1,15 +1,20 @@
 //! Statements that create tasks.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
+use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
-use super::lease::Params;
+use super::batch::column;
+use super::lease::{Lease, Params};
 use super::retry::Repeat;
 use super::statements::Sql;
+use super::task_writes::BatchWrite;
 use super::tasks::{get, task};
-use super::{Queries, Result};
-use crate::domain::{Description, NewTask, Rfc3339, Task};
+use super::{Deadline, Queries, Result};
+use crate::domain::{NewTask, Rfc3339, Task};
 
 /// The result of creating a task.
 pub(crate) enum CreateOutcome {
@@ -34,39 +39,21 @@ pub(crate) async fn create(
     max_tasks: i32,
 ) -> Result<CreateOutcome> {
     let (id, created_at) = NewTask::new_id();
-    let title = new.title.as_str();
-    let description = new.description.as_ref().map(Description::as_str);
-    let params: Params = &[
-        &user_id,
-        &id,
-        &title,
-        &description,
-        &new.completed,
-        &created_at.0,
-        &max_tasks,
-        &key,
-        // Deletes the user's surplus keys in one of a hundred requests, to reduce the cost.
-        &(fastrand::u8(..100) == 0),
-    ];
-    let created = || Task {
-        id,
-        user_id,
-        title: title.to_owned(),
-        description: description.map(str::to_owned),
-        completed: new.completed,
-        created_at,
-        updated_at: created_at,
+    let new = new.into_task(user_id, id, created_at);
+    let rows = match key {
+        Some(key) => write_idempotent(db, &new, key, max_tasks).await,
+        None => {
+            let task = new.clone();
+            let create = CreateTask { task, max_tasks };
+            db.batch_write(&db.database.batchers.create, create).await
+        }
     };
-    let (sql, params) = match key {
-        None => (Sql::TasksCreate, &params[..7]),
-        Some(_) => (Sql::TasksCreateIdempotent, params),
-    };
-    let written = db.write_tasks(Repeat::Insert, user_id, sql, params);
-    let rows = match written.await {
+    let rows = match rows {
+        // The account was deleted while a key was claimed.
         Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Vec::new(),
         // The ID is unique to this call, so the first attempt of a retried insert took effect.
         Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => {
-            return Ok(CreateOutcome::Task(created()));
+            return Ok(CreateOutcome::Task(new));
         }
         rows => rows?,
     };
@@ -78,13 +65,81 @@ pub(crate) async fn create(
         });
     };
     if key.is_none() {
-        return Ok(CreateOutcome::Task(created()));
+        return Ok(CreateOutcome::Task(new));
     }
-    let task = task(row);
-    let values = (title, description, new.completed);
-    match (&*task.title, task.description.as_deref(), task.completed) == values {
-        true => Ok(CreateOutcome::Task(task)),
+    let stored: Task = task(user_id, row);
+    let has_same_values = stored.title == new.title
+        && stored.description == new.description
+        && stored.completed == new.completed;
+    match has_same_values {
+        true => Ok(CreateOutcome::Task(stored)),
         false => Ok(CreateOutcome::KeyReused),
+    }
+}
+
+async fn write_idempotent(
+    db: Queries<'_>,
+    new: &Task,
+    key: &str,
+    max_tasks: i32,
+) -> Result<Vec<Row>> {
+    let params: Params = &[
+        &new.user_id,
+        &new.id,
+        &new.title,
+        &new.description,
+        &new.completed,
+        &new.created_at.0,
+        &max_tasks,
+        &key,
+        // Deletes the user's surplus keys in one of a hundred requests, to reduce the cost.
+        &(fastrand::u8(..100) == 0),
+    ];
+    let (repeat, sql) = (Repeat::Insert(None), Sql::TasksCreateIdempotent);
+    db.write_tasks(repeat, new.user_id, sql, params).await
+}
+
+pub(super) struct CreateTask {
+    task: Task,
+    max_tasks: i32,
+}
+
+impl BatchWrite for CreateTask {
+    const IS_INSERT: bool = true;
+
+    fn user_id(&self) -> Uuid {
+        self.task.user_id
+    }
+
+    async fn write_batch(
+        lease: &mut Lease,
+        deadline: Deadline,
+        writes: &[Arc<Self>],
+    ) -> Result<Vec<Row>> {
+        let params: Params = &[
+            &column(writes, |write| write.task.user_id),
+            &column(writes, |write| write.task.id),
+            &column(writes, |write| &write.task.title),
+            &column(writes, |write| &write.task.description),
+            &column(writes, |write| write.task.completed),
+            &column(writes, |write| write.task.created_at.0),
+            &column(writes, |write| write.max_tasks),
+        ];
+        lease.query(deadline, Sql::TasksCreateBatch, params).await
+    }
+
+    async fn write_alone(&self, db: Queries<'_>, repeat: Repeat) -> Result<Vec<Row>> {
+        let params: Params = &[
+            &self.task.user_id,
+            &self.task.id,
+            &self.task.title,
+            &self.task.description,
+            &self.task.completed,
+            &self.task.created_at.0,
+            &self.max_tasks,
+        ];
+        db.write_tasks(repeat, self.user_id(), Sql::TasksCreate, params)
+            .await
     }
 }
 
@@ -96,13 +151,12 @@ pub(crate) async fn create_with_id(
     new: NewTask,
     max_tasks: i32,
 ) -> Result<CreateOutcome> {
-    let title = new.title.as_str();
-    let description = new.description.as_ref().map(Description::as_str);
+    let new = new.into_task(user_id, id, created_at);
     let params: Params = &[
         &user_id,
         &id,
-        &title,
-        &description,
+        &new.title,
+        &new.description,
         &new.completed,
         &created_at.0,
         &max_tasks,
@@ -111,15 +165,8 @@ pub(crate) async fn create_with_id(
     let rows = written.await?;
     let row = rows.first();
     if let Some(updated_at) = row.and_then(|row| row.get("updated_at")) {
-        return Ok(CreateOutcome::Task(Task {
-            id,
-            user_id,
-            title: title.to_owned(),
-            description: description.map(str::to_owned),
-            completed: new.completed,
-            created_at,
-            updated_at: Rfc3339(updated_at),
-        }));
+        let updated_at = Rfc3339(updated_at);
+        return Ok(CreateOutcome::Task(Task { updated_at, ..new }));
     }
     let Some(count) = row.and_then(|row| row.get::<_, Option<i32>>("tasks")) else {
         return Ok(CreateOutcome::NoSuchUser);

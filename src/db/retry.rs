@@ -13,15 +13,14 @@ const MAX_BACKOFF: Duration = Duration::from_millis(250);
 
 /// Whether a statement may run again after its connection was lost. A statement that was rolled
 /// back may always run again.
-#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Repeat {
     /// A read, which may run again.
     Read,
     /// A write that may not run again, because a second run would change something else.
     Never,
     /// A write that may run again, because it inserts rows under IDs chosen by the caller. A second
-    /// run finds the rows of the first.
-    Insert,
+    /// run finds the rows of the first. Has the error of an earlier run that may have taken effect.
+    Insert(Option<DbError>),
 }
 
 impl Connections {
@@ -34,12 +33,17 @@ impl Connections {
         mut attempt: impl FnMut() -> F,
     ) -> Result<T> {
         let mut backoff = MIN_BACKOFF;
+        let may_repeat = !matches!(repeat, Repeat::Never);
+        let is_insert = matches!(repeat, Repeat::Insert(_));
         // The error of an insert that may have taken effect.
-        let mut unknown = None;
+        let mut unknown = match repeat {
+            Repeat::Insert(error) => error,
+            Repeat::Read | Repeat::Never => None,
+        };
         loop {
             let error = match attempt().await {
                 Err(error @ DbError::Transient(_)) => error,
-                Err(error @ DbError::ConnectionLost(_)) if repeat != Repeat::Never => error,
+                Err(error @ DbError::ConnectionLost(_)) if may_repeat => error,
                 Err(error @ (DbError::Unavailable(_) | DbError::Overloaded))
                     if unknown.is_some() =>
                 {
@@ -47,7 +51,7 @@ impl Connections {
                 }
                 result => return result,
             };
-            if repeat == Repeat::Insert && matches!(error, DbError::ConnectionLost(_)) {
+            if is_insert && matches!(error, DbError::ConnectionLost(_)) {
                 unknown = Some(error.clone());
             }
             let is_up = match unknown {

@@ -59,14 +59,14 @@ fn check_text(
     }
 }
 
-/// A task, as returned to its owner.
+/// A task, as returned to its owner. Its texts are borrowed (`&str`) if it is part of a page.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Task {
+pub(crate) struct Task<T = String> {
     /// UUIDv7; sorts by `created_at`.
     pub(crate) id: Uuid,
     pub(crate) user_id: Uuid,
-    pub(crate) title: String,
-    pub(crate) description: Option<String>,
+    pub(crate) title: T,
+    pub(crate) description: Option<T>,
     pub(crate) completed: bool,
     /// The time that the id encodes.
     pub(crate) created_at: Rfc3339,
@@ -104,6 +104,18 @@ impl NewTask {
         let id = Uuid::new_v7(uuid::Timestamp::from_unix(&*clock, seconds, nanos));
         let now = Timestamp::from_microsecond(micros).unwrap_or(Timestamp::UNIX_EPOCH);
         (id, Rfc3339(now))
+    }
+
+    pub(crate) fn into_task(self, user_id: Uuid, id: Uuid, created_at: Rfc3339) -> Task {
+        Task {
+            id,
+            user_id,
+            title: self.title.0,
+            description: self.description.map(|description| description.0),
+            completed: self.completed,
+            created_at,
+            updated_at: created_at,
+        }
     }
 
     /// Parses an id that a client chose, and returns it with the time that it encodes.

@@ -1,4 +1,7 @@
+use std::fmt;
+
 use jiff::Timestamp;
+use jiff::fmt::StdFmtWrite;
 use jiff::fmt::temporal::DateTimePrinter;
 use serde::{Serialize, Serializer};
 
@@ -6,9 +9,16 @@ use serde::{Serialize, Serializer};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rfc3339(pub(crate) Timestamp);
 
+impl fmt::Display for Rfc3339 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
+        let printed = PRINTER.print_timestamp(&self.0, StdFmtWrite(f));
+        printed.map_err(|_| fmt::Error)
+    }
+}
+
 impl Serialize for Rfc3339 {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
-        serializer.serialize_str(&PRINTER.timestamp_to_string(&self.0))
+        serializer.collect_str(self)
     }
 }

@@ -3,7 +3,7 @@
 use hyper::header::{HeaderMap, HeaderName, IF_MATCH, IF_NONE_MATCH};
 use jiff::Timestamp;
 
-use crate::db::tasks::Versions;
+use crate::db::task_changes::Versions;
 use crate::error::Error;
 
 /// Suffixes that compressing proxies append inside the quotes of a tag.

@@ -353,6 +353,12 @@ cases! {
         "a task": "nth(7), nth(500000), 'dust the shelf', null, false, moment(500000), 5000000" =>
             rows 1, pages A_WRITE;
     }
+    "tasks/create_batch.sql" {
+        "a task": "array[nth(7)], array[nth(500000)], array['dust'], array[null], array[false], array[moment(500000)], array[5000000]" =>
+            rows 1, pages A_WRITE + A_ROW, sorted 1;
+        "a batch of three": "array[nth(7), nth(8), nth(9)], array[nth(500000), nth(500001), nth(500002)], array['dust', 'dust', 'dust'], array[null, null, null], array[false, false, false], array[moment(500000), moment(500000), moment(500000)], array[5000000, 5000000, 5000000]" =>
+            rows 3, pages 3 * (A_WRITE + A_ROW), sorted 3;
+    }
     "tasks/create_idempotent.sql" {
         "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', false" =>
             rows 1, pages 2 * A_WRITE;
@@ -393,6 +399,12 @@ cases! {
         "25 of 1,000": "nth(7)" => rows 1, pages THOUSAND + 25 * 2 * A_WRITE, rows_discarded 975;
         "no tasks": "nth(4000)" => rows 1, pages 2 * A_ROW, rows_discarded 1;
     }
+    "tasks/delete_batch.sql" {
+        "a task": "array[nth(7)], array[nth(50006)]" => rows 1, pages 2 * A_WRITE, sorted 1;
+        "another user's": "array[nth(7)], array[nth(50007)]" => rows 0, pages 2 * A_ROW;
+        "a batch of three": "array[nth(7), nth(8), nth(9)], array[nth(50006), nth(50007), nth(50008)]" =>
+            rows 3, pages 6 * A_WRITE, sorted 3;
+    }
     "tasks/get_batch.sql" {
         "a task": "array[nth(7)], array[nth(50006)]" => rows 1, pages A_ROW;
         "none": "array[nth(7)], array[nth(500000)]" => rows 0, pages A_ROW;
@@ -430,6 +442,14 @@ cases! {
         "a batch of three":
             "array[nth(7), nth(8), nth(9)], array[null, nth(50007), null]::uuid[], array[51, 51, 1]"
             => rows 103, pages 2 * FIFTY_ONE + A_ROW;
+    }
+    "tasks/update_batch.sql" {
+        "a task": "array[nth(7)], array[nth(50006)], array['dust'], array[false], array[null], array[false], array[null]::boolean[]" =>
+            rows 1, pages A_WRITE + 2 * A_ROW, sorted 1;
+        "another user's": "array[nth(7)], array[nth(50007)], array['dust'], array[false], array[null], array[false], array[null]::boolean[]" =>
+            rows 0, pages 2 * A_ROW;
+        "a batch of three": "array[nth(7), nth(8), nth(9)], array[nth(50006), nth(50007), nth(50008)], array['dust', null, null], array[false, true, false], array[null, null, null], array[false, false, true], array[null, null, null]::boolean[]" =>
+            rows 3, pages 3 * (A_WRITE + 2 * A_ROW), sorted 3;
     }
     "tasks/update.sql" {
         "any version": "nth(7), nth(50006), null, false, null, true, null, null, true" =>

@@ -39,6 +39,7 @@ mod sql;
 mod tasks;
 mod unread_bodies;
 mod validation;
+mod write_batching;
 
 // Authentication and authorization.
 mod auth;

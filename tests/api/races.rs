@@ -348,7 +348,11 @@ async fn a_task_created_during_account_deletion_is_not_orphaned() {
     for key in [None, Some("the-only-one")] {
         for order in BOTH {
             let ann = here.user().await;
-            let lock = lock_row(&here, "users", &ann.id).await;
+            let list = format!(
+                "select from task_lists where user_id = '{}' for update",
+                ann.id
+            );
+            let lock = here.lock(&list).await;
             let mut create = ann.on(&there).post(ann.tasks());
             if let Some(key) = key {
                 create = create.header("idempotency-key", key);

@@ -84,7 +84,7 @@ fn assert_response(response: &Response, expected: Option<&Value>) {
 }
 
 /// Returns the number of statements that the service has executed.
-async fn statement_count(server: &Server) -> usize {
+pub(crate) async fn statement_count(server: &Server) -> usize {
     gauge(server, "todo_api_db_query_duration_seconds_count").await
 }
 

@@ -116,14 +116,14 @@ fn words(bare: &str) -> Vec<String> {
 }
 
 /// Returns whether every read, update and delete of `table` is in a query that requires `user_id = $1`,
-/// and every insert takes `user_id` from `$1`. In a batch, `user_id` must equal the request's. A query in
-/// parentheses is checked separately.
+/// and every insert takes `user_id` from `$1`. In a batch, `user_id` must equal the request's, or that of
+/// a row that the batch changed. A query in parentheses is checked separately.
 fn is_scoped(statement: &str, table: &str) -> bool {
     // A batch: $1 contains one owner per request.
     let owners = match statement.contains("from unnest((select $1::uuid[])")
         && statement.contains(" with ordinality as request (user_id, ")
     {
-        true => &["$1", "request.user_id"][..],
+        true => &["$1", "request.user_id", "changed.user_id"][..],
         false => &["$1"],
     };
     // The tokens of the queries that are still open, the innermost last.
@@ -165,7 +165,7 @@ fn query_is_scoped(query: &[String], table: &str, owners: &[&str]) -> bool {
         match n.checked_sub(1).map(|before| query[before].as_str()) {
             Some("into") => {
                 let n = if after(n) == Some("as") { n + 2 } else { n };
-                if !insertion_is_scoped(&query[n + 1..]) {
+                if !insertion_is_scoped(&query[n + 1..], owners) {
                     return false;
                 }
             }
@@ -186,8 +186,9 @@ fn query_is_scoped(query: &[String], table: &str, owners: &[&str]) -> bool {
     true
 }
 
-/// Returns whether `( user_id , … ) values ( $1 , … )` or `( user_id , … ) select $1 , …` has `$1` as the owner.
-fn insertion_is_scoped(words: &[String]) -> bool {
+/// Returns whether `( user_id , … ) values ( $1 , … )` or `( user_id , … ) select $1 , …` has one of the
+/// owners.
+fn insertion_is_scoped(words: &[String], owners: &[&str]) -> bool {
     let list = |words: &[String]| -> Vec<String> {
         let ends = ["from", ")"];
         let items = words
@@ -217,9 +218,10 @@ fn insertion_is_scoped(words: &[String]) -> bool {
         [select, rest @ ..] if select == "select" => list(rest),
         _ => return false,
     };
-    values
+    let owner = values
         .get(position)
-        .is_some_and(|value| value == "$1" || value.starts_with("$1::"))
+        .and_then(|value| value.split("::").next());
+    owner.is_some_and(|owner| owners.contains(&owner))
 }
 
 // FR-007, SC-004
@@ -270,6 +272,8 @@ fn detects_statements_that_are_not_restricted_to_their_owner() {
         "select ''tasks'' from users",
         "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, ordinal) \
          cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
+        "with request as (select * from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, ordinal)) \
+         insert into tasks (user_id, id) select request.user_id, id from request",
     ] {
         assert!(is_scoped(&bare(restricted), "tasks"), "{restricted}");
     }
@@ -291,6 +295,9 @@ fn detects_statements_that_are_not_restricted_to_their_owner() {
         "insert into tasks values ($1, $2)",
         "select 1 from users, tasks",
         "select id from tasks t where t.user_id = request.user_id",
+        "insert into tasks (user_id, id) select request.user_id, id from request",
+        "with request as (select * from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (user_id, id, ordinal)) \
+         insert into tasks (user_id, id) select id, id from request",
         "select task.* from unnest((select $2::uuid[]), (select $1::uuid[])) with ordinality as request (user_id, id, ordinal) \
          cross join lateral (select id from tasks t where t.user_id = request.user_id) task",
         "select task.* from unnest((select $1::uuid[]), (select $2::uuid[])) with ordinality as request (id, user_id, ordinal) \

@@ -5,8 +5,7 @@ use std::fmt::Write as _;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use uuid::Uuid;
 
-use crate::db::tasks::Filter;
-use crate::domain::Task;
+use crate::db::tasks::{Filter, TaskPage};
 use crate::error::{Error, Result};
 use crate::http::context::RequestContext;
 use crate::http::query::Query;
@@ -112,23 +111,18 @@ pub(super) struct Page {
 impl Page {
     /// Appends up to `limit` tasks, or fewer if they are large. `found` has an extra task if there
     /// are more.
-    pub(super) fn append(
-        &mut self,
-        found: &[Task],
-        limit: i64,
-        revision: Option<i64>,
-    ) -> Result<()> {
-        self.revision = self.revision.or(revision);
+    pub(super) fn append(&mut self, found: &TaskPage, limit: i64) -> Result<()> {
+        self.revision = self.revision.or(found.revision);
         let estimate = found.len() * ESTIMATED_TASK_BYTES;
         self.json.reserve(estimate.min(MAX_PAGE_BYTES / 16));
         let mut written = 0;
-        for task in found.iter().take(limit as usize) {
+        for task in found.tasks().take(limit as usize) {
             if self.room() == 0 {
                 break;
             }
             self.json
                 .push(if self.json.is_empty() { b'[' } else { b',' });
-            serde_json::to_writer(&mut self.json, task).map_err(Error::serialize)?;
+            serde_json::to_writer(&mut self.json, &task).map_err(Error::serialize)?;
             self.last = Some(task.id);
             written += 1;
         }

@@ -5,7 +5,8 @@ use hyper::header::IF_MATCH;
 
 use crate::db::lists;
 use crate::db::new_tasks::{self, CreateOutcome};
-use crate::db::tasks::{self, Conditional, Versions};
+use crate::db::task_changes::{self, Conditional, Versions};
+use crate::db::tasks;
 use crate::domain::{Completion, Description, NewTask, TaskChange, Title, parse_id};
 use crate::error::{Error, FieldError};
 use crate::http::body::Body;
@@ -38,9 +39,8 @@ pub(crate) async fn list(
     // One task beyond the limit shows that there are more.
     let append = async |page: &mut Page, after, limit: i64| {
         let room = page.room();
-        let (found, revision) =
-            tasks::list(db, user.id, &params.filter, after, limit + 1, room).await?;
-        page.append(&found, limit, revision)
+        let found = tasks::list(db, user.id, &params.filter, after, limit + 1, room).await?;
+        page.append(&found, limit)
     };
     // Reads a short page first: the query is batched, and returns most lists in full.
     let first = params.limit.min(tasks::MAX_BATCHED_LIMIT);
@@ -157,7 +157,7 @@ pub(crate) async fn update(
     body: Body<'_>,
 ) -> Result<Response, Error> {
     let change = parse_change(body.json_object().await?)?;
-    update_task(context, user, task, &change).await
+    update_task(context, user, task, change).await
 }
 
 /// `PATCH /api/v1/{user_id}/tasks/{id}/complete`
@@ -174,7 +174,7 @@ pub(crate) async fn complete(
         ..TaskChange::default()
     };
     let change = fields.finish_with(Some(change))?;
-    update_task(context, user, task, &change).await
+    update_task(context, user, task, change).await
 }
 
 /// `DELETE /api/v1/{user_id}/tasks/{id}`
@@ -186,7 +186,7 @@ pub(crate) async fn delete(
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
     let versions = Preconditions::parse(&context.head.headers).into_versions();
     context.app.count_write(user.id)?;
-    let deleted = tasks::delete(context.queries(), user.id, id, &versions).await?;
+    let deleted = task_changes::delete(context.queries(), user.id, id, versions).await?;
     into_result(deleted).map(|()| response::no_content())
 }
 
@@ -201,7 +201,7 @@ pub(crate) async fn delete_completed(
     query.parameter("completed", rule, |text| (text == "true").then_some(()));
     query.finish()?;
     context.app.count_write(user.id)?;
-    let deleted = tasks::delete_completed(context.queries(), user.id).await?;
+    let deleted = task_changes::delete_completed(context.queries(), user.id).await?;
     response::json(StatusCode::OK, &serde_json::json!({ "deleted": deleted }))
 }
 
@@ -209,19 +209,20 @@ async fn update_task(
     context: &RequestContext<'_>,
     user: AuthenticatedUser,
     task: &str,
-    change: &TaskChange,
+    change: TaskChange,
 ) -> Result<Response, Error> {
     let id = parse_id(task).ok_or(Error::TaskNotFound)?;
     let versions = Preconditions::parse(&context.head.headers).into_versions();
     context.app.count_write(user.id)?;
-    let updated = tasks::update(context.queries(), user.id, id, change, &versions).await;
     // A repeated toggle undoes the first one, unless If-Match prevents that.
     let is_toggle = change.completed == Some(Completion::Toggle);
-    let updated = match is_toggle && !matches!(versions, Versions::Only(_)) {
-        true => updated.map_err(Error::from_non_idempotent)?,
-        false => updated?,
+    let convert_error = match is_toggle && !matches!(versions, Versions::Only(_)) {
+        true => Error::from_non_idempotent,
+        false => Error::from,
     };
-    response::task(StatusCode::OK, &into_result(updated)?)
+    let updated = task_changes::update(context.queries(), user.id, id, change, versions).await;
+    let task = into_result(updated.map_err(convert_error)?)?;
+    response::task(StatusCode::OK, &task)
 }
 
 fn into_result<T>(outcome: Conditional<T>) -> Result<T, Error> {

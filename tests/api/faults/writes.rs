@@ -52,7 +52,7 @@ async fn backends(sql: &Sql, condition: &str) -> Vec<i32> {
 }
 
 /// Locks the users, whom new tasks reference, and the tasks.
-const LOCK: &str = "select from users, tasks for update";
+const LOCK: &str = "select from users, task_lists, tasks for update";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_body_is_processed_once_and_closes_no_connection() {

@@ -1,0 +1,354 @@
+//! Concurrent writes are batched: each is atomic, is done once, and is acknowledged after its commit.
+//! No write waits for the lock, or fails with the error, of another user's write.
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use tokio::time::{Duration, sleep, timeout};
+use tokio_postgres::Client;
+
+use crate::harness::{Request, Response, Server, User, until};
+use crate::metrics::gauge;
+use crate::read_batching::statement_count;
+
+/// Blocks every write of a task, so that the writes that follow travel in one batch.
+const BLOCK_WRITES: &str = "lock table tasks in exclusive mode";
+
+async fn users<const N: usize>(server: &Server) -> [User; N] {
+    let users = join_all((0..N).map(|_| server.user())).await;
+    users.try_into().unwrap()
+}
+
+/// Sends requests that are blocked by a transaction until they are in few batches. The transaction
+/// executes `statements` before it commits.
+async fn send_batched(server: &Server, requests: Vec<Request>, statements: &str) -> Vec<Response> {
+    let count = requests.len();
+    let lock = server.lock(BLOCK_WRITES).await;
+    let release = async {
+        lock.wait_for_blocked(1).await;
+        until("all requests have arrived", async || {
+            gauge(server, "todo_api_http_open_connections").await >= count
+        })
+        .await;
+        lock.transaction.batch_execute(statements).await.unwrap();
+        lock.release().await;
+    };
+    let sent = join_all(requests.into_iter().map(Request::send));
+    tokio::join!(sent, release).0
+}
+
+async fn measured_server() -> Server {
+    Server::with(&[("METRICS_ADDR", "127.0.0.1:0"), ("DB_POOL_SIZE", "20")]).await
+}
+
+/// Checks that each list has the number of tasks that it counts, and that no two changes of a list
+/// have the same revision or a higher one than the list.
+async fn assert_lists_are_consistent(sql: &Client) {
+    let inconsistent = "
+        with changes as (
+            select user_id, revision from tasks
+            union all select user_id, revision from deleted_tasks
+        )
+        select count(*) from task_lists l
+        where l.tasks <> (select count(*) from tasks t where t.user_id = l.user_id)
+           or exists (select from changes c where c.user_id = l.user_id and c.revision > l.revision)
+           or (select count(*) > count(distinct revision) from changes c where c.user_id = l.user_id)";
+    let count: i64 = sql.query_one(inconsistent, &[]).await.unwrap().get(0);
+    assert_eq!(count, 0, "inconsistent lists");
+}
+
+/// Creates, changes, completes and deletes tasks one after another. Returns the tasks that remain.
+async fn write_tasks(user: &User, writer: usize) -> Vec<Value> {
+    let mut remaining = Vec::new();
+    for n in 0..6 {
+        let title = format!("{writer}: {n}");
+        let created = user.create_task(&title).await;
+        let path = user.path_of(&created);
+        let change = json!({"title": format!("{title}, changed"), "description": title});
+        let changed = user.put(&*path).json(change).await.expect(200).json();
+        let toggled = user.patch(format!("{path}/complete")).await;
+        let toggled = toggled.expect(200).json();
+        assert_eq!(
+            (
+                &toggled["title"],
+                &toggled["completed"],
+                &toggled["created_at"]
+            ),
+            (&changed["title"], &json!(true), &created["created_at"])
+        );
+        match n % 3 {
+            0 => drop(user.delete(path).await.expect(204)),
+            _ => remaining.push(toggled),
+        }
+    }
+    remaining
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_writes_of_84_writers_of_seven_users_have_the_outcome_of_separate_writes() {
+    let server = measured_server().await;
+    let users: [User; 7] = users(&server).await;
+    let before = statement_count(&server).await;
+    let writers = (0..84).map(|writer| write_tasks(&users[writer % 7], writer));
+    let remaining = join_all(writers).await;
+    let statements = statement_count(&server).await - before;
+    assert!(
+        statements < 84 * 20,
+        "{statements} statements: nothing was batched"
+    );
+    for (n, user) in users.iter().enumerate() {
+        let of_user = remaining.iter().skip(n).step_by(7).flatten();
+        let mut expected: Vec<&Value> = of_user.collect();
+        expected.sort_by_key(|task| std::cmp::Reverse(task["id"].as_str()));
+        let listed = user.get(user.tasks()).await.expect(200).json();
+        assert_eq!(listed, json!(expected));
+    }
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn concurrent_writes_of_one_task_all_take_effect() {
+    let server = measured_server().await;
+    let [ann, bob] = users(&server).await;
+    let (shared, other) = (
+        ann.create_task("shared").await,
+        bob.create_task("other").await,
+    );
+    let (path, other) = (ann.path_of(&shared), bob.path_of(&other));
+    let mut requests: Vec<_> = (0..15)
+        .map(|_| ann.patch(format!("{path}/complete")))
+        .collect();
+    requests.push(ann.put(&*path).json(json!({"description": "changed"})));
+    requests.push(bob.put(&*other).json(json!({"title": "changed"})));
+    let responses = send_batched(&server, requests, "").await;
+    let mut versions: Vec<String> = Vec::new();
+    for response in responses {
+        versions.push(response.expect(200).header("etag").to_owned());
+    }
+    versions.sort();
+    versions.dedup();
+    assert_eq!(versions.len(), 17, "two writes returned the same version");
+    let task = ann.get(path).await.expect(200).json();
+    assert_eq!(
+        (&task["completed"], &task["description"]),
+        (&json!(true), &json!("changed"))
+    );
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn one_of_several_concurrent_deletions_of_a_task_succeeds() {
+    let server = measured_server().await;
+    let [ann] = users(&server).await;
+    let path = ann.path_of(&ann.create_task("a").await);
+    let requests = (0..12).map(|_| ann.delete(&*path)).collect();
+    let responses = send_batched(&server, requests, "").await;
+    let deleted = responses.iter().filter(|response| response.status == 204);
+    assert_eq!(deleted.count(), 1);
+    for response in responses.iter().filter(|response| response.status != 204) {
+        response.problem(404, "task_not_found");
+    }
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn a_batch_does_not_wait_for_a_locked_list_task_or_account() {
+    let server = measured_server().await;
+    let [ann, bob] = users(&server).await;
+    let (task, other) = (ann.create_task("a").await, bob.create_task("b").await);
+    let (path, other) = (ann.path_of(&task), bob.path_of(&other));
+    let (user_id, id) = (&ann.id, task["id"].as_str().unwrap());
+    for locked in [
+        format!("select from task_lists where user_id = '{user_id}' for update"),
+        format!("select from tasks where user_id = '{user_id}' and id = '{id}' for update"),
+        format!("select from users where id = '{user_id}' for update"),
+    ] {
+        let lock = server.lock(&locked).await;
+        // As many as there are workers for slow batches.
+        let blocked = (0..8).map(|n| match n % 2 {
+            0 => ann.create(json!({"title": "new"})),
+            _ => ann.patch(format!("{path}/complete")),
+        });
+        let sent: Vec<_> = blocked
+            .map(|request| tokio::spawn(request.send()))
+            .collect();
+        for n in 0..20 {
+            let (created, changed) = tokio::join!(
+                bob.create_task("new"),
+                bob.put(&*other)
+                    .json(json!({"title": format!("b{n}")}))
+                    .send(),
+            );
+            bob.delete(bob.path_of(&created)).await.expect(204);
+            changed.expect(200);
+        }
+        lock.release().await;
+        for response in join_all(sent).await {
+            let response = response.unwrap();
+            match response.status {
+                200 | 201 => {}
+                // More writes of one user waited for the lock than may wait.
+                _ => drop(response.problem(503, "overloaded")),
+            }
+        }
+    }
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn a_deleted_account_or_task_affects_only_its_own_writes_of_a_batch() {
+    let server = measured_server().await;
+    let [ann, bob, carl] = users(&server).await;
+    let mut tasks = Vec::new();
+    for user in [&ann, &bob, &carl] {
+        tasks.push(user.create_task("a").await);
+    }
+    let statements = format!(
+        "delete from users where id = '{}'; delete from tasks where user_id = '{}'",
+        ann.id, bob.id
+    );
+    let each = |user: &User, task: &Value| {
+        let path = user.path_of(task);
+        [
+            user.create(json!({"title": "new"})),
+            user.put(&*path).json(json!({"title": "changed"})),
+            user.patch(format!("{path}/complete")),
+        ]
+    };
+    let requests = [&ann, &bob, &carl].into_iter().zip(&tasks);
+    let requests = requests.flat_map(|(user, task)| each(user, task)).collect();
+    let responses = send_batched(&server, requests, &statements).await;
+    let [created, changed, toggled] = &responses[..3] else {
+        unreachable!()
+    };
+    created.problem(401, "invalid_token");
+    changed.problem(404, "task_not_found");
+    toggled.problem(404, "task_not_found");
+    assert_eq!(responses[3].status, 201);
+    responses[4].problem(404, "task_not_found");
+    responses[5].problem(404, "task_not_found");
+    let statuses: Vec<_> = responses[6..]
+        .iter()
+        .map(|response| response.status)
+        .collect();
+    assert_eq!(statuses, [201, 200, 200]);
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn a_write_that_the_database_rejects_fails_alone() {
+    let server = measured_server().await;
+    let users: [User; 10] = users(&server).await;
+    let sql = server.sql().await;
+    sql.batch_execute("alter table tasks add check (title <> 'rejected')")
+        .await
+        .unwrap();
+    let title = |n: usize| if n == 4 { "rejected" } else { "accepted" };
+    let requests = users.iter().enumerate();
+    let requests = requests
+        .map(|(n, user)| user.create(json!({"title": title(n)})))
+        .collect();
+    let responses = send_batched(&server, requests, "").await;
+    for (n, response) in responses.iter().enumerate() {
+        assert_eq!(response.status, if n == 4 { 500 } else { 201 });
+    }
+    let stored = "select count(*) from tasks where title = 'accepted'";
+    assert_eq!(
+        sql.query_one(stored, &[]).await.unwrap().get::<_, i64>(0),
+        9
+    );
+    assert_lists_are_consistent(&sql).await;
+}
+
+#[tokio::test]
+async fn a_full_list_rejects_exactly_the_surplus_of_a_batch() {
+    let server =
+        Server::with(&[("METRICS_ADDR", "127.0.0.1:0"), ("MAX_TASKS_PER_USER", "5")]).await;
+    let [ann, bob] = users(&server).await;
+    let create = |n: usize| match n % 2 {
+        0 => ann.create(json!({"title": "a"})),
+        _ => bob.create(json!({"title": "b"})),
+    };
+    let responses = send_batched(&server, (0..24).map(create).collect(), "").await;
+    let created = responses.iter().filter(|response| response.status == 201);
+    assert_eq!(created.count(), 10);
+    for response in responses.iter().filter(|response| response.status != 201) {
+        response.problem(403, "quota_exceeded");
+    }
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn each_write_of_a_batch_is_done_whether_or_not_other_clients_disconnect() {
+    let server = measured_server().await;
+    let users: [User; 12] = users(&server).await;
+    let lock = server.lock(BLOCK_WRITES).await;
+    let sent = join_all(users.iter().enumerate().map(async |(n, user)| {
+        let create = user.create(json!({"title": "new"}));
+        match n % 2 {
+            0 => drop(timeout(Duration::from_millis(300), create.send()).await),
+            _ => drop(create.await.expect(201)),
+        }
+    }));
+    let release = async {
+        lock.wait_for_blocked(1).await;
+        sleep(Duration::from_millis(400)).await;
+        lock.release().await;
+    };
+    tokio::join!(sent, release);
+    let sql = server.sql().await;
+    until("the tasks of all clients are stored", async || {
+        let row = sql
+            .query_one("select count(*) from tasks", &[])
+            .await
+            .unwrap();
+        row.get::<_, i64>(0) == 12
+    })
+    .await;
+    assert_lists_are_consistent(&sql).await;
+}
+
+#[tokio::test]
+async fn a_batch_whose_connection_is_lost_creates_each_task_once_and_repeats_no_other_write() {
+    let server = measured_server().await;
+    let users: [User; 9] = users(&server).await;
+    let mut paths = Vec::new();
+    for user in &users {
+        paths.push(user.path_of(&user.create_task("old").await));
+    }
+    let lock = server.lock(BLOCK_WRITES).await;
+    let requests = users
+        .iter()
+        .zip(&paths)
+        .enumerate()
+        .map(|(n, (user, path))| match n % 3 {
+            0 => user.create(json!({"title": "new"})),
+            1 => user.put(&**path).json(json!({"title": "changed"})),
+            _ => user.patch(format!("{path}/complete")),
+        });
+    let sent = join_all(requests.map(Request::send));
+    let terminate = async {
+        lock.wait_for_blocked(2).await;
+        sleep(Duration::from_millis(200)).await;
+        assert!(lock.terminate_blocked().await >= 2);
+        lock.release().await;
+    };
+    let (responses, ()) = tokio::join!(sent, terminate);
+    for (n, response) in responses.into_iter().enumerate() {
+        let task = users[n].get(&*paths[n]).await.expect(200).json();
+        let is_changed = task["title"] == "changed" || task["completed"] == true;
+        match n % 3 {
+            0 => drop(response.expect(201)),
+            // The lost statements were rolled back.
+            1 if !is_changed => drop(response.problem(503, "database_unavailable")),
+            2 if !is_changed => drop(response.problem(500, "internal")),
+            _ => drop(response.expect(200)),
+        }
+    }
+    let sql = server.sql().await;
+    let created = "select count(*) from tasks where title = 'new'";
+    assert_eq!(
+        sql.query_one(created, &[]).await.unwrap().get::<_, i64>(0),
+        3
+    );
+    assert_lists_are_consistent(&sql).await;
+}
