@@ -29,7 +29,7 @@ use crate::{
 /// The same number as pgbench's `-j`.
 const LOAD_THREADS: usize = 2;
 const WARM_UP: Duration = Duration::from_millis(500);
-/// How long after the end of a load the last responses may arrive.
+/// How long the response to a single request may take, and the last ones after the end of a load.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Writes the next request of a connection and returns the status that it should get.
@@ -166,11 +166,14 @@ pub(crate) async fn run_connection(
     }
 }
 
+/// What a response in chunks ends with. Nothing else ends so, because the chunks are JSON in one line.
+const LAST_CHUNK: &[u8] = b"\r\n0\r\n\r\n";
+
 /// Reads one complete response into `response` and returns its status.
 pub(crate) async fn read_response(stream: &mut TcpStream, response: &mut Vec<u8>) -> Result<u16> {
     response.clear();
     let mut whole = None;
-    while whole.is_none_or(|length| response.len() < length) {
+    while whole.is_none_or(|length| response.len() < length && !response.ends_with(LAST_CHUNK)) {
         if stream.read_buf(response).await? == 0 {
             return Err("the server closed a connection".into());
         }
@@ -178,7 +181,11 @@ pub(crate) async fn read_response(stream: &mut TcpStream, response: &mut Vec<u8>
             && let Some(end) = response.windows(4).position(|bytes| bytes == b"\r\n\r\n")
         {
             let head = std::str::from_utf8(&response[..end])?;
-            whole = Some(end + 4 + header(head, "content-length").map_or(Ok(0), str::parse)?);
+            whole = Some(match header(head, "content-length") {
+                Some(length) => end + 4 + length.parse::<usize>()?,
+                None if header(head, "transfer-encoding").is_some() => usize::MAX,
+                None => end + 4,
+            });
         }
     }
     let status = response.get(9..12).ok_or("a response without a status")?;
@@ -195,7 +202,7 @@ pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 /// Sends one request on a new connection and returns the status and the whole response.
 pub(crate) fn fetch(address: SocketAddr, request: &[u8]) -> Result<(u16, String)> {
     let mut stream = std::net::TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
     let (first, rest) =
         request.split_at(request.windows(2).position(|b| b == b"\r\n").unwrap_or(0));
     stream.write_all(&[first, b"\r\nConnection: close", rest].concat())?;

@@ -14,7 +14,7 @@ use todo_api::embedded_postgres::Postgres;
 use tokio::runtime::{self, Runtime};
 
 use crate::{
-    BCRYPT_COST, Result, SECRET,
+    Result, SECRET,
     client::fetch,
     interrupt::{POLL_INTERVAL, check},
 };
@@ -146,7 +146,7 @@ impl Drop for Database {
 }
 
 /// Runs a program and returns its output.
-fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = piped.stdin(Stdio::null()).spawn();
     let child = child.map_err(|error| format!("{:?}: {error}", command.get_program()))?;
@@ -176,6 +176,7 @@ pub(crate) fn start_server(
     database: &Database,
     address: SocketAddr,
     directory: &Path,
+    bcrypt_cost: u32,
 ) -> Result<(Process, f64)> {
     let log_path = directory.join(format!("server-{}.log", address.port()));
     let log = fs::File::create(&log_path)?;
@@ -195,11 +196,11 @@ pub(crate) fn start_server(
         .env("AUTH_RATE_PER_MINUTE", "0")
         .env("WRITES_PER_MINUTE", "0")
         .env("MAX_TASKS_PER_USER", "1000000000")
-        .env("BCRYPT_COST", BCRYPT_COST.to_string())
+        .env("BCRYPT_COST", bcrypt_cost.to_string())
         .stdin(Stdio::null())
         .stderr(log);
     let process = Process::spawn(&mut command)?;
-    await_response(address).map_err(|error| {
+    await_response(address, "/readyz").map_err(|error| {
         let log = fs::read_to_string(&log_path).unwrap_or_default();
         format!("{error}; its log:\n{log}")
     })?;
@@ -207,11 +208,12 @@ pub(crate) fn start_server(
 }
 
 /// Waits until a server is ready.
-pub(crate) fn await_response(address: SocketAddr) -> Result<()> {
+pub(crate) fn await_response(address: SocketAddr, path: &str) -> Result<()> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n");
     let deadline = Instant::now() + Duration::from_secs(30);
     while Instant::now() < deadline {
         check()?;
-        let response = fetch(address, b"GET /readyz HTTP/1.1\r\nHost: bench\r\n\r\n");
+        let response = fetch(address, request.as_bytes());
         if response.is_ok_and(|(status, _)| status == 200) {
             return Ok(());
         }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    CONNECTIONS, Error, IDLE_CONNECTIONS, LOGIN_CLIENTS, Options, Result, client::Load, work::Work,
+    CONNECTIONS, Error, IDLE_CONNECTIONS, LOGIN_CLIENTS, Result, client::Load, options::Options,
 };
 
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
@@ -20,20 +20,28 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
     sorted.get(sorted.len() / 2).copied()
 }
 
-/// Returns the median of each figure over the rounds.
-fn medians(rounds: &[&Value]) -> Value {
+fn lowest(values: &[f64]) -> Option<f64> {
+    values.iter().copied().min_by(f64::total_cmp)
+}
+
+fn highest(values: &[f64]) -> Option<f64> {
+    values.iter().copied().max_by(f64::total_cmp)
+}
+
+/// Returns a statistic of each figure over the rounds.
+fn summarize(rounds: &[&Value], statistic: fn(&[f64]) -> Option<f64>) -> Value {
     let figures = rounds[0].as_object().into_iter().flatten();
-    let medians = figures.map(|(name, first)| {
+    let summaries = figures.map(|(name, first)| {
         let values = rounds.iter().map(|round| &round[name]);
-        let median = match first {
-            Value::Object(_) => medians(&values.collect::<Vec<_>>()),
-            _ => json!(median(
+        let summary = match first {
+            Value::Object(_) => summarize(&values.collect::<Vec<_>>(), statistic),
+            _ => json!(statistic(
                 &values.filter_map(Value::as_f64).collect::<Vec<_>>()
             )),
         };
-        (name.clone(), median)
+        (name.clone(), summary)
     });
-    Value::Object(medians.collect())
+    Value::Object(summaries.collect())
 }
 
 fn machine() -> Value {
@@ -95,10 +103,6 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn new(options: &Options, postgresql: Option<&str>) -> Self {
-        let work = options.work();
-        let work = work
-            .iter()
-            .map(|work| json!({"work": work.name(), "rounds": []}));
         Self {
             figures: json!({
                 "machine": machine(),
@@ -106,40 +110,57 @@ impl Report {
                 "seconds": options.seconds.as_secs(),
                 "rounds": options.rounds,
                 "complete": false,
-                "work": work.collect::<Vec<_>>(),
+                "other": options.peers.as_ref().or(options.against.as_ref()),
+                "work": [],
             }),
             path: Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("throughput.json"),
         }
     }
 
-    pub(crate) fn record_round(&mut self, work: Work, round: &Round) -> Result<()> {
+    pub(crate) fn record_round(&mut self, work: &str, round: &Round) -> Result<()> {
         if round.is_empty() {
             return Ok(());
         }
         let mut row = round.figures(round.service.as_ref());
+        let mut line = format!("{}/s", show(&row["requests_per_second"], 0));
+        if round.pgbench.is_some() {
+            let (pgbench, ratio) = (&row["pgbench_per_second"], &row["ratio"]);
+            line += &format!(", pgbench {}/s, ratio {}", show(pgbench, 0), show(ratio, 2));
+        }
         if let Some(other) = &round.other {
             let service = round.service.as_ref();
             row["to_other"] = json!(service.map(|service| service.rate() / other.rate()));
             row["other"] = round.figures(Some(other));
+            let (other, ratio) = (&row["other"]["requests_per_second"], &row["to_other"]);
+            line += &format!(", other {}/s, ratio {}", show(other, 0), show(ratio, 2));
         }
-        print_figure(
-            work.name(),
-            format_args!(
-                "{}/s, pgbench {}/s, ratio {}, p95 {} ms",
-                show(&row["requests_per_second"], 0),
-                show(&row["pgbench_per_second"], 0),
-                show(&row["ratio"], 2),
-                show(&row["p95_ms"], 2)
-            ),
-        );
-        let all = self.figures["work"].as_array_mut().into_iter().flatten();
-        for one in all.filter(|one| one["work"] == work.name()) {
+        let p95 = show(&row["p95_ms"], 2);
+        print_figure(work, format_args!("{line}, p95 {p95} ms"));
+        let Some(all) = self.figures["work"].as_array_mut() else {
+            return Err("the rows are not an array".into());
+        };
+        if !all.iter().any(|one| one["work"] == work) {
+            all.push(json!({"work": work, "rounds": []}));
+        }
+        for one in all.iter_mut().filter(|one| one["work"] == work) {
             if let Some(rounds) = one["rounds"].as_array_mut() {
                 rounds.push(row.clone());
-                one["median"] = medians(&rounds.iter().collect::<Vec<_>>());
+                let rounds = rounds.clone();
+                let rounds: Vec<&Value> = rounds.iter().collect();
+                one["median"] = summarize(&rounds, median);
+                one["lowest"] = summarize(&rounds, lowest);
+                one["highest"] = summarize(&rounds, highest);
             }
         }
         self.write()
+    }
+
+    /// Returns a statistic of the ratio of this row to pgbench; zero if there is none.
+    pub(crate) fn ratio(&self, work: &str, statistic: &str) -> f64 {
+        let mut rows = self.figures["work"].as_array().into_iter().flatten();
+        let row = rows.find(|row| row["work"] == work);
+        row.and_then(|row| row[statistic]["ratio"].as_f64())
+            .unwrap_or(0.0)
     }
 
     /// Records a figure outside the rounds; dots in the name separate nested objects.
@@ -191,6 +212,9 @@ fn print_report(report: &Value) {
         report["rounds"],
         report["seconds"],
     );
+    if report["other"].is_string() {
+        println!("The other program: {}\n", report["other"]);
+    }
     print_work(&report["work"]);
     if report["scenarios"].is_object() {
         print_scenarios(&report["scenarios"]);
@@ -207,37 +231,55 @@ fn show(value: &Value, decimals: usize) -> String {
 
 fn print_work(work: &Value) {
     let columns = [
-        ("to_other", "to other", 2),
-        ("ratio", "ratio", 2),
-        ("requests_per_second", "req/s", 0),
-        ("pgbench_per_second", "pgbench/s", 0),
-        ("p50_ms", "p50 ms", 2),
-        ("p95_ms", "p95 ms", 2),
-        ("p99_ms", "p99 ms", 2),
-        ("server_us", "server µs", 0),
-        ("postgres_us", "postgres µs", 0),
-        ("pgbench_postgres_us", "PostgreSQL CPU with pgbench", 0),
-        ("client_us", "client µs", 0),
-        ("failed", "failed", 0),
+        ("median", "to_other", "to other", 2),
+        ("lowest", "to_other", "lowest", 2),
+        ("highest", "to_other", "highest", 2),
+        ("median", "ratio", "ratio", 2),
+        ("lowest", "ratio", "lowest", 2),
+        ("highest", "ratio", "highest", 2),
+        ("median", "requests_per_second", "req/s", 0),
+        ("median", "pgbench_per_second", "pgbench/s", 0),
+        ("median", "p50_ms", "p50 ms", 2),
+        ("median", "p95_ms", "p95 ms", 2),
+        ("median", "p99_ms", "p99 ms", 2),
+        ("median", "server_us", "server µs", 0),
+        ("median", "postgres_us", "postgres µs", 0),
+        (
+            "median",
+            "pgbench_postgres_us",
+            "PostgreSQL CPU with pgbench",
+            0,
+        ),
+        ("median", "client_us", "client µs", 0),
+        ("median", "failed", "failed", 0),
     ];
     let rows: Vec<&Value> = work.as_array().into_iter().flatten().collect();
-    let alone = rows.iter().all(|row| row["median"]["other"].is_null());
-    let columns = &columns[usize::from(alone)..];
-    print!("| {:<10} |", "work");
-    for (_, title, _) in columns {
-        print!(" {title:>6} |");
+    // Without pgbench or another program, its columns are empty.
+    let is_used = |(statistic, figure, ..): &(&str, &str, &str, usize)| {
+        rows.iter().any(|row| !row[statistic][figure].is_null())
+    };
+    let columns: Vec<_> = columns.into_iter().filter(is_used).collect();
+    let names = rows.iter().filter_map(|row| row["work"].as_str());
+    let first = names.map(|name| name.chars().count()).max().unwrap_or(0);
+    print!("| {:<first$} |", "work");
+    for (_, _, title, _) in &columns {
+        print!(" {title:>7} |");
     }
     println!("\n|---|{}", "---:|".repeat(columns.len()));
     for row in rows {
         let name = row["work"].as_str().unwrap_or_default();
-        let median = &row["median"];
-        for (name, figures) in [(name, median), ("  other", &median["other"])] {
-            if !figures.is_object() {
+        let is_compared = row["median"]["other"].is_object();
+        for is_other in [false, true] {
+            if is_other && !is_compared {
                 continue;
             }
-            print!("| {name:<10} |");
-            for (figure, title, decimals) in columns {
-                let width = title.chars().count().max(6);
+            print!("| {:<first$} |", if is_other { "  other" } else { name });
+            for (statistic, figure, title, decimals) in &columns {
+                let figures = match is_other {
+                    true => &row[statistic]["other"],
+                    false => &row[statistic],
+                };
+                let width = title.chars().count().max(7);
                 print!(" {:>width$} |", show(&figures[*figure], *decimals));
             }
             println!();
@@ -259,7 +301,7 @@ fn print_scenarios(report: &Value) {
         show(&logins["alone_per_second"], 1),
         show(&logins["alone_to_bare_bcrypt"], 2),
         show(&logins["bare_bcrypt_per_second"], 1),
-        show(&logins["hashing_threads"], 0),
+        show(&logins["bare_bcrypt_threads"], 0),
         show(&logins["beside_reads_per_second"], 1),
     );
     println!(
@@ -280,15 +322,16 @@ fn print_scenarios(report: &Value) {
         show(&report["start_up_ms"], 0),
     );
     println!(
-        "| growth | read one/s | list 20/s | 20 from the middle/s | failed |\n|---|---:|---:|---:|---:|"
+        "| growth | read one/s | list 20/s | 20 from the middle/s | 20 changes/s | failed |\n|---|---:|---:|---:|---:|---:|"
     );
     for (what, row) in report["growth"].as_object().into_iter().flatten() {
         println!(
-            "| {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} |",
             what,
             show(&row["read_per_second"], 0),
             show(&row["list_per_second"], 0),
             show(&row["middle_page_per_second"], 0),
+            show(&row["changes_per_second"], 0),
             show(&row["failed"], 0),
         );
     }

@@ -1,7 +1,6 @@
 //! Further scenarios: logins during reads, idle connections, a user with a million tasks.
 
 use std::{
-    io::Write,
     thread,
     time::{Duration, Instant},
 };
@@ -13,9 +12,10 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, runtime};
 use crate::{
     BCRYPT_COST, Bench, CONNECTIONS, IDLE_CONNECTIONS, LOGIN_CLIENTS, PASSWORD, Result,
     client::{Load, Writer, fetch, header, load, read_response},
+    data::{BenchUser, id, insert_tasks, insert_tasks_of},
     interrupt::check,
     usage::resident,
-    work::{BenchUser, Rng, USERS, Work, email, id, insert_tasks, insert_tasks_of, write_body},
+    work::{Rng, Work},
 };
 
 impl Bench {
@@ -23,19 +23,13 @@ impl Bench {
     pub(crate) fn logins(&mut self) -> Result<()> {
         let length = self.options.seconds.max(Duration::from_secs(3));
         let cores = thread::available_parallelism()?.get();
-        let workers = cores.saturating_sub(1).max(1);
         self.step("bare bcrypt");
-        let bare = bare_bcrypt(workers, length)?;
+        let bare = bare_bcrypt(cores, length)?;
         self.report.record("logins.bcrypt_cost", BCRYPT_COST)?;
-        self.report.record("logins.hashing_threads", workers)?;
+        self.report.record("logins.bare_bcrypt_threads", cores)?;
         self.report.record("logins.bare_bcrypt_per_second", bare)?;
         let (users, address, watched) = (&self.users, self.address, self.watched());
-        let log_in = |rng: &mut Rng, out: &mut Vec<u8>| {
-            let body = json!({"email": email(rng.below(USERS)), "password": PASSWORD}).to_string();
-            let _ = write!(out, "POST /api/v1/auth/login HTTP/1.1\r\nHost: bench\r\n");
-            write_body(out, Some(&body));
-            200
-        };
+        let log_in = |rng: &mut Rng, out: &mut Vec<u8>| Work::Login.request(users, 0, rng, out);
         let read = |rng: &mut Rng, out: &mut Vec<u8>| Work::Read.request(users, 0, rng, out);
         let logging_in = || load(address, LOGIN_CLIENTS, length, 0, &watched, &log_in);
         let reading = || load(address, CONNECTIONS, length, 0, &watched, &read);
@@ -111,7 +105,7 @@ impl Bench {
         if self.options.growth {
             self.step("adding ten million tasks");
             self.database.sql(&[
-                &insert_tasks(500_000_000_000, 10_000_000),
+                &insert_tasks(50_000_000_000_000, 10_000_000),
                 "vacuum analyze tasks",
                 "checkpoint",
             ])?;
@@ -121,8 +115,9 @@ impl Bench {
         Ok(())
     }
 
-    /// Measures reads, first pages, and pages from the middle of a user's tasks.
+    /// Measures reads, first pages, pages from the middle of a user's tasks, and changes.
     fn grown(&mut self, what: &str, user: usize, first: u64, count: u64) -> Result<()> {
+        self.users[user].read_list_state(self.address)?;
         let user = &self.users[user];
         let middle = self.middle(user, count)?;
         let watched = self.watched();
@@ -139,11 +134,13 @@ impl Bench {
         })?;
         let list = run(&|_, out| user.request(out, "GET", "?limit=20", None, 200))?;
         let deep = run(&|_, out| user.request(out, "GET", &middle, None, 200))?;
+        let changes = run(&|_, out| user.request_changes(out))?;
         let figures = json!({
-            "failed": read.failed + list.failed + deep.failed,
+            "failed": read.failed + list.failed + deep.failed + changes.failed,
             "read_per_second": read.rate(), "read_p50_ms": read.percentile(50),
             "list_per_second": list.rate(), "list_p50_ms": list.percentile(50),
             "middle_page_per_second": deep.rate(), "middle_page_p50_ms": deep.percentile(50),
+            "changes_per_second": changes.rate(), "changes_p50_ms": changes.percentile(50),
         });
         self.report.record(&format!("growth.{what}"), figures)
     }
@@ -178,7 +175,7 @@ fn reads(load: &Load) -> Value {
     })
 }
 
-/// Measures verifications per second of bcrypt alone, on as many threads as the service uses.
+/// Measures verifications per second of bcrypt alone.
 fn bare_bcrypt(threads: usize, length: Duration) -> Result<f64> {
     let hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?;
     let begin = Instant::now();
