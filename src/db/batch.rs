@@ -12,12 +12,13 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::yield_now;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{timeout, timeout_at};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
@@ -32,20 +33,19 @@ use super::retry::Repeat;
 const MAX_FAST_WORKERS: usize = 2;
 /// A statement that runs longer than this counts as slow.
 const SLOW_AFTER: Duration = Duration::from_millis(2);
-/// The maximum number of workers per kind. Slow statements leave most of the pool to other
-/// requests.
-const MAX_WORKERS: usize = 8;
 /// The maximum number of queries per kind that wait for the dispatcher. Callers wait while the
 /// queue is full.
 const QUEUE_CAPACITY: usize = 1024;
 
 /// The error of the queries of a batch whose task panicked.
-const FAILED: &str = "a batch of queries failed";
+const BATCH_PANICKED: &str = "a batch of queries failed";
 
 /// A query that can share a statement with others of its kind.
 pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
-    /// Whether the query is a write, whose statement may not run again.
+    /// Whether the query is a write, which is not repeated after its connection was lost.
     const IS_WRITE: bool = false;
+    /// The maximum number of workers. Slow statements leave most of the pool to other requests.
+    const MAX_WORKERS: usize = 8;
     /// The maximum number of rows that one statement returns, which bounds its memory.
     const MAX_ROWS: usize;
 
@@ -69,6 +69,8 @@ pub(super) trait BatchQuery: Sized + Send + Sync + 'static {
 struct Pending<Q> {
     query: Q,
     deadline: Deadline,
+    /// Set by the first of two events: the query is sent, or its caller gives up.
+    is_settled: Arc<AtomicBool>,
     reply: Reply,
 }
 
@@ -93,26 +95,30 @@ impl<Q: BatchQuery> Batcher<Q> {
         deadline: Deadline,
         query: Q,
     ) -> Result<Vec<Row>> {
-        let (reply, response) = oneshot::channel();
+        let (reply, mut response) = oneshot::channel();
+        let is_settled = Arc::<AtomicBool>::default();
         let pending = Pending {
             query,
             deadline,
+            is_settled: is_settled.clone(),
             reply,
         };
         let queue = self.queue(connections);
-        let timed_out = |_| DbError::Unavailable("a query timed out".into());
-        // If the dispatcher is gone, so is the sender of the reply.
-        let queued = timeout_at(deadline.at(), queue.send(pending)).await;
-        queued.map_err(timed_out)?.ok();
-        if !Q::IS_WRITE {
-            let rows = timeout_at(deadline.at(), response)
-                .await
-                .map_err(timed_out)?;
-            return rows.unwrap_or_else(|_| Err(DbError::Unavailable(FAILED.into())));
-        }
-        // A write may be running at its deadline. It is then canceled, and the outcome follows.
-        let rows = response.await;
-        rows.unwrap_or_else(|_| Err(DbError::ConnectionLost(FAILED.into())))
+        let rows = async {
+            // If the dispatcher is gone, so is the sender of the reply.
+            queue.send(pending).await.ok();
+            (&mut response).await
+        };
+        let rows = match timeout_at(deadline.at(), rows).await {
+            Ok(rows) => rows,
+            // A write that was sent is canceled at its deadline, and the outcome follows.
+            Err(_) if Q::IS_WRITE && is_settled.swap(true, Ordering::Relaxed) => response.await,
+            Err(_) => return Err(DbError::Unavailable("a query timed out".into())),
+        };
+        rows.unwrap_or_else(|_| match Q::IS_WRITE {
+            true => Err(DbError::ConnectionLost(BATCH_PANICKED.into())),
+            false => Err(DbError::Unavailable(BATCH_PANICKED.into())),
+        })
     }
 
     /// Returns the queue of the running dispatcher. Starts a dispatcher on the first call, and
@@ -135,7 +141,7 @@ async fn dispatch<Q: BatchQuery>(
     connections: Arc<Connections>,
     mut queue: mpsc::Receiver<Pending<Q>>,
 ) {
-    let workers = Arc::new(Semaphore::new(MAX_WORKERS));
+    let workers = Arc::new(Semaphore::new(Q::MAX_WORKERS));
     let fast_workers = Arc::new(Semaphore::new(MAX_FAST_WORKERS));
     let mut waiting: Vec<Pending<Q>> = Vec::new();
     loop {
@@ -156,7 +162,10 @@ async fn dispatch<Q: BatchQuery>(
             Ok(lease) => {
                 // Queries that arrived while the connection was acquired join the batch.
                 receive(&mut queue, &mut waiting);
-                let batch = waiting.drain(..batch_size(&waiting)).collect();
+                let batch = waiting.drain(..batch_size(&waiting));
+                let batch =
+                    batch.filter(|pending| !pending.is_settled.swap(true, Ordering::Relaxed));
+                let batch = batch.collect();
                 let permits = (fast_permit, permit);
                 tokio::spawn(run_batch(connections.clone(), lease, batch, permits));
             }
@@ -166,16 +175,11 @@ async fn dispatch<Q: BatchQuery>(
     }
 }
 
-/// Moves queued queries to `waiting`. Removes those whose callers have given up or whose deadlines
-/// have passed.
+/// Moves queued queries to `waiting`, and drops those whose callers have given up.
 fn receive<Q>(queue: &mut mpsc::Receiver<Pending<Q>>, waiting: &mut Vec<Pending<Q>>) {
     let room = QUEUE_CAPACITY.saturating_sub(waiting.len());
     waiting.extend(std::iter::from_fn(|| queue.try_recv().ok()).take(room));
     waiting.retain(|pending| !pending.reply.is_closed());
-    let now = Instant::now();
-    let late = waiting.extract_if(.., |pending| pending.deadline.at() <= now);
-    let error = DbError::Unavailable("the deadline passed before a query was sent".into());
-    fail(late.map(|pending| pending.reply), &error);
 }
 
 /// How many of the waiting queries fit into one statement.

@@ -2,11 +2,10 @@
 //!
 //! [`Queries`] runs a statement of `sql/` with the deadline of its request; the modules of the
 //! tables are built on it. No two statements share a connection, because one would wait for the
-//! commit of the other. Hot reads and writes are
-//! batched (`batch`).
+//! commit of the other. Hot reads and writes are batched (`batch`, `task_writes`).
 //!
-//! Imports point one way: tables → task_writes → batch → retry → lease → connections → pool, keyed_semaphore →
-//! health → sockets, inspect → url → connect → tls.
+//! Imports point one way: tables → task_writes → batch → retry → lease → connections → pool,
+//! keyed_semaphore → health → sockets, inspect → url → connect → tls.
 
 mod batch;
 mod connect;

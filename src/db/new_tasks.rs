@@ -58,6 +58,10 @@ pub(crate) async fn create(
         rows => rows?,
     };
     let Some(row) = rows.first() else {
+        // A repeated insert whose first attempt took the last place in the list finds it full.
+        if get(db, user_id, id).await?.is_some() {
+            return Ok(CreateOutcome::Task(new));
+        }
         let user = db.read(Sql::UsersGet, &[&user_id]).await?;
         return Ok(match user.is_empty() {
             true => CreateOutcome::NoSuchUser,

@@ -19,7 +19,7 @@ pub(super) enum Repeat {
     /// A write that may not run again, because a second run would change something else.
     Never,
     /// A write that may run again, because it inserts rows under IDs chosen by the caller. A second
-    /// run finds the rows of the first. Has the error of an earlier run that may have taken effect.
+    /// run finds the rows of the first. Contains the error of a first run whose outcome is unknown.
     Insert(Option<DbError>),
 }
 

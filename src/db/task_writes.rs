@@ -40,6 +40,8 @@ pub(super) trait BatchWrite: Send + Sync + 'static {
 
 impl<W: BatchWrite> BatchQuery for Arc<W> {
     const IS_WRITE: bool = true;
+    /// There are three kinds of writes.
+    const MAX_WORKERS: usize = 3;
     const MAX_ROWS: usize = 64;
 
     fn max_rows(&self) -> usize {

@@ -51,7 +51,7 @@ async fn backends(sql: &Sql, condition: &str) -> Vec<i32> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// Locks the users, whom new tasks reference, and the tasks.
+/// Blocks every login, and every write of tasks.
 const LOCK: &str = "select from users, task_lists, tasks for update";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
