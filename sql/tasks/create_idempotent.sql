@@ -28,7 +28,7 @@ with claim as (
     from claim, list
 ), trim as (
     delete from idempotency_keys
-    where $9 and ctid = any(array(
+    where $9 and user_id = $1 and ctid = any(array(
         select ctid from idempotency_keys
         where user_id = $1 and key <> $8 and created_at < (
             select created_at from idempotency_keys

@@ -108,6 +108,11 @@ impl Connections {
         }
     }
 
+    /// Whether writes of this user's tasks run alone at present.
+    pub(super) fn is_writing_alone(&self, user_id: Uuid) -> bool {
+        self.writes_per_user.is_in_use(&user_id)
+    }
+
     /// Waits until this user may write tasks, for no longer than other requests wait for a connection.
     pub(super) async fn acquire_task_write(
         &self,

@@ -50,6 +50,11 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         Some(keyed)
     }
 
+    /// Whether permits for a key are held or waited for.
+    pub(crate) fn is_in_use(&self, key: &K) -> bool {
+        self.semaphores.lock().contains_key(key)
+    }
+
     /// Returns the semaphore of a key, and a permit that is yet to be acquired. Dropping the permit
     /// removes an unused semaphore, even if the permit was never acquired.
     fn request(&self, key: K) -> (Arc<Semaphore>, KeyedPermit<K>) {

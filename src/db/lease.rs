@@ -80,7 +80,8 @@ impl Lease {
         let query = connection
             .client
             .query(&connection.statements[sql as usize], params);
-        self.run_isolated(deadline, query).await
+        // On the heap, so that idle connections of clients keep no room for it.
+        self.run_isolated(deadline, Box::pin(query)).await
     }
 
     /// Like `query`, but returns how many rows the statement changed.
@@ -94,7 +95,7 @@ impl Lease {
         let query = connection
             .client
             .execute(&connection.statements[sql as usize], params);
-        self.run_isolated(deadline, query).await
+        self.run_isolated(deadline, Box::pin(query)).await
     }
 
     pub(super) async fn ping(&mut self, deadline: Deadline) -> Result<()> {

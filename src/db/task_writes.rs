@@ -58,15 +58,21 @@ impl<W: BatchWrite> BatchQuery for Arc<W> {
 }
 
 impl Queries<'_> {
-    /// Runs a write together with others of its kind, or alone if the batch did not include it or the
-    /// server rejected the batch.
+    /// Runs a write together with others of its kind, or alone if the batch did not include it, if the
+    /// server rejected the batch, or if other writes of this user run alone.
     pub(super) async fn batch_write<W: BatchWrite>(
         self,
         batcher: &Batcher<Arc<W>>,
         write: W,
     ) -> Result<Vec<Row>> {
         let write = Arc::new(write);
-        let unknown = match self.batch(batcher, write.clone()).await {
+        // Batches would overtake the user's writes that wait for the lock of the list, again and again.
+        let is_alone = self.database.connections.is_writing_alone(write.user_id());
+        let written = match is_alone {
+            true => Ok(Vec::new()),
+            false => self.batch(batcher, write.clone()).await,
+        };
+        let unknown = match written {
             Ok(rows) if !rows.is_empty() => {
                 self.record_revision(write.user_id(), &rows);
                 return Ok(rows);

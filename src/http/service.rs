@@ -48,8 +48,7 @@ pub(crate) async fn handle(
             Some(detail) => return Err(Error::MalformedRequest(detail)),
             None => check_host(&head)?,
         }
-        // Allocated only while a request is processed: idle connections keep no room for it.
-        Box::pin(router::dispatch(&context, body)).await
+        router::dispatch(&context, body).await
     })
     .await;
     // After these errors the unread part of the request may be incomplete or ambiguous.

@@ -363,7 +363,7 @@ cases! {
         "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', false" =>
             rows 1, pages 2 * A_WRITE;
         "a new key, and old ones to delete": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', true" =>
-            rows 1, pages 2 * A_WRITE, rows_discarded 2, sorted 2;
+            rows 1, pages 2 * A_WRITE, rows_discarded 4, sorted 2;
         "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6', false" =>
             rows 1, pages A_WRITE, rows_discarded 1;
         "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6', false" =>
