@@ -117,7 +117,11 @@ fn log_in(server: &Server, email: &str, password: &str) -> Request {
 async fn serves_a_login_while_many_networks_log_in_continuously() {
     let _guard = start_heavy_load().await;
     let cost = short_or_full("10", "12");
-    for (networks, clients) in [(1, 40), short_or_full((20, 60), (100, 200))] {
+    let cores = available_parallelism().map_or(1, NonZero::get);
+    for (networks, clients) in [
+        (1, 30 * cores),
+        short_or_full((20, 40 * cores), (100, 100 * cores)),
+    ] {
         let server = Arc::new(
             Server::with(&[
                 ("TRUSTED_PROXIES", "127.0.0.1"),
@@ -135,11 +139,11 @@ async fn serves_a_login_while_many_networks_log_in_continuously() {
                 .header("x-forwarded-for", format!("203.0.113.{network}"))
         });
         // Every network sends so often that its logins are due later than those of the victim,
-        // even if they have been waiting for long. There is a queue of 16 for each core but one.
+        // even if they have been waiting for long. There is a queue of 16 for each core.
         attack.until_count(503, 15 * networks).await;
-        let cores = available_parallelism().map_or(1, NonZero::get);
-        let queue = 16 * cores.saturating_sub(1).max(1);
-        attack.until_count(401, attack.count(401) + queue).await;
+        attack
+            .until_count(401, attack.count(401) + 16 * cores)
+            .await;
         let summary = assert_served(&attack, 401, short_or_full(3, 30), async |_| {
             log_in(&server, &victim.email, &victim.password).await
         });
