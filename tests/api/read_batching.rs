@@ -8,6 +8,9 @@ use tokio::time::{Duration, sleep, timeout};
 use crate::harness::{Lock, Request, Response, Server, User, until};
 use crate::metrics::gauge;
 
+/// The number of connections that requests share with the default `DB_POOL_SIZE` of test servers.
+const POOL_SIZE: usize = 4;
+
 /// A user and their tasks, newest first.
 struct Account {
     user: User,
@@ -26,7 +29,7 @@ async fn create_accounts(server: &Server) -> Vec<Account> {
         }
         accounts.push(Account { user, tasks });
     }
-    open_connections(server).await;
+    open_connections(server, POOL_SIZE).await;
     accounts
 }
 
@@ -95,12 +98,14 @@ async fn lock_tasks(server: &Server) -> Lock {
         .await
 }
 
-/// Makes the service open all connections, because it cannot prepare new ones while the table is locked.
-async fn open_connections(server: &Server) {
-    let users = [server.user().await, server.user().await];
+/// Makes the service open this many connections, because it cannot prepare new ones while the table of
+/// tasks is locked.
+pub(crate) async fn open_connections(server: &Server, count: usize) {
+    let users = server.users(count).await;
     let lock = server.lock("select from task_lists for update").await;
-    let create = |n: usize| users[n % 2].create(json!({"title": "a"})).send();
-    let (responses, ()) = tokio::join!(join_all((0..4).map(create)), lock.release_after(4));
+    let create = |user: &User| user.create(json!({"title": "a"})).send();
+    let creates = join_all(users.iter().map(create));
+    let (responses, ()) = tokio::join!(creates, lock.release_after(count as i64));
     for response in responses {
         response.expect(201);
     }
@@ -185,7 +190,7 @@ async fn a_blocked_batch_does_not_delay_other_reads() {
     for user in [&ann, &bob] {
         paths.push(user.path_of(&user.create_task("a").await));
     }
-    open_connections(&server).await;
+    open_connections(&server, POOL_SIZE).await;
     let lock = lock_tasks(&server).await;
     let blocked = async {
         let read = || async {

@@ -8,7 +8,7 @@ use tokio_postgres::Client;
 
 use crate::harness::{Request, Response, Server, User, until};
 use crate::metrics::gauge;
-use crate::read_batching::statement_count;
+use crate::read_batching::{open_connections, statement_count};
 
 /// Blocks every write of a task.
 const BLOCK_WRITES: &str = "lock table tasks in exclusive mode";
@@ -27,14 +27,16 @@ async fn send_batched(server: &Server, requests: Vec<Request>, statements: &str)
     let task = other.path_of(&other.create_task("other").await);
     let lock = server.lock(BLOCK_WRITES).await;
     let mut blockers = Vec::new();
-    for number in 0..3 * MAX_WORKERS {
-        let request = match number % 3 {
-            0 => other.create(json!({"title": "other"})),
-            1 => other.put(&*task).json(json!({"title": "other"})),
-            _ => other.delete(&*task),
-        };
-        blockers.push(tokio::spawn(request.send()));
-        lock.wait_for_blocked(number + 1).await;
+    // Writes of three kinds, which share no batch, are sent at once: the first ones must not reach
+    // their deadline before the other requests have arrived.
+    for round in 1..=MAX_WORKERS {
+        let kinds = [
+            other.create(json!({"title": "other"})),
+            other.put(&*task).json(json!({"title": "other"})),
+            other.delete(&*task),
+        ];
+        blockers.extend(kinds.map(|request| tokio::spawn(request.send())));
+        lock.wait_for_blocked(3 * round).await;
     }
     let arrived = requests.len() + blockers.len();
     let release = async {
@@ -54,7 +56,15 @@ async fn send_batched(server: &Server, requests: Vec<Request>, statements: &str)
 }
 
 async fn measured_server() -> Server {
-    Server::with(&[("METRICS_ADDR", "127.0.0.1:0"), ("DB_POOL_SIZE", "20")]).await
+    measured_server_with(&[]).await
+}
+
+/// Starts a server that has a connection for each worker and a few more.
+async fn measured_server_with(variables: &[(&str, &str)]) -> Server {
+    let measured = [("METRICS_ADDR", "127.0.0.1:0"), ("DB_POOL_SIZE", "20")];
+    let server = Server::with(&[&measured[..], variables].concat()).await;
+    open_connections(&server, 12).await;
+    server
 }
 
 /// Checks that each list has the number of tasks that it counts, and that no two changes of a list
@@ -73,16 +83,29 @@ async fn assert_lists_are_consistent(sql: &Client) {
     assert_eq!(count, 0, "inconsistent lists");
 }
 
+/// Sends a write, and sends it again while the service refuses it because the machine is busy.
+async fn write(request: impl Fn() -> Request) -> Response {
+    loop {
+        let response = request().await;
+        if response.status != 503 {
+            return response;
+        }
+        response.problem(503, "overloaded");
+    }
+}
+
 /// Creates, changes, completes and deletes tasks one after another. Returns the tasks that remain.
 async fn write_tasks(user: &User, writer: usize) -> Vec<Value> {
     let mut remaining = Vec::new();
     for n in 0..6 {
         let title = format!("{writer}: {n}");
-        let created = user.create_task(&title).await;
+        let create = || user.create(json!({"title": title}));
+        let created = write(create).await.expect(201).json();
         let path = user.path_of(&created);
         let change = json!({"title": format!("{title}, changed"), "description": title});
-        let changed = user.put(&*path).json(change).await.expect(200).json();
-        let toggled = user.patch(format!("{path}/complete")).await;
+        let change = || user.put(&*path).json(change.clone());
+        let changed = write(change).await.expect(200).json();
+        let toggled = write(|| user.patch(format!("{path}/complete"))).await;
         let toggled = toggled.expect(200).json();
         assert_eq!(
             (
@@ -93,7 +116,7 @@ async fn write_tasks(user: &User, writer: usize) -> Vec<Value> {
             (&changed["title"], &json!(true), &created["created_at"])
         );
         match n % 3 {
-            0 => drop(user.delete(path).await.expect(204)),
+            0 => drop(write(|| user.delete(&*path)).await.expect(204)),
             _ => remaining.push(toggled),
         }
     }
@@ -325,8 +348,7 @@ async fn a_write_that_the_database_rejects_fails_alone() {
 
 #[tokio::test]
 async fn a_full_list_rejects_exactly_the_surplus_of_a_batch() {
-    let server =
-        Server::with(&[("METRICS_ADDR", "127.0.0.1:0"), ("MAX_TASKS_PER_USER", "5")]).await;
+    let server = measured_server_with(&[("MAX_TASKS_PER_USER", "5")]).await;
     let [ann, bob] = users(&server).await;
     let create = |n: usize| match n % 2 {
         0 => ann.create(json!({"title": "a"})),
@@ -365,7 +387,7 @@ async fn each_write_of_a_batch_is_done_whether_or_not_other_clients_disconnect()
     let sql = server.sql().await;
     until("the tasks of all clients are stored", async || {
         let row = sql
-            .query_one("select count(*) from tasks", &[])
+            .query_one("select count(*) from tasks where title = 'new'", &[])
             .await
             .unwrap();
         row.get::<_, i64>(0) == 12
