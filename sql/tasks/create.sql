@@ -1,4 +1,4 @@
--- Creates a task and returns the revision of its list; no row if the account was deleted or has the
+-- Creates a task and returns its id and the revision of its list; no row if the account was deleted or has the
 -- maximum number of tasks.
 -- $1 user id, $2 task id, $3 title, $4 description, $5 completed, $6 the time that the id contains,
 -- $7 the maximum number of tasks
@@ -12,4 +12,4 @@ with list as (
 )
 insert into tasks (user_id, id, title, description, completed, created_at, updated_at, revision)
 select $1, $2, $3, $4, $5, $6, $6, revision from list
-returning revision
+returning id, revision

@@ -26,6 +26,7 @@ migrations! {
     6 "mail",
     7 "disabled_accounts",
     8 "tasks_reference_lists",
+    9 "keys_reference_lists",
 }
 
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.

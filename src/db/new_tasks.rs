@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use log::warn;
 use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
@@ -40,17 +41,12 @@ pub(crate) async fn create(
 ) -> Result<CreateOutcome> {
     let (id, created_at) = NewTask::new_id();
     let new = new.into_task(user_id, id, created_at);
-    let rows = match key {
-        Some(key) => write_idempotent(db, &new, key, max_tasks).await,
-        None => {
-            let task = new.clone();
-            let create = CreateTask { task, max_tasks };
-            db.batch_write(&db.database.batchers.create, create).await
-        }
+    let create = CreateTask {
+        task: new.clone(),
+        key: key.map(Into::into),
+        max_tasks,
     };
-    let rows = match rows {
-        // The account was deleted while a key was claimed.
-        Err(error) if error.is(&SqlState::FOREIGN_KEY_VIOLATION) => Vec::new(),
+    let rows = match db.batch_write(&db.database.batchers.create, create).await {
         // The ID is unique to this call, so the first attempt of a retried insert took effect.
         Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => {
             return Ok(CreateOutcome::Task(new));
@@ -68,7 +64,10 @@ pub(crate) async fn create(
             false => CreateOutcome::QuotaExceeded,
         });
     };
-    if key.is_none() {
+    if row.get::<_, Uuid>("id") == id {
+        if key.is_some() {
+            trim_keys(db, user_id).await;
+        }
         return Ok(CreateOutcome::Task(new));
     }
     let stored: Task = task(user_id, row);
@@ -81,30 +80,18 @@ pub(crate) async fn create(
     }
 }
 
-async fn write_idempotent(
-    db: Queries<'_>,
-    new: &Task,
-    key: &str,
-    max_tasks: i32,
-) -> Result<Vec<Row>> {
-    let params: Params = &[
-        &new.user_id,
-        &new.id,
-        &new.title,
-        &new.description,
-        &new.completed,
-        &new.created_at.0,
-        &max_tasks,
-        &key,
-        // Deletes the user's surplus keys in one of a hundred requests, to reduce the cost.
-        &(fastrand::u8(..100) == 0),
-    ];
-    let (repeat, sql) = (Repeat::Insert(None), Sql::TasksCreateIdempotent);
-    db.write_tasks(repeat, new.user_id, sql, params).await
+/// Deletes the user's surplus keys in one of a hundred calls, to reduce the cost.
+async fn trim_keys(db: Queries<'_>, user_id: Uuid) {
+    if fastrand::u8(..100) == 0
+        && let Err(error) = db.execute(Sql::IdempotencyKeysTrim, &[&user_id]).await
+    {
+        warn!("cannot delete surplus idempotency keys: {error:?}");
+    }
 }
 
 pub(super) struct CreateTask {
     task: Task,
+    key: Option<Box<str>>,
     max_tasks: i32,
 }
 
@@ -128,6 +115,7 @@ impl BatchWrite for CreateTask {
             &column(writes, |write| write.task.completed),
             &column(writes, |write| write.task.created_at.0),
             &column(writes, |write| write.max_tasks),
+            &column(writes, |write| write.key.as_deref()),
         ];
         lease.query(deadline, Sql::TasksCreateBatch, params).await
     }
@@ -141,9 +129,13 @@ impl BatchWrite for CreateTask {
             &self.task.completed,
             &self.task.created_at.0,
             &self.max_tasks,
+            &self.key,
         ];
-        db.write_tasks(repeat, self.user_id(), Sql::TasksCreate, params)
-            .await
+        let (sql, params) = match self.key {
+            Some(_) => (Sql::TasksCreateIdempotent, params),
+            None => (Sql::TasksCreate, &params[..7]),
+        };
+        db.write_tasks(repeat, self.user_id(), sql, params).await
     }
 }
 
