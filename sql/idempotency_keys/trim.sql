@@ -5,7 +5,7 @@ with of_user as materialized (
     select created_at from idempotency_keys where user_id = $1
 )
 delete from idempotency_keys
-where user_id = $1 and ctid = any(array(
+where ctid = any(array(
     select ctid from idempotency_keys
     where user_id = $1 and created_at < (
         select created_at from of_user order by created_at desc offset 9999 limit 1)

@@ -78,11 +78,28 @@ type Reply = oneshot::Sender<Result<Vec<Row>>>;
 type Permit = Option<OwnedSemaphorePermit>;
 
 /// The queue to the dispatcher of one kind of query.
-pub(super) struct Batcher<Q>(Mutex<Option<mpsc::Sender<Pending<Q>>>>);
+pub(super) struct Batcher<Q> {
+    queue: Mutex<Option<mpsc::Sender<Pending<Q>>>>,
+    /// Cloned by each query that is in progress, to count them.
+    in_progress: Arc<()>,
+}
 
 impl<Q> Default for Batcher<Q> {
     fn default() -> Self {
-        Self(Mutex::new(None))
+        Self {
+            queue: Mutex::new(None),
+            in_progress: Arc::default(),
+        }
+    }
+}
+
+impl<Q> Batcher<Q> {
+    /// Counts a query as in progress until the returned value is dropped. Also returns whether so few
+    /// are in progress that a batch would contain this query alone.
+    pub(super) fn begin(&self) -> (Arc<()>, bool) {
+        let in_progress = self.in_progress.clone();
+        let is_idle = Arc::strong_count(&in_progress) <= 1 + MAX_FAST_WORKERS;
+        (in_progress, is_idle)
     }
 }
 
@@ -124,7 +141,7 @@ impl<Q: BatchQuery> Batcher<Q> {
     /// Returns the queue of the running dispatcher. Starts a dispatcher on the first call, and
     /// again if the previous one has panicked.
     fn queue(&self, connections: &Arc<Connections>) -> mpsc::Sender<Pending<Q>> {
-        let mut queue = self.0.lock();
+        let mut queue = self.queue.lock();
         match &*queue {
             Some(queue) if !queue.is_closed() => queue.clone(),
             _ => {

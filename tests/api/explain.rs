@@ -169,6 +169,14 @@ cases! {
             given "update idempotency_keys set created_at = now() - interval '2 days'
                    where user_id <= nth(2000)";
     }
+    "idempotency_keys/trim.sql" {
+        // Reads all keys of the user.
+        "few keys": "nth(7)" => rows 0, pages 2 * A_ROW, rows_discarded 2, sorted 2;
+        "51 too many": "nth(7)" => rows 51, pages 4 * THOUSAND, rows_discarded 10000, sorted 10051,
+            given "insert into idempotency_keys (user_id, key, task_id, title, completed, created_at)
+                   select nth(7), 'more ' || n, nth(n), 'dust', false,
+                          now() + n * interval '1 second' from generate_series(1, 10049) n";
+    }
     "login_failures/clear.sql" {
         "an account": "nth(7)" => rows 3, pages A_WRITE;
         "no account": "nth(500000)" => rows 0, pages A_ROW;
@@ -354,20 +362,22 @@ cases! {
             rows 1, pages A_WRITE;
     }
     "tasks/create_batch.sql" {
-        "a task": "array[nth(7)], array[nth(500000)], array['dust'], array[null], array[false], array[moment(500000)], array[5000000]" =>
-            rows 1, pages A_WRITE + A_ROW, sorted 1;
-        "a batch of three": "array[nth(7), nth(8), nth(9)], array[nth(500000), nth(500001), nth(500002)], array['dust', 'dust', 'dust'], array[null, null, null], array[false, false, false], array[moment(500000), moment(500000), moment(500000)], array[5000000, 5000000, 5000000]" =>
-            rows 3, pages 3 * (A_WRITE + A_ROW), sorted 3;
+        "a task": "array[nth(7)], array[nth(500000)], array['dust'], array[null], array[false], array[moment(500000)], array[5000000], array[null]" =>
+            rows 1, pages A_WRITE + A_ROW, rows_discarded 1, sorted 1;
+        "a new key": "array[nth(7)], array[nth(500000)], array['dust'], array[null], array[false], array[moment(500000)], array[5000000], array['new']" =>
+            rows 1, pages 2 * A_WRITE + A_ROW, sorted 1;
+        "a known key": "array[nth(7)], array[nth(500000)], array['dust'], array[null], array[false], array[moment(500000)], array[5000000], array['key 6']" =>
+            rows 0, pages A_WRITE, rows_discarded 1, sorted 1;
+        "a batch of three": "array[nth(7), nth(8), nth(9)], array[nth(500000), nth(500001), nth(500002)], array['dust', 'dust', 'dust'], array[null, null, null], array[false, false, false], array[moment(500000), moment(500000), moment(500000)], array[5000000, 5000000, 5000000], array[null, null, null]" =>
+            rows 3, pages 3 * (A_WRITE + A_ROW), rows_discarded 3, sorted 3;
     }
     "tasks/create_idempotent.sql" {
-        "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', false" =>
-            rows 1, pages 2 * A_WRITE;
-        "a new key, and old ones to delete": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new', true" =>
-            rows 1, pages 2 * A_WRITE, rows_discarded 4, sorted 2;
-        "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6', false" =>
-            rows 1, pages A_WRITE, rows_discarded 1;
-        "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6', false" =>
-            rows 1, pages 2 * A_WRITE,
+        "a new key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'new'" =>
+            rows 1, pages 3 * A_WRITE;
+        "a known key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6'" =>
+            rows 1, pages 2 * A_WRITE, rows_discarded 1;
+        "an old key": "nth(7), nth(500000), 'dust', null, false, moment(500000), 5000000, 'key 6'" =>
+            rows 1, pages 3 * A_WRITE,
             given "update idempotency_keys set created_at = now() - interval '2 days'
                    where user_id = nth(7)";
     }

@@ -103,6 +103,20 @@ async fn a_create_beyond_the_quota_does_not_use_its_key() {
     request.await.expect(201);
 }
 
+#[tokio::test]
+async fn concurrent_copies_of_the_last_create_get_the_same_response() {
+    let server = Server::with(&[("MAX_TASKS_PER_USER", "1")]).await;
+    let ann = server.user().await;
+    let lock = server.lock("select from task_lists for update").await;
+    let copies = join_all((0..2).map(|_| create_with_key(&ann, "last")));
+    let (responses, ()) = tokio::join!(copies, lock.release_after(2));
+    let tasks: Vec<_> = responses
+        .into_iter()
+        .map(|response| response.expect(201).json())
+        .collect();
+    assert_eq!(tasks[0], tasks[1]);
+}
+
 /// The oldest keys beyond 10,000 are deleted by about one keyed request in a hundred.
 #[tokio::test]
 async fn the_number_of_a_users_idempotency_keys_is_bounded() {

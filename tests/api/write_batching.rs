@@ -13,7 +13,9 @@ use crate::read_batching::{open_connections, statement_count};
 /// Blocks every write of a task.
 const BLOCK_WRITES: &str = "lock table tasks in exclusive mode";
 /// The number of batches of one kind of write that run at a time.
-const MAX_WORKERS: i64 = 3;
+const MAX_WORKERS: usize = 3;
+/// The number of writes of one kind that run alone while no others are in progress.
+const MAX_LONE: usize = 2;
 
 async fn users<const N: usize>(server: &Server) -> [User; N] {
     let users = join_all((0..N).map(|_| server.user())).await;
@@ -23,20 +25,23 @@ async fn users<const N: usize>(server: &Server) -> [User; N] {
 /// Sends requests so that those of one kind travel in one batch: while other writes keep all workers
 /// busy, which a lock blocks. The transaction that holds it executes `statements` before it commits.
 async fn send_batched(server: &Server, requests: Vec<Request>, statements: &str) -> Vec<Response> {
-    let other = server.user().await;
-    let task = other.path_of(&other.create_task("other").await);
+    // Each write is of another user, because the writes of a user with a lone write run alone.
+    let others = server.users(3 * (MAX_LONE + MAX_WORKERS)).await;
+    let tasks = join_all(others.iter().map(|user| user.create_task("other"))).await;
     let lock = server.lock(BLOCK_WRITES).await;
     let mut blockers = Vec::new();
     // Writes of three kinds, which share no batch, are sent at once: the first ones must not reach
     // their deadline before the other requests have arrived.
-    for round in 1..=MAX_WORKERS {
+    for (users, tasks) in others.chunks(3).zip(tasks.chunks(3)) {
         let kinds = [
-            other.create(json!({"title": "other"})),
-            other.put(&*task).json(json!({"title": "other"})),
-            other.delete(&*task),
+            users[0].create(json!({"title": "other"})),
+            users[1]
+                .put(users[1].path_of(&tasks[1]))
+                .json(json!({"title": "other"})),
+            users[2].delete(users[2].path_of(&tasks[2])),
         ];
         blockers.extend(kinds.map(|request| tokio::spawn(request.send())));
-        lock.wait_for_blocked(3 * round).await;
+        lock.wait_for_blocked(blockers.len() as i64).await;
     }
     let arrived = requests.len() + blockers.len();
     let release = async {
@@ -63,7 +68,7 @@ async fn measured_server() -> Server {
 async fn measured_server_with(variables: &[(&str, &str)]) -> Server {
     let measured = [("METRICS_ADDR", "127.0.0.1:0"), ("DB_POOL_SIZE", "20")];
     let server = Server::with(&[&measured[..], variables].concat()).await;
-    open_connections(&server, 12).await;
+    open_connections(&server, 16).await;
     server
 }
 
@@ -360,6 +365,41 @@ async fn a_full_list_rejects_exactly_the_surplus_of_a_batch() {
     for response in responses.iter().filter(|response| response.status != 201) {
         response.problem(403, "quota_exceeded");
     }
+    assert_lists_are_consistent(&server.sql().await).await;
+}
+
+#[tokio::test]
+async fn a_key_creates_one_task_even_if_its_copies_share_a_batch() {
+    let server = measured_server().await;
+    let [ann, bob] = users(&server).await;
+    let create = |user: &User, title: &str, key: &str| {
+        let create = user.create(json!({"title": title}));
+        create.header("idempotency-key", key)
+    };
+    let known = create(&ann, "known", "known").await.expect(201).json();
+    let requests = vec![
+        create(&ann, "a", "new"),
+        create(&ann, "a", "new"),
+        create(&ann, "other", "new"),
+        create(&bob, "b", "new"),
+        create(&ann, "known", "known"),
+        bob.create(json!({"title": "b"})),
+    ];
+    let responses = send_batched(&server, requests, "").await;
+    let (rejected, created): (Vec<_>, Vec<_>) = responses
+        .into_iter()
+        .partition(|response| response.status == 422);
+    for response in &rejected {
+        response.problem(422, "idempotency_key_reused");
+    }
+    let mut tasks: Vec<Value> = Vec::new();
+    for response in created {
+        let task = response.expect(201).json();
+        tasks.extend((!tasks.contains(&task)).then_some(task));
+    }
+    // Either title of Ann's new key may have been the first.
+    assert!(tasks.contains(&known) && tasks.len() == 4, "{tasks:?}");
+    assert!(rejected.len() == 1 || rejected.len() == 2);
     assert_lists_are_consistent(&server.sql().await).await;
 }
 
