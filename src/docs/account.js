@@ -6,14 +6,17 @@
   // URLs are relative to this file, because a proxy may serve the API under a prefix.
   const api = new URL("../api/v1/", document.currentScript.src);
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
-  const form = document.querySelector(token ? "form:not(#request)" : "#request");
-  const message = document.getElementById("message");
+  const [withToken, withoutToken] = /verify\/?$/.test(location.pathname) ? ["verify", "resend"] : ["reset", "forgot"];
   const field = (id) => document.getElementById(id);
+  const form = field(token ? withToken : withoutToken);
+  const message = field("message");
+  // Password managers would otherwise fill in the hidden forms.
+  [...document.forms].filter((other) => other !== form).forEach((other) => other.remove());
 
   // Returns the address in a token. For display only: the signature is not verified.
-  function parseAddress(text) {
+  function parseAddress() {
     try {
-      const payload = text.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
+      const payload = token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
       const bytes = Uint8Array.from(atob(payload), (character) => character.charCodeAt(0));
       return JSON.parse(new TextDecoder().decode(bytes)).email;
     } catch {
@@ -21,8 +24,8 @@
     }
   }
 
-  function show(text) {
-    message.textContent = text;
+  function show(...content) {
+    message.replaceChildren(...content);
     message.hidden = false;
   }
 
@@ -42,26 +45,20 @@
     }
     const problem = await response.json();
     if (problem.code === "invalid_mail_token") {
-      show("This link is no longer valid: it has expired, has been used, or a newer one has replaced it.");
-      message.append(" ", newMailLink());
+      const link = document.createElement("a");
+      link.href = location.pathname;
+      link.textContent = "Get a new mail";
+      show("This link is no longer valid: it has expired or been used, or your password or address has changed. ", link);
     } else {
       show(problem.detail.charAt(0).toUpperCase() + problem.detail.slice(1));
-      field("new-password")?.focus();
+      form.querySelector("input:not([readonly])")?.focus();
     }
-  }
-
-  function newMailLink() {
-    const link = document.createElement("a");
-    link.href = location.pathname;
-    link.textContent = "Get a new mail";
-    return link;
   }
 
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     message.hidden = true;
-    const password = field("new-password");
-    if (password && form.id === "reset" && password.value !== field("repeated").value) {
+    if (form.id === "reset" && field("new-password").value !== field("repeated").value) {
       show("The passwords differ.");
       field("repeated").focus();
       return;
@@ -90,7 +87,8 @@
   window.addEventListener("hashchange", () => location.reload());
 
   for (const element of form.querySelectorAll(".address")) {
-    element.value = parseAddress(token);
+    element.value = parseAddress();
   }
+  document.title = form.querySelector("h1").textContent;
   form.hidden = false;
 })();

@@ -88,8 +88,8 @@ routes! { |context, body|
     [/"openapi.json"] { GET => static_files::openapi(context).await }
     [/docs] { GET => Ok(meta::docs(context)) }
     [/docs/{file}] { GET => static_files::docs_file(context, file).await }
-    [/account/reset] if let Some(_mailer) = &context.app.mail => { GET => Ok(meta::reset_page(context)) }
-    [/account/verify] if let Some(_mailer) = &context.app.mail => { GET => Ok(meta::verify_page(context)) }
+    [/account/reset] if let Some(_mailer) = &context.app.mail => { GET => Ok(meta::account(context)) }
+    [/account/verify] if let Some(_mailer) = &context.app.mail => { GET => Ok(meta::account(context)) }
     [/problems/{code}] { GET => meta::problem(context, code) }
     [/api/v1/auth/register] { POST => auth::register(context, body).await }
     [/api/v1/auth/login] { POST => auth::login(context, body).await }

@@ -12,8 +12,7 @@ use crate::problem::find_problem;
 use crate::telemetry::metrics::Metrics;
 
 const DOCS: &str = include_str!("../../docs/index.html");
-const RESET_PAGE: &str = include_str!("../../docs/reset.html");
-const VERIFY_PAGE: &str = include_str!("../../docs/verify.html");
+const ACCOUNT: &str = include_str!("../../docs/account.html");
 const PROBLEM: &str = include_str!("../../docs/problem.html");
 
 /// Allows resources of this origin only, no inline scripts, and no framing.
@@ -57,14 +56,10 @@ pub(crate) fn docs(context: &RequestContext<'_>) -> Response {
     page(context, DOCS)
 }
 
-/// `GET /account/reset`: where a mail leads that resets a password.
-pub(crate) fn reset_page(context: &RequestContext<'_>) -> Response {
-    page(context, RESET_PAGE)
-}
-
-/// `GET /account/verify`: where a mail leads that verifies an address.
-pub(crate) fn verify_page(context: &RequestContext<'_>) -> Response {
-    page(context, VERIFY_PAGE)
+/// `GET /account/reset` and `GET /account/verify`: where mails lead. The script of the page selects a
+/// form by the path.
+pub(crate) fn account(context: &RequestContext<'_>) -> Response {
+    page(context, ACCOUNT)
 }
 
 /// `GET /problems/{code}`: what a type of problem means and what to do about it.
