@@ -1,7 +1,5 @@
 //! The settings of mail.
 
-use std::str::FromStr;
-
 use lettre::Address;
 use secrecy::ExposeSecret;
 use url::Url;
@@ -29,19 +27,6 @@ pub(crate) enum EmailVerification {
     Required,
 }
 
-impl FromStr for EmailVerification {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text {
-            "off" => Ok(Self::Off),
-            "optional" => Ok(Self::Optional),
-            "required" => Ok(Self::Required),
-            _ => Err(()),
-        }
-    }
-}
-
 impl MailConfig {
     /// Reads the settings. Returns no mail settings if `SMTP_URL` is unset.
     pub(super) fn read(env: &mut EnvReader) -> Result<(Option<Self>, EmailVerification), String> {
@@ -56,15 +41,18 @@ impl MailConfig {
         let public_url = read_url(env, "PUBLIC_URL")?;
         let reset_url = read_url(env, "APP_RESET_URL")?;
         let verify_url = read_url(env, "APP_VERIFY_URL")?;
-        let default = || if url.is_some() { "optional" } else { "off" };
-        let verification = env.parsed_or("EMAIL_VERIFICATION", || default().to_owned())?;
+        let default = if url.is_some() { "optional" } else { "off" };
+        let verification: String = env.parsed_or("EMAIL_VERIFICATION", || default.to_owned())?;
+        let verification = match (verification.as_str(), &url) {
+            ("required", None) => {
+                return Err("EMAIL_VERIFICATION=required is only possible with SMTP_URL".into());
+            }
+            ("required", Some(_)) => EmailVerification::Required,
+            ("optional", Some(_)) => EmailVerification::Optional,
+            _ => EmailVerification::Off,
+        };
         let Some(url) = url else {
-            return match verification {
-                EmailVerification::Required => {
-                    Err("EMAIL_VERIFICATION=required is only possible with SMTP_URL".into())
-                }
-                _ => Ok((None, EmailVerification::Off)),
-            };
+            return Ok((None, verification));
         };
         let from = from.ok_or("MAIL_FROM is required with SMTP_URL: the sender's address")?;
         let public_url = public_url
