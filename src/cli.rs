@@ -33,7 +33,7 @@ usage: todo-api [COMMAND]
   check                    print the settings and inspect the database
   user list                list the accounts
   user show EMAIL          show an account
-  user export EMAIL        print everything that is stored of a person, as JSON
+  user export EMAIL        print everything that is stored about a person, as JSON
   user disable EMAIL       refuse logins and revoke the sessions; `user enable EMAIL` undoes it
   user delete EMAIL        delete an account and its tasks
   user set-password EMAIL  set the password and revoke the sessions
@@ -61,8 +61,8 @@ pub fn run() -> ExitCode {
     })
 }
 
-/// Returns the command and its arguments, and whether there is the option `--json`. The options
-/// `--help` and `--version` count as commands.
+/// Returns the command and its arguments, and whether `--json` was given. The options `--help` and
+/// `--version` count as commands.
 fn parse_args() -> Result<(Vec<String>, bool), lexopt::Error> {
     let mut parser = lexopt::Parser::from_env();
     let (mut words, mut json) = (Vec::new(), false);
@@ -86,13 +86,20 @@ fn usage_error(error: &str) -> ExitCode {
 fn execute(words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
     match words {
         ["check"] => return Runtime::new()?.block_on(check(&Config::from_env()?, json)),
-        ["user", command @ ..] if accounts::is_command(command) => {
+        ["user", "list"] => {
+            return Runtime::new()?.block_on(accounts::list(&config_and_log()?, json));
+        }
+        [
+            "user",
+            command @ ("show" | "export" | "disable" | "enable" | "delete" | "set-password"),
+            email,
+        ] => {
             let config = config_and_log()?;
-            return Runtime::new()?.block_on(accounts::run(&config, command, json));
+            return Runtime::new()?.block_on(accounts::run(&config, command, email, json));
         }
         ["user", ..] => {
             return Ok(usage_error(
-                "`user` requires a command and an e-mail address",
+                "`user` requires a command and, unless it is `list`, an e-mail address",
             ));
         }
         _ if json => return Ok(usage_error("this command does not support --json")),
@@ -181,93 +188,49 @@ async fn migrate(config: &Config) -> Result<(), BoxError> {
 /// Prints the settings and the state of the database and of mail. Fails if `serve` could not use one of
 /// them.
 async fn check(config: &Config, json: bool) -> Result<ExitCode, BoxError> {
-    if !json {
-        for line in &config.report {
-            print(&line.to_string())?;
-        }
+    let print_unless_json = |text: &str| if json { Ok(()) } else { print(text) };
+    for line in &config.report {
+        print_unless_json(&line.to_string())?;
     }
-    let database = check_database(config, json).await?;
-    let mail = check_mail(config).await;
-    match json {
-        true => print(
-            &json!({"settings": config.report, "database": database, "mail": mail}).to_string(),
-        )?,
-        false => print_mail(&mail)?,
+    let (database, text) = check_database(config).await?;
+    print_unless_json(&text)?;
+    let (mail, text) = check_mail(config).await;
+    print_unless_json(&text)?;
+    let is_usable = database["error"].is_null() && mail["error"].is_null();
+    if json {
+        let document = json!({"settings": config.report, "database": database, "mail": mail});
+        print(&document.to_string())?;
     }
-    let is_usable = [database, mail]
-        .iter()
-        .all(|checked| checked["error"].is_null());
     Ok(match is_usable {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
 }
 
-/// Returns the state of the database, and prints it unless the output is JSON.
-async fn check_database(config: &Config, json: bool) -> Result<Value, BoxError> {
+/// Returns the state of the database, as JSON and as text.
+async fn check_database(config: &Config) -> Result<(Value, String), BoxError> {
     let Some(endpoint) = running_endpoint(config)? else {
         let version = embedded_postgres::dry_run(&config.data_dir).await?;
         let data_dir = config.data_dir.display().to_string();
-        if !json {
-            print(&format!(
-                "embedded PostgreSQL {version} in {data_dir}: not running (`todo-api serve` starts it)"
-            ))?;
-        }
-        return Ok(json!({"location": data_dir, "running": false, "version": version}));
+        let text = format!(
+            "embedded PostgreSQL {version} in {data_dir}: not running (`todo-api serve` starts it)"
+        );
+        let database = json!({"location": data_dir, "running": false, "version": version});
+        return Ok((database, text));
     };
     let location = &endpoint.location;
-    let inspected = endpoint.inspect(false).await;
-    if !json {
-        print(&format!("database {location}"))?;
-        match &inspected {
-            Ok(server) => print_server_info(server)?,
-            Err(error) => print(&format!("  cannot be used: {error}"))?,
-        }
-    }
-    let mut database = match inspected {
-        Ok(server) => serde_json::to_value(server)?,
-        Err(error) => json!({"error": error.to_string()}),
-    };
-    database["location"] = json!(location);
-    Ok(database)
-}
-
-/// Connects to the mail server, greets it and authenticates. Returns null if there is none.
-async fn check_mail(config: &Config) -> Value {
-    let Some(mail) = &config.mail else {
-        return Value::Null;
-    };
-    let (server, login) = (mail.server.location(), mail.server.has_credentials());
-    let error = match timeout(mail::ATTEMPT_TIMEOUT, mail.server.connect()).await {
-        Ok(Ok(mut connection)) => {
-            let tls = connection.is_encrypted();
-            connection.quit().await.ok();
-            return json!({"server": server, "tls": tls, "login": login});
-        }
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => "timed out".to_owned(),
-    };
-    json!({"server": server, "error": error})
-}
-
-fn print_mail(mail: &Value) -> Result<(), BoxError> {
-    let Some(server) = mail["server"].as_str() else {
-        return print("no mail: SMTP_URL is not set (it also needs MAIL_FROM and PUBLIC_URL)");
-    };
-    let words = |name: &str, yes, no| if mail[name] == true { yes } else { no };
-    let state = match mail["error"].as_str() {
-        Some(error) => format!("cannot be used: {error}"),
-        None => format!(
-            "TLS {}\n  login {}",
-            words("tls", "in use", "not in use"),
-            words("login", "accepted", "not needed")
+    let (mut database, state) = match endpoint.inspect(false).await {
+        Ok(server) => (serde_json::to_value(&server)?, describe_server(&server)),
+        Err(error) => (
+            json!({"error": error.to_string()}),
+            format!("cannot be used: {error}"),
         ),
     };
-    print(&format!("mail server {server}\n  {state}"))
+    database["location"] = json!(location);
+    Ok((database, format!("database {location}\n  {state}")))
 }
 
-fn print_server_info(server: &ServerInfo) -> Result<(), BoxError> {
-    let tls = if server.tls { "in use" } else { "not in use" };
+fn describe_server(server: &ServerInfo) -> String {
     let search = match server.search_ignores_case {
         true => "search ignores case",
         false => CASE_SENSITIVE,
@@ -276,10 +239,41 @@ fn print_server_info(server: &ServerInfo) -> Result<(), BoxError> {
         true => "transaction mode, with prepared statements",
         false => "none detected",
     };
-    print(&format!(
-        "  PostgreSQL {}\n  TLS {tls}\n  migrations due: {}\n  {search}\n  clock difference {:.3} s\n  pooler {pooler}",
-        server.version, server.migrations_due, server.clock_difference
-    ))
+    format!(
+        "PostgreSQL {}\n  TLS {}\n  migrations due: {}\n  {search}\n  clock difference {:.3} s\n  pooler {pooler}",
+        server.version,
+        describe_tls(server.tls),
+        server.migrations_due,
+        server.clock_difference
+    )
+}
+
+fn describe_tls(is_used: bool) -> &'static str {
+    if is_used { "in use" } else { "not in use" }
+}
+
+/// Connects to the mail server, greets it and authenticates. Returns the result as JSON, which is null
+/// if there is no mail server, and as text.
+async fn check_mail(config: &Config) -> (Value, String) {
+    let Some(mail) = &config.mail else {
+        let text = "no mail: SMTP_URL is not set (it also needs MAIL_FROM and PUBLIC_URL)";
+        return (Value::Null, text.into());
+    };
+    let (server, login) = (mail.server.location(), mail.server.has_credentials());
+    let error = match timeout(mail::ATTEMPT_TIMEOUT, mail.server.connect()).await {
+        Ok(Ok(connection)) => {
+            let tls = connection.is_encrypted();
+            mail::quit(connection).await;
+            let login_state = if login { "accepted" } else { "not needed" };
+            let tls_state = describe_tls(tls);
+            let text = format!("mail server {server}\n  TLS {tls_state}\n  login {login_state}");
+            return (json!({"server": server, "tls": tls, "login": login}), text);
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "timed out".to_owned(),
+    };
+    let text = format!("mail server {server}\n  cannot be used: {error}");
+    (json!({"server": server, "error": error}), text)
 }
 
 /// Prints to standard output. A closed pipe is not an error: `check | head -1` closes it.

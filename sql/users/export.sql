@@ -1,4 +1,4 @@
--- Reads everything that is stored of a user, except password hashes, as one JSON document; no row if
+-- Reads everything that is stored about a user, except password hashes, as one JSON document; no row if
 -- there is no such account.
 -- $1 user id
 select json_build_object(

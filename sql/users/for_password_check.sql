@@ -1,6 +1,6 @@
--- Reads the password hash and the lockout of an authenticated user; no row if the account was deleted.
+-- Reads the account and the lockout of an authenticated user; no row if the account was deleted.
 -- $1 user id
-select u.email, u.password_hash,
+select u.id, u.email, u.password_hash, u.email_verified, false as is_pending,
        coalesce(extract(epoch from f.blocked_until - clock_timestamp()), 0)::float8
            as retry_after_secs
 from users u

@@ -3,10 +3,10 @@
 //! that clients have already seen.
 
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, crypto};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use uuid::Uuid;
 
-use crate::auth::token::{derive_key, internal};
+use crate::auth::token::{derive_keys, internal};
 use crate::db::lists::Position;
 use crate::error::Error;
 
@@ -34,11 +34,7 @@ impl ListSigner {
         secret: &SecretString,
         previous: Option<&SecretString>,
     ) -> Result<Self, Error> {
-        let secrets = std::iter::once(secret).chain(previous);
-        let derive = |secret: &SecretString| {
-            derive_key(secret.expose_secret().as_bytes(), "todo-api lists v1")
-        };
-        let keys = secrets.map(derive).collect::<Result<Vec<_>, _>>()?;
+        let keys = derive_keys(secret, previous, "todo-api lists v1")?;
         Ok(Self {
             signing: EncodingKey::from_secret(keys[0].as_bytes()),
             verifying: keys

@@ -6,12 +6,12 @@
 use std::time::Duration;
 
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, crypto, get_current_timestamp};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::auth::token::{KeyRing, derive_key, internal, strict_validation};
-use crate::db::mail::MailAccount;
+use crate::auth::token::{KeyRing, derive_keys, internal, strict_validation};
+use crate::db::users::StoredAccount;
 use crate::error::{Error, Result};
 use crate::telemetry::labels::TokenRejection;
 
@@ -36,69 +36,62 @@ pub(crate) struct MailClaims {
 
 /// Issues and verifies tokens that are sent by mail.
 pub(crate) struct MailTokens {
-    reset: KeyRing,
-    verification: KeyRing,
+    /// Tokens that set a new password.
+    pub(crate) reset: MailTokenIssuer,
+    /// Tokens that verify an address.
+    pub(crate) verification: MailTokenIssuer,
+}
+
+/// Issues and verifies one kind of tokens.
+pub(crate) struct MailTokenIssuer {
+    keys: KeyRing,
+    ttl: Duration,
 }
 
 impl MailTokens {
     pub(crate) fn new(secret: &SecretString, previous: Option<&SecretString>) -> Result<Self> {
-        let key_ring = |typ, purpose| {
-            let secrets = std::iter::once(secret).chain(previous);
-            let derive = |s: &SecretString| derive_key(s.expose_secret().as_bytes(), purpose);
-            let keys = secrets.map(derive).collect::<Result<Vec<_>>>()?;
-            Ok::<_, Error>(KeyRing::new(typ, &keys, strict_validation()))
+        let issuer = |typ, purpose, ttl| {
+            let keys = derive_keys(secret, previous, purpose)?;
+            let keys = KeyRing::new(typ, &keys, strict_validation());
+            Ok::<_, Error>(MailTokenIssuer { keys, ttl })
         };
+        let verification = "todo-api address verification v1";
         Ok(Self {
-            reset: key_ring("reset+jwt", "todo-api password reset v1")?,
-            verification: key_ring("verification+jwt", "todo-api address verification v1")?,
+            reset: issuer("reset+jwt", "todo-api password reset v1", RESET_TTL)?,
+            verification: issuer("verification+jwt", verification, VERIFICATION_TTL)?,
         })
-    }
-
-    /// Issues a token that sets a new password.
-    pub(crate) fn issue_reset(&self, account: &MailAccount) -> Result<String> {
-        let claims = MailClaims::new(account, account.email.clone(), None, RESET_TTL)?;
-        self.reset.sign(&claims)
-    }
-
-    /// Issues a token that verifies `email`, which becomes the account's address if it is another.
-    pub(crate) fn issue_verification(
-        &self,
-        account: &MailAccount,
-        email: &str,
-        session: Option<Uuid>,
-    ) -> Result<String> {
-        let claims = MailClaims::new(account, email.to_owned(), session, VERIFICATION_TTL)?;
-        self.verification.sign(&claims)
-    }
-
-    /// Verifies the signature and the expiry time. The caller then checks the account with
-    /// [`MailClaims::check`].
-    pub(crate) fn verify_reset(&self, token: &str) -> Result<MailClaims> {
-        self.reset.verify(token).map_err(Error::InvalidMailToken)
-    }
-
-    /// Like `verify_reset`, for the other kind.
-    pub(crate) fn verify_verification(&self, token: &str) -> Result<MailClaims> {
-        let claims = self.verification.verify(token);
-        claims.map_err(Error::InvalidMailToken)
     }
 }
 
-impl MailClaims {
-    fn new(account: &MailAccount, email: String, sid: Option<Uuid>, ttl: Duration) -> Result<Self> {
+impl MailTokenIssuer {
+    /// Issues a token for a mail to `email`, which is the account's address or is to become it.
+    pub(crate) fn issue(
+        &self,
+        account: &StoredAccount,
+        email: &str,
+        session: Option<Uuid>,
+    ) -> Result<String> {
         let key = EncodingKey::from_secret(account.hash.as_bytes());
         let state = crypto::sign(&account.state(), &key, Algorithm::HS256).map_err(internal)?;
-        Ok(Self {
+        self.keys.sign(&MailClaims {
             sub: account.id,
-            email,
-            sid,
-            exp: get_current_timestamp() + ttl.as_secs(),
+            email: email.to_owned(),
+            sid: session,
+            exp: get_current_timestamp() + self.ttl.as_secs(),
             state,
         })
     }
 
+    /// Verifies the signature and the expiry time. The caller then checks the account with
+    /// [`MailClaims::check`].
+    pub(crate) fn verify(&self, token: &str) -> Result<MailClaims> {
+        self.keys.verify(token).map_err(Error::InvalidMailToken)
+    }
+}
+
+impl MailClaims {
     /// Fails if the password or the address has changed since the token was issued.
-    pub(crate) fn check(&self, account: &MailAccount) -> Result<()> {
+    pub(crate) fn check(&self, account: &StoredAccount) -> Result<()> {
         let key = DecodingKey::from_secret(account.hash.as_bytes());
         match crypto::verify(&self.state, &account.state(), &key, Algorithm::HS256) {
             Ok(true) => Ok(()),
@@ -107,7 +100,7 @@ impl MailClaims {
     }
 }
 
-impl MailAccount {
+impl StoredAccount {
     fn state(&self) -> Vec<u8> {
         format!("{} {}", self.id, self.email).into_bytes()
     }

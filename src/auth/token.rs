@@ -84,18 +84,14 @@ impl TokenIssuer {
         access_ttl: Duration,
     ) -> Result<Self> {
         let secrets = std::iter::once(secret).chain(previous);
-        let secrets = secrets.map(|secret| secret.expose_secret().as_bytes());
-        let secrets: Vec<&[u8]> = secrets.collect();
+        let secrets: Vec<&str> = secrets.map(|secret| secret.expose_secret()).collect();
         let strict = strict_validation();
         let mut expired = strict.clone();
         expired.validate_exp = false;
         let mut without_expiry = Validation::new(Algorithm::HS256);
         without_expiry.validate_exp = false;
         without_expiry.required_spec_claims.clear();
-        let derived = secrets
-            .iter()
-            .map(|secret| derive_key(secret, "todo-api refresh token v1"))
-            .collect::<Result<Vec<_>, _>>()?;
+        let derived = derive_keys(secret, previous, "todo-api refresh token v1")?;
         Ok(Self {
             access: KeyRing::new("JWT", &secrets, strict),
             expired_access: KeyRing::new("JWT", &secrets, expired),
@@ -222,10 +218,20 @@ fn rejection_reason(kind: &ErrorKind) -> TokenRejection {
     }
 }
 
-/// Derives the key that is used only for this purpose.
-pub(super) fn derive_key(secret: &[u8], purpose: &str) -> Result<String> {
-    let secret = EncodingKey::from_secret(secret);
-    crypto::sign(purpose.as_bytes(), &secret, Algorithm::HS256).map_err(internal)
+/// Derives keys that are used only for this purpose, from the current secret and the previous one.
+pub(super) fn derive_keys(
+    secret: &SecretString,
+    previous: Option<&SecretString>,
+    purpose: &str,
+) -> Result<Vec<String>> {
+    let derive = |secret: &SecretString| {
+        let secret = EncodingKey::from_secret(secret.expose_secret().as_bytes());
+        crypto::sign(purpose.as_bytes(), &secret, Algorithm::HS256).map_err(internal)
+    };
+    std::iter::once(secret)
+        .chain(previous)
+        .map(derive)
+        .collect()
 }
 
 pub(super) fn internal(error: jsonwebtoken::errors::Error) -> Error {

@@ -5,45 +5,27 @@ use std::process::ExitCode;
 
 use log::info;
 use serde_json::{Value, json};
-use uuid::Uuid;
 
 use super::{print, with_database};
 use crate::auth::hasher::hash_new_password;
 use crate::config::Config;
-use crate::db::{Database, DbError, Deadline, Queries, REQUEST_TIMEOUT, users};
-use crate::domain::{Account, Email, Rfc3339};
+use crate::db::{Deadline, Queries, users};
+use crate::domain::{Account, Email, Rfc3339, TokenLifetimes};
 use crate::serve::BoxError;
 use crate::telemetry::logging;
 
-/// The commands that take an e-mail address.
-const COMMANDS: [&str; 6] = [
-    "show",
-    "export",
-    "disable",
-    "enable",
-    "delete",
-    "set-password",
-];
 /// The exit status if there is no account with the address.
 const NO_SUCH_ACCOUNT: u8 = 3;
 /// The number of accounts that one query of `user list` reads.
 const PAGE_SIZE: usize = 1000;
 
-/// Whether these words are a command and its arguments.
-pub(super) fn is_command(words: &[&str]) -> bool {
-    match words {
-        [command] => *command == "list",
-        [command, _email] => COMMANDS.contains(command),
-        _ => false,
-    }
-}
-
-/// Runs the command that consists of these words.
-pub(super) async fn run(config: &Config, words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
-    let &[command, email] = words else {
-        with_database(config, async |database, _| list(database, json).await).await?;
-        return Ok(ExitCode::SUCCESS);
-    };
+/// Runs a command on the account with this address.
+pub(super) async fn run(
+    config: &Config,
+    command: &str,
+    email: &str,
+    json: bool,
+) -> Result<ExitCode, BoxError> {
     let email = Email::parse(email).map_err(|error| error.detail)?;
     let new_hash = match command {
         "set-password" => {
@@ -54,95 +36,86 @@ pub(super) async fn run(config: &Config, words: &[&str], json: bool) -> Result<E
     };
     with_database(config, async |database, _| {
         let location = database.location();
-        let failed = |error| format!("`user {command}` failed in {location}: {error}");
-        let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
-        let accounts = users::accounts(db, email.as_str(), 1)
-            .await
-            .map_err(failed)?;
-        let Some(account) = accounts.iter().find(|found| found.email == email.as_str()) else {
-            logging::print_fatal(&format!(
-                "there is no account with this address in {location}"
-            ));
-            return Ok(ExitCode::from(NO_SUCH_ACCOUNT));
-        };
-        let id = account.id;
-        let (change, ended) = match command {
-            "show" => return show(account, json),
-            "export" => {
-                let document = users::export(db, id).await.map_err(failed)?;
-                print(&document.unwrap_or_default())?;
-                return Ok(ExitCode::SUCCESS);
+        let db = database.with_deadline(Deadline::of_command());
+        let executed = execute(db, command, &email, &new_hash, config.lifetimes, json).await;
+        match executed.map_err(|error| format!("`user {command}` failed in {location}: {error}"))? {
+            true => Ok(ExitCode::SUCCESS),
+            false => {
+                let error = format!("there is no account with this address in {location}");
+                logging::print_fatal(&error);
+                Ok(ExitCode::from(NO_SUCH_ACCOUNT))
             }
-            "disable" => ("account disabled", users::set_disabled(db, id, true).await),
-            "enable" => ("account enabled", users::set_disabled(db, id, false).await),
-            "delete" => ("account deleted", delete(db, id).await),
-            _ => (
-                "password set",
-                set_password(db, id, &new_hash, config).await,
-            ),
-        };
-        let ended = ended.map_err(failed)?;
-        let ended = ended
-            .ok_or("the account was changed concurrently; nothing was done")?
-            .len();
-        info!("{change} user_id={id} sessions_revoked={ended}");
-        print(&match json {
-            true => json!({"user_id": id, "sessions_revoked": ended}).to_string(),
-            false => format!("{change}, {ended} sessions revoked"),
-        })?;
-        Ok(ExitCode::SUCCESS)
+        }
     })
     .await
 }
 
-/// Clears the lockout of the user's confirmations, which would reject the change, and deletes the
-/// account. Returns the sessions that ended.
-async fn delete(db: Queries<'_>, id: Uuid) -> Result<Option<Vec<Uuid>>, DbError> {
-    users::clear_failures(db, id).await?;
-    match users::for_password_check(db, id).await? {
-        Some(check) => users::delete(db, id, &check.hash).await,
-        None => Ok(None),
-    }
-}
-
-/// Replaces the password, which lifts all lockouts. Returns the sessions that ended.
-async fn set_password(
+/// Executes a command. Returns whether there is an account with this address.
+async fn execute(
     db: Queries<'_>,
-    id: Uuid,
+    command: &str,
+    email: &Email,
     new_hash: &str,
-    config: &Config,
-) -> Result<Option<Vec<Uuid>>, DbError> {
-    let Some(check) = users::for_password_check(db, id).await? else {
-        return Ok(None);
+    lifetimes: TokenLifetimes,
+    json: bool,
+) -> Result<bool, BoxError> {
+    let accounts = users::accounts(db, email.as_str(), 1).await?;
+    let Some(account) = accounts.iter().find(|found| found.email == email.as_str()) else {
+        return Ok(false);
     };
-    let lifetimes = config.lifetimes;
-    let change =
-        users::change_password(db, id, &check.hash, new_hash, None, false, lifetimes).await?;
-    Ok(change.map(|change| change.ended))
+    let id = account.id;
+    let (change, ended) = match command {
+        "show" => return show(account, json).map(|()| true),
+        "export" => {
+            let Some(document) = users::export(db, id).await? else {
+                return Ok(false);
+            };
+            return print(&document).map(|()| true);
+        }
+        "disable" => ("account disabled", users::set_disabled(db, id, true).await?),
+        "enable" => ("account enabled", users::set_disabled(db, id, false).await?),
+        "delete" => ("account deleted", users::delete(db, id, None).await?),
+        _ => {
+            let change = users::change_password(db, id, None, new_hash, None, None, lifetimes);
+            ("password set", change.await?.map(|change| change.ended))
+        }
+    };
+    let Some(ended) = ended.map(|ended| ended.len()) else {
+        return Ok(false);
+    };
+    info!("{change} user_id={id} sessions_revoked={ended}");
+    print(&match json {
+        true => json!({"user_id": id, "sessions_revoked": ended}).to_string(),
+        false => format!("{change}, {ended} sessions revoked"),
+    })?;
+    Ok(true)
 }
 
 /// Prints one line for each account: columns, or a JSON object.
-async fn list(database: &Database, json: bool) -> Result<(), BoxError> {
-    if !json {
-        print("CREATED     LAST USED   SESSIONS    TASKS  STATE     EMAIL")?;
-    }
-    let mut from = String::new();
-    loop {
-        let db = database.with_deadline(Deadline::after(REQUEST_TIMEOUT));
-        let page = users::accounts(db, &from, PAGE_SIZE as i64).await;
-        let page = page.map_err(|error| format!("cannot list the accounts: {error}"))?;
-        // Each page but the first begins with the last account of the page before.
-        for account in page.iter().skip_while(|account| account.email == from) {
-            print(&match json {
-                true => serde_json::to_string(account)?,
-                false => columns(account),
-            })?;
+pub(super) async fn list(config: &Config, json: bool) -> Result<ExitCode, BoxError> {
+    with_database(config, async |database, _| {
+        if !json {
+            print("CREATED     LAST USED   SESSIONS    TASKS  STATE     EMAIL")?;
         }
-        match page.last() {
-            Some(last) if page.len() == PAGE_SIZE => from.clone_from(&last.email),
-            _ => return Ok(()),
+        let mut from = String::new();
+        loop {
+            let db = database.with_deadline(Deadline::of_command());
+            let page = users::accounts(db, &from, PAGE_SIZE as i64).await;
+            let page = page.map_err(|error| format!("cannot list the accounts: {error}"))?;
+            // Each page but the first begins with the last account of the page before.
+            for account in page.iter().skip_while(|account| account.email == from) {
+                print(&match json {
+                    true => serde_json::to_string(account)?,
+                    false => columns(account),
+                })?;
+            }
+            match page.last() {
+                Some(last) if page.len() == PAGE_SIZE => from.clone_from(&last.email),
+                _ => return Ok(ExitCode::SUCCESS),
+            }
         }
-    }
+    })
+    .await
 }
 
 fn columns(account: &Account) -> String {
@@ -159,11 +132,10 @@ fn columns(account: &Account) -> String {
 }
 
 /// Prints an account: a line for each field, or a JSON object.
-fn show(account: &Account, json: bool) -> Result<ExitCode, BoxError> {
+fn show(account: &Account, json: bool) -> Result<(), BoxError> {
     let account = serde_json::to_value(account)?;
     if json {
-        print(&account.to_string())?;
-        return Ok(ExitCode::SUCCESS);
+        return print(&account.to_string());
     }
     for (name, value) in account.as_object().into_iter().flatten() {
         let value = match value {
@@ -171,9 +143,9 @@ fn show(account: &Account, json: bool) -> Result<ExitCode, BoxError> {
             Value::String(text) => text.clone(),
             other => other.to_string(),
         };
-        print(&format!("{name:<14}{value}"))?;
+        print(&format!("{name:<16}{value}"))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Prompts for the password twice on a terminal; otherwise reads it from the first line of standard

@@ -58,6 +58,8 @@ impl DbError {
     }
 }
 
+impl std::error::Error for DbError {}
+
 impl fmt::Display for DbError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

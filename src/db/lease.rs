@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row};
 
 use super::connections::Connections;
-use super::deadline::{Deadline, REQUEST_TIMEOUT};
+use super::deadline::Deadline;
 use super::error::{DbError, Result, error_message};
 use super::isolation;
 use super::pool::PooledConnection;
@@ -168,8 +168,7 @@ impl Lease {
         let health = &self.connections.health;
         let started = Instant::now();
         let _timer = self.connections.metrics.db_query_duration.start_timer();
-        // Requests that hash passwords have more time, but their individual statements do not.
-        let until = deadline.at().min(started + REQUEST_TIMEOUT);
+        let until = deadline.at().min(started + deadline.statement_timeout());
         let probe_at = started + PROBE_AFTER;
         let mut statement = pin!(statement);
         if let Ok(result) = timeout_at(until.min(probe_at), &mut statement).await {

@@ -1,23 +1,14 @@
 //! Statements on addresses that are verified by mail: accounts, pending registrations and quotas.
 
-use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 use super::lease::Params;
 use super::retry::Repeat;
 use super::statements::Sql;
+use super::users::{self, StoredAccount, stored_account};
 use super::{Queries, Result};
-use crate::domain::Email;
-
-/// An account, or a registration that waits for its verification. The tokens in mails are bound to it.
-pub(crate) struct MailAccount {
-    pub(crate) id: Uuid,
-    pub(crate) email: String,
-    pub(crate) hash: String,
-    pub(crate) is_verified: bool,
-    pub(crate) is_pending: bool,
-}
+use crate::domain::{Email, TokenLifetimes};
 
 /// The result of verifying an address.
 pub(crate) enum Verified {
@@ -29,23 +20,12 @@ pub(crate) enum Verified {
     Superseded,
 }
 
-/// Reads an account from a row. Returns `None` if the row stands for an unknown address.
-fn mail_account(row: &Row) -> Option<MailAccount> {
-    Some(MailAccount {
-        id: row.get::<_, Option<Uuid>>("id")?,
-        email: row.get("email"),
-        hash: row.get("password_hash"),
-        is_verified: row.get("email_verified"),
-        is_pending: row.get("is_pending"),
-    })
-}
-
 /// Counts a mail to an address, known or not. Returns `None` if the address has used up its quota, and
 /// otherwise its account, if there is one.
-pub(crate) async fn count(db: Queries<'_>, email: &Email) -> Result<Option<Option<MailAccount>>> {
+pub(crate) async fn count(db: Queries<'_>, email: &Email) -> Result<Option<Option<StoredAccount>>> {
     let params: Params = &[&email.as_str()];
     let rows = db.write(Sql::MailRequestsCount, params).await?;
-    Ok(rows.first().map(mail_account))
+    Ok(rows.first().map(stored_account))
 }
 
 /// Stores a registration until its address is verified, and replaces an earlier one.
@@ -56,17 +36,13 @@ pub(crate) async fn register(db: Queries<'_>, email: &Email, hash: &str) -> Resu
 }
 
 /// Reads the account of a token. Returns `None` if it was deleted.
-pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<MailAccount>> {
+pub(crate) async fn get(db: Queries<'_>, id: Uuid) -> Result<Option<StoredAccount>> {
     let rows = db.read(Sql::UsersForMailToken, &[&id]).await?;
-    Ok(rows.first().and_then(mail_account))
+    Ok(rows.first().and_then(stored_account))
 }
 
 /// Turns a pending registration into an account with this password hash.
-pub(crate) async fn confirm(
-    db: Queries<'_>,
-    pending: &MailAccount,
-    hash: &str,
-) -> Result<Verified> {
+async fn confirm(db: Queries<'_>, pending: &StoredAccount, hash: &str) -> Result<Verified> {
     let params: Params = &[&pending.id, &pending.hash, &hash];
     let rows = db.write(Sql::PendingRegistrationsConfirm, params).await?;
     Ok(match rows.first().map(|row| row.get("is_created")) {
@@ -76,14 +52,37 @@ pub(crate) async fn confirm(
     })
 }
 
-/// Sets the address of an account. If it is another one, ends every session except `keep` in the same
-/// transaction, because their access tokens contain the earlier address.
-pub(crate) async fn set_email(
+/// Replaces the password of an account or a pending registration, which verifies its address. Returns
+/// the sessions that ended, or `None` if the account was changed concurrently.
+pub(crate) async fn reset_password(
     db: Queries<'_>,
-    account: &MailAccount,
+    account: &StoredAccount,
+    hash: &str,
+    lifetimes: TokenLifetimes,
+) -> Result<Option<Vec<Uuid>>> {
+    if account.is_pending {
+        return Ok(match confirm(db, account, hash).await? {
+            Verified::Done(ended) => Some(ended),
+            Verified::Taken | Verified::Superseded => None,
+        });
+    }
+    let (verified, email) = (Some(account.hash.as_str()), Some(account.email.as_str()));
+    let change = users::change_password(db, account.id, verified, hash, None, email, lifetimes);
+    Ok(change.await?.map(|change| change.ended))
+}
+
+/// Completes a pending registration, or sets the address of an account. If the address is another one,
+/// ends every session except `keep` in the same transaction, because their access tokens contain the
+/// earlier address.
+pub(crate) async fn verify_email(
+    db: Queries<'_>,
+    account: &StoredAccount,
     email: &str,
     keep: Option<Uuid>,
 ) -> Result<Verified> {
+    if account.is_pending {
+        return confirm(db, account, &account.hash).await;
+    }
     let deadline = db.deadline;
     db.run(Repeat::Never, |mut lease| async move {
         lease.begin(deadline).await?;

@@ -18,7 +18,6 @@ statements! {
     DeletedTasksPurge = "deleted_tasks/purge.sql",
     IdempotencyKeysPurge = "idempotency_keys/purge.sql",
     IdempotencyKeysTrim = "idempotency_keys/trim.sql",
-    LoginFailuresClear = "login_failures/clear.sql",
     LoginFailuresPurge = "login_failures/purge.sql",
     LoginFailuresRecord = "login_failures/record.sql",
     LoginNetworksPurge = "login_networks/purge.sql",

@@ -23,10 +23,29 @@ pub(crate) struct LoginRecord {
     pub(crate) retry_after_secs: f64,
 }
 
-/// The data needed to verify the password of an authenticated user.
-pub(crate) struct PasswordCheck {
+/// An account, or a registration that waits for its verification. Tokens in mails are bound to its state.
+pub(crate) struct StoredAccount {
+    pub(crate) id: Uuid,
     pub(crate) email: String,
     pub(crate) hash: String,
+    pub(crate) is_verified: bool,
+    pub(crate) is_pending: bool,
+}
+
+/// Reads an account from a row. Returns `None` if the row stands for an unknown address.
+pub(super) fn stored_account(row: &Row) -> Option<StoredAccount> {
+    Some(StoredAccount {
+        id: row.get::<_, Option<Uuid>>("id")?,
+        email: row.get("email"),
+        hash: row.get("password_hash"),
+        is_verified: row.get("email_verified"),
+        is_pending: row.get("is_pending"),
+    })
+}
+
+/// The data needed to verify the password of an authenticated user.
+pub(crate) struct PasswordCheck {
+    pub(crate) account: StoredAccount,
     pub(crate) retry_after_secs: f64,
 }
 
@@ -110,10 +129,10 @@ pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<Login
 /// Reads the data needed to verify this user's password. Returns `None` if the account was deleted.
 pub(crate) async fn for_password_check(db: Queries<'_>, id: Uuid) -> Result<Option<PasswordCheck>> {
     let rows = db.read(Sql::UsersForPasswordCheck, &[&id]).await?;
-    Ok(rows.first().map(|row| PasswordCheck {
-        email: row.get("email"),
-        hash: row.get("password_hash"),
-        retry_after_secs: row.get("retry_after_secs"),
+    let account = rows.first().and_then(stored_account);
+    Ok(account.map(|account| PasswordCheck {
+        account,
+        retry_after_secs: retry_after_secs(&rows),
     }))
 }
 
@@ -129,29 +148,25 @@ fn retry_after_secs(rows: &[Row]) -> f64 {
     rows.first().map_or(0.0, |row| row.get("retry_after_secs"))
 }
 
-pub(crate) async fn clear_failures(db: Queries<'_>, id: Uuid) -> Result<u64> {
-    db.execute(Sql::LoginFailuresClear, &[&id]).await
-}
-
-/// Replaces the hash that was verified, ends every session except `keep`, and revokes the tokens of
-/// `keep`, all in one transaction. Without `keep` it is a reset, which also clears all lockouts;
-/// `proves_email` marks the address as verified. Returns `None` if the password was changed concurrently.
+/// Replaces the password hash, ends every session except `keep`, and revokes the tokens of `keep`, all
+/// in one transaction. Without `keep` it is a reset, which also clears all lockouts. Returns `None` if
+/// the hash is no longer `verified`, the address is no longer `proven_email`, or the account was deleted.
 ///
 /// Two statements are needed because the second one must see the sessions of logins that the first
 /// one waited for.
 pub(crate) async fn change_password(
     db: Queries<'_>,
     id: Uuid,
-    verified: &str,
+    verified: Option<&str>,
     hash: &str,
     keep: Option<Uuid>,
-    proves_email: bool,
+    proven_email: Option<&str>,
     lifetimes: TokenLifetimes,
 ) -> Result<Option<PasswordChange>> {
     let deadline = db.deadline;
     db.run(Repeat::Never, |mut lease| async move {
         lease.begin(deadline).await?;
-        let params: Params = &[&id, &verified, &hash, &keep.is_none(), &proves_email];
+        let params: Params = &[&id, &verified, &hash, &keep.is_none(), &proven_email];
         let changed = lease.query(deadline, Sql::UsersSetPassword, params).await?;
         let Some(user) = changed.first().map(user) else {
             lease.end(deadline, false).await?;
@@ -176,8 +191,12 @@ pub(crate) async fn change_password(
 }
 
 /// Deletes an account and everything that belongs to it. Returns the sessions that ended, or `None`
-/// if the password was changed concurrently.
-pub(crate) async fn delete(db: Queries<'_>, id: Uuid, verified: &str) -> Result<Option<Vec<Uuid>>> {
+/// if the hash is no longer `verified` or the account was deleted.
+pub(crate) async fn delete(
+    db: Queries<'_>,
+    id: Uuid,
+    verified: Option<&str>,
+) -> Result<Option<Vec<Uuid>>> {
     let rows = db.write(Sql::UsersDelete, &[&id, &verified]).await?;
     Ok(rows.first().map(|row| row.get("session_ids")))
 }
@@ -188,6 +207,7 @@ pub(crate) async fn accounts(db: Queries<'_>, email: &str, limit: i64) -> Result
     let account = |row: &Row| Account {
         id: row.get("id"),
         email: row.get("email"),
+        email_verified: row.get("email_verified"),
         created_at: Rfc3339(row.get("created_at")),
         updated_at: Rfc3339(row.get("updated_at")),
         disabled_at: row.get::<_, Option<_>>("disabled_at").map(Rfc3339),
@@ -229,7 +249,7 @@ pub(crate) async fn set_disabled(
     .await
 }
 
-/// Reads everything that is stored of a user, as JSON. Returns `None` if the account was deleted.
+/// Reads everything that is stored about a user, as JSON. Returns `None` if the account was deleted.
 pub(crate) async fn export(db: Queries<'_>, id: Uuid) -> Result<Option<String>> {
     let rows = db.read(Sql::UsersExport, &[&id]).await?;
     Ok(rows.first().map(|row| row.get("document")))

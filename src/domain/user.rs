@@ -8,6 +8,7 @@ use super::Rfc3339;
 pub(crate) struct Account {
     pub(crate) id: Uuid,
     pub(crate) email: String,
+    pub(crate) email_verified: bool,
     pub(crate) created_at: Rfc3339,
     pub(crate) updated_at: Rfc3339,
     /// `None` if the account is enabled.

@@ -113,19 +113,13 @@ impl AppState {
     pub(crate) fn count_attempt(&self, client: IpAddr) -> Result<()> {
         let (network, shared) = (client_network(client), network_prefix(client, 16, 32));
         let counted = self.attempt_limiter.check(&network, &shared);
-        counted.map_err(|retry_after| Error::TooManyAttempts {
-            retry_after,
-            reason: LoginFailure::RateLimited,
-        })
+        counted.map_err(too_many_attempts)
     }
 
     /// Counts a request to change a user's address. Fails if there are too many.
     pub(crate) fn count_address_change(&self, user_id: Uuid) -> Result<()> {
         let counted = self.address_change_limiter.check(&user_id, &user_id);
-        counted.map_err(|retry_after| Error::TooManyAttempts {
-            retry_after,
-            reason: LoginFailure::RateLimited,
-        })
+        counted.map_err(too_many_attempts)
     }
 
     /// Counts a write of tasks. Fails if the user writes too fast.
@@ -152,5 +146,12 @@ impl AppState {
         }
         let (purger, database) = (self.purger.clone(), self.database.clone());
         tokio::spawn(async move { purger.purge(&database).await });
+    }
+}
+
+fn too_many_attempts(retry_after: u64) -> Error {
+    Error::TooManyAttempts {
+        retry_after,
+        reason: LoginFailure::RateLimited,
     }
 }

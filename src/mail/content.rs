@@ -1,37 +1,32 @@
 //! The texts of the mails.
 
-use lettre::address::AddressError;
 use lettre::message::header::{HeaderName, HeaderValue};
 use lettre::message::{Mailbox, MultiPart};
 use lettre::{Address, Message};
 use url::Host;
+use url::quirks::domain_to_unicode;
 use uuid::Uuid;
 
 use crate::auth::mail_token::MailTokens;
 use crate::config::MailConfig;
-use crate::db::mail::MailAccount;
-use crate::error::Error;
+use crate::db::users::StoredAccount;
 
 /// A mail to be sent.
 pub(crate) enum Mail {
-    PasswordReset(MailAccount),
+    PasswordReset(StoredAccount),
     /// Verifies the address of an account.
-    Verification(MailAccount),
+    Verification(StoredAccount),
     /// Verifies the new address of an account; `session` asked for the change.
     AddressChange {
-        account: MailAccount,
+        account: StoredAccount,
         email: String,
         session: Uuid,
     },
-    /// Tells the present address that a change to `email` was requested.
-    ChangeNotice {
-        to: String,
-        email: String,
-    },
-    /// An account with this address exists already.
-    AlreadyRegistered {
-        to: String,
-    },
+    /// Tells the present address that a change was requested. Does not contain the new address, which
+    /// may look like a link: the present address may belong to someone else if it is not verified.
+    ChangeNotice(String),
+    /// Tells this address that it has an account already.
+    AlreadyRegistered(String),
 }
 
 /// The subject, the text before the link, the text after it, and the label of the link.
@@ -57,7 +52,7 @@ const ADDRESS_CHANGE: Texts = [
 ];
 const CHANGE_NOTICE: Texts = [
     "your e-mail address is about to change",
-    "Someone who knows your password asked to change the address of your account at {name} to {email}. The address changes when the link in a mail to that address is opened.",
+    "Someone who knows your password asked to change the address of your account at {name}. The address changes when the link in a mail to the new address is opened.",
     "If it was not you, change your password now: the link then no longer works. If the address has already changed, contact the operator of the service.",
     "",
 ];
@@ -75,38 +70,36 @@ impl Mail {
         config: &MailConfig,
         tokens: &MailTokens,
     ) -> Result<Message, String> {
-        let link = |page: &str, token: Result<String, Error>| match token {
-            Ok(token) => Ok(Some(format!("{page}#token={token}"))),
-            Err(error) => Err(format!("{error:?}")),
-        };
-        let (texts, to, new_email, url) = match self {
+        let (texts, to, link) = match &self {
             Self::PasswordReset(account) => {
-                let token = tokens.issue_reset(&account);
-                let url = link(&config.reset_url, token)?;
-                (PASSWORD_RESET, account.email, String::new(), url)
+                let token = tokens.reset.issue(account, &account.email, None);
+                let link = Some((&config.reset_url, token));
+                (PASSWORD_RESET, &account.email, link)
             }
             Self::Verification(account) => {
-                let token = tokens.issue_verification(&account, &account.email, None);
-                let url = link(&config.verify_url, token)?;
-                (VERIFICATION, account.email, String::new(), url)
+                let token = tokens.verification.issue(account, &account.email, None);
+                let link = Some((&config.verify_url, token));
+                (VERIFICATION, &account.email, link)
             }
             Self::AddressChange {
                 account,
                 email,
                 session,
             } => {
-                let token = tokens.issue_verification(&account, &email, Some(session));
-                let url = link(&config.verify_url, token)?;
-                (ADDRESS_CHANGE, email, String::new(), url)
+                let token = tokens.verification.issue(account, email, Some(*session));
+                (ADDRESS_CHANGE, email, Some((&config.verify_url, token)))
             }
-            Self::ChangeNotice { to, email } => (CHANGE_NOTICE, to, email, None),
-            Self::AlreadyRegistered { to } => (ALREADY_REGISTERED, to, String::new(), None),
+            Self::ChangeNotice(to) => (CHANGE_NOTICE, to, None),
+            Self::AlreadyRegistered(to) => (ALREADY_REGISTERED, to, None),
+        };
+        let url = match link {
+            Some((page, Ok(token))) => Some(format!("{page}#token={token}")),
+            Some((_, Err(error))) => return Err(format!("{error:?}")),
+            None => None,
         };
         let [subject, before, after, label] = texts;
         let (name, from) = (&config.name, &config.from);
-        let before = before
-            .replace("{email}", &new_email)
-            .replace("{name}", name);
+        let before = before.replace("{name}", name);
         let link_text = url
             .as_ref()
             .map_or(String::new(), |url| format!("{url}\n\n"));
@@ -119,7 +112,7 @@ impl Mail {
             "<!doctype html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><title>{subject}</title></head>\n\
              <body>\n<p>{before}</p>\n{link_html}<p>{after}</p>\n<p>{signature}</p>\n</body>\n</html>\n"
         );
-        let to = parse_recipient(&to).map_err(|error| error.to_string())?;
+        let to = parse_recipient(to).ok_or("the address cannot receive mail")?;
         // RFC 3834: prevents vacation notices in reply.
         let auto_submitted = HeaderName::new_from_ascii_str("Auto-Submitted");
         let message = Message::builder()
@@ -134,13 +127,16 @@ impl Mail {
 }
 
 /// Parses an address. Its domain becomes ASCII, so that only a local part beyond ASCII requires a
-/// server that supports SMTPUTF8.
-fn parse_recipient(email: &str) -> Result<Address, AddressError> {
-    let (local, domain) = email.rsplit_once('@').unwrap_or_default();
-    match Host::parse(domain) {
-        Ok(Host::Domain(ascii)) => Address::new(local, ascii),
-        _ => Address::new(local, domain),
-    }
+/// server that supports SMTPUTF8. Returns `None` for another spelling of a domain, such as `ex%61mple.com`,
+/// because a mailbox would have a quota for each spelling.
+fn parse_recipient(email: &str) -> Option<Address> {
+    let (local, domain) = email.rsplit_once('@')?;
+    let ascii = match Host::parse(domain) {
+        Ok(Host::Domain(ascii)) => ascii,
+        _ => domain.to_owned(),
+    };
+    let is_usual = domain == ascii || domain == domain_to_unicode(&ascii);
+    Address::new(local, ascii).ok().filter(|_| is_usual)
 }
 
 fn escape(text: &str) -> String {

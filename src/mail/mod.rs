@@ -25,8 +25,8 @@ use crate::telemetry::logging::logfmt_value;
 use crate::telemetry::metrics::Metrics;
 
 pub(crate) use content::Mail;
-pub(crate) use smtp::SmtpServer;
 use smtp::classify;
+pub(crate) use smtp::{SmtpServer, quit};
 
 /// A mail in the queue takes a few kilobytes.
 const QUEUE_CAPACITY: usize = 1000;
@@ -71,7 +71,7 @@ impl Mailer {
         }))
     }
 
-    /// Adds a mail to the queue. Drops it if the queue is full. Takes as long if there is no mail.
+    /// Adds a mail to the queue, or drops it if the queue is full. Takes just as long without a mail.
     pub(crate) fn send(self: &Arc<Self>, mail: Option<Mail>) {
         let Ok(permit) = self.queue.clone().try_acquire_owned() else {
             return self.give_up(MailOutcome::QueueFull, "the queue is full", 0);
@@ -93,8 +93,8 @@ impl Mailer {
         self.deliveries.close();
         let drained = async {
             self.deliveries.wait().await;
-            if let Some((mut connection, _)) = self.connection.lock().await.take() {
-                connection.quit().await.ok();
+            if let Some((connection, _)) = self.connection.lock().await.take() {
+                quit(connection).await;
             }
         };
         if tokio::time::timeout_at(deadline, drained).await.is_err() {
@@ -126,7 +126,7 @@ impl Mailer {
         let mut slot = self.connection.lock().await;
         let open = slot.take();
         let attempt = async {
-            // After an error or a timeout, the connection is dropped: it may be amid a command.
+            // After an error or a timeout, the connection is dropped: it may be in the middle of a command.
             let mut connection = match reusable(open).await {
                 Some(connection) => connection,
                 None => self.config.server.connect().await?,
@@ -148,14 +148,15 @@ impl Mailer {
 
     async fn close_when_idle(self: Arc<Self>) {
         sleep(IDLE_TIMEOUT).await;
-        let mut slot = self.connection.lock().await;
-        let idle = slot.take_if(|(_, used_at)| used_at.elapsed() >= IDLE_TIMEOUT);
-        if let Some((mut connection, _)) = idle {
-            timeout(ATTEMPT_TIMEOUT, connection.quit()).await.ok();
+        let is_idle = |(_, used_at): &mut (_, Instant)| used_at.elapsed() >= IDLE_TIMEOUT;
+        let idle = self.connection.lock().await.take_if(is_idle);
+        if let Some((connection, _)) = idle {
+            quit(connection).await;
         }
     }
 
-    fn give_up(&self, outcome: MailOutcome, cause: &str, attempts: usize) {
+    /// Counts and logs a mail that is not sent.
+    pub(crate) fn give_up(&self, outcome: MailOutcome, cause: &str, attempts: usize) {
         self.metrics.record_mail(outcome);
         let (reason, cause) = (outcome.label(), logfmt_value(cause));
         warn!("mail not sent reason={reason} attempts={attempts} cause={cause}");

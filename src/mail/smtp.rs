@@ -1,15 +1,20 @@
 //! The mail server at `SMTP_URL`, and connections to it.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
 
 use lettre::transport::smtp::Error;
 use lettre::transport::smtp::authentication::{Credentials, DEFAULT_MECHANISMS};
 use lettre::transport::smtp::client::{AsyncSmtpConnection, TlsParameters};
 use lettre::transport::smtp::extension::ClientId;
 use percent_encoding::percent_decode_str;
+use tokio::time::timeout;
 use url::{Host, Url};
 
 use crate::telemetry::labels::MailOutcome;
+
+/// How long to wait for the reply to QUIT. The mails have been accepted by then.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The mail server, and how to connect to it.
 pub(crate) struct SmtpServer {
@@ -29,8 +34,8 @@ enum Security {
 }
 
 impl SmtpServer {
-    /// The server at `SMTP_URL`. `client_host` is the host of the service, which a client tells a mail
-    /// server. The error completes a sentence that begins with the variable's name, and contains no
+    /// The server at `SMTP_URL`. `client_host` is the host of the service, whose name a client sends when
+    /// it connects. The error completes a sentence that begins with the variable's name, and contains no
     /// value of the URL.
     pub(crate) fn from_url(url: &str, client_host: Option<Host<&str>>) -> Result<Self, String> {
         const EXAMPLE: &str = "must be a URL like smtps://user:password@host:465 or \
@@ -106,6 +111,11 @@ impl SmtpServer {
     pub(crate) fn has_credentials(&self) -> bool {
         self.credentials.is_some()
     }
+}
+
+/// Ends a connection, even if the server does not reply.
+pub(crate) async fn quit(mut connection: AsyncSmtpConnection) {
+    timeout(QUIT_TIMEOUT, connection.quit()).await.ok();
 }
 
 /// Classifies a failed attempt to send a mail.

@@ -63,7 +63,7 @@ labels! {
         EmailChanged = "email_changed",
     }
 
-    /// What became of a mail.
+    /// The result of a mail.
     MailOutcome {
         Sent = "sent",
         Rejected = "rejected",
@@ -71,6 +71,7 @@ labels! {
         Unreachable = "unreachable",
         Unsupported = "unsupported",
         QueueFull = "queue_full",
+        Uncounted = "database",
     }
 }
 

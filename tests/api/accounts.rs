@@ -1,7 +1,7 @@
 //! The operator's commands on accounts.
 
 use std::process::Output;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -228,9 +228,57 @@ async fn list_and_show_print_accounts() {
     assert_eq!((&shown["tasks"], &shown["id"]), (&json!(1), &json!(ann.id)));
     let output = stdout(&user(&server, &["show", "ann@example.com"], 0));
     assert!(
-        output.contains("disabled_at   -\n") && output.contains(&ann.id),
+        output.contains("disabled_at     -\n") && output.contains(&ann.id),
         "{output}"
     );
+}
+
+/// The limit of a statement of a request is 5 s. An export of many tasks takes longer over a slow network.
+#[tokio::test]
+async fn commands_have_more_time_than_requests() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let tasks = "lock table tasks in access exclusive mode";
+    let lock = server.lock(tasks).await;
+    let url = server.database_url();
+    let variables = [("DATABASE_URL", url.as_str()), ("JWT_SECRET", SECRET)];
+    let command = Process::spawn(&["user", "export", &ann.email], &variables);
+    lock.wait_for_blocked(1).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    lock.release().await;
+    assert!(command.ended().await.success(), "{}", command.log());
+    assert!(command.output().contains(&ann.id));
+}
+
+#[tokio::test]
+async fn a_deletion_that_fails_changes_nothing() {
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let lockout = format!(
+        "insert into login_failures values ('{}', 'session', 10, now(), now() + interval '1 hour')",
+        ann.id
+    );
+    server.sql().await.batch_execute(&lockout).await.unwrap();
+    let list = format!(
+        "select from task_lists where user_id = '{}' for update",
+        ann.id
+    );
+    let lock = server.lock(&list).await;
+    let url = server.database_url();
+    let variables = [("DATABASE_URL", url.as_str()), ("JWT_SECRET", SECRET)];
+    let command = Process::spawn(&["user", "delete", &ann.email], &variables);
+    lock.wait_for_blocked(1).await;
+    lock.terminate_blocked().await;
+    assert_eq!(command.ended().await.code(), Some(1));
+    assert!(
+        command.log().contains("`user delete` failed"),
+        "{}",
+        command.log()
+    );
+    lock.release().await;
+    let shown = json_of(&user(&server, &["show", &ann.email, "--json"], 0));
+    assert!(shown["locked_until"].is_string(), "{shown}");
+    ann.get("/api/v1/auth/me").await.expect(200);
 }
 
 #[tokio::test]

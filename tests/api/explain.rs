@@ -177,10 +177,6 @@ cases! {
                    select nth(7), 'more ' || n, nth(n), 'dust', false,
                           now() + n * interval '1 second' from generate_series(1, 10049) n";
     }
-    "login_failures/clear.sql" {
-        "an account": "nth(7)" => rows 3, pages A_WRITE;
-        "no account": "nth(500000)" => rows 0, pages A_ROW;
-    }
     "login_failures/purge.sql" {
         "nothing is due": "" => rows 0, pages A_ROW;
         "twenty are due": "" => rows 20, pages 130,
@@ -484,10 +480,11 @@ cases! {
     }
     "users/delete.sql" {
         // Nine pages per task and tombstone, to find and to delete them.
-        "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 11_000, rows_discarded 1;
+        "with 1,000 tasks": "nth(7), hash(7)" => rows 1, pages 11_000, rows_discarded 3;
         // The account, a session with its revocation, and two keys.
         "without tasks": "nth(4000), hash(4000)" => rows 1, pages 3 * A_WRITE;
         "the password was changed": "nth(7), hash(8)" => rows 0, pages 2 * A_ROW, rows_discarded 2;
+        "by an operator": "nth(4000), null" => rows 1, pages 3 * A_WRITE;
     }
     "users/export.sql" {
         "with 1,000 tasks": "nth(7)" => rows 1, pages 3 * THOUSAND, sorted 1000, reads_all "the failures of the first release are few";
@@ -531,11 +528,14 @@ cases! {
             rows 0, pages A_ROW, rows_discarded 1;
     }
     "users/set_password.sql" {
-        "the verified hash": "nth(7), hash(7), hash(70000), false, false" =>
+        "the verified hash": "nth(7), hash(7), hash(70000), false, null" =>
             rows 1, pages 2 * A_WRITE, rows_discarded 3;
-        "another hash": "nth(7), hash(8), hash(70000), false, false" =>
+        "another hash": "nth(7), hash(8), hash(70000), false, null" =>
             rows 0, pages A_ROW, rows_discarded 2;
-        "a reset": "nth(7), hash(7), hash(70000), true, true" => rows 1, pages 2 * A_WRITE;
+        "a reset by mail": "nth(7), hash(7), hash(70000), true, 'user7@example.com'" =>
+            rows 1, pages 2 * A_WRITE;
+        "a reset by an operator": "nth(7), null, hash(70000), true, null" =>
+            rows 1, pages 2 * A_WRITE;
     }
 }
 

@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::auth::{ANOTHER_PASSWORD, login};
-use crate::harness::{Response, Server};
+use crate::auth::{ANOTHER_PASSWORD, login, register};
+use crate::harness::{PASSWORD, Response, Server};
+use crate::metrics::scrape;
 
 /// Returns the status, headers and body of a response, without the date.
 fn contents(response: &Response) -> (u16, Vec<(String, String)>, String) {
@@ -111,4 +112,32 @@ async fn accounts_with_a_lower_cost_take_the_same_time() {
     let server = before.sibling(&[("BCRYPT_COST", "12")]).await;
     let ratio = duration_ratio(&server, &ann.email, 5).await;
     assert!((0.5..2.0).contains(&ratio), "{ratio}");
+}
+
+/// Returns how many hashes the server has computed.
+async fn hash_count(server: &Server) -> u64 {
+    let text = scrape(server).await;
+    let start = "todo_api_password_hash_duration_seconds_count ";
+    let line = text.lines().find_map(|line| line.strip_prefix(start));
+    line.unwrap().parse().unwrap()
+}
+
+/// A registration that waits for its verification is another hash to verify.
+#[tokio::test]
+async fn failed_logins_verify_equally_many_hashes_where_verification_is_required() {
+    let variables = [
+        ("EMAIL_VERIFICATION", "required"),
+        ("METRICS_ADDR", "127.0.0.1:0"),
+    ];
+    let (server, _) = Server::with_mail(&variables).await;
+    let ann = server.users(1).await.remove(0);
+    let waiting = "waiting@example.com";
+    register(&server, waiting, PASSWORD).await.expect(202);
+    let mut hashes = Vec::new();
+    for email in [&ann.email, waiting, "unknown@example.com"] {
+        let before = hash_count(&server).await;
+        login(&server, email, ANOTHER_PASSWORD).await.expect(401);
+        hashes.push(hash_count(&server).await - before);
+    }
+    assert!(hashes.iter().all(|count| *count == hashes[0]), "{hashes:?}");
 }

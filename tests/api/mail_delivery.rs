@@ -120,6 +120,7 @@ async fn requests_succeed_while_the_mail_server_is_away() {
 async fn check_greets_the_mail_server() {
     let database = Server::shared().await.database_url();
     let recorder = MailServer::start();
+    recorder.ignore_quit();
     let base = [("DATABASE_URL", database.as_str()), ("JWT_SECRET", SECRET)];
     for (smtp, code, expected) in [
         (None, 0, "SMTP_URL is not set"),

@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::handlers::auth::token_response;
-use crate::http::handlers::credentials::{MAX_ATTEMPTS, new_password, verify_current_password};
+use crate::http::handlers::credentials::{
+    MAX_ATTEMPTS, new_password, read_attempt, verify_current_password,
+};
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
 use crate::telemetry::labels::{RevocationReason, TokenRejection};
@@ -28,17 +30,15 @@ pub(crate) async fn delete_me(
     body: Body<'_>,
 ) -> Result<Response> {
     let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let password = fields.required_string("/password");
     let password = fields.finish_with(password)?;
     let db = context.password_queries();
     let _permit = app.account_changes.acquire(user.id, db.deadline()).await?;
     for _ in 0..MAX_ATTEMPTS {
-        let (_, hash) = verify_current_password(context, &user, &password).await?;
-        if let Some(ended) = users::delete(db, user.id, &hash).await? {
-            let reason = RevocationReason::AccountDeleted;
-            app.record_revoked(reason, &ended);
+        let account = verify_current_password(context, &user, &password).await?;
+        if let Some(ended) = users::delete(db, user.id, Some(&account.hash)).await? {
+            app.record_revoked(RevocationReason::AccountDeleted, &ended);
             info!("account deleted user_id={}", user.id);
             return Ok(response::no_content());
         }
@@ -53,22 +53,19 @@ pub(crate) async fn change_password(
     body: Body<'_>,
 ) -> Result<Response> {
     let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let current = fields.required_string("/current_password");
     let new = new_password(&mut fields, "/new_password");
     let (current, new) = fields.finish_with(current.zip(new))?;
     let (db, lifetimes) = (context.password_queries(), app.config.lifetimes);
     let _permit = app.account_changes.acquire(user.id, db.deadline()).await?;
     for _ in 0..MAX_ATTEMPTS {
-        let (email, verified) = verify_current_password(context, &user, &current).await?;
-        let hash = app
-            .passwords
-            .hash(new.clone(), &email, context.hash_client())
-            .await?;
-        let keep = Some(user.session);
-        let change = users::change_password(db, user.id, &verified, &hash, keep, false, lifetimes);
-        if let Some(change) = change.await? {
+        let account = verify_current_password(context, &user, &current).await?;
+        let (client, keep) = (context.hash_client(), Some(user.session));
+        let hash = app.passwords.hash(new.clone(), &account.email, client);
+        let (hash, verified) = (hash.await?, Some(account.hash.as_str()));
+        let change = users::change_password(db, user.id, verified, &hash, keep, None, lifetimes);
+        if let Some(change) = change.await.map_err(Error::from_non_idempotent)? {
             let ended = Error::InvalidToken(TokenRejection::RevokedSession);
             let session = change.kept.ok_or(ended)?;
             app.record_revoked(RevocationReason::PasswordChanged, &change.ended);

@@ -11,7 +11,7 @@ use crate::domain::{Email, User};
 use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
-use crate::http::handlers::credentials::{log_in, new_password};
+use crate::http::handlers::credentials::{log_in, new_password, read_attempt};
 use crate::http::handlers::mail::{register_pending, send_verification};
 use crate::http::response::{self, Response};
 use crate::telemetry::labels::{LoginFailure, RevocationReason, TokenRejection};
@@ -30,18 +30,18 @@ struct TokenResponse<'a> {
 /// `POST /api/v1/auth/register`
 pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
-    app.count_attempt(context.client)?;
     if !app.config.registration_open {
         return Err(Error::RegistrationClosed);
     }
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let email = fields.required_string("/email");
     let email = fields.parse("/email", email, Email::parse);
     let password = new_password(&mut fields, "/password");
     let (email, password) = fields.finish_with(email.zip(password))?;
     let db = context.password_queries();
-    let client = context.hash_client();
-    let hash = app.passwords.hash(password, email.as_str(), client);
+    let hash = app
+        .passwords
+        .hash(password, email.as_str(), context.hash_client());
     let hash = hash.await?;
     if let Some(mailer) = &app.mail
         && app.config.email_verification == EmailVerification::Required
@@ -59,8 +59,7 @@ pub(crate) async fn register(context: &RequestContext<'_>, body: Body<'_>) -> Re
 /// `POST /api/v1/auth/login`
 pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let email = fields.required_string("/email");
     let password = fields.required_string("/password");
     let (email, password) = fields.finish_with(email.zip(password))?;
@@ -80,8 +79,7 @@ pub(crate) async fn login(context: &RequestContext<'_>, body: Body<'_>) -> Resul
 /// `POST /api/v1/auth/refresh`
 pub(crate) async fn refresh(context: &RequestContext<'_>, body: Body<'_>) -> Result<Response> {
     let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let token = fields.required_string("/refresh_token");
     let token = fields.finish_with(token)?;
     let claims = app.tokens.verify_refresh(&token);

@@ -3,9 +3,10 @@
 use crate::auth::password::{NewPassword, check_length, normalize};
 use crate::config::EmailVerification;
 use crate::db::sessions::{self, NewSession};
-use crate::db::users::{self, LockoutKey};
+use crate::db::users::{self, LockoutKey, StoredAccount};
 use crate::domain::{Email, User};
 use crate::error::{Error, Result};
+use crate::http::body::Body;
 use crate::http::context::RequestContext;
 use crate::http::json_fields::JsonFields;
 use crate::http::middleware::AuthenticatedUser;
@@ -25,6 +26,7 @@ pub(super) async fn log_in(
     let app = context.app;
     let db = context.password_queries();
     let key = LockoutKey::login(email, session.network.clone());
+    let is_required = app.config.email_verification == EmailVerification::Required;
     let _permit = app.login_slots.acquire(key.clone(), db.deadline()).await?;
     for _ in 0..MAX_ATTEMPTS {
         let record = users::for_login(db, &key).await?;
@@ -37,10 +39,12 @@ pub(super) async fn log_in(
             None => LoginFailure::UnknownAccount,
         };
         let Some((id, hash)) = record.account.filter(|_| verification.matches) else {
-            if let Some(pending) = record.pending_hash.as_deref()
+            // Takes as long whether or not a registration waits for its verification.
+            let pending = record.pending_hash.as_deref();
+            if (is_required || pending.is_some())
                 && app
                     .passwords
-                    .verify(password, Some(pending), client)
+                    .verify(password, pending, client)
                     .await?
                     .matches
             {
@@ -52,7 +56,6 @@ pub(super) async fn log_in(
         if record.is_disabled {
             return Err(Error::AccountDisabled);
         }
-        let is_required = app.config.email_verification == EmailVerification::Required;
         if is_required && !record.email_verified {
             return Err(Error::EmailUnverified);
         }
@@ -67,26 +70,27 @@ pub(super) async fn log_in(
 }
 
 /// Verifies the password of a signed-in user, while the caller prevents concurrent account changes.
-/// Returns the user's address and the verified hash.
+/// Returns the account with the verified hash.
 ///
 /// Failures have a separate counter, which only requests with an access token increment.
 pub(super) async fn verify_current_password(
     context: &RequestContext<'_>,
     user: &AuthenticatedUser,
     password: &str,
-) -> Result<(String, String)> {
+) -> Result<StoredAccount> {
     let app = context.app;
     let db = context.password_queries();
     let key = LockoutKey::authenticate(user.id);
     let check = users::for_password_check(db, user.id).await?;
     let check = check.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
     check_lockout(check.retry_after_secs)?;
-    let (hash, client) = (Some(check.hash.as_str()), context.hash_client());
-    if !app.passwords.verify(password, hash, client).await?.matches {
+    let (hash, client) = (check.account.hash.as_str(), context.hash_client());
+    let verification = app.passwords.verify(password, Some(hash), client).await?;
+    if !verification.matches {
         check_lockout(users::record_failure(db, &key).await?)?;
         return Err(Error::WrongPassword);
     }
-    Ok((check.email, check.hash))
+    Ok(check.account)
 }
 
 fn check_lockout(retry_after_secs: f64) -> Result<()> {
@@ -97,6 +101,12 @@ fn check_lockout(retry_after_secs: f64) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Counts an attempt to authenticate, and reads the body of its request.
+pub(super) async fn read_attempt(body: Body<'_>) -> Result<JsonFields> {
+    body.context.app.count_attempt(body.context.client)?;
+    body.json_object().await
 }
 
 /// Takes a new password of valid length. Its strength is checked when it is hashed.

@@ -6,20 +6,21 @@ use std::sync::Arc;
 
 use hyper::StatusCode;
 use log::info;
-use uuid::Uuid;
 
 use crate::config::EmailVerification;
-use crate::db::mail::{self, MailAccount, Verified};
-use crate::db::users;
+use crate::db::mail::{self, Verified};
+use crate::db::users::StoredAccount;
 use crate::domain::Email;
 use crate::error::{Error, Result};
 use crate::http::body::Body;
 use crate::http::context::RequestContext;
-use crate::http::handlers::credentials::{MAX_ATTEMPTS, new_password, verify_current_password};
+use crate::http::handlers::credentials::{
+    MAX_ATTEMPTS, new_password, read_attempt, verify_current_password,
+};
 use crate::http::middleware::AuthenticatedUser;
 use crate::http::response::{self, Response};
 use crate::mail::{Mail, Mailer};
-use crate::telemetry::labels::{RevocationReason, TokenRejection};
+use crate::telemetry::labels::{MailOutcome, RevocationReason, TokenRejection};
 
 const SUPERSEDED: Error = Error::InvalidMailToken(TokenRejection::Superseded);
 
@@ -51,9 +52,8 @@ pub(crate) async fn resend(
 async fn read_recipient(
     context: &RequestContext<'_>,
     body: Body<'_>,
-) -> Result<Option<MailAccount>> {
-    context.app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+) -> Result<Option<StoredAccount>> {
+    let mut fields = read_attempt(body).await?;
     let email = fields.required_string("/email");
     let email = fields.finish_with(email)?;
     match Email::parse(&email) {
@@ -69,44 +69,24 @@ pub(crate) async fn reset_password(
     mailer: &Mailer,
     body: Body<'_>,
 ) -> Result<Response> {
-    let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let (app, lifetimes) = (context.app, context.app.config.lifetimes);
+    let mut fields = read_attempt(body).await?;
     let token = fields.required_string("/token");
     let password = new_password(&mut fields, "/new_password");
     let (token, password) = fields.finish_with(token.zip(password))?;
-    let claims = mailer.tokens.verify_reset(&token)?;
+    let claims = mailer.tokens.reset.verify(&token)?;
     let db = context.password_queries();
-    let _permit = app
-        .account_changes
-        .acquire(claims.sub, db.deadline())
-        .await?;
+    let permit = app.account_changes.acquire(claims.sub, db.deadline());
+    let _permit = permit.await?;
     let account = mail::get(db, claims.sub).await?.ok_or(SUPERSEDED)?;
     claims.check(&account)?;
     let client = context.hash_client();
     let hash = app.passwords.hash(password, &account.email, client).await?;
-    let ended = replace_password(context, &account, &hash).await?;
-    app.record_revoked(RevocationReason::PasswordReset, &ended);
+    let ended = mail::reset_password(db, &account, &hash, lifetimes).await;
+    let ended = ended.map_err(Error::from_non_idempotent)?;
+    app.record_revoked(RevocationReason::PasswordReset, &ended.ok_or(SUPERSEDED)?);
     info!("password reset user_id={}", account.id);
     Ok(response::no_content())
-}
-
-/// Stores the new password of an account or a pending registration. Returns the sessions that ended.
-async fn replace_password(
-    context: &RequestContext<'_>,
-    account: &MailAccount,
-    hash: &str,
-) -> Result<Vec<Uuid>> {
-    let db = context.password_queries();
-    if account.is_pending {
-        return match mail::confirm(db, account, hash).await? {
-            Verified::Done(ended) => Ok(ended),
-            Verified::Taken | Verified::Superseded => Err(SUPERSEDED),
-        };
-    }
-    let lifetimes = context.app.config.lifetimes;
-    let change = users::change_password(db, account.id, &account.hash, hash, None, true, lifetimes);
-    Ok(change.await?.ok_or(SUPERSEDED)?.ended)
 }
 
 /// `PUT /api/v1/auth/email`
@@ -117,28 +97,22 @@ pub(crate) async fn change_email(
     body: Body<'_>,
 ) -> Result<Response> {
     let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let email = fields.required_string("/email");
     let email = fields.parse("/email", email, Email::parse);
     let password = fields.required_string("/password");
     let (email, password) = fields.finish_with(email.zip(password))?;
     let db = context.password_queries();
     let _permit = app.account_changes.acquire(user.id, db.deadline()).await?;
-    verify_current_password(context, &user, &password).await?;
+    let account = verify_current_password(context, &user, &password).await?;
     app.count_address_change(user.id)?;
-    let account = mail::get(db, user.id).await?.ok_or(SUPERSEDED)?;
-    let to = account.email.clone();
-    let new = email.to_string();
-    if mail::count(db, &email).await?.is_some() {
-        let (email, session) = (new.clone(), user.session);
-        mailer.send(Some(Mail::AddressChange {
-            account,
-            email,
-            session,
-        }));
-    }
-    mailer.send(Some(Mail::ChangeNotice { to, email: new }));
+    let is_allowed = mail::count(db, &email).await?.is_some();
+    mailer.send(Some(Mail::ChangeNotice(account.email.clone())));
+    mailer.send(is_allowed.then(|| Mail::AddressChange {
+        account,
+        email: email.to_string(),
+        session: user.session,
+    }));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
 
@@ -148,12 +122,10 @@ pub(crate) async fn verify_email(
     mailer: &Mailer,
     body: Body<'_>,
 ) -> Result<Response> {
-    let app = context.app;
-    app.count_attempt(context.client)?;
-    let mut fields = body.json_object().await?;
+    let mut fields = read_attempt(body).await?;
     let token = fields.required_string("/token");
     let token = fields.finish_with(token)?;
-    let claims = mailer.tokens.verify_verification(&token)?;
+    let claims = mailer.tokens.verification.verify(&token)?;
     let db = context.queries();
     for _ in 0..MAX_ATTEMPTS {
         let account = mail::get(db, claims.sub).await?.ok_or(SUPERSEDED)?;
@@ -162,13 +134,10 @@ pub(crate) async fn verify_email(
             return Ok(response::no_content());
         }
         claims.check(&account)?;
-        let verified = match account.is_pending {
-            true => mail::confirm(db, &account, &account.hash).await?,
-            false => mail::set_email(db, &account, &claims.email, claims.sid).await?,
-        };
-        match verified {
+        match mail::verify_email(db, &account, &claims.email, claims.sid).await? {
             Verified::Done(ended) => {
-                app.record_revoked(RevocationReason::EmailChanged, &ended);
+                let reason = RevocationReason::EmailChanged;
+                context.app.record_revoked(reason, &ended);
                 info!("address verified user_id={}", account.id);
                 return Ok(response::no_content());
             }
@@ -191,7 +160,7 @@ pub(super) async fn register_pending(
     let registered = mail::count(db, email).await?.flatten();
     mailer.send(registered.map(|account| match account.is_pending {
         true => Mail::Verification(account),
-        false => Mail::AlreadyRegistered { to: account.email },
+        false => Mail::AlreadyRegistered(account.email),
     }));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
@@ -201,9 +170,11 @@ pub(super) async fn register_pending(
 pub(super) async fn send_verification(context: &RequestContext<'_>, email: &Email) {
     let app = context.app;
     let is_on = app.config.email_verification == EmailVerification::Optional;
-    if let Some(mailer) = app.mail.as_ref().filter(|_| is_on)
-        && let Ok(Some(Some(account))) = mail::count(context.password_queries(), email).await
-    {
-        mailer.send(Some(Mail::Verification(account)));
+    let Some(mailer) = app.mail.as_ref().filter(|_| is_on) else {
+        return;
+    };
+    match mail::count(context.password_queries(), email).await {
+        Ok(account) => mailer.send(account.flatten().map(Mail::Verification)),
+        Err(error) => mailer.give_up(MailOutcome::Uncounted, &error.to_string(), 0),
     }
 }

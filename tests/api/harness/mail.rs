@@ -32,6 +32,7 @@ struct State {
     offered: usize,
     connections: usize,
     delay: Duration,
+    ignores_quit: bool,
 }
 
 /// A received mail.
@@ -103,6 +104,11 @@ impl MailServer {
     /// Accepts each mail only after this time.
     pub(crate) fn delay(&self, delay: Duration) {
         self.state.lock().unwrap().delay = delay;
+    }
+
+    /// Leaves the command QUIT without a reply.
+    pub(crate) fn ignore_quit(&self) {
+        self.state.lock().unwrap().ignores_quit = true;
     }
 
     /// Returns how many mails were offered, refused ones included, and how many connections were made.
@@ -207,6 +213,7 @@ fn converse(mut stream: TcpStream, state: &Mutex<State>) -> Option<()> {
                 };
                 reply(answer)?;
             }
+            "QUIT" if state.lock().unwrap().ignores_quit => {}
             "QUIT" => return reply("221 Bye"),
             _ => reply("250 OK")?,
         }
