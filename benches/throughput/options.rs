@@ -87,8 +87,8 @@ impl Options {
         let rounds = self.rounds * self.work().len() * parts;
         let scenarios = match (self.has_scenarios(), self.growth) {
             (false, _) => 0,
-            (true, false) => 7,
-            (true, true) => 8,
+            (true, false) => 9,
+            (true, true) => 10,
         };
         // Creating the data is the first step.
         match self.peers {

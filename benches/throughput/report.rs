@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     CONNECTIONS, Error, IDLE_CONNECTIONS, LOGIN_CLIENTS, Result, client::Load, options::Options,
+    work::Work,
 };
 
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
@@ -297,22 +298,26 @@ fn print_scenarios(report: &Value) {
     );
     let logins = &report["logins"];
     println!(
-        "{LOGIN_CLIENTS} clients logging in: {}/s alone, {} of bare bcrypt's {}/s on {} threads; {}/s during reads.",
+        "{LOGIN_CLIENTS} clients logging in: {}/s alone, {} of bare bcrypt's {}/s on {} threads.",
         show(&logins["alone_per_second"], 1),
         show(&logins["alone_to_bare_bcrypt"], 2),
         show(&logins["bare_bcrypt_per_second"], 1),
         show(&logins["bare_bcrypt_threads"], 0),
-        show(&logins["beside_reads_per_second"], 1),
     );
-    println!(
-        "Reads meanwhile: {}/s, {} of the usual rate; p95 {} ms, p99 {} ms (usually {} and {}).",
-        show(&logins["reads_beside"]["requests_per_second"], 0),
-        show(&logins["reads_beside_to_quiet"], 2),
-        show(&logins["reads_beside"]["p95_ms"], 1),
-        show(&logins["reads_beside"]["p99_ms"], 1),
-        show(&logins["reads_quiet"]["p95_ms"], 1),
-        show(&logins["reads_quiet"]["p99_ms"], 1),
-    );
+    for work in [Work::Read, Work::List] {
+        let row = &logins[work.name()];
+        println!(
+            "{} meanwhile: {}/s, {} of the usual rate; p95 {} ms, p99 {} ms (usually {} and {}); {} logins/s.",
+            work.name(),
+            show(&row["beside"]["requests_per_second"], 0),
+            show(&row["to_quiet"], 2),
+            show(&row["beside"]["p95_ms"], 1),
+            show(&row["beside"]["p99_ms"], 1),
+            show(&row["quiet"]["p95_ms"], 1),
+            show(&row["quiet"]["p99_ms"], 1),
+            show(&row["logins_per_second"], 1),
+        );
+    }
     let memory = &report["memory_mib"];
     println!(
         "Resident memory: {} MiB idle, {} after the load, {} with {IDLE_CONNECTIONS} idle connections. Start to the first response: {} ms.\n",

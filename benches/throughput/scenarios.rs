@@ -30,9 +30,11 @@ impl Bench {
         self.report.record("logins.bare_bcrypt_per_second", bare)?;
         let (users, address, watched) = (&self.users, self.address, self.watched());
         let log_in = |rng: &mut Rng, out: &mut Vec<u8>| Work::Login.request(users, 0, rng, out);
-        let read = |rng: &mut Rng, out: &mut Vec<u8>| Work::Read.request(users, 0, rng, out);
         let logging_in = || load(address, LOGIN_CLIENTS, length, 0, &watched, &log_in);
-        let reading = || load(address, CONNECTIONS, length, 0, &watched, &read);
+        let reading = |work: Work| {
+            let read = move |rng: &mut Rng, out: &mut Vec<u8>| work.request(users, 0, rng, out);
+            load(address, CONNECTIONS, length, 0, &watched, &read)
+        };
         self.step("logins alone");
         let alone = logging_in()?;
         self.report
@@ -40,22 +42,25 @@ impl Bench {
         self.report
             .record("logins.alone_to_bare_bcrypt", alone.rate() / bare)?;
         self.report.record("logins.alone_failed", alone.failed)?;
-        self.step("reads alone");
-        let quiet = reading()?;
-        self.report.record("logins.reads_quiet", reads(&quiet))?;
-        self.step(&format!("reads while {LOGIN_CLIENTS} clients log in"));
-        let (beside, during) = thread::scope(|scope| {
-            let beside = scope.spawn(logging_in);
-            let during = reading();
-            (beside.join(), during)
-        });
-        let (beside, during) = (beside.map_err(|_| "the login clients panicked")??, during?);
-        let to_quiet = during.rate() / quiet.rate();
-        let report = &mut self.report;
-        report.record("logins.beside_reads_per_second", beside.rate())?;
-        report.record("logins.beside_reads_failed", beside.failed)?;
-        report.record("logins.reads_beside", reads(&during))?;
-        report.record("logins.reads_beside_to_quiet", to_quiet)
+        for work in [Work::Read, Work::List] {
+            let name = work.name();
+            self.step(&format!("{name} alone"));
+            let quiet = reading(work)?;
+            self.step(&format!("{name} while {LOGIN_CLIENTS} clients log in"));
+            let (beside, during) = thread::scope(|scope| {
+                let beside = scope.spawn(logging_in);
+                let during = reading(work);
+                (beside.join(), during)
+            });
+            let (beside, during) = (beside.map_err(|_| "the login clients panicked")??, during?);
+            let figures = json!({
+                "logins_per_second": beside.rate(), "logins_failed": beside.failed,
+                "quiet": reads(&quiet), "beside": reads(&during),
+                "to_quiet": during.rate() / quiet.rate(),
+            });
+            self.report.record(&format!("logins.{name}"), figures)?;
+        }
+        Ok(())
     }
 
     /// Measures resident memory with 2,000 open connections that have each received one response.
