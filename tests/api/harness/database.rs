@@ -2,12 +2,15 @@
 
 use std::{
     env,
-    sync::{OnceLock, mpsc},
+    sync::{Arc, OnceLock, mpsc},
     thread,
 };
 
 use todo_api::embedded_postgres::Postgres;
-use tokio::sync::{OnceCell, mpsc as tokio_mpsc};
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, OnceCell, mpsc as tokio_mpsc},
+};
 use tokio_postgres::{Client, NoTls};
 
 use super::{
@@ -23,6 +26,8 @@ struct SharedPostgres {
     /// `TEST_DATABASE_URL`.
     is_embedded: bool,
     statements: tokio_mpsc::UnboundedSender<Statement>,
+    /// The runtime of the thread. Unlike that of a test, it runs until this process ends.
+    runtime: Handle,
 }
 
 type Statement = (String, mpsc::Sender<Result<(), String>>);
@@ -34,11 +39,12 @@ impl SharedPostgres {
             let (started, start) = mpsc::channel();
             let (statements, received) = tokio_mpsc::unbounded_channel();
             thread::spawn(|| SharedPostgres::run(started, received));
-            let (url, is_embedded) = start.recv().expect("no PostgreSQL for the tests");
+            let (url, is_embedded, runtime) = start.recv().expect("no PostgreSQL for the tests");
             SharedPostgres {
                 url,
                 is_embedded,
                 statements,
+                runtime,
             }
         })
     }
@@ -47,7 +53,7 @@ impl SharedPostgres {
     /// it until this process ends.
     #[tokio::main(flavor = "current_thread")]
     async fn run(
-        started: mpsc::Sender<(String, bool)>,
+        started: mpsc::Sender<(String, bool, Handle)>,
         mut statements: tokio_mpsc::UnboundedReceiver<Statement>,
     ) {
         let mut postgres = None;
@@ -60,8 +66,13 @@ impl SharedPostgres {
                     ("fsync", "off"),
                     ("full_page_writes", "off"),
                     ("synchronous_commit", "off"),
+                    ("wal_init_zero", "off"),
                     ("max_wal_size", "1GB"),
                     ("checkpoint_timeout", "1h"),
+                    // Dropping a database scans the buffers, and autovacuum starts a process for
+                    // each database again and again.
+                    ("shared_buffers", "32MB"),
+                    ("autovacuum", "off"),
                 ];
                 let started = Postgres::start_with(&root().join("shared"), &settings)
                     .await
@@ -71,11 +82,19 @@ impl SharedPostgres {
                 url
             }
         };
-        started.send((url.clone(), postgres.is_some())).unwrap();
+        let started_at = (url.clone(), postgres.is_some(), Handle::current());
+        started.send(started_at).unwrap();
+        // Connecting takes PostgreSQL longer than most statements. Created databases do not wait until
+        // others are dropped.
+        let (mut creating, mut dropping) = (None, None);
         while let Some((statement, reply)) = statements.recv().await {
-            let url = url.clone();
+            let sql = match statement.starts_with("drop") {
+                true => &mut dropping,
+                false => &mut creating,
+            };
+            let sql = reconnect(sql, &url).await;
             tokio::spawn(async move {
-                let done = connect(&url).await.batch_execute(&statement).await;
+                let done = sql.batch_execute(&statement).await;
                 // The receiver has been dropped if the test has timed out.
                 let _ = reply.send(done.map_err(|error| format!("{error:?}")));
             });
@@ -112,9 +131,18 @@ pub(super) async fn connect(url: &str) -> Client {
     client
 }
 
+/// Returns the client of the last call, or connects if there is none or its connection was lost.
+async fn reconnect(last: &mut Option<Arc<Client>>, url: &str) -> Arc<Client> {
+    match last.take_if(|client| !client.is_closed()) {
+        Some(client) => last.insert(client).clone(),
+        None => last.insert(Arc::new(connect(url).await)).clone(),
+    }
+}
+
 /// A database for one test, dropped with this value.
 pub(crate) struct Database {
     name: String,
+    shared_sql: Mutex<Option<Arc<Client>>>,
 }
 
 impl Database {
@@ -129,7 +157,10 @@ impl Database {
         execute(format!("create database {name} {options}"))
             .await
             .unwrap();
-        Database { name }
+        Database {
+            name,
+            shared_sql: Mutex::default(),
+        }
     }
 
     /// Creates a database with the current schema.
@@ -162,6 +193,15 @@ impl Database {
     /// Connects to this database.
     pub(crate) async fn sql(&self) -> Client {
         connect(&self.url()).await
+    }
+
+    /// Returns a connection to this database that the harness keeps.
+    pub(super) async fn shared_sql(&self) -> Arc<Client> {
+        let mut shared = self.shared_sql.lock().await;
+        let (mut last, url) = (shared.take(), self.url());
+        let connect = async move { reconnect(&mut last, &url).await };
+        let connected = SharedPostgres::get().runtime.spawn(connect);
+        shared.insert(connected.await.unwrap()).clone()
     }
 
     pub(crate) fn url(&self) -> String {

@@ -232,6 +232,8 @@ impl Server {
     /// Like [`Server::shared`], but sends mail.
     pub(crate) async fn shared_with_mail() -> &'static (Server, MailServer) {
         static SHARED: OnceCell<(Server, MailServer)> = OnceCell::const_new();
-        SHARED.get_or_init(|| Server::with_mail(&[])).await
+        SHARED
+            .get_or_init(|| Server::with_mail(&[("DB_POOL_SIZE", "20")]))
+            .await
     }
 }

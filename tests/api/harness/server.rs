@@ -48,7 +48,10 @@ impl Server {
     /// users and do not inspect the log, the metrics or the database.
     pub(crate) async fn shared() -> &'static Server {
         static SHARED: OnceCell<Server> = OnceCell::const_new();
-        SHARED.get_or_init(Server::start).await
+        // Requests of many tests must not compete for the connections.
+        SHARED
+            .get_or_init(|| Server::with(&[("DB_POOL_SIZE", "20")]))
+            .await
     }
 
     /// Starts a server with these variables, which extend or override the defaults. Creates no
@@ -232,7 +235,10 @@ impl Server {
 
     /// Inserts this many users into the database.
     pub(crate) async fn users(&self, count: usize) -> Vec<User> {
-        User::insert(self, &self.sql().await, count).await
+        match &self.database {
+            Some(database) => User::insert(self, &*database.shared_sql().await, count).await,
+            None => User::insert(self, &self.sql().await, count).await,
+        }
     }
 
     /// Logs in, which starts another session.
