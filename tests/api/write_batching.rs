@@ -3,7 +3,7 @@
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, Instant, sleep};
 use tokio_postgres::Client;
 
 use crate::harness::{Request, Response, Server, User, until};
@@ -480,4 +480,65 @@ async fn a_batch_whose_connection_is_lost_creates_each_task_once_and_repeats_no_
         3
     );
     assert_lists_are_consistent(&sql).await;
+}
+
+/// Makes each statement that changes a title to `held` run for 20 s, even if it is canceled.
+const HOLD_WRITES: &str = "
+    create function hold() returns trigger language plpgsql as $$
+    begin
+        while clock_timestamp() < statement_timestamp() + interval '20 s' loop
+            begin
+                perform pg_sleep(20);
+            exception when query_canceled then
+            end;
+        end loop;
+        raise 'held';
+    end $$;
+    create trigger hold before update on tasks
+        for each row when (new.title = 'held') execute function hold()";
+
+#[tokio::test]
+async fn a_write_whose_deadline_passes_in_the_queue_gets_503_and_is_not_done_later() {
+    let server = measured_server().await;
+    let sql = server.sql().await;
+    sql.batch_execute(HOLD_WRITES).await.unwrap();
+    const BUSY: usize = MAX_LONE + MAX_WORKERS;
+    let users: [User; BUSY + 2] = users(&server).await;
+    let mut paths = Vec::new();
+    for user in &users {
+        paths.push(user.path_of(&user.create_task("new").await));
+    }
+    let change = |n: usize, title: &str| users[n].put(&*paths[n]).json(json!({"title": title}));
+    // The workers are busy for another second after their deadline. The write must reach its own deadline
+    // within that second.
+    for attempt in 0.. {
+        let title = format!("late {attempt}");
+        let start = Instant::now();
+        let mut held = Vec::new();
+        for n in 0..BUSY {
+            held.push(tokio::spawn(change(n, "held").send()));
+            until("another worker is busy", async || {
+                let busy = "select from pg_stat_activity
+                            where datname = current_database() and wait_event = 'PgSleep'";
+                sql.query(busy, &[]).await.unwrap().len() > n
+            })
+            .await;
+        }
+        let is_in_time = start.elapsed() < Duration::from_millis(600);
+        // Is in the queue when a worker is free again, and shares the next batch.
+        let next = async {
+            sleep(Duration::from_secs(3)).await;
+            change(BUSY + 1, "next").await.expect(200);
+        };
+        let (late, ()) = tokio::join!(change(BUSY, &title).send(), next);
+        for response in join_all(held).await {
+            assert_ne!(response.unwrap().status, 200);
+        }
+        if is_in_time {
+            late.problem(503, "database_unavailable");
+            let task = users[BUSY].get(&*paths[BUSY]).await.expect(200).json();
+            assert_ne!(task["title"], title.as_str());
+            break;
+        }
+    }
 }
