@@ -433,20 +433,30 @@ async fn an_address_gets_three_mails_an_hour_whether_known_or_not() {
     );
 }
 
-/// If a mail were sent before the response, known addresses would take two seconds longer.
-/// `MAIL_SAMPLES` sets the number of samples, whose medians are printed.
+/// If a mail were sent before the response, known addresses would take two seconds longer. On a busy
+/// machine, it takes more rounds until the shortest times are comparable. `MAIL_SAMPLES` sets the minimum
+/// number of rounds; the medians are printed.
 #[tokio::test]
 async fn known_and_unknown_addresses_take_the_same_time() {
+    const MAX_ROUNDS: usize = 60;
     let (server, mails) = Server::with_mail(&[]).await;
     mails.delay(Duration::from_secs(2));
     let required = server.sibling(&[("EMAIL_VERIFICATION", "required")]).await;
     let samples = std::env::var("MAIL_SAMPLES").ok();
-    let samples: usize = samples.map_or(6, |samples| samples.parse().unwrap());
+    let samples: Option<usize> = samples.map(|samples| samples.parse().unwrap());
     let known = server.user().await.email;
     let sql = server.sql().await;
-    for name in ["forgot", "resend", "register", "change"] {
+    // Requests that hash a password are slow, and their duration varies less.
+    for (name, rounds) in [
+        ("forgot", 20),
+        ("resend", 20),
+        ("register", 4),
+        ("change", 4),
+    ] {
+        let min_rounds = samples.unwrap_or(rounds);
         let mut times = [vec![], vec![]];
-        for round in 0..samples {
+        let mut shortest = [f64::MAX; 2];
+        for round in 0..MAX_ROUNDS.max(min_rounds) {
             // The number of requests for changes of one user is limited.
             let asking = match name {
                 "change" => Some(server.user().await),
@@ -467,17 +477,22 @@ async fn known_and_unknown_addresses_take_the_same_time() {
                 };
                 let started = Instant::now();
                 request.json(body).await.expect(202);
-                times[kind].push(started.elapsed().as_secs_f64() * 1e3);
+                let time = started.elapsed().as_secs_f64() * 1e3;
+                times[kind].push(time);
+                shortest[kind] = time.min(shortest[kind]);
+            }
+            let ratio = shortest[0] / shortest[1];
+            if round + 1 >= min_rounds && (0.8..1.25).contains(&ratio) {
+                break;
             }
         }
-        for times in &mut times {
+        let [known, unknown] = times.map(|mut times| {
             times.sort_by(f64::total_cmp);
-        }
-        let [known, unknown] = &times;
-        let middle = samples / 2;
-        println!("{name}: {:.3} and {:.3} ms", known[middle], unknown[middle]);
-        let ratio = known[0] / unknown[0];
-        assert!((0.1..10.0).contains(&ratio), "{name}: {times:?}");
+            times[times.len() / 2]
+        });
+        println!("{name}: {known:.3} and {unknown:.3} ms, shortest {shortest:.3?}");
+        let ratio = shortest[0] / shortest[1];
+        assert!((0.8..1.25).contains(&ratio), "{name}: {shortest:?}");
     }
 }
 
