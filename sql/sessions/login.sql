@@ -27,24 +27,7 @@ with account as (
     select $4, id, 1, clock_timestamp(), clock_timestamp(), clock_timestamp(),
            clock_timestamp() + $5::float8 * interval '1 second', $6
     from account
-), recorded as (
-    -- Updated at most once an hour.
-    insert into login_networks (user_id, network, last_used_at)
-    select id, $7, clock_timestamp() from account
-    where not exists (
-        select from login_networks n
-        where n.user_id = $1 and n.network = $7
-          and n.last_used_at > clock_timestamp() - interval '1 hour')
-    on conflict (user_id, network) do update set last_used_at = excluded.last_used_at
-    returning user_id
-), evicted as (
-    -- Evicts the least recently used network if there are already a hundred.
-    delete from login_networks n
-    using recorded, lateral (
-        select min(known.last_used_at) as last_used_at from login_networks known
-        where known.user_id = recorded.user_id
-        having count(*) >= 100) oldest
-    where n.user_id = recorded.user_id and n.last_used_at = oldest.last_used_at and n.network <> $7
 )
-select id, email, email_verified, created_at, updated_at, end_surplus_sessions(id, $4, 100) as ended_ids
+select id, email, email_verified, created_at, updated_at, record_network(id, $7),
+       end_surplus_sessions(id, $4, 100) as ended_ids
 from account

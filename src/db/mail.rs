@@ -4,7 +4,6 @@ use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 use super::lease::Params;
-use super::retry::Repeat;
 use super::statements::Sql;
 use super::users::{self, StoredAccount, stored_account};
 use super::{Queries, Result};
@@ -72,8 +71,7 @@ pub(crate) async fn reset_password(
 }
 
 /// Completes a pending registration, or sets the address of an account. If the address is another one,
-/// ends every session except `keep` in the same transaction, because their access tokens contain the
-/// earlier address.
+/// ends every session except `keep`.
 pub(crate) async fn verify_email(
     db: Queries<'_>,
     account: &StoredAccount,
@@ -83,24 +81,13 @@ pub(crate) async fn verify_email(
     if account.is_pending {
         return confirm(db, account, &account.hash).await;
     }
-    let deadline = db.deadline;
-    db.run(Repeat::Never, |mut lease| async move {
-        lease.begin(deadline).await?;
-        let params: Params = &[&account.id, &account.email, &account.hash, &email];
-        let changed = match lease.query(deadline, Sql::UsersSetEmail, params).await {
-            Ok(rows) if rows.is_empty() => Verified::Superseded,
-            Ok(_) if email == account.email => Verified::Done(vec![]),
-            Ok(_) => {
-                let params: Params = &[&account.id, &keep.unwrap_or_default()];
-                let ended = lease.query(deadline, Sql::SessionsEndOthers, params);
-                Verified::Done(ended.await?.iter().map(|row| row.get("id")).collect())
-            }
-            Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Verified::Taken,
-            Err(error) => return Err(error),
-        };
-        let commits = matches!(changed, Verified::Done(_));
-        lease.end(deadline, commits).await?;
-        Ok(changed)
-    })
-    .await
+    let params: Params = &[&account.id, &account.email, &account.hash, &email, &keep];
+    match db.write(Sql::UsersSetEmail, params).await {
+        Ok(rows) => Ok(match rows.first() {
+            Some(row) => Verified::Done(row.get("ended_ids")),
+            None => Verified::Superseded,
+        }),
+        Err(error) if error.is(&SqlState::UNIQUE_VIOLATION) => Ok(Verified::Taken),
+        Err(error) => Err(error),
+    }
 }

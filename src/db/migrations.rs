@@ -27,6 +27,7 @@ migrations! {
     7 "disabled_accounts",
     8 "tasks_reference_lists",
     9 "keys_reference_lists",
+    10 "shared_steps",
 }
 
 /// The key of the advisory lock, the same in every release: "todo-api" in ASCII.

@@ -221,32 +221,13 @@ pub(crate) async fn accounts(db: Queries<'_>, email: &str, limit: i64) -> Result
 
 /// Disables an account and ends its sessions, or enables it. Returns the sessions that ended, or
 /// `None` if the account was deleted.
-///
-/// The second statement sees the sessions of logins that the first one waited for.
 pub(crate) async fn set_disabled(
     db: Queries<'_>,
     id: Uuid,
     disabled: bool,
 ) -> Result<Option<Vec<Uuid>>> {
-    let deadline = db.deadline;
-    db.run(Repeat::Never, |mut lease| async move {
-        lease.begin(deadline).await?;
-        let params: Params = &[&id, &disabled];
-        let changed = lease.query(deadline, Sql::UsersSetDisabled, params).await?;
-        let ended = match disabled {
-            true => {
-                let params: Params = &[&id, &Uuid::nil()];
-                lease
-                    .query(deadline, Sql::SessionsEndOthers, params)
-                    .await?
-            }
-            false => Vec::new(),
-        };
-        lease.end(deadline, true).await?;
-        let ended = ended.iter().map(|row| row.get("id")).collect();
-        Ok((!changed.is_empty()).then_some(ended))
-    })
-    .await
+    let rows = db.write(Sql::UsersSetDisabled, &[&id, &disabled]).await?;
+    Ok(rows.first().map(|row| row.get("ended_ids")))
 }
 
 /// Reads everything that is stored about a user, as JSON. Returns `None` if the account was deleted.

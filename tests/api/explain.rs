@@ -518,13 +518,14 @@ cases! {
             rows 0, pages A_ROW;
     }
     "users/set_disabled.sql" {
-        "an account": "nth(7), true" => rows 1, pages A_WRITE;
+        // Ends three sessions.
+        "an account": "nth(7), true" => rows 1, pages 4 * A_WRITE;
         "an unknown user": "nth(500000), true" => rows 0, pages A_ROW;
     }
     "users/set_email.sql" {
-        "the present address": "nth(7), 'user7@example.com', hash(7), 'new@example.com'" =>
-            rows 1, pages A_WRITE;
-        "another address": "nth(7), 'user8@example.com', hash(7), 'new@example.com'" =>
+        "the present address": "nth(7), 'user7@example.com', hash(7), 'new@example.com', nth(7)" =>
+            rows 1, pages 4 * A_WRITE;
+        "another address": "nth(7), 'user8@example.com', hash(7), 'new@example.com', null" =>
             rows 0, pages A_ROW, rows_discarded 1;
     }
     "users/set_password.sql" {
