@@ -66,11 +66,11 @@ const ALREADY_REGISTERED: Texts = [
 impl Mail {
     /// Composes the message. Fails if the address cannot receive mail.
     pub(super) fn compose(
-        self,
+        &self,
         config: &MailConfig,
         tokens: &MailTokens,
     ) -> Result<Message, String> {
-        let (texts, to, link) = match &self {
+        let (texts, to, link) = match self {
             Self::PasswordReset(account) => {
                 let token = tokens.reset.issue(account, &account.email, None);
                 let link = Some((&config.reset_url, token));

@@ -35,6 +35,8 @@ const QUEUE_CAPACITY: usize = 1000;
 pub(crate) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The pauses between the three attempts: one for a restart of the server, one for greylisting.
 const BACKOFFS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(30)];
+/// How long a mail may wait for others and for its attempts. A link is good for 30 minutes.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// How long a mail waits before its first attempt, so that composing it does not slow down the response.
 const RESPONSE_TIME: Duration = Duration::from_millis(20);
 /// How long an idle connection is kept.
@@ -80,8 +82,10 @@ impl Mailer {
         self.deliveries.spawn(async move {
             let wait = sleep(RESPONSE_TIME);
             mailer.closing.run_until_cancelled(wait).await;
-            if let Some(mail) = mail {
-                mailer.deliver(mail).await;
+            if let Some(mail) = mail
+                && let Err(elapsed) = timeout(DELIVERY_TIMEOUT, mailer.clone().deliver(mail)).await
+            {
+                mailer.give_up(MailOutcome::Unreachable, &elapsed.to_string(), 0);
             }
             drop((permit, queued));
         });

@@ -656,7 +656,7 @@ async fn a_new_address_is_confirmed_from_its_mail() {
         notice.header("Subject"),
         "Todo: your e-mail address is about to change"
     );
-    // The new address is text of another's choice, such as a link.
+    // The new address may look like a link to a page of an attacker.
     assert!(!notice.text.contains(&new) && !notice.text.contains("#token="));
     let me = ann.get("/api/v1/auth/me").await.expect(200).json();
     assert_eq!(me["email"], ann.email.as_str());
