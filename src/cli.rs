@@ -55,7 +55,9 @@ pub fn run() -> ExitCode {
         Err(error) => return usage_error(&error.to_string()),
     };
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    execute(&words, json).unwrap_or_else(|error| {
+    let runtime = Runtime::new().map_err(BoxError::from);
+    let executed = runtime.and_then(|runtime| runtime.block_on(execute(&words, json)));
+    executed.unwrap_or_else(|error| {
         logging::print_fatal(&error.to_string());
         ExitCode::FAILURE
     })
@@ -83,24 +85,18 @@ fn usage_error(error: &str) -> ExitCode {
     ExitCode::from(2)
 }
 
-fn execute(words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
+async fn execute(words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
     match words {
-        ["check"] => return Runtime::new()?.block_on(check(&Config::from_env()?, json)),
-        ["user", "list"] => {
-            return Runtime::new()?.block_on(accounts::list(&config_and_log()?, json));
-        }
+        ["check"] => return check(&Config::from_env()?, json).await,
+        ["user", "list"] => return accounts::list(&config_and_log()?, json).await,
         [
             "user",
             command @ ("show" | "export" | "disable" | "enable" | "delete" | "set-password"),
             email,
-        ] => {
-            let config = config_and_log()?;
-            return Runtime::new()?.block_on(accounts::run(&config, command, email, json));
-        }
+        ] => return accounts::run(&config_and_log()?, command, email, json).await,
         ["user", ..] => {
-            return Ok(usage_error(
-                "`user` requires a command and, unless it is `list`, an e-mail address",
-            ));
+            let error = "`user` requires a command and, unless it is `list`, an e-mail address";
+            return Ok(usage_error(error));
         }
         _ if json => return Ok(usage_error("this command does not support --json")),
         ["--help"] => print(&format!("{USAGE}{}", config::help()))?,
@@ -108,13 +104,11 @@ fn execute(words: &[&str], json: bool) -> Result<ExitCode, BoxError> {
             let (version, commit) = (env!("CARGO_PKG_VERSION"), env!("COMMIT"));
             print(&format!("todo-api {version} ({commit})"))?;
         }
-        [] | ["serve"] => Runtime::new()?.block_on(serve(config_and_log()?))?,
-        ["migrate"] => Runtime::new()?.block_on(migrate(&config_and_log()?))?,
+        [] | ["serve"] => serve(config_and_log()?).await?,
+        ["migrate"] => migrate(&config_and_log()?).await?,
         _ => {
-            return Ok(usage_error(&format!(
-                "unknown command “{}”",
-                words.join(" ")
-            )));
+            let error = format!("unknown command “{}”", words.join(" "));
+            return Ok(usage_error(&error));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -2,8 +2,8 @@
 -- registration, and the seconds until logins with this address, registered or not, are accepted from this
 -- network again.
 -- $1 e-mail address, $2 network
-select u.id, u.password_hash, u.email_verified, u.disabled_at is not null as is_disabled,
-       p.password_hash as pending_hash,
+select u.id, u.email, u.password_hash, u.email_verified, false as is_pending,
+       u.disabled_at is not null as is_disabled, p.password_hash as pending_hash,
        coalesce((
            select extract(epoch from max(f.blocked_until) - clock_timestamp())
            from login_failures f

@@ -12,11 +12,8 @@ use crate::domain::{Account, Email, Rfc3339, TokenLifetimes, User};
 
 /// The data needed to verify the password of a login.
 pub(crate) struct LoginRecord {
-    /// The ID and the password hash, if there is an account.
-    pub(crate) account: Option<(Uuid, String)>,
+    pub(crate) account: Option<StoredAccount>,
     pub(crate) is_disabled: bool,
-    /// Whether the account's address is verified.
-    pub(crate) email_verified: bool,
     /// The password hash of a registration that waits for its verification.
     pub(crate) pending_hash: Option<String>,
     /// Seconds until the lockout ends; 0 or less if there is no lockout.
@@ -41,12 +38,6 @@ pub(super) fn stored_account(row: &Row) -> Option<StoredAccount> {
         is_verified: row.get("email_verified"),
         is_pending: row.get("is_pending"),
     })
-}
-
-/// The data needed to verify the password of an authenticated user.
-pub(crate) struct PasswordCheck {
-    pub(crate) account: StoredAccount,
-    pub(crate) retry_after_secs: f64,
 }
 
 /// The key under which failed attempts are counted.
@@ -116,24 +107,23 @@ pub(crate) async fn for_login(db: Queries<'_>, key: &LockoutKey) -> Result<Login
     let params: Params = &[&key.account, &key.network];
     let rows = db.read(Sql::UsersForLogin, params).await?;
     let row = rows.first();
-    let id: Option<Uuid> = row.and_then(|row| row.get("id"));
     Ok(LoginRecord {
-        account: id.zip(row.and_then(|row| row.get("password_hash"))),
+        account: row.and_then(stored_account),
         is_disabled: row.is_some_and(|row| row.get("is_disabled")),
-        email_verified: row.and_then(|row| row.get("email_verified")) == Some(true),
         pending_hash: row.and_then(|row| row.get("pending_hash")),
         retry_after_secs: retry_after_secs(&rows),
     })
 }
 
-/// Reads the data needed to verify this user's password. Returns `None` if the account was deleted.
-pub(crate) async fn for_password_check(db: Queries<'_>, id: Uuid) -> Result<Option<PasswordCheck>> {
+/// Reads the account of an authenticated user, and the seconds until the lockout of confirmations ends.
+/// Returns `None` if the account was deleted.
+pub(crate) async fn for_password_check(
+    db: Queries<'_>,
+    id: Uuid,
+) -> Result<Option<(StoredAccount, f64)>> {
     let rows = db.read(Sql::UsersForPasswordCheck, &[&id]).await?;
     let account = rows.first().and_then(stored_account);
-    Ok(account.map(|account| PasswordCheck {
-        account,
-        retry_after_secs: retry_after_secs(&rows),
-    }))
+    Ok(account.map(|account| (account, retry_after_secs(&rows))))
 }
 
 /// Counts a wrong password and returns 0. If a lockout began while the password was being verified,

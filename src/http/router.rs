@@ -103,7 +103,7 @@ routes! { |context, body|
         PUT => account::change_password(context, authenticate(context).await?, body).await,
     }
     [/api/v1/auth/password/forgot] if let Some(mailer) = &context.app.mail => {
-        POST => mail::forgot_password(context, mailer, body).await,
+        POST => mail::forgot_password(mailer, body).await,
     }
     [/api/v1/auth/password/reset] if let Some(mailer) = &context.app.mail => {
         POST => mail::reset_password(context, mailer, body).await,
@@ -115,7 +115,7 @@ routes! { |context, body|
         POST => mail::verify_email(context, mailer, body).await,
     }
     [/api/v1/auth/email/resend] if let Some(mailer) = &context.app.mail => {
-        POST => mail::resend(context, mailer, body).await,
+        POST => mail::resend(mailer, body).await,
     }
     [/api/v1/auth/sessions] {
         GET => sessions::list(context, authenticate(context).await?).await,

@@ -75,14 +75,13 @@ impl AppState {
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, String> {
         let previous_secret = config.jwt_secret_previous.as_ref();
-        let tokens = TokenIssuer::new(secret, previous_secret, config.lifetimes.access)
-            .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
-        let list_signer = ListSigner::new(secret, previous_secret)
-            .map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
+        let unusable = |error: Error| format!("cannot use the JWT secret: {error:?}");
+        let tokens = TokenIssuer::new(secret, previous_secret, config.lifetimes.access);
+        let tokens = tokens.map_err(unusable)?;
+        let list_signer = ListSigner::new(secret, previous_secret).map_err(unusable)?;
         let mail = config.mail.take();
         let mail = mail.map(|mail| Mailer::new(mail, secret, previous_secret, metrics.clone()));
-        let mail = mail.transpose();
-        let mail = mail.map_err(|error| format!("cannot use the JWT secret: {error:?}"))?;
+        let mail = mail.transpose().map_err(unusable)?;
         let passwords = PasswordHasher::new(config.bcrypt_cost, metrics.clone())
             .map_err(|error| format!("cannot start the hashing threads: {error}"))?;
         let (attempts, writes) = (config.auth_rate_per_minute, config.writes_per_minute);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lettre::transport::smtp::Error;
 use lettre::transport::smtp::authentication::{Credentials, DEFAULT_MECHANISMS};
-use lettre::transport::smtp::client::{AsyncSmtpConnection, TlsParameters};
+use lettre::transport::smtp::client::{AsyncSmtpConnection, Tls, TlsParameters};
 use lettre::transport::smtp::extension::ClientId;
 use percent_encoding::percent_decode_str;
 use tokio::time::timeout;
@@ -20,17 +20,9 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) struct SmtpServer {
     host: String,
     port: u16,
-    security: Security,
+    tls: Tls,
     credentials: Option<Credentials>,
     hello_name: ClientId,
-}
-
-enum Security {
-    ImplicitTls(TlsParameters),
-    StartTls(TlsParameters),
-    /// For `localhost`: STARTTLS if the server offers it.
-    StartTlsIfOffered(TlsParameters),
-    PlainText,
 }
 
 impl SmtpServer {
@@ -53,11 +45,11 @@ impl SmtpServer {
         let tls = || {
             TlsParameters::new(host.to_owned()).map_err(|error| format!("cannot use TLS: {error}"))
         };
-        let (security, default_port) = match url.scheme() {
-            "smtps" => (Security::ImplicitTls(tls()?), 465),
-            "smtp" if is_loopback => (Security::PlainText, 25),
-            "smtp" if host == "localhost" => (Security::StartTlsIfOffered(tls()?), 25),
-            "smtp" => (Security::StartTls(tls()?), 587),
+        let (tls, default_port) = match url.scheme() {
+            "smtps" => (Tls::Wrapper(tls()?), 465),
+            "smtp" if is_loopback => (Tls::None, 25),
+            "smtp" if host == "localhost" => (Tls::Opportunistic(tls()?), 25),
+            "smtp" => (Tls::Required(tls()?), 587),
             _ => return Err(EXAMPLE.into()),
         };
         let decode = |text| percent_decode_str(text).decode_utf8().map(String::from);
@@ -69,7 +61,7 @@ impl SmtpServer {
         Ok(Self {
             host: host.to_owned(),
             port: url.port().unwrap_or(default_port),
-            security,
+            tls,
             credentials,
             hello_name: match client_host {
                 Some(Host::Domain(name)) => ClientId::Domain(name.to_owned()),
@@ -83,19 +75,18 @@ impl SmtpServer {
     /// Connects, greets and authenticates. Has no timeout.
     pub(crate) async fn connect(&self) -> Result<AsyncSmtpConnection, Error> {
         let (address, hello_name) = ((self.host.as_str(), self.port), &self.hello_name);
-        let implicit_tls = match &self.security {
-            Security::ImplicitTls(tls) => Some(tls.clone()),
-            _ => None,
+        let (implicit, starttls) = match &self.tls {
+            Tls::Wrapper(tls) => (Some(tls.clone()), None),
+            Tls::Opportunistic(tls) | Tls::Required(tls) => (None, Some(tls.clone())),
+            Tls::None => (None, None),
         };
+        let is_optional = matches!(self.tls, Tls::Opportunistic(_));
         let connection =
-            AsyncSmtpConnection::connect_tokio1(address, None, hello_name, implicit_tls, None);
+            AsyncSmtpConnection::connect_tokio1(address, None, hello_name, implicit, None);
         let mut connection = connection.await?;
-        match &self.security {
-            Security::StartTls(tls) => connection.starttls(tls.clone(), hello_name).await?,
-            Security::StartTlsIfOffered(tls) if connection.can_starttls() => {
-                connection.starttls(tls.clone(), hello_name).await?;
-            }
-            _ => {}
+        // Fails if the server does not offer STARTTLS.
+        if let Some(tls) = starttls.filter(|_| !is_optional || connection.can_starttls()) {
+            connection.starttls(tls, hello_name).await?;
         }
         if let Some(credentials) = &self.credentials {
             connection.auth(DEFAULT_MECHANISMS, credentials).await?;

@@ -31,14 +31,14 @@ pub(super) async fn log_in(
     for _ in 0..MAX_ATTEMPTS {
         let record = users::for_login(db, &key).await?;
         check_lockout(record.retry_after_secs)?;
-        let hash = record.account.as_ref().map(|(_, hash)| hash.as_str());
+        let hash = record.account.as_ref().map(|account| &*account.hash);
         let client = context.hash_client();
         let verification = app.passwords.verify(password, hash, client).await?;
         let reason = match hash {
             Some(_) => LoginFailure::WrongPassword,
             None => LoginFailure::UnknownAccount,
         };
-        let Some((id, hash)) = record.account.filter(|_| verification.matches) else {
+        let Some(account) = record.account.filter(|_| verification.matches) else {
             // Takes as long whether or not a registration waits for its verification.
             let pending = record.pending_hash.as_deref();
             if (is_required || pending.is_some())
@@ -56,11 +56,12 @@ pub(super) async fn log_in(
         if record.is_disabled {
             return Err(Error::AccountDisabled);
         }
-        if is_required && !record.email_verified {
+        if is_required && !account.is_verified {
             return Err(Error::EmailUnverified);
         }
-        let new_hash = verification.rehashed.as_deref().unwrap_or(&hash);
-        if let Some((user, ended)) = sessions::login(db, id, &hash, new_hash, session).await? {
+        let (id, hash) = (account.id, &account.hash);
+        let new_hash = verification.rehashed.as_ref().unwrap_or(hash);
+        if let Some((user, ended)) = sessions::login(db, id, hash, new_hash, session).await? {
             app.record_revoked(RevocationReason::SessionLimit, &ended);
             return Ok(user);
         }
@@ -82,15 +83,16 @@ pub(super) async fn verify_current_password(
     let db = context.password_queries();
     let key = LockoutKey::authenticate(user.id);
     let check = users::for_password_check(db, user.id).await?;
-    let check = check.ok_or(Error::InvalidToken(TokenRejection::NoSuchUser))?;
-    check_lockout(check.retry_after_secs)?;
-    let (hash, client) = (check.account.hash.as_str(), context.hash_client());
+    let deleted = Error::InvalidToken(TokenRejection::NoSuchUser);
+    let (account, retry_after_secs) = check.ok_or(deleted)?;
+    check_lockout(retry_after_secs)?;
+    let (hash, client) = (account.hash.as_str(), context.hash_client());
     let verification = app.passwords.verify(password, Some(hash), client).await?;
     if !verification.matches {
         check_lockout(users::record_failure(db, &key).await?)?;
         return Err(Error::WrongPassword);
     }
-    Ok(check.account)
+    Ok(account)
 }
 
 fn check_lockout(retry_after_secs: f64) -> Result<()> {

@@ -25,23 +25,15 @@ use crate::telemetry::labels::{MailOutcome, RevocationReason, TokenRejection};
 const SUPERSEDED: Error = Error::InvalidMailToken(TokenRejection::Superseded);
 
 /// `POST /api/v1/auth/password/forgot`
-pub(crate) async fn forgot_password(
-    context: &RequestContext<'_>,
-    mailer: &Arc<Mailer>,
-    body: Body<'_>,
-) -> Result<Response> {
-    let account = read_recipient(context, body).await?;
+pub(crate) async fn forgot_password(mailer: &Arc<Mailer>, body: Body<'_>) -> Result<Response> {
+    let account = read_recipient(body).await?;
     mailer.send(account.map(Mail::PasswordReset));
     Ok(response::empty(StatusCode::ACCEPTED))
 }
 
 /// `POST /api/v1/auth/email/resend`
-pub(crate) async fn resend(
-    context: &RequestContext<'_>,
-    mailer: &Arc<Mailer>,
-    body: Body<'_>,
-) -> Result<Response> {
-    let account = read_recipient(context, body).await?;
+pub(crate) async fn resend(mailer: &Arc<Mailer>, body: Body<'_>) -> Result<Response> {
+    let account = read_recipient(body).await?;
     let account = account.filter(|account| !account.is_verified);
     mailer.send(account.map(Mail::Verification));
     Ok(response::empty(StatusCode::ACCEPTED))
@@ -49,10 +41,8 @@ pub(crate) async fn resend(
 
 /// Reads an address from the body and counts a mail to it. Returns its account, if there is one and
 /// the quota is not used up.
-async fn read_recipient(
-    context: &RequestContext<'_>,
-    body: Body<'_>,
-) -> Result<Option<StoredAccount>> {
+async fn read_recipient(body: Body<'_>) -> Result<Option<StoredAccount>> {
+    let context = body.context;
     let mut fields = read_attempt(body).await?;
     let email = fields.required_string("/email");
     let email = fields.finish_with(email)?;
