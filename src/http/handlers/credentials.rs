@@ -39,16 +39,13 @@ pub(super) async fn log_in(
             None => LoginFailure::UnknownAccount,
         };
         let Some(account) = record.account.filter(|_| verification.matches) else {
-            // Takes as long whether or not a registration waits for its verification.
+            // Where verification is required, takes as long whether or not a registration waits for it.
             let pending = record.pending_hash.as_deref();
-            if (is_required || pending.is_some())
-                && app
-                    .passwords
-                    .verify(password, pending, client)
-                    .await?
-                    .matches
-            {
-                return Err(Error::EmailUnverified);
+            if is_required || pending.is_some() {
+                let verification = app.passwords.verify(password, pending, client).await?;
+                if verification.matches {
+                    return Err(Error::EmailUnverified);
+                }
             }
             check_lockout(users::record_failure(db, &key).await?)?;
             return Err(Error::InvalidCredentials(reason));
