@@ -582,6 +582,27 @@ async fn where_required_an_account_exists_once_its_address_is_verified() {
 }
 
 #[tokio::test]
+async fn concurrent_confirmations_of_a_registration_both_succeed() {
+    // With a server of its own, no other statement is blocked.
+    let (server, mails) = Server::with_mail(&[("EMAIL_VERIFICATION", "required")]).await;
+    let there = server.sibling(&[]).await;
+    let email = new_address();
+    register(&server, &email, PASSWORD).await.expect(202);
+    let token = mails.nth(&email, 1).await.token();
+    let lock = server
+        .lock("select from pending_registrations for update")
+        .await;
+    let (here, there, ()) = tokio::join!(
+        verify(&server, &token),
+        verify(&there, &token),
+        lock.release_after(2)
+    );
+    here.expect(204);
+    there.expect(204);
+    server.login(&email, PASSWORD).await;
+}
+
+#[tokio::test]
 async fn where_required_a_reset_completes_a_registration() {
     let shared = requiring().await;
     let (server, mails) = shared;
