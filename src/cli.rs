@@ -186,7 +186,10 @@ async fn check(config: &Config, json: bool) -> Result<ExitCode, BoxError> {
     for line in &config.report {
         print_unless_json(&line.to_string())?;
     }
-    let (database, text) = check_database(config).await?;
+    let (database, text) = match check_database(config).await {
+        Err(error) if json => (json!({"error": error.to_string()}), String::new()),
+        checked => checked?,
+    };
     print_unless_json(&text)?;
     let (mail, text) = check_mail(config).await;
     print_unless_json(&text)?;

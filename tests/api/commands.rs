@@ -270,6 +270,14 @@ async fn check_prints_each_setting_and_its_source_but_no_secret() {
     assert!(settings.contains(&cost), "{document}");
     assert_eq!(document["database"]["migrations_due"], 0, "{document}");
     assert!(!document.to_string().contains(SECRET) && !document.to_string().contains(&url));
+    // A data directory that cannot be used is part of the document.
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().to_str().expect("a path");
+    let output = run(&["check", "--json"], &[("DATA_DIR", path)], "");
+    assert_eq!(output.status.code(), Some(1));
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let error = document["database"]["error"].as_str().unwrap_or_default();
+    assert!(error.contains("is not a directory"), "{document}");
     // The help text fits on one screen.
     assert!(
         help.lines().count() <= 46 && help.lines().all(|line| line.len() <= 100),
