@@ -77,7 +77,7 @@ async fn each_failed_authentication_logs_one_warning() {
     let server = Server::with(&[("TRUSTED_PROXIES", "127.0.0.1"), ("RUST_LOG", "info")]).await;
     let sql = server.sql().await;
     let ann = server.register("ann@example.com").await;
-    let bob = server.register("bob@example.com").await;
+    let bob = server.user().await;
     let locked = server.register("locked@example.com").await;
     for _ in 0..10 {
         login(&server, &locked.email, "wrong").await.expect(401);
@@ -338,7 +338,7 @@ async fn passwords_tokens_and_tasks_are_not_logged() {
         "token-in-the-query".to_owned(),
     ];
 
-    let ann = server.register("ann@example.com").await;
+    let ann = server.user().await;
     secrets.extend([ann.access_token.clone(), ann.refresh_token.clone()]);
     let body = login(&other, &ann.email, &ann.password)
         .await

@@ -34,7 +34,7 @@ async fn guess(server: &Server, email: &str, password: &str) -> Response {
 #[tokio::test]
 async fn known_and_unknown_addresses_get_the_same_response() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
+    let ann = server.user().await;
     let long = "long".repeat(100);
     for password in [ANOTHER_PASSWORD, "", "short", "password", "\0", &long] {
         let known = guess(&server, &ann.email, password).await;
@@ -47,7 +47,7 @@ async fn known_and_unknown_addresses_get_the_same_response() {
 #[tokio::test]
 async fn known_and_unknown_addresses_are_locked_out_after_equally_many_failures() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
+    let ann = server.user().await;
     for n in 0..12 {
         let known = guess(&server, &ann.email, ANOTHER_PASSWORD).await;
         let unknown = guess(&server, "bob@example.com", ANOTHER_PASSWORD).await;
@@ -99,17 +99,20 @@ async fn duration_ratio(server: &Server, known: &str, rounds: usize) -> f64 {
 #[tokio::test]
 async fn known_and_unknown_addresses_take_the_same_time() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
-    let ratio = duration_ratio(&server, &ann.email, 11).await;
+    let ann = server.user().await;
+    let ratio = duration_ratio(&server, &ann.email, 7).await;
     assert!((0.4..2.5).contains(&ratio), "{ratio}");
 }
 
 /// Verifying the stored hash alone would take a quarter of the time, because its cost is lower by 2.
 #[tokio::test]
 async fn accounts_with_a_lower_cost_take_the_same_time() {
-    let before = Server::with(&[("BCRYPT_COST", "10")]).await;
-    let ann = before.register("ann@example.com").await;
-    let server = before.sibling(&[("BCRYPT_COST", "12")]).await;
+    let server = Server::start().await;
+    let ann = server.user().await;
+    let hash = bcrypt::hash(PASSWORD, 8).unwrap();
+    let set_hash = "update users set password_hash = $1";
+    let sql = server.sql().await;
+    sql.execute(set_hash, &[&hash]).await.unwrap();
     let ratio = duration_ratio(&server, &ann.email, 5).await;
     assert!((0.5..2.0).contains(&ratio), "{ratio}");
 }

@@ -72,8 +72,8 @@ async fn login_as(server: &Server, user: &User, user_agent: &[u8]) -> Value {
 #[tokio::test]
 async fn lists_the_users_own_sessions_newest_first() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
-    let _bob = server.register("bob@example.com").await;
+    let ann = server.user().await;
+    let _bob = server.user().await;
     let phone = login_as(&server, &ann, b"phone").await;
     let laptop = login_as(&server, &ann, b"laptop").await;
     let (phone, laptop) = (text(&phone, "access_token"), text(&laptop, "access_token"));
@@ -132,7 +132,7 @@ async fn does_not_list_expired_sessions() {
 #[tokio::test]
 async fn accepts_any_user_agent_at_login() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
+    let ann = server.user().await;
     let long = "x".repeat(250);
     let long_umlauts = "ü".repeat(250);
     for (sent, kept) in [
@@ -169,7 +169,7 @@ async fn accepts_any_user_agent_at_login() {
 #[tokio::test]
 async fn one_session_can_end_another() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
+    let ann = server.user().await;
     let revoked = server.login(&ann.email, &ann.password).await;
     let remaining = server.login(&ann.email, &ann.password).await;
     let path = format!("/api/v1/auth/sessions/{}", revoked.session_id);
@@ -197,8 +197,8 @@ async fn a_session_can_end_itself() {
 #[tokio::test]
 async fn all_other_sessions_can_be_ended() {
     let server = Server::start().await;
-    let ann = server.register("ann@example.com").await;
-    let bob = server.register("bob@example.com").await;
+    let ann = server.user().await;
+    let bob = server.user().await;
     let mut others = Vec::new();
     for _ in 0..3 {
         others.push(server.login(&ann.email, &ann.password).await);
@@ -224,8 +224,8 @@ async fn all_other_sessions_can_be_ended() {
 async fn another_users_session_is_not_found_and_unchanged() {
     let server = Server::start().await;
     let sql = server.sql().await;
-    let ann = server.register("ann@example.com").await;
-    let bob = server.register("bob@example.com").await;
+    let ann = server.user().await;
+    let bob = server.user().await;
     let row = async || -> String {
         sql.query_one(
             &format!(

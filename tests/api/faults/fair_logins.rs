@@ -120,7 +120,7 @@ async fn serves_a_login_while_many_networks_log_in_continuously() {
     let cores = available_parallelism().map_or(1, NonZero::get);
     for (networks, clients) in [
         (1, 30 * cores),
-        short_or_full((20, 40 * cores), (100, 100 * cores)),
+        short_or_full((5, 40 * cores), (100, 100 * cores)),
     ] {
         let server = Arc::new(
             Server::with(&[
