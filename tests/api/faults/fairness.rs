@@ -90,7 +90,7 @@ async fn unread_lists_of_one_user_use_bounded_memory_and_do_not_delay_other_user
     assert!(whole > 400_000, "{whole} bytes");
 
     let idle = memory(server.pid()).0;
-    let clients = short_or_full(400, 2400);
+    let clients = short_or_full(250, 2400);
     let mut streams = Vec::new();
     for _ in 0..clients {
         let token = Some(mallory.access_token.as_str());
