@@ -1,6 +1,6 @@
 //! A failed login does not reveal by its body, headers or duration whether an account exists.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::json;
 
@@ -70,38 +70,36 @@ async fn known_and_unknown_addresses_are_locked_out_after_equally_many_failures(
     }
 }
 
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64()
-}
-
-/// Returns the median duration of failed logins with a known address, divided by that with unknown
-/// addresses. The attempts alternate, so that other load affects both equally.
-async fn duration_ratio(server: &Server, known: &str, rounds: usize) -> f64 {
+/// Asserts that the shortest failed logins with a known address and with unknown addresses take about
+/// equally long. The attempts alternate, so that other load affects both equally. On a busy machine, it takes
+/// more rounds until the shortest times are comparable.
+async fn assert_same_duration(server: &Server, known: &str) {
+    const MAX_ROUNDS: usize = 40;
     let sql = server.sql().await;
-    let mut times = [Vec::new(), Vec::new()];
-    for round in 0..rounds {
+    let mut shortest = [f64::MAX; 2];
+    for round in 0..MAX_ROUNDS {
         // Prevents a lockout after ten attempts.
         let reset = sql.execute("delete from login_failures", &[]).await;
         reset.expect("no failures");
         let unknown = format!("{round}@example.com");
-        for (times, email) in times.iter_mut().zip([known, &unknown]) {
+        for (shortest, email) in shortest.iter_mut().zip([known, &unknown]) {
             let started = Instant::now();
             login(server, email, ANOTHER_PASSWORD).await.expect(401);
-            times.push(started.elapsed());
+            *shortest = started.elapsed().as_secs_f64().min(*shortest);
+        }
+        if round >= 4 && (0.6..1.7).contains(&(shortest[0] / shortest[1])) {
+            return;
         }
     }
-    let [known, unknown] = times.map(median);
-    known / unknown
+    panic!("{shortest:?}");
 }
 
-/// Without the dummy hash, the ratio would be 10 or more.
+/// Without the dummy hash, a known address would take ten times as long or more.
 #[tokio::test]
 async fn known_and_unknown_addresses_take_the_same_time() {
     let server = Server::start().await;
     let ann = server.user().await;
-    let ratio = duration_ratio(&server, &ann.email, 7).await;
-    assert!((0.4..2.5).contains(&ratio), "{ratio}");
+    assert_same_duration(&server, &ann.email).await;
 }
 
 /// Verifying the stored hash alone would take a quarter of the time, because its cost is lower by 2.
@@ -113,8 +111,7 @@ async fn accounts_with_a_lower_cost_take_the_same_time() {
     let set_hash = "update users set password_hash = $1";
     let sql = server.sql().await;
     sql.execute(set_hash, &[&hash]).await.unwrap();
-    let ratio = duration_ratio(&server, &ann.email, 5).await;
-    assert!((0.5..2.0).contains(&ratio), "{ratio}");
+    assert_same_duration(&server, &ann.email).await;
 }
 
 /// Returns how many hashes the server has computed.
