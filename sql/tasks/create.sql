@@ -4,10 +4,7 @@
 -- $7 the maximum number of tasks
 with list as (
     update task_lists set revision = revision + 1, tasks = tasks + 1
-    where user_id = $1
-      -- A retry has to fail because the task exists, even if the user has the maximum number of
-      -- tasks.
-      and (tasks < $7 or exists (select from tasks where user_id = $1 and id = $2))
+    where user_id = $1 and tasks < $7
     returning revision
 )
 insert into tasks (user_id, id, title, description, completed, created_at, updated_at, revision)
