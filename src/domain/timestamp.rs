@@ -9,9 +9,18 @@ use serde::{Serialize, Serializer};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rfc3339(pub(crate) Timestamp);
 
+const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
+
+impl Rfc3339 {
+    /// Appends the time to a text.
+    pub(super) fn write(self, text: &mut Vec<u8>) {
+        // Writing to a vector cannot fail.
+        PRINTER.print_timestamp(&self.0, text).ok();
+    }
+}
+
 impl fmt::Display for Rfc3339 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const PRINTER: DateTimePrinter = DateTimePrinter::new().precision(Some(6));
         let printed = PRINTER.print_timestamp(&self.0, StdFmtWrite(f));
         printed.map_err(|_| fmt::Error)
     }

@@ -92,7 +92,9 @@ pub(crate) fn options(allow: &'static str) -> Response {
 
 /// Responds with a task and its entity tag.
 pub(crate) fn task(status: StatusCode, task: &Task) -> Result<Response> {
-    let response = json(status, task)?;
+    let mut body = Vec::with_capacity(256);
+    task.write_json(&mut body).map_err(Error::serialize)?;
+    let response = bytes(status, "application/json", body);
     Ok(with_header(response, ETAG, entity_tag(task.updated_at.0)))
 }
 

@@ -1,6 +1,5 @@
 //! `/api/v1/{user_id}/changes`: changes of the signed-in user's list of tasks.
 
-use serde::Serialize;
 use uuid::Uuid;
 
 use crate::auth::list_signer::ChangesCursor;
@@ -142,9 +141,12 @@ impl Page {
                 break;
             }
             match change {
-                Change::Changed(task) => push(&mut self.tasks, task)?,
-                Change::Deleted(task) => push(&mut self.deleted, task)?,
+                Change::Changed(task) => task.write_json(next_member(&mut self.tasks)),
+                Change::Deleted(task) => {
+                    serde_json::to_writer(next_member(&mut self.deleted), task)
+                }
             }
+            .map_err(Error::serialize)?;
             self.next.position = *position;
             written += 1;
         }
@@ -181,10 +183,10 @@ impl ResponseBody for Page {
     }
 }
 
-/// Appends a value to the members of a JSON array.
-fn push(members: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Error> {
+/// Prepares the members of a JSON array for another one.
+fn next_member(members: &mut Vec<u8>) -> &mut Vec<u8> {
     if !members.is_empty() {
         members.push(b',');
     }
-    serde_json::to_writer(members, value).map_err(Error::serialize)
+    members
 }

@@ -122,7 +122,7 @@ impl Page {
             }
             self.json
                 .push(if self.json.is_empty() { b'[' } else { b',' });
-            serde_json::to_writer(&mut self.json, &task).map_err(Error::serialize)?;
+            task.write_json(&mut self.json).map_err(Error::serialize)?;
             self.last = Some(task.id);
             written += 1;
         }
