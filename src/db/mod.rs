@@ -224,7 +224,8 @@ impl<'a> Queries<'a> {
         let Self { database, deadline } = self;
         let connections = &database.connections;
         let attempt = || async { statements(connections.acquire(deadline).await?).await };
-        connections.retry(deadline, repeat, attempt).await
+        // On the heap, so that idle connections of clients keep no room for it.
+        Box::pin(connections.retry(deadline, repeat, attempt)).await
     }
 }
 

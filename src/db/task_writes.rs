@@ -106,7 +106,8 @@ impl Queries<'_> {
             let mut lease = connections.acquire(deadline).await?;
             lease.query(deadline, sql, params).await
         };
-        let rows = connections.retry(deadline, repeat, attempt).await?;
+        // On the heap, so that idle connections of clients keep no room for it.
+        let rows = Box::pin(connections.retry(deadline, repeat, attempt)).await?;
         self.record_revision(user_id, &rows);
         Ok(rows)
     }
