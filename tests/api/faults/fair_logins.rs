@@ -102,7 +102,7 @@ async fn assert_served(
         attack.summary()
     );
     // A queue without shares would serve at least 16 before.
-    assert!(overtaken <= 10 * rounds, "{summary}");
+    assert!(overtaken <= 12 * rounds, "{summary}");
     summary
 }
 
@@ -203,10 +203,12 @@ async fn serves_a_search_during_sixty_searches_of_another_user() {
     victim.create_task("water the plants").await;
     let tasks = short_or_full(1500, 60_000);
     let sql = server.sql().await;
+    // With a revision, the rows need no trigger.
     sql.execute(
-        "insert into tasks (user_id, id, title, description, completed, created_at, updated_at)
-         select $1::text::uuid, gen_random_uuid(), 'title', repeat('a', 1000), false, now(), now()
-         from generate_series(1, $2)",
+        "insert into tasks
+             (user_id, id, title, description, completed, created_at, updated_at, revision)
+         select $1::text::uuid, gen_random_uuid(), 'title', repeat('a', 1000), false, now(), now(), n
+         from generate_series(1, $2) n",
         &[&attacker.id, &tasks],
     )
     .await
