@@ -81,7 +81,7 @@ impl Work {
             Work::Update | Work::Toggle => Some(0.55),
             Work::Delete | Work::Mix => Some(0.4),
             Work::Changes => Some(0.15),
-            Work::KeyedCreate => Some(0.3),
+            Work::KeyedCreate => Some(0.45),
             Work::Login => None,
         }
     }
