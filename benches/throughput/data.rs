@@ -146,7 +146,11 @@ pub(crate) fn insert_users(password_hash: &str) -> String {
 
 /// Returns the statement that creates tasks from number `first` on, distributed over all users.
 pub(crate) fn insert_tasks(first: u64, count: u64) -> String {
-    insert(&format!("{OFFSET} + n % {USERS}"), first, count)
+    let (user, revision) = (
+        format!("{OFFSET} + n % {USERS}"),
+        format!("n / {USERS} + 1"),
+    );
+    insert(&user, &revision, first, count)
 }
 
 /// Returns the query that counts the remaining tasks from number `first` on.
@@ -157,10 +161,10 @@ pub(crate) fn count_remaining(first: u64) -> String {
 
 /// Returns the statement that creates tasks of one user.
 pub(crate) fn insert_tasks_of(user: usize, first: u64, count: u64) -> String {
-    insert(&format!("{OFFSET} + {user}"), first, count)
+    insert(&format!("{OFFSET} + {user}"), "n", first, count)
 }
 
-pub(crate) fn insert(user: &str, first: u64, count: u64) -> String {
+fn insert(user: &str, revision: &str, first: u64, count: u64) -> String {
     let title = if first >= 1_000_000_000 {
         "'Delete me'"
     } else {
@@ -173,7 +177,7 @@ pub(crate) fn insert(user: &str, first: u64, count: u64) -> String {
     format!(
         "insert into tasks (user_id, id, title, description, completed, created_at, updated_at, revision)
          select {user}, {id}, {title}, 'Something that is to be done before long',
-                n % 3 = 0, now(), now(), case when n < {TASKS} then n / {USERS} + 1 else 1 end
+                n % 3 = 0, now(), now(), {revision}
          from generate_series({first}::bigint, {}) n",
         first + count - 1
     )
