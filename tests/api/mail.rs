@@ -300,8 +300,8 @@ async fn a_link_to_the_old_address_dies_even_while_it_is_used() {
     server.login(&new, PASSWORD).await;
 }
 
-/// A 503 would say that nothing was changed, and a repetition would be told that the token or the current
-/// password is wrong.
+/// A 503 would say that nothing was changed, but a repetition would fail because the token or the current
+/// password is no longer valid.
 #[tokio::test]
 async fn a_lost_connection_leaves_the_outcome_of_a_new_password_open() {
     let shared = &Server::with_mail(&[]).await;
